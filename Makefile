@@ -1,0 +1,39 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`. Both set up .venv first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+DEMO_CONFIG ?= examples/configs/digits.yaml
+DEMO_DIR ?= runs/digits
+DEMO_FLAGS ?=
+
+.PHONY: setup demo test style quality docs bench
+
+setup: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: setup
+	$(BIN)/accelerate launch examples/train.py --config $(DEMO_CONFIG) --output_dir $(DEMO_DIR) $(DEMO_FLAGS)
+	$(BIN)/python examples/sample.py $(DEMO_DIR) $(DEMO_DIR)/samples-reloaded.png
+
+test: setup
+	$(BIN)/python -m pytest
+
+style: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+quality: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+docs: setup
+	@echo "docs/ is plain Markdown for now; start with docs/index.md"
+
+bench: setup
+	$(BIN)/python benchmarks/digits_quality.py $(DEMO_DIR)

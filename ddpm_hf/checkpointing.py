@@ -1,0 +1,191 @@
+"""Training state on disk: a checkpoint directory is either complete or does not exist.
+
+```
+output_dir/
+  checkpoint-500/              written as .checkpoint-500.partial, fsynced, then renamed
+    model.safetensors          the weights in training
+    ema.safetensors            their moving average
+    optimizer.safetensors      Adam's moments and step counts
+    state.json                 the update, and small state
+    manifest.json              SHA-256 and size of every file above
+  checkpoint-1000/
+```
+
+safetensors and JSON only; no pickle is read or written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+_NAME = re.compile(r"checkpoint-(\d+)")
+STATE_FILE, MANIFEST_FILE = "state.json", "manifest.json"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is missing, damaged or of another run; the message says which file and what to do."""
+
+
+def flatten_optimizer_state(state_dict: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An optimizer's `state_dict()` as tensors by name and plain JSON values."""
+    tensors: dict[str, Tensor] = {}
+    values: dict[str, Any] = {"param_groups": state_dict["param_groups"], "state": {}}
+    for index, entries in state_dict["state"].items():
+        for name, value in entries.items():
+            if isinstance(value, Tensor):
+                tensors[f"{index}.{name}"] = value
+            else:
+                values["state"].setdefault(str(index), {})[name] = value
+    return tensors, values
+
+
+def unflatten_optimizer_state(tensors: dict[str, Tensor], values: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of `flatten_optimizer_state`."""
+    state: dict[int, dict[str, Any]] = {int(index): dict(entries) for index, entries in values["state"].items()}
+    for key, value in tensors.items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = value
+    return {"state": state, "param_groups": values["param_groups"]}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_directory(target: Path, fill: Any) -> None:
+    """Make the directory `target` from what `fill(folder)` writes, atomically: it appears complete or not at all.
+
+    Raises:
+        OSError: Nothing could be written; what was at `target` before is still there.
+    """
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        fill(partial)
+        for path in sorted(partial.rglob("*")):
+            _fsync(path)
+        _fsync(partial)
+        old = target.with_name(f".{target.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        if target.exists():
+            target.rename(old)
+        partial.rename(target)
+        _fsync(target.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def save_checkpoint(
+    output_dir: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any], keep: int | None = None
+) -> Path:
+    """Write `output_dir/checkpoint-<step>`, then remove all but the `keep` newest ones.
+
+    Args:
+        output_dir: The run's directory.
+        step: Optimizer updates done.
+        tensors: File name (without ending) to tensors by name.
+        state: JSON values.
+        keep: How many checkpoints to keep, `None` for all.
+
+    Raises:
+        OSError: It could not be written; older checkpoints are untouched.
+    """
+    target = output_dir / f"checkpoint-{step}"
+
+    def fill(folder: Path) -> None:
+        for name, content in tensors.items():
+            plain = {key: value.detach().contiguous().cpu() for key, value in content.items()}
+            save_file(plain, folder / f"{name}.safetensors")
+        (folder / STATE_FILE).write_text(json.dumps({"step": step, **state}, indent=1))
+        manifest = {file.name: {"sha256": _sha256(file), "size": file.stat().st_size} for file in folder.iterdir()}
+        (folder / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1))
+
+    write_directory(target, fill)
+    if keep is not None:
+        for old in list_checkpoints(output_dir)[:-keep]:
+            shutil.rmtree(old)
+    return target
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first."""
+    if not output_dir.is_dir():
+        return []
+    found = [(int(m[1]), path) for path in output_dir.iterdir() if (m := _NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found)]
+
+
+def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """What `save_checkpoint` wrote, every file checked against its SHA-256.
+
+    Raises:
+        CheckpointError: No such checkpoint, or a damaged one.
+    """
+    if not (path / MANIFEST_FILE).is_file():
+        raise CheckpointError(f"{str(path)!r} is not a complete checkpoint: it has no {MANIFEST_FILE}")
+    damaged = f"the checkpoint {str(path)!r} is damaged"
+    try:
+        manifest = json.loads((path / MANIFEST_FILE).read_text())
+        for name, recorded in manifest.items():
+            file = path / name
+            if not file.is_file():
+                raise CheckpointError(f"{damaged}: {name} is missing")
+            if file.stat().st_size != recorded["size"] or _sha256(file) != recorded["sha256"]:
+                raise CheckpointError(f"{damaged}: {name} does not match its checksum")
+        state = json.loads((path / STATE_FILE).read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError, TypeError, FileNotFoundError):
+        raise CheckpointError(f"{damaged}: {MANIFEST_FILE} is not readable") from None
+    tensors = {Path(name).stem: load_file(path / name) for name in manifest if name.endswith(".safetensors")}
+    return tensors, state
+
+
+def find_checkpoint(output_dir: Path, which: str) -> tuple[Path, dict[str, dict[str, Tensor]], dict[str, Any]] | None:
+    """The checkpoint to resume from, and what it holds.
+
+    Args:
+        output_dir: The run's directory.
+        which: `latest`, a path, or the name of a checkpoint in `output_dir`. With `latest`, damaged checkpoints are
+            reported and the newest good one is taken.
+
+    Returns:
+        `None` where `latest` finds no checkpoint at all.
+
+    Raises:
+        CheckpointError: A named checkpoint is missing or damaged, or all are damaged.
+    """
+    if which != "latest":
+        path = Path(which) if Path(which).is_dir() else output_dir / which
+        if not path.is_dir():
+            have = ", ".join(p.name for p in list_checkpoints(output_dir)) or "none"
+            raise CheckpointError(f"no checkpoint {which!r}; {str(output_dir)!r} has {have}")
+        return path, *load_checkpoint(path)
+    checkpoints = list_checkpoints(output_dir)
+    for path in reversed(checkpoints):
+        try:
+            return path, *load_checkpoint(path)
+        except CheckpointError as error:
+            print(f"warning: {error}; trying the one before it")
+    if checkpoints:
+        raise CheckpointError(f"all {len(checkpoints)} checkpoints in {str(output_dir)!r} are damaged")
+    return None

@@ -1,0 +1,162 @@
+"""What a training run can be told: flags and YAML keys, their defaults and their limits.
+
+Names are those of diffusers' unconditional training example wherever it has the flag. `None` means "as the preset
+says".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .presets import Preset, get_preset
+
+
+def _flag(default: Any, help: str, group: str) -> Any:
+    return field(default=default, metadata={"help": help, "group": group})
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """One training run. Every field is a flag of `examples/train.py` and a key of its YAML file.
+
+    Raises:
+        ValueError: A value is outside its range; the message says which flag, which value and what is possible.
+    """
+
+    preset: str = _flag("cifar10", "the paper's experiment that gives network and recipe", "recipe")
+    dataset: str | None = _flag(None, "a built-in dataset: digits", "data")
+    dataset_name: str | None = _flag(None, "a dataset by Hub id or local path", "data")
+    dataset_config_name: str | None = _flag(None, "the configuration of that dataset", "data")
+    train_data_dir: str | None = _flag(None, "a folder of images; subfolders are classes", "data")
+    cache_dir: str | None = _flag(None, "where downloaded datasets are kept", "data")
+    resolution: int | None = _flag(None, "height and width of the images", "data")
+    random_flip: bool | None = _flag(None, "mirror images at random", "data")
+    validation_split: float = _flag(0.0, "share of the images never trained on (digits has its own)", "data")
+    output_dir: str = _flag("ddpm-model", "where the model and the checkpoints go", "output")
+    max_train_steps: int | None = _flag(None, "optimizer updates", "recipe")
+    train_batch_size: int | None = _flag(None, "images per process and micro-batch", "recipe")
+    total_batch_size: int | None = _flag(None, "images per update, over processes and accumulation", "recipe")
+    gradient_accumulation_steps: int | None = _flag(
+        None, "micro-batches per update; chosen to reach the total batch size if left out", "recipe"
+    )
+    learning_rate: float | None = _flag(None, "peak learning rate of Adam", "recipe")
+    lr_scheduler: str | None = _flag(None, "constant (the paper), cosine or linear, after the warm-up", "recipe")
+    lr_warmup_steps: int | None = _flag(None, "updates of linear warm-up", "recipe")
+    max_grad_norm: float | None = _flag(None, "gradients of a larger norm are scaled down", "recipe")
+    ema_max_decay: float | None = _flag(None, "decay of the averaged weights", "recipe")
+    dropout: float | None = _flag(None, "dropout in the residual blocks", "recipe")
+    loss: str | None = _flag(None, "simple (Eq. 14), vlb (the bound) or hybrid (learned variance)", "recipe")
+    timestep_sampling: str | None = _flag(None, "uniform (the paper) or stratified over each batch", "recipe")
+    seed: int = _flag(0, "seed of everything random", "recipe")
+    mixed_precision: str | None = _flag(
+        None, "no, fp16 or bf16 for the network; accelerate's setting if left out", "run"
+    )
+    checkpointing_steps: int = _flag(5000, "updates between checkpoints", "output")
+    checkpoints_total_limit: int | None = _flag(None, "how many checkpoints to keep", "output")
+    resume_from_checkpoint: str | None = _flag(None, "latest, or a checkpoint's folder", "output")
+    save_images_steps: int | None = _flag(None, "updates between sample grids; only at the end if left out", "output")
+    num_sample_images: int = _flag(64, "images in a sample grid", "output")
+    ddpm_num_inference_steps: int = _flag(1000, "steps of the sampler for the sample grids", "output")
+    sampler: str = _flag("ddpm", "ddpm (Algorithm 2) or ddim, for the sample grids", "output")
+    eval_num_images: int = _flag(1000, "held-out images for bits/dim at the end; 0 leaves it out", "output")
+    eval_num_evaluations: int = _flag(50, "network evaluations per image for bits/dim (stratified)", "output")
+
+    def __post_init__(self) -> None:
+        get_preset(self.preset)
+        positive = (
+            "max_train_steps train_batch_size total_batch_size gradient_accumulation_steps learning_rate "
+            "max_grad_norm checkpointing_steps checkpoints_total_limit save_images_steps num_sample_images resolution "
+            "ddpm_num_inference_steps eval_num_evaluations"
+        )
+        for name in positive.split():
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"--{name} must be positive, got {value}")
+        for name in ("lr_warmup_steps", "eval_num_images"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ValueError(f"--{name} must not be negative, got {value}")
+        for name in ("validation_split", "ema_max_decay", "dropout"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 1:
+                raise ValueError(f"--{name} must be at least 0 and less than 1, got {value}")
+        choices = {
+            "lr_scheduler": ("constant", "cosine", "linear"),
+            "loss": ("simple", "vlb", "hybrid"),
+            "timestep_sampling": ("uniform", "stratified"),
+            "mixed_precision": ("no", "fp16", "bf16"),
+            "sampler": ("ddpm", "ddim"),
+        }
+        for name, known in choices.items():
+            value = getattr(self, name)
+            if value is not None and value not in known:
+                raise ValueError(f"--{name} must be one of {', '.join(known)}, got {value!r}")
+        if self.eval_num_evaluations % 2:
+            raise ValueError(f"--eval_num_evaluations must be even, got {self.eval_num_evaluations}")
+
+    def resolved_preset(self) -> Preset:
+        """The preset with this run's changes to it."""
+        preset = get_preset(self.preset)
+        same_name = (
+            "max_train_steps total_batch_size learning_rate lr_scheduler lr_warmup_steps max_grad_norm loss "
+            "random_flip timestep_sampling"
+        )
+        changes = {name: getattr(self, name) for name in same_name.split() if getattr(self, name) is not None}
+        if self.ema_max_decay is not None:
+            changes["ema_decay"] = self.ema_max_decay
+        unet = dict(preset.unet)
+        if self.resolution is not None:
+            unet["sample_size"] = self.resolution
+        if self.dropout is not None:
+            unet["dropout"] = self.dropout
+        return dataclasses.replace(preset, **changes, unet=unet)
+
+    def images_given(self) -> dict[str, str]:
+        """Which of the three ways to name images was used; the preset's own dataset if none was."""
+        given = {
+            name: getattr(self, name)
+            for name in ("dataset", "dataset_name", "train_data_dir")
+            if getattr(self, name) is not None
+        }
+        default = get_preset(self.preset).dataset
+        if given or default is None:
+            return given
+        return {"dataset": default} if default == "digits" else {"dataset_name": default}
+
+    def batch_plan(self, num_processes: int) -> tuple[int, int, int]:
+        """(images per micro-batch and process, micro-batches per update, images per update).
+
+        Raises:
+            ValueError: The total batch size cannot be reached exactly.
+        """
+        total = self.total_batch_size or get_preset(self.preset).total_batch_size
+        per_process, accumulation = self.train_batch_size, self.gradient_accumulation_steps
+        if per_process is not None and accumulation is not None:
+            product = per_process * accumulation * num_processes
+            if self.total_batch_size not in (None, product):
+                raise ValueError(
+                    f"--train_batch_size {per_process} x --gradient_accumulation_steps {accumulation} x "
+                    f"{num_processes} process(es) is {product}, not "
+                    f"--total_batch_size {self.total_batch_size}; leave one of them out"
+                )
+            return per_process, accumulation, product
+        known = num_processes * (per_process or accumulation or 1)
+        if total % known:
+            raise ValueError(
+                f"the total batch size {total} is not a multiple of {known} ("
+                + (f"--train_batch_size {per_process} x " if per_process else "")
+                + (f"--gradient_accumulation_steps {accumulation} x " if accumulation else "")
+                + f"{num_processes} process(es)); change one of them, or --total_batch_size"
+            )
+        if per_process is not None:
+            return per_process, total // known, total
+        return total // known, accumulation or 1, total
+
+    def save(self, path: Path) -> None:
+        """Write the run's configuration as YAML that `--config` reads."""
+        import yaml
+
+        path.write_text(yaml.safe_dump(dataclasses.asdict(self), sort_keys=False))

@@ -1,0 +1,124 @@
+"""Seeds to files: many images, each a function of its own seed, in any batch size."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from PIL import Image
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from .pipeline_ddpm import DDPMPipeline
+from .visualize import image_grid, save_picture
+
+SAMPLERS = ("ddpm", "ddim")
+
+
+def parse_seeds(text: str) -> list[int]:
+    """`"0-3,8"` to `[0, 1, 2, 3, 8]`.
+
+    Raises:
+        ValueError: Not a list of whole numbers and ranges, or a seed given twice.
+    """
+    seeds: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise ValueError(f"--seeds takes whole numbers and ranges such as 0-63 or 0,5,8-11, got {text!r}")
+        low, high = int(first), int(last or first)
+        if high < low:
+            raise ValueError(f"the range {part.strip()!r} of --seeds is empty; write {high}-{low}")
+        seeds.extend(range(low, high + 1))
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"--seeds {text!r} names a seed twice")
+    return seeds
+
+
+def with_sampler(pipe: DDPMPipeline, sampler: str) -> DDPMPipeline:
+    """The same network with another sampler: `ddpm` (Algorithm 2) or `ddim` (Song et al. 2020, deterministic).
+
+    Raises:
+        ValueError: Unknown sampler.
+    """
+    if sampler not in SAMPLERS:
+        raise ValueError(f"unknown sampler {sampler!r}; it must be one of {', '.join(SAMPLERS)}")
+    if sampler == "ddpm":
+        return pipe
+    return DDPMPipeline(pipe.unet, DDIMScheduler.from_config(pipe.scheduler.config))
+
+
+def generate(
+    pipe: DDPMPipeline,
+    seeds: Sequence[int],
+    *,
+    batch_size: int = 64,
+    num_inference_steps: int | None = None,
+    progress: bool = False,
+    desc: str = "sampling",
+) -> Iterator[tuple[list[int], Tensor]]:
+    """Draw one image per seed, batch by batch.
+
+    Args:
+        pipe: Network and sampler.
+        seeds: One per image; an image depends on its own seed only.
+        batch_size: Images at a time.
+        num_inference_steps: Steps of the sampler; the chain's T by default.
+        progress: One progress bar over all steps of all batches.
+        desc: Its label.
+
+    Yields:
+        The seeds of a batch, and its images, `[B, C, H, W]` uint8.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    pipe.checked_steps(num_inference_steps)  # before a progress bar is shown
+    for start in tqdm(range(0, len(seeds), batch_size), desc=desc, unit="batch", disable=not progress):
+        part = list(seeds[start : start + batch_size])
+        pipe.set_progress_bar_config(disable=True)
+        (images,) = pipe(seeds=part, num_inference_steps=num_inference_steps, output_type="pt", return_dict=False)
+        yield part, (images * 255).round().to(torch.uint8).cpu()
+
+
+def write_samples(pipe: DDPMPipeline, seeds: Sequence[int], output: str | Path, **options: Any) -> int:
+    """Draw one image per seed into files. Files appear complete or not at all; existing images are not drawn again.
+
+    Args:
+        pipe: Network and sampler.
+        seeds: One per image.
+        output: `FILE.png` for one labelled grid, `FILE.npz` for one uint8 array `arr_0` of shape `[N, H, W, C]`, else
+            a folder of `<thousand>/<seed>.png`.
+        options: See `generate`.
+
+    Returns:
+        How many images were drawn now.
+    """
+    output = Path(output)
+    if output.suffix == ".png":
+        save_picture(image_grid(torch.cat([images for _, images in generate(pipe, seeds, **options)])), output)
+        return len(seeds)
+    if output.suffix == ".npz":
+        images = torch.cat([images for _, images in generate(pipe, seeds, **options)])
+        output.parent.mkdir(parents=True, exist_ok=True)
+        partial = output.with_name(f".{output.name}.partial")
+        with partial.open("wb") as file:
+            np.savez(file, images.permute(0, 2, 3, 1).numpy())
+        os.replace(partial, output)
+        return len(seeds)
+    if output.suffix:
+        raise ValueError(f"--output must be a folder, FILE.png or FILE.npz, got {str(output)!r}")
+    missing = [seed for seed in seeds if not _file_of(output, seed).exists()]
+    for part, images in generate(pipe, missing, **options):
+        for seed, image in zip(part, images, strict=True):
+            pixels = image.permute(1, 2, 0).numpy()
+            save_picture(Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels), _file_of(output, seed))
+    return len(missing)
+
+
+def _file_of(folder: Path, seed: int) -> Path:
+    return folder / f"{seed // 1000:05d}" / f"{seed:08d}.png"

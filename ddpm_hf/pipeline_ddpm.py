@@ -1,0 +1,169 @@
+"""Sampling (Algorithm 2) as a diffusers pipeline that reads and writes stock repositories."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from diffusers.models.modeling_utils import ModelMixin  # noqa: F401  (looked up here by name, see load_config)
+from diffusers.pipelines.ddpm.pipeline_ddpm import DDPMPipeline as StockDDPMPipeline
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler as StockDDPMScheduler
+from diffusers.schedulers.scheduling_utils import SchedulerMixin  # noqa: F401  (looked up here by name, see load_config)
+from diffusers.utils.torch_utils import randn_tensor
+
+from .scheduling_ddpm import DDPMScheduler
+from .unet_2d import UNet2DModel
+
+# What stock repositories name, and our class of the same name that opens it.
+_OURS = {("diffusers", "UNet2DModel"), ("diffusers", "DDPMScheduler")}
+
+
+class DDPMPipeline(StockDDPMPipeline):
+    """Samples images from a DDPM (Algorithm 2).
+
+    Repositories written by `save_pretrained` are stock's: library `diffusers`, the same files and keys.
+    `from_pretrained` opens stock repositories with this package's network and scheduler. Other schedulers (DDIM,
+    DPM-Solver, ...) work as in stock: `DDPMPipeline(unet, DDIMScheduler.from_config(pipe.scheduler.config))`.
+
+    Args:
+        unet: The network; its `sample_size` and `in_channels` give the shape of the images.
+        scheduler: A `DDPMScheduler` (stock's becomes this package's), or another diffusers scheduler.
+    """
+
+    unet: UNet2DModel
+    scheduler: Any
+
+    def __init__(self, unet: UNet2DModel, scheduler: Any):
+        if type(scheduler) is StockDDPMScheduler:
+            scheduler = DDPMScheduler.from_config(scheduler.config)
+        super().__init__(unet=unet, scheduler=scheduler)
+
+    @classmethod
+    def load_config(cls, *args: Any, **kwargs: Any) -> Any:
+        """The pipeline's configuration, with stock's class names pointed at this package's classes of the same name.
+
+        diffusers looks up a component's class, and the base classes that say how to load it, as attributes of the
+        module named there; this module has both.
+        """
+        loaded = super().load_config(*args, **kwargs)
+        config = loaded[0] if isinstance(loaded, tuple) else loaded
+        for name, value in list(config.items()):
+            if isinstance(value, (list, tuple)) and tuple(value) in _OURS:
+                config[name] = [__name__, value[1]]
+        return loaded
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> DDPMPipeline:
+        """As `diffusers.DiffusionPipeline.from_pretrained`, from safetensors only.
+
+        Raises:
+            ValueError: `use_safetensors=False` was asked for.
+        """
+        if kwargs.setdefault("use_safetensors", True) is False:
+            raise ValueError("use_safetensors=False would read a pickle; convert the repository to safetensors first")
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of the images."""
+        size = self.unet.config.sample_size
+        height, width = size if isinstance(size, (tuple, list)) else (size, size)
+        return self.unet.config.in_channels, height, width
+
+    def checked_steps(self, num_inference_steps: int | None) -> int:
+        """The number of sampler steps: the chain's T for `None`.
+
+        Raises:
+            ValueError: Not between 1 and T.
+        """
+        T = self.scheduler.config.num_train_timesteps
+        if num_inference_steps is None:
+            return T
+        if not 1 <= num_inference_steps <= T:
+            raise ValueError(
+                f"num_inference_steps must be between 1 and the {T} steps of the chain, got {num_inference_steps}"
+            )
+        return num_inference_steps
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        batch_size: int | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        num_inference_steps: int | None = None,
+        output_type: str | None = "pil",
+        return_dict: bool = True,
+        seeds: Iterable[int] | None = None,
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """Draw images.
+
+        The network runs in evaluation mode and in its own dtype; the chain stays in float32.
+
+        Args:
+            batch_size: How many images; 1 by default, or as many as there are seeds.
+            generator: One generator for all, or one per image; draws as in stock.
+            num_inference_steps: Steps of the chain; the scheduler's T by default (1000 in the paper).
+            output_type: `pil`, `np` (`[B, H, W, C]` in [0, 1]) or `pt` (`[B, C, H, W]` in [0, 1]).
+            return_dict: `False` gives a tuple.
+            seeds: One seed per image, instead of `generator`: image i depends on its own seed only.
+
+        Returns:
+            `.images`.
+
+        Raises:
+            ValueError: An argument is outside its range, or `seeds` is given with `generator`, or counts disagree.
+        """
+        if output_type not in ("pil", "np", "pt"):
+            raise ValueError(f"output_type must be 'pil', 'np' or 'pt', got {output_type!r}")
+        if seeds is not None:
+            if generator is not None:
+                raise ValueError("pass either seeds or generator, and not both")
+            seeds = list(seeds)
+            if batch_size not in (None, len(seeds)):
+                raise ValueError(f"batch_size={batch_size} but {len(seeds)} seeds; leave batch_size out")
+            batch_size = len(seeds)
+            generator = [torch.Generator().manual_seed(seed) for seed in seeds]
+        batch_size = 1 if batch_size is None else batch_size
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise ValueError(f"got {len(generator)} generators for batch_size={batch_size}; pass one per image")
+        num_inference_steps = self.checked_steps(num_inference_steps)
+
+        device = self._execution_device
+        image = randn_tensor((batch_size, *self.image_shape), generator=generator, device=device, dtype=torch.float32)
+        self.scheduler.set_timesteps(num_inference_steps)
+        with evaluating(self.unet):
+            for t in self.progress_bar(self.scheduler.timesteps):
+                model_output = self.unet(image.to(self.unet.dtype), t.to(device)).sample
+                image = self._step(model_output.float(), t, image, generator)
+        image = (image / 2 + 0.5).clamp(0, 1)
+        if output_type != "pt":
+            image = image.cpu().permute(0, 2, 3, 1).numpy()
+            if output_type == "pil":
+                image = self.numpy_to_pil(image)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=image) if return_dict else (image,)
+
+    def _step(self, model_output: torch.Tensor, t: torch.Tensor, image: torch.Tensor, generator: Any) -> torch.Tensor:
+        """One scheduler step; deterministic schedulers such as DPM-Solver in stock take no generator."""
+        try:
+            return self.scheduler.step(model_output, t, image, generator=generator).prev_sample
+        except TypeError as error:
+            if "generator" not in str(error):
+                raise
+            return self.scheduler.step(model_output, t, image).prev_sample
+
+
+@contextmanager
+def evaluating(module: torch.nn.Module) -> Iterator[None]:
+    """The module in evaluation mode (no dropout) inside, and as it was afterwards."""
+    was_training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(was_training)

@@ -1,0 +1,221 @@
+"""The paper's recipes as data: one frozen, validated dataclass per experiment.
+
+Every value stands beside the sentence or table of Ho et al. 2020 (arXiv 2006.11239), or the line of the official code
+(hojonathanho/diffusion), that it comes from. Where the two disagree, the comment says so and says which is taken.
+
+The paper's words behind the values that all experiments share (Section 4 and Appendix B):
+
+| value | the paper |
+|---|---|
+| T = 1000 | "We set T = 1000 for all experiments" |
+| beta linear | "constants increasing linearly from beta_1 = 10^-4 to beta_T = 0.02" |
+| blocks | "two convolutional residual blocks per resolution level and self-attention blocks at [...] 16 x 16" |
+| levels | "Our 32 x 32 models use four feature map resolutions [...], and our 256 x 256 models use six" |
+| Adam | "We left the hyperparameters to their standard values" |
+| lr | "2 x 10^-4 without any sweeping, and we lowered it to 2 x 10^-5 for the 256 x 256 images" |
+| batch | "128 for CIFAR10 and 64 for larger images" |
+| EMA | "EMA on model parameters with a decay factor of 0.9999" |
+| dropout | "on CIFAR10 to 0.1 by sweeping"; "on the other datasets to zero without sweeping" |
+| flips | "for CIFAR10"; "for all other datasets except LSUN Bedroom" |
+
+Only the code says: 5,000 warm-up updates, gradient clip 1, the output variance (`fixedlarge` for CIFAR-10 in
+`run_cifar.py`; the 256 x 256 scripts sample with the posterior variance, `fixedsmall`), GroupNorm epsilon 1e-6.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+
+def nearest(name: str, known: Any) -> str:
+    """` (did you mean 'x'?)` for the known name closest to `name`, or an empty string."""
+    close = difflib.get_close_matches(str(name), [str(k) for k in known], n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One experiment: network, diffusion process and training recipe.
+
+    Attributes:
+        name: What `from_preset` and `--preset` take.
+        source: Where in the paper the experiment is.
+        unet: Keyword arguments of `UNet2DModel` (stock's names, written out in full where stock's default differs).
+        scheduler: Keyword arguments of `DDPMScheduler`.
+        total_batch_size: Images per optimizer update, over all processes and accumulation steps.
+        learning_rate: Peak learning rate of Adam(0.9, 0.999) without weight decay.
+        lr_warmup_steps: Updates of linear warm-up from 0.
+        lr_scheduler: `constant` after the warm-up (the paper), or `cosine` to 0 (short runs).
+        max_train_steps: Optimizer updates.
+        max_grad_norm: Global gradient norm above which gradients are scaled down.
+        ema_decay: Decay of the exponential moving average of the weights.
+        ema_warmup: `False`: `ema_decay` from the first update (the paper). `True`: `min(ema_decay, (1+n)/(10+n))`
+            after n updates, which short runs need.
+        random_flip: Horizontal flips with probability 1/2.
+        timestep_sampling: `uniform` (Algorithm 1) or `stratified`: one t from each of B equal parts of 0..T-1, which
+            has the same expectation and less variance.
+        loss: `simple` (Eq. 14), `vlb` (Eq. 12 weights) or `hybrid` (Nichol & Dhariwal 2021).
+        dataset: What `--dataset` means by default, or `None` where the data must be named.
+
+    Raises:
+        ValueError: A value is outside its range.
+    """
+
+    name: str
+    source: str
+    unet: Mapping[str, Any]
+    scheduler: Mapping[str, Any]
+    total_batch_size: int
+    learning_rate: float
+    max_train_steps: int
+    lr_warmup_steps: int = 5000  # run_cifar.py, run_lsun.py: warmup=5000
+    lr_scheduler: str = "constant"
+    max_grad_norm: float = 1.0  # run_cifar.py, run_lsun.py: grad_clip=1.
+    ema_decay: float = 0.9999
+    ema_warmup: bool = False
+    random_flip: bool = True
+    timestep_sampling: str = "uniform"
+    loss: str = "simple"
+    dataset: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("total_batch_size", "learning_rate", "max_train_steps", "max_grad_norm"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"preset {self.name!r}: {name} must be positive, got {getattr(self, name)!r}")
+        if self.lr_warmup_steps < 0:
+            raise ValueError(f"preset {self.name!r}: lr_warmup_steps must be 0 or more, got {self.lr_warmup_steps!r}")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"preset {self.name!r}: ema_decay must be in [0, 1), got {self.ema_decay!r}")
+        for name, known in (
+            ("lr_scheduler", ("constant", "cosine", "linear")),
+            ("timestep_sampling", ("uniform", "stratified")),
+            ("loss", ("simple", "vlb", "hybrid")),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"preset {self.name!r}: {name} must be one of {', '.join(known)}, got {getattr(self, name)!r}"
+                )
+        object.__setattr__(self, "unet", MappingProxyType(dict(self.unet)))
+        object.__setattr__(self, "scheduler", MappingProxyType(dict(self.scheduler)))
+
+
+# What the official network (models/unet.py) needs of stock's UNet2DModel, where stock's defaults are something else.
+# Each line moves the output of a network with the official weights by the share given.
+_OFFICIAL_NETWORK: dict[str, Any] = {
+    "downsample_padding": 0,  # TensorFlow's SAME padding for stride 2 pads right and below only; stock: 50 %
+    "attention_head_dim": None,  # one attention head over all channels; stock: 6.4 %
+    "flip_sin_to_cos": False,  # the sinusoidal embedding is (sin, cos); stock: 6.1 %
+    "freq_shift": 1,  # and its frequencies divide by (dim/2 - 1); stock: 4.4 %
+    "norm_eps": 1e-6,  # tf.contrib group_norm's default; stock: 8e-5
+    "norm_num_groups": 32,
+    "layers_per_block": 2,
+}
+
+# "We set T = 1000"; "beta_1 = 10^-4 to beta_T = 0.02". Written out, not left to defaults.
+_PAPER_PROCESS: dict[str, Any] = {
+    "num_train_timesteps": 1000,
+    "beta_start": 1e-4,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "prediction_type": "epsilon",
+    "clip_sample": True,  # p_sample: clip_denoised=True
+}
+
+
+def _network(sample_size: int, widths: tuple[int, ...], attention_resolution: int, **more: Any) -> dict[str, Any]:
+    """UNet2DModel arguments with self-attention at one resolution, on the way down and up."""
+    attends = [sample_size >> level == attention_resolution for level in range(len(widths))]
+    return {
+        **_OFFICIAL_NETWORK,
+        "sample_size": sample_size,
+        "block_out_channels": widths,
+        "down_block_types": tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attends),
+        "up_block_types": tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)),
+        **more,
+    }
+
+
+def _image256(name: str, source: str, steps: int, ch: int = 128, **more: Any) -> Preset:
+    """The 256 x 256 experiments: six resolutions; run_lsun.py 'unet2d16b2c112244': ch_mult=(1, 1, 2, 2, 4, 4)."""
+    return Preset(
+        name=name,
+        source=source,
+        unet=_network(256, (ch, ch, 2 * ch, 2 * ch, 4 * ch, 4 * ch), 16, dropout=0.0),
+        scheduler={**_PAPER_PROCESS, "variance_type": "fixed_small"},
+        total_batch_size=64,
+        learning_rate=2e-5,
+        max_train_steps=steps,
+        **more,
+    )
+
+
+_ALL = (
+    Preset(
+        name="digits",
+        source="not in the paper: the smallest real task, for a first look and for tests",
+        # 8x8 grey images. Every value was chosen by measuring what two to three minutes on two cores can do
+        # (docs/digits.md); attention is in the middle block only.
+        unet=_network(
+            8,
+            (48, 48),
+            attention_resolution=0,
+            in_channels=1,
+            out_channels=1,
+            layers_per_block=1,
+            norm_num_groups=8,
+            dropout=0.0,
+        ),
+        scheduler={**_PAPER_PROCESS, "variance_type": "fixed_large"},
+        total_batch_size=64,
+        learning_rate=3e-3,
+        lr_warmup_steps=100,
+        lr_scheduler="cosine",
+        max_train_steps=2500,
+        ema_decay=0.998,
+        ema_warmup=True,
+        random_flip=False,
+        timestep_sampling="stratified",
+        dataset="digits",
+    ),
+    Preset(
+        name="cifar10",
+        source="Tables 1 and 2, L_simple; run_cifar.py",
+        # run_cifar.py 'unet2d16b2': ch=128, ch_mult=(1, 2, 2, 2), attn_resolutions=(16,); "35.7 million parameters"
+        unet=_network(32, (128, 256, 256, 256), 16, dropout=0.1),
+        scheduler={**_PAPER_PROCESS, "variance_type": "fixed_large"},  # run_cifar.py: model_var_type='fixedlarge'
+        total_batch_size=128,
+        learning_rate=2e-4,
+        max_train_steps=800_000,  # Section 4 / Appendix B: "800k steps"
+        dataset="cifar10",
+    ),
+    # Update counts from Appendix B; 114 million parameters each.
+    _image256("celebahq256", "Figure 1, Appendix B", 500_000),
+    # Flips: paper and code disagree (run_lsun.py flips bedrooms by default and has --randflip 0 in its cat command).
+    # The paper is followed: bedrooms are not flipped, cats are.
+    _image256("lsun_bedroom256", "Table 3, Appendix B", 2_400_000, random_flip=False),
+    # "approximately 256 million parameters by increasing filter count": the width 192 is inferred from that count;
+    # the released code has only 128.
+    _image256("lsun_bedroom256_large", "Table 3, Appendix B", 1_150_000, ch=192, random_flip=False),
+    _image256("lsun_church256", "Table 3, Appendix B", 1_200_000),
+    _image256("lsun_cat256", "Table 3, Appendix B", 1_800_000),
+)
+
+PRESETS: Mapping[str, Preset] = MappingProxyType({preset.name: preset for preset in _ALL})
+
+
+def get_preset(name: str) -> Preset:
+    """The preset called `name`.
+
+    Raises:
+        ValueError: There is no such preset; the message lists those there are.
+    """
+    try:
+        return PRESETS[name]
+    except (KeyError, TypeError):  # TypeError: not hashable
+        raise ValueError(
+            f"unknown preset {name!r}{nearest(name, PRESETS)}; the presets are {', '.join(PRESETS)}"
+        ) from None

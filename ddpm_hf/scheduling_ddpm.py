@@ -1,0 +1,664 @@
+"""The forward and reverse processes of the paper: q(x_t|x_0), q(x_{t-1}|x_t,x_0), p(x_{t-1}|x_t) and sampling.
+
+Timesteps count from 0 as in the official code: `t` here is the paper's t minus 1, and x_{-1} is the data.
+Equation numbers are those of Ho et al. 2020 (arXiv 2006.11239).
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.configuration_utils import register_to_config
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler as StockDDPMScheduler
+from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from .presets import get_preset, nearest
+
+# Schedules that stock implements, and those that only the official code has (stored as `trained_betas`, which every
+# stock scheduler reads first).
+STOCK_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "laplace", "sigmoid")
+OFFICIAL_SCHEDULES = ("quad", "const", "jsd", "warmup10", "warmup50")
+PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "posterior_mean")
+FIXED_VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log")
+LEARNED_VARIANCES = ("learned", "learned_range")
+TIMESTEP_SPACINGS = ("linspace", "leading", "trailing")
+
+Timestep = int | Tensor
+
+
+def make_betas(beta_schedule: str, num_train_timesteps: int, beta_start: float, beta_end: float) -> np.ndarray:
+    """The variances beta_t of the forward process, float64 `[T]`.
+
+    Args:
+        beta_schedule: `linear` (the paper), `quad`, `const`, `jsd`, `warmup10`, `warmup50` (also in the official
+            code), `scaled_linear`, `squaredcos_cap_v2`, `laplace`, `sigmoid` (stock diffusers').
+        num_train_timesteps: T.
+        beta_start, beta_end: The first and last beta where the schedule has a choice.
+
+    Raises:
+        ValueError: Unknown schedule, or ends that are not numbers from 0 on.
+    """
+    T = num_train_timesteps
+    for name, value in (("beta_start", beta_start), ("beta_end", beta_end)):
+        # Below 0, sqrt would give a complex number, whose real part numpy takes for beta.
+        if isinstance(value, bool) or not isinstance(value, numbers.Real) or value < 0:
+            raise ValueError(f"{name} must be a number between 0 and 1, got {value!r}; the paper's are 1e-4 and 0.02")
+    if beta_schedule == "linear":
+        return np.linspace(beta_start, beta_end, T, dtype=np.float64)
+    if beta_schedule in ("quad", "scaled_linear"):
+        return np.linspace(beta_start**0.5, beta_end**0.5, T, dtype=np.float64) ** 2
+    if beta_schedule == "const":
+        return np.full(T, beta_end, dtype=np.float64)
+    if beta_schedule == "jsd":  # 1/T, 1/(T-1), ..., 1
+        return 1.0 / np.linspace(T, 1, T, dtype=np.float64)
+    if beta_schedule in ("warmup10", "warmup50"):
+        warmup = int(T * int(beta_schedule[-2:]) / 100)
+        betas = np.full(T, beta_end, dtype=np.float64)
+        betas[:warmup] = np.linspace(beta_start, beta_end, warmup, dtype=np.float64)
+        return betas
+    if beta_schedule == "sigmoid":
+        return 1.0 / (1.0 + np.exp(-np.linspace(-6, 6, T, dtype=np.float64))) * (beta_end - beta_start) + beta_start
+    if beta_schedule in ("squaredcos_cap_v2", "laplace"):
+        u = np.arange(T + 1, dtype=np.float64) / T
+        if beta_schedule == "squaredcos_cap_v2":
+            alpha_bar = np.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+        else:
+            log_snr = -0.5 * np.copysign(1.0, 0.5 - u) * np.log(1 - 2 * np.abs(0.5 - u) + 1e-6)
+            alpha_bar = np.sqrt(np.exp(log_snr) / (1 + np.exp(log_snr)))
+        return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
+    known = STOCK_SCHEDULES + OFFICIAL_SCHEDULES
+    raise ValueError(
+        f"unknown beta_schedule {beta_schedule!r}{nearest(str(beta_schedule), known)}; it must be one of "
+        f"{', '.join(known)}, or give the betas themselves as trained_betas"
+    )
+
+
+def rescale_zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
+    """Betas shifted so that alpha_bar_T is 0 (Lin et al. 2023, arXiv 2305.08891, Algorithm 1), float64 `[T]`.
+
+    Raises:
+        ValueError: alpha_bar does not fall, so that no shift can do this.
+    """
+    root = np.sqrt(np.cumprod(1.0 - betas))
+    if not root[-1] < root[0]:
+        raise ValueError(
+            f"rescale_betas_zero_snr needs a schedule in which alpha_bar falls, but {len(betas)} timesteps keep it at "
+            f"{root[-1] ** 2:.9g}; use more or larger betas, or rescale_betas_zero_snr=False"
+        )
+    root = (root - root[-1]) * root[0] / (root[0] - root[-1])
+    alpha_bar = root**2
+    return 1.0 - np.append(alpha_bar[:1], alpha_bar[1:] / alpha_bar[:-1])
+
+
+class _Chain:
+    """Coefficients of one reverse chain over the timesteps `t_1 > t_2 > ...`, the last of which steps to the data.
+
+    Row t of `table` (float64 `[T, len(columns)]`) holds the numbers for the step from t to the next timestep of the
+    chain; rows of timesteps outside the chain are NaN. With every timestep in the chain this is the paper's process.
+    A chain over fewer timesteps is the DDPM whose alpha_bar are those of the subsequence (Nichol & Dhariwal 2021,
+    Section 4).
+    """
+
+    def __init__(self, betas: np.ndarray, timesteps: np.ndarray, prediction_type: str):
+        T, t = len(betas), np.asarray(timesteps, dtype=np.int64)
+        alpha_bar = np.cumprod(1.0 - betas)
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            # 1 - alpha_bar and 1 - alpha by way of logarithms: a difference of numbers close to 1 has lost digits
+            # (1e-12 of beta = 1e-4, all of 1e-17), a ratio of alpha_bar that underflowed has none left.
+            log_alpha_bar = np.cumsum(np.log1p(-betas))
+            log_a_bar, log_a_bar_prev = log_alpha_bar[t], np.append(log_alpha_bar[t[1:]], 0.0)
+            a_bar, a_bar_prev = alpha_bar[t], np.append(alpha_bar[t[1:]], 1.0)
+            rest, rest_prev = -np.expm1(log_a_bar), -np.expm1(log_a_bar_prev)  # 1 - alpha_bar
+            beta = betas[t] if len(t) == T else -np.expm1(log_a_bar - log_a_bar_prev)
+
+            beta_tilde = beta * rest_prev / rest
+            c_0 = beta * np.sqrt(a_bar_prev) / rest
+            c_t = rest_prev * np.sqrt(1.0 - beta) / rest
+            # A network that predicts mu_tilde was trained on the step from t to t - 1, whatever the chain's next step.
+            one_before = np.where(t > 0, log_alpha_bar[t - 1], 0.0)
+            net_c_0 = betas[t] * np.exp(0.5 * one_before) / rest
+            net_c_t = -np.expm1(one_before) * np.sqrt(1.0 - betas[t]) / rest
+            x_t_part, output_part = {
+                "epsilon": (np.sqrt(1.0 / a_bar), -np.sqrt(rest / a_bar)),
+                "sample": (np.zeros_like(a_bar), np.ones_like(a_bar)),
+                "v_prediction": (np.sqrt(a_bar), -np.sqrt(rest)),
+                "posterior_mean": (-net_c_t / net_c_0, 1.0 / net_c_0),
+            }[prediction_type]
+            # The step to the data has beta_tilde = 0. For the likelihood's sake the official code gives it its
+            # neighbour's log-variance instead of log 0, whichever the fixed variance.
+            last_variance = beta_tilde[-2] if len(t) > 1 else beta[-1]
+            columns = {
+                "sqrt_alpha_bar": np.sqrt(a_bar),  # q(x_t|x_0) mean, Eq. 4
+                "sqrt_one_minus_alpha_bar": np.sqrt(rest),  # q(x_t|x_0) standard deviation, Eq. 4
+                "log_one_minus_alpha_bar": np.where(a_bar < 0.5, np.log1p(-a_bar), np.log(rest)),
+                "x_0_from_x_t": x_t_part,  # x_0 = x_0_from_x_t x_t + x_0_from_output output (Eq. 15 for epsilon)
+                "x_0_from_output": output_part,
+                "mean_from_x_0": c_0,  # mu_tilde = mean_from_x_0 x_0 + mean_from_x_t x_t, Eq. 7
+                "mean_from_x_t": c_t,
+                "beta_tilde": beta_tilde,  # Eq. 7
+                "log_beta_tilde_clipped": np.log(np.append(beta_tilde[:-1], last_variance)),
+                "log_beta": np.log(beta),
+                "log_beta_clipped": np.log(np.append(beta[:-1], last_variance)),
+                "has_previous": np.append(np.ones(len(t) - 1), 0.0),  # 0 for the step to the data: no noise
+            }
+        self.table = np.full((T, len(columns)), np.nan)
+        self.table[t] = np.stack(list(columns.values()), axis=1)
+        self.columns = tuple(columns)
+        self.is_whole = len(t) == T
+        self.previous = dict(zip(t.tolist(), [*t[1:].tolist(), -1], strict=True))
+        # Where alpha_bar vanishes nothing is left of x_0, and epsilon cannot give it back: float32 would overflow.
+        self.undefined = set(t[~((np.abs(x_t_part) < 1e30) & (np.abs(output_part) < 1e30))].tolist())
+        self._on_device: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    def row(self, t: int) -> dict[str, float]:
+        """All columns at one t, as Python numbers."""
+        return dict(zip(self.columns, self.table[t].tolist(), strict=True))
+
+    def on(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """The table on a device, copied there once."""
+        key = (device, dtype)
+        table = self._on_device.get(key)
+        if table is None:
+            table = torch.from_numpy(self.table).to(dtype).to(device)  # cast first: not every device has float64
+            if not torch.compiler.is_compiling():  # what a compiled graph makes lives in the graph's memory
+                self._on_device[key] = table
+        return table
+
+    def gather(self, t: Tensor, like: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+        """All columns at `t` (`[B]` or `[1]`), each `[B, 1, ..., 1]` to broadcast with `like`, by one indexing."""
+        rows = self.on(like.device, dtype)[t.to(device=like.device, dtype=torch.int64)]
+        rows = rows.view(-1, *[1] * (like.ndim - 1), len(self.columns))
+        return dict(zip(self.columns, rows.unbind(-1), strict=True))
+
+
+def _affine(a: Any, x: Tensor, b: Any, y: Tensor) -> Tensor:
+    """a x + b y in two kernels, for numbers or broadcasting tensors a and b."""
+    if isinstance(b, Tensor):
+        return torch.addcmul(x * a, y, b)
+    return torch.add(x * a, y, alpha=b)
+
+
+def _choice(name: str, value: Any, known: Sequence[str]) -> None:
+    if value not in known:
+        raise ValueError(f"unknown {name} {value!r}{nearest(str(value), known)}; it must be one of {', '.join(known)}")
+
+
+class DDPMScheduler(StockDDPMScheduler):
+    """Ho et al.'s diffusion process, exact to the official code, with the interface of `diffusers.DDPMScheduler`.
+
+    Arguments, their defaults and the saved configuration are stock's; a saved scheduler opens in stock diffusers.
+    Tables are float64 and cast where they are used. Beyond stock:
+
+    - `prediction_type="posterior_mean"`: the network predicts mu-tilde, the mean of q(x_{t-1}|x_t,x_0) (the paper's
+      ablation, Table 2; `xprev` in the official code). Stock refuses to sample with it.
+    - `beta_schedule` in `quad | const | jsd | warmup10 | warmup50` (the official code's), saved as `trained_betas`.
+    - `variance_type="learned"`: the second half of the network's channels is the log-variance, as in the official
+      code.
+    - `step` takes an int, a 0-d tensor or one timestep per image.
+    - Noise is added wherever the chain has a next timestep, and nowhere else: the last step gives the mean
+      (Algorithm 2).
+
+    Args:
+        num_train_timesteps: T.
+        beta_start, beta_end, beta_schedule, trained_betas: The forward process; see `make_betas`.
+        variance_type: The reverse process's variance. `fixed_small` is beta_tilde_t, `fixed_large` is beta_t
+            (Section 3.2; the same with `_log`), `learned` and `learned_range` read it from the network's output.
+        clip_sample, clip_sample_range: Clip the predicted x_0 to `[-range, range]`.
+        prediction_type: What the network predicts: `epsilon` (Eq. 12), `sample` (x_0), `v_prediction`
+            (Salimans & Ho 2022) or `posterior_mean`.
+        thresholding, dynamic_thresholding_ratio, sample_max_value: Imagen's dynamic thresholding instead of clipping.
+        timestep_spacing, steps_offset: How `set_timesteps` chooses fewer than T timesteps.
+        rescale_betas_zero_snr: Shift the schedule so that alpha_bar_T = 0 (Lin et al. 2023).
+
+    Raises:
+        ValueError: An argument is outside its range; the message says which value and what to write instead.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: np.ndarray | list[float] | None = None,
+        variance_type: str = "fixed_small",
+        clip_sample: bool = True,
+        prediction_type: str = "epsilon",
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        clip_sample_range: float = 1.0,
+        sample_max_value: float = 1.0,
+        timestep_spacing: str = "leading",
+        steps_offset: int = 0,
+        rescale_betas_zero_snr: bool = False,
+    ):
+        # Stock's __init__ is not called: decorated as well, it would write its defaults over this configuration, and
+        # its tables are float32.
+        self.__module__ = StockDDPMScheduler.__module__  # what pipelines record as the component's library
+        _choice("variance_type", variance_type, FIXED_VARIANCES + LEARNED_VARIANCES)
+        _choice("prediction_type", prediction_type, PREDICTION_TYPES)
+        _choice("timestep_spacing", timestep_spacing, TIMESTEP_SPACINGS)
+        if not (isinstance(num_train_timesteps, int) and num_train_timesteps >= 1):
+            raise ValueError(f"num_train_timesteps must be a positive whole number, got {num_train_timesteps!r}")
+        _whole_number("steps_offset", steps_offset)
+        if not clip_sample_range > 0:
+            raise ValueError(f"clip_sample_range must be positive, got {clip_sample_range!r}; images lie in [-1, 1]")
+        if not 0 <= dynamic_thresholding_ratio <= 1:
+            raise ValueError(f"dynamic_thresholding_ratio must be in [0, 1], got {dynamic_thresholding_ratio!r}")
+
+        if trained_betas is not None:
+            try:
+                betas = np.array(torch.as_tensor(trained_betas, dtype=torch.float64).tolist(), dtype=np.float64)
+            except (TypeError, ValueError):
+                raise ValueError(f"trained_betas must be a list of numbers, got {trained_betas!r}") from None
+        else:
+            betas = make_betas(beta_schedule, num_train_timesteps, beta_start, beta_end)
+        if trained_betas is not None or beta_schedule in OFFICIAL_SCHEDULES:
+            # A list, as JSON knows neither arrays nor tensors; and no longer a default, or another scheduler's
+            # `from_config` would leave it out.
+            defaults = [name for name in self.config.get("_use_default_values", []) if name != "trained_betas"]
+            self.register_to_config(trained_betas=betas.tolist(), _use_default_values=defaults)
+        if betas.shape != (num_train_timesteps,):
+            raise ValueError(
+                f"trained_betas has {betas.size} values for num_train_timesteps={num_train_timesteps}; "
+                "give exactly one beta per timestep"
+            )
+        highest = 1.0 if beta_schedule == "jsd" else math.nextafter(1.0, 0.0)  # jsd ends at exactly 1
+        outside = ~((betas > 0) & (betas <= highest))
+        if outside.any():
+            t = int(outside.argmax())
+            raise ValueError(
+                f"betas must lie strictly between 0 and 1, got {float(betas[t])!r} at t={t}; the paper's schedule is "
+                "beta_schedule='linear' with beta_start=1e-4 and beta_end=0.02"
+            )
+        if rescale_betas_zero_snr:
+            betas = rescale_zero_terminal_snr(betas)
+
+        self.betas = torch.from_numpy(betas)
+        self.alphas = 1.0 - self.betas
+        self.alphas_cumprod = torch.cumprod(self.alphas, dim=0)
+        self.one = torch.tensor(1.0, dtype=torch.float64)
+        self.init_noise_sigma = 1.0
+        self.variance_type = variance_type
+        self.custom_timesteps = False
+        self.num_inference_steps: int | None = None
+        self.timesteps = torch.arange(num_train_timesteps - 1, -1, -1)
+        self._process = _Chain(betas, self.timesteps.numpy(), prediction_type)  # the paper's, over all T timesteps
+        self._process.on(torch.device("cpu"), torch.float32)
+        self._chain = self._process  # the one that `step` walks
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides: Any) -> DDPMScheduler:
+        """The scheduler of one of the paper's experiments (`presets.py`), with some arguments replaced.
+
+        Raises:
+            ValueError: Unknown preset.
+        """
+        return cls(**{**get_preset(name).scheduler, **overrides})
+
+    # ------------------------------------------------------------------ checks and coefficients
+
+    def _coefficients(self, chain: _Chain, t: Timestep, like: Tensor, as_tensors: bool = False) -> dict[str, Any]:
+        """The chain's numbers at t, to multiply tensors of `like`'s shape and working precision with.
+
+        One t known on the host gives Python floats (no kernels), unless `as_tensors`; else `[B, 1, ..., 1]` tensors.
+        A `t` that lies on an accelerator is not checked: that would wait for the device.
+        """
+        dtype = _working_dtype(like)
+        if torch.compiler.is_compiling() or (isinstance(t, Tensor) and t.device.type != "cpu"):
+            return chain.gather(torch.as_tensor(t).reshape(-1), like, dtype)
+        if isinstance(t, Tensor):
+            if t.is_floating_point() or t.is_complex() or t.dtype == torch.bool:
+                raise ValueError(f"timesteps must be whole numbers, got a tensor of {t.dtype}")
+            if t.ndim > 1 or (t.ndim == 1 and len(t) not in (1, len(like))):
+                raise ValueError(
+                    f"timesteps must be one number, or one per image: got shape {tuple(t.shape)} "
+                    f"for a batch of {len(like)}"
+                )
+        else:
+            t = _whole_number("a timestep", t)
+        for value in set(t.reshape(-1).tolist() if isinstance(t, Tensor) else [t]):
+            if not 0 <= value < self.config.num_train_timesteps:
+                raise ValueError(
+                    f"t={value} is outside the schedule; timesteps count from 0 to "
+                    f"{self.config.num_train_timesteps - 1}"
+                )
+            if value not in chain.previous:
+                raise ValueError(
+                    f"t={value} is not among the {len(chain.previous)} timesteps of the sampling chain; pass a value "
+                    "of scheduler.timesteps, or put it there with set_timesteps(timesteps=[...])"
+                )
+        if as_tensors or (isinstance(t, Tensor) and t.ndim == 1):
+            return chain.gather(torch.as_tensor(t).reshape(-1), like, dtype)
+        return chain.row(int(t))
+
+    # ------------------------------------------------------------------ the forward process
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Timestep) -> Tensor:
+        """A draw of x_t ~ q(x_t|x_0) (Eq. 4): sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) noise.
+
+        Args:
+            original_samples: x_0, `[B, ...]`.
+            noise: Standard normal, the shape of x_0.
+            timesteps: int, 0-d or `[B]`, 0..T-1.
+
+        Returns:
+            x_t in the dtype of x_0; bf16 and fp16 are computed in float32 and rounded once.
+
+        Raises:
+            ValueError: Shapes that do not fit, a t outside the schedule.
+        """
+        _check_same_shape("original_samples", original_samples, "noise", noise)
+        c = self._coefficients(self._process, timesteps, original_samples)
+        x_0, noise = _working(original_samples), _working(noise)
+        return _affine(c["sqrt_alpha_bar"], x_0, c["sqrt_one_minus_alpha_bar"], noise).to(original_samples.dtype)
+
+    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Timestep) -> Tensor:
+        """v = sqrt(alpha_bar_t) noise - sqrt(1 - alpha_bar_t) x_0 (Salimans & Ho 2022). Arguments as `add_noise`."""
+        _check_same_shape("sample", sample, "noise", noise)
+        c = self._coefficients(self._process, timesteps, sample)
+        x_0, noise = _working(sample), _working(noise)
+        return _affine(c["sqrt_alpha_bar"], noise, -c["sqrt_one_minus_alpha_bar"], x_0).to(sample.dtype)
+
+    def q_mean_variance(self, x_0: Tensor, t: Timestep) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean, variance and log-variance of q(x_t|x_0) (Eq. 4).
+
+        Args:
+            x_0: `[B, ...]`.
+            t: int, 0-d or `[B]`, 0..T-1.
+
+        Returns:
+            Three tensors that broadcast with `x_0`; the mean has its shape.
+
+        Raises:
+            ValueError: A t outside the schedule, or a number of timesteps that does not fit.
+        """
+        c = self._coefficients(self._process, t, x_0, as_tensors=True)
+        variance = c["sqrt_one_minus_alpha_bar"].square()
+        return c["sqrt_alpha_bar"] * _working(x_0), variance, c["log_one_minus_alpha_bar"]
+
+    def q_posterior(self, x_0: Tensor, x_t: Tensor, t: Timestep) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean mu-tilde, variance beta-tilde and log-variance of q(x_{t-1}|x_t,x_0) (Eqs. 6, 7), over all T timesteps.
+
+        At t = 0 the variance is 0 and the log-variance that of t = 1, as in the official code.
+
+        Args:
+            x_0, x_t: `[B, ...]`, the same shape.
+            t: int, 0-d or `[B]`, 0..T-1.
+
+        Returns:
+            Three tensors that broadcast with `x_0`; the mean has its shape.
+
+        Raises:
+            ValueError: Shapes that do not fit, a t outside the schedule.
+        """
+        _check_same_shape("x_0", x_0, "x_t", x_t)
+        c = self._coefficients(self._process, t, x_0, as_tensors=True)
+        mean = _affine(c["mean_from_x_0"], _working(x_0), c["mean_from_x_t"], _working(x_t))
+        return mean, c["beta_tilde"], c["log_beta_tilde_clipped"]
+
+    def get_target(self, x_0: Tensor, noise: Tensor, t: Timestep) -> Tensor:
+        """What the network is asked to predict for `x_t = add_noise(x_0, noise, t)`: the shape of `x_0`.
+
+        `noise`, `x_0`, v, or the posterior's mean mu-tilde, by `prediction_type`. Arguments and errors as `add_noise`.
+        """
+        _check_same_shape("x_0", x_0, "noise", noise)
+        kind = self.config.prediction_type
+        if kind == "epsilon":
+            return noise
+        if kind == "sample":
+            return x_0
+        if kind == "v_prediction":
+            return self.get_velocity(x_0, noise, t)
+        return self.q_posterior(x_0, self.add_noise(x_0, noise, t), t)[0]
+
+    # ------------------------------------------------------------------ the reverse process
+
+    def split_output(self, model_output: Tensor, x_t: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The network's output as (prediction, raw variance or `None`), each the shape of `x_t`.
+
+        Raises:
+            ValueError: The number of channels does not fit the `variance_type`, or other dimensions differ.
+        """
+        if x_t.ndim < 2:
+            raise ValueError(f"a sample must have the shape [B, C, ...], got {tuple(x_t.shape)}")
+        channels, learned = x_t.shape[1], self.variance_type in LEARNED_VARIANCES
+        wanted = (x_t.shape[0], channels * (2 if learned else 1), *x_t.shape[2:])
+        if tuple(model_output.shape) != wanted:
+            hint = ""
+            if learned and model_output.shape == x_t.shape:
+                hint = (
+                    f"; variance_type={self.variance_type!r} needs a network with out_channels={2 * channels}, "
+                    "use 'fixed_small' or 'fixed_large' with this one"
+                )
+            elif not learned and model_output.shape[1:2] == (2 * channels,):
+                hint = "; a network with twice the channels needs variance_type='learned' or 'learned_range'"
+            raise ValueError(
+                f"model_output must have shape {wanted} for a sample of shape {tuple(x_t.shape)}, "
+                f"got {tuple(model_output.shape)}{hint}"
+            )
+        if learned:
+            prediction, raw_variance = model_output.split(channels, dim=1)
+            return prediction, raw_variance
+        return model_output, None
+
+    def _reverse(
+        self, chain: _Chain, c: dict[str, Any], t: Timestep, output: Tensor, x_t: Tensor, clip: bool
+    ) -> tuple[Tensor, Any, Tensor]:
+        """Mean and log-variance of p(x_{t-1}|x_t), and the predicted x_0, in the working precision of `x_t`."""
+        dtype = _working_dtype(x_t)
+        output, raw_variance = self.split_output(output, x_t)
+        output, x_t = output.to(dtype), x_t.to(dtype)
+        kind = self.config.prediction_type
+        if chain.undefined and not torch.compiler.is_compiling():
+            for value in chain.undefined.intersection(torch.as_tensor(t).reshape(-1).tolist()):
+                raise ValueError(
+                    f"alpha_bar vanishes at t={value}, where {kind!r} says nothing about x_0; use prediction_type="
+                    "'v_prediction' or 'sample' with this schedule, or timesteps that leave it out"
+                )
+
+        # Eq. 15, or its like for the other predictions
+        x_0 = output if kind == "sample" else _affine(c["x_0_from_x_t"], x_t, c["x_0_from_output"], output)
+        if clip and self.config.thresholding:
+            x_0 = self._threshold_sample(x_0)
+        elif clip:
+            x_0 = x_0.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
+
+        # Eq. 7 at the predicted x_0; a network that predicts the mean itself is taken at its word over the whole
+        # chain, as in the official code (its clipped x_0 is for show), and by way of its x_0 over fewer steps
+        if kind == "posterior_mean" and chain.is_whole:
+            mean = output
+        else:
+            mean = _affine(c["mean_from_x_0"], x_0, c["mean_from_x_t"], x_t)
+
+        if raw_variance is None:
+            # Section 3.2: sigma_t^2 = beta_tilde_t or beta_t
+            small = self.variance_type in ("fixed_small", "fixed_small_log")
+            return mean, c["log_beta_tilde_clipped" if small else "log_beta_clipped"], x_0
+        raw_variance = raw_variance.to(dtype)
+        if self.variance_type == "learned":
+            return mean, raw_variance, x_0
+        # Nichol & Dhariwal 2021, Eq. 15: between the two fixed ones in log space
+        share = (raw_variance + 1.0) / 2.0
+        return mean, share * c["log_beta"] + (1.0 - share) * c["log_beta_tilde_clipped"], x_0
+
+    def p_mean_variance(
+        self, model_output: Tensor, t: Timestep, x_t: Tensor, clip_denoised: bool = True
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The model's p(x_{t-1}|x_t) (Eq. 1) over all T timesteps, whatever `set_timesteps` chose for sampling.
+
+        Args:
+            model_output: `[B, C, ...]`, or `[B, 2C, ...]` where the variance is learned.
+            t: int, 0-d or `[B]`, 0..T-1.
+            x_t: `[B, C, ...]`.
+            clip_denoised: Clip the predicted x_0 to `clip_sample_range` (or threshold it), as sampling and the
+                likelihood do; the training bound does not.
+
+        Returns:
+            `(mean, variance, log_variance, pred_original_sample)`, each the shape of `x_t`. At t = 0 the log-variance
+            of the fixed types is that of beta_tilde at t = 1, as in the official code, and the variance goes with it.
+
+        Raises:
+            ValueError: Shapes that do not fit, a t outside the schedule.
+        """
+        c = self._coefficients(self._process, t, x_t, as_tensors=True)
+        mean, log_variance, x_0 = self._reverse(self._process, c, t, model_output, x_t, clip_denoised)
+        log_variance = log_variance.expand_as(mean)
+        return mean, log_variance.exp(), log_variance, x_0
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: Timestep,
+        sample: Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        return_dict: bool = True,
+    ) -> DDPMSchedulerOutput | tuple[Tensor, Tensor]:
+        """One step of Algorithm 2: x_t to the chain's next timestep (the data, where there is none).
+
+        With fewer timesteps than T (`set_timesteps`), mean and variance are those of the subsequence's own posterior.
+
+        Args:
+            model_output: `[B, C, ...]`, or `[B, 2C, ...]` where the variance is learned.
+            timestep: int, 0-d or `[B]` (one per image), each among `timesteps`.
+            sample: x_t, `[B, C, ...]`.
+            generator: One generator, or exactly B of them. Noise is drawn in stock's order; none is drawn where a
+                single `timestep` is the last one.
+            return_dict: `False` gives a tuple.
+
+        Returns:
+            `prev_sample` and `pred_original_sample`, the shape and dtype of `sample` (computed in float32 at least).
+
+        Raises:
+            ValueError: Shapes that do not fit, a t that is not among the timesteps, a wrong number of generators.
+        """
+        if isinstance(generator, (list, tuple)):
+            generator = list(generator)  # randn_tensor knows lists only
+            if len(generator) != len(sample):
+                raise ValueError(
+                    f"got {len(generator)} generators for a batch of {len(sample)}; pass one generator, or one per "
+                    "image"
+                )
+        c = self._coefficients(self._chain, timestep, sample)
+        clip = self.config.clip_sample or self.config.thresholding
+        mean, log_variance, x_0 = self._reverse(self._chain, c, timestep, model_output, sample, clip)
+
+        has_previous = c["has_previous"]
+        if isinstance(has_previous, Tensor) or has_previous:
+            noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
+            noise = noise.to(mean.dtype)
+            if isinstance(log_variance, Tensor):
+                mean = torch.addcmul(mean, torch.exp(0.5 * log_variance) * has_previous, noise)
+            else:
+                mean = torch.add(mean, noise, alpha=math.exp(0.5 * log_variance))
+
+        prev_sample, x_0 = mean.to(sample.dtype), x_0.to(sample.dtype)
+        if not return_dict:
+            return prev_sample, x_0
+        return DDPMSchedulerOutput(prev_sample=prev_sample, pred_original_sample=x_0)
+
+    # ------------------------------------------------------------------ the sampling chain
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        timesteps: Sequence[int] | None = None,
+    ) -> None:
+        """Choose the timesteps that `step` walks through, from high to low; the last one steps to the data.
+
+        `leading` spacing takes floor(k T / K) for k = 0..K-1, which is stock's choice where K divides T; elsewhere
+        stock rounds T / K down first and starts pure noise in the middle of the chain.
+
+        Args:
+            num_inference_steps: K, 1..T, spaced as `timestep_spacing` says.
+            device: Where to put `timesteps`.
+            timesteps: Falling timesteps of your own, instead of `num_inference_steps`.
+
+        Raises:
+            ValueError: None or both given, K outside 1..T, timesteps empty, repeated, rising or outside the schedule.
+        """
+        T = self.config.num_train_timesteps
+        if (num_inference_steps is None) == (timesteps is None):
+            raise ValueError("pass either num_inference_steps or timesteps, and not both")
+        if timesteps is not None:
+            if not hasattr(timesteps, "__len__"):
+                raise ValueError(f"timesteps must be a list of whole numbers, got {timesteps!r}")
+            chosen = np.array([_whole_number("each of timesteps", t) for t in timesteps], dtype=np.int64)
+            if not len(chosen):
+                raise ValueError("timesteps is empty; give at least one, for example timesteps=[999, 500, 0]")
+            if (np.diff(chosen) >= 0).any():
+                k = int((np.diff(chosen) >= 0).argmax())
+                raise ValueError(
+                    f"timesteps must fall from high to low without repeats, but {chosen[k]} is followed by "
+                    f"{chosen[k + 1]}; try sorted(set(timesteps), reverse=True)"
+                )
+        else:
+            K = _whole_number("num_inference_steps", num_inference_steps)
+            if not 1 <= K <= T:
+                raise ValueError(f"num_inference_steps must be between 1 and the {T} steps of the chain, got {K}")
+            spacing = self.config.timestep_spacing
+            if spacing == "linspace":
+                chosen = np.linspace(0, T - 1, K).round().astype(np.int64)[::-1]
+            elif spacing == "leading":
+                chosen = (np.arange(K) * T // K)[::-1] + self.config.steps_offset
+            else:
+                chosen = np.round(T - np.arange(K) * (T / K)).astype(np.int64) - 1
+        if chosen[0] >= T or chosen[-1] < 0:
+            wrong = chosen[0] if chosen[0] >= T else chosen[-1]
+            offset = self.config.steps_offset if timesteps is None else 0
+            hint = f"; steps_offset={offset} leads beyond it, use 0" if offset else ""
+            raise ValueError(f"timestep {wrong} is outside the schedule, which counts from 0 to {T - 1}{hint}")
+
+        self.custom_timesteps = timesteps is not None
+        self.num_inference_steps = len(chosen)
+        self.timesteps = torch.from_numpy(chosen.copy()).to(device)
+        self._chain = _Chain(self.betas.numpy(), chosen, self.config.prediction_type)
+        self._chain.on(self.timesteps.device, torch.float32)
+
+    def previous_timestep(self, timestep: Timestep) -> int:
+        """The chain's next timestep after (below) `timestep`, or -1 where that is the data.
+
+        Raises:
+            ValueError: `timestep` is not among `timesteps`.
+        """
+        t = _whole_number("timestep", timestep)
+        if t not in self._chain.previous:
+            raise ValueError(f"t={t} is not among the {len(self._chain.previous)} timesteps of the sampling chain")
+        return self._chain.previous[t]
+
+
+def _working_dtype(x: Tensor) -> torch.dtype:
+    """The precision to compute in: float64 for float64, else float32."""
+    if not x.is_floating_point():
+        raise ValueError(f"expected floating-point images in [-1, 1], got {x.dtype}; for uint8 use x / 127.5 - 1")
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _working(x: Tensor) -> Tensor:
+    return x.to(_working_dtype(x))
+
+
+def _check_same_shape(name_1: str, x_1: Tensor, name_2: str, x_2: Tensor) -> None:
+    if x_1.shape != x_2.shape:
+        raise ValueError(
+            f"{name_1} and {name_2} must have the same shape, got {tuple(x_1.shape)} and {tuple(x_2.shape)}"
+        )
+
+
+def _whole_number(name: str, value: Any) -> int:
+    try:
+        if not isinstance(value, bool):
+            return operator.index(value)
+    except TypeError:
+        pass
+    raise ValueError(f"{name} must be a whole number, got {value!r}")

@@ -1,0 +1,164 @@
+"""The paper's network: `diffusers.UNet2DModel` with the official code's initialisation and presets."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.attention_processor import Attention
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.unets.unet_2d import UNet2DModel as StockUNet2DModel
+from diffusers.models.unets.unet_2d import UNet2DOutput
+from torch import Tensor, nn
+
+from .presets import get_preset
+
+# `variance_scaling(scale=1e-10)` stands in for zero in the official code (nn.py, default_init).
+_NEAR_ZERO = 1e-10
+
+
+class UNet2DModel(StockUNet2DModel):
+    """The U-Net of Ho et al. 2020 (Appendix B), starting from the official initialisation.
+
+    Arguments, their defaults, state-dict keys and the saved configuration are stock's, and so is the output for the
+    same weights; `from_preset` has the paper's architectures. Beyond stock:
+
+    - Convolutions and linear layers start from fan-avg uniform weights and zero biases; the last layer of every
+      residual block, every attention block and the network itself starts at 1e-10, so a fresh network's output is
+      nearly 0. Nothing is drawn where weights are about to be loaded.
+    - Sizes that cannot be halved often enough are refused with a sentence instead of failing inside.
+
+    Args:
+        See `diffusers.UNet2DModel`.
+
+    Raises:
+        ValueError: Blocks, widths or sample size that do not fit together.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int | tuple[int, int] | None = None,
+        in_channels: int = 3,
+        out_channels: int = 3,
+        center_input_sample: bool = False,
+        time_embedding_type: str = "positional",
+        time_embedding_dim: int | None = None,
+        freq_shift: int = 0,
+        flip_sin_to_cos: bool = True,
+        down_block_types: tuple[str, ...] = ("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
+        mid_block_type: str | None = "UNetMidBlock2D",
+        up_block_types: tuple[str, ...] = ("AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        block_out_channels: tuple[int, ...] = (224, 448, 672, 896),
+        layers_per_block: int = 2,
+        mid_block_scale_factor: float = 1,
+        downsample_padding: int = 1,
+        downsample_type: str = "conv",
+        upsample_type: str = "conv",
+        dropout: float = 0.0,
+        act_fn: str = "silu",
+        attention_head_dim: int | None = 8,
+        norm_num_groups: int = 32,
+        attn_norm_num_groups: int | None = None,
+        norm_eps: float = 1e-5,
+        resnet_time_scale_shift: str = "default",
+        add_attention: bool = True,
+        class_embed_type: str | None = None,
+        num_class_embeds: int | None = None,
+        num_train_timesteps: int | None = None,
+    ):
+        arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        for width in block_out_channels:
+            if norm_num_groups is not None and width % norm_num_groups:
+                raise ValueError(
+                    f"block_out_channels={tuple(block_out_channels)} must be multiples of "
+                    f"norm_num_groups={norm_num_groups}, and {width} is not"
+                )
+        # All arguments are handed on: stock's decorated __init__ writes the configuration once more from them.
+        super().__init__(**arguments)
+        self.__module__ = StockUNet2DModel.__module__  # what pipelines record as the component's library
+        self._factor = 2 ** sum(getattr(block, "downsamplers", None) is not None for block in self.down_blocks)
+        if sample_size is not None:
+            self._check_size(*(sample_size if isinstance(sample_size, (tuple, list)) else (sample_size, sample_size)))
+        self._initialize()
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides: Any) -> UNet2DModel:
+        """A fresh network of one of the paper's experiments (`presets.py`), with some arguments replaced.
+
+        Raises:
+            ValueError: Unknown preset, or overrides that do not fit.
+        """
+        return cls(**{**get_preset(name).unet, **overrides})
+
+    def _initialize(self) -> None:
+        """The official code's initialisation: fan-avg uniform is Glorot's, and scale s is its gain sqrt(s).
+
+        Goes through `torch.nn.init`, which diffusers switches off while it loads weights.
+        """
+        last = {
+            id(layer)
+            for module in self.modules()
+            for layer in (
+                (module.conv2,)
+                if isinstance(module, ResnetBlock2D)
+                else (module.to_out[0],)
+                if isinstance(module, Attention)
+                else ()
+            )
+        } | {id(self.conv_out)}
+        for module in self.modules():
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                gain = _NEAR_ZERO**0.5 if id(module) in last else 1.0
+                nn.init.xavier_uniform_(module.weight, gain=gain)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def _check_size(self, height: int, width: int) -> None:
+        for size in (height, width):
+            if size % self._factor or size < self._factor:
+                below = max(size // self._factor, 1) * self._factor
+                raise ValueError(
+                    f"an image of {height}x{width} cannot be halved {self._factor.bit_length() - 1} time(s) as this "
+                    f"network does; use a multiple of {self._factor}, for example {below} or {below + self._factor}, or "
+                    "fewer block_out_channels"
+                )
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor | float,
+        class_labels: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> UNet2DOutput | tuple[Tensor, ...]:
+        """The prediction for a batch of noisy images, as stock's.
+
+        Args:
+            sample: x_t, `[B, in_channels, H, W]`.
+            timestep: int, 0-d or `[B]`.
+            class_labels: `[B]`, for networks with `num_class_embeds`.
+            return_dict: `False` gives a tuple.
+
+        Returns:
+            `.sample`, `[B, out_channels, H, W]`.
+
+        Raises:
+            ValueError: A size that cannot be halved often enough, a wrong number of channels or of timesteps.
+        """
+        if sample.ndim != 4 or sample.shape[1] != self.config.in_channels:
+            raise ValueError(
+                f"expected images of shape [B, {self.config.in_channels}, H, W], got {list(sample.shape)}"
+            )
+        self._check_size(*sample.shape[2:])
+        if isinstance(timestep, Tensor) and timestep.ndim and timestep.shape not in ((1,), sample.shape[:1]):
+            raise ValueError(
+                f"timestep must be one number, or one per image: got shape {tuple(timestep.shape)} for a batch of "
+                f"{len(sample)}"
+            )
+        return super().forward(sample, timestep, class_labels, return_dict)
+
+
+def parameter_count(unet: torch.nn.Module) -> int:
+    """How many weights the network has, as the paper counts them."""
+    return sum(p.numel() for p in unet.parameters())

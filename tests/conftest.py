@@ -1,0 +1,55 @@
+"""Shared by all tests: no network, few threads, a small network."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+# Networks this small gain nothing from threads, and lose much where other processes want the cores. Subprocesses too.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from ddpm_hf import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+SMALL_NETWORK = {
+    "sample_size": 8,
+    "in_channels": 1,
+    "out_channels": 1,
+    "block_out_channels": (16, 32),
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    "downsample_padding": 0,
+    "attention_head_dim": None,
+}
+
+
+def make_small_unet(seed: int = 0, **overrides) -> UNet2DModel:
+    """A network of 8x8 grey images whose output is far from zero everywhere."""
+    torch.manual_seed(seed)
+    unet = UNet2DModel(**{**SMALL_NETWORK, **overrides})
+    with torch.no_grad():
+        for parameter in unet.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return unet.eval()
+
+
+@pytest.fixture
+def small_unet() -> UNet2DModel:
+    return make_small_unet()
+
+
+@pytest.fixture
+def small_pipeline(small_unet) -> DDPMPipeline:
+    pipe = DDPMPipeline(small_unet, DDPMScheduler(variance_type="fixed_large"))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="session")
+def repository_root() -> Path:
+    return Path(__file__).parent.parent

@@ -1,0 +1,126 @@
+"""Checkpoints: complete or absent, checked when read, the last good one always there."""
+
+import pytest
+import torch
+
+from ddpm_hf.checkpointing import (
+    CheckpointError,
+    find_checkpoint,
+    flatten_optimizer_state,
+    list_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+    unflatten_optimizer_state,
+    write_directory,
+)
+
+
+def save(folder, step, value=0.0, keep=None):
+    return save_checkpoint(folder, step, {"model": {"w": torch.full((100,), value)}}, {"seed": 1}, keep=keep)
+
+
+def test_what_is_saved_comes_back(tmp_path):
+    tensors = {"model": {"w": torch.randn(3, 4), "b": torch.randn(2).to(torch.bfloat16)}, "ema": {"w": torch.ones(1)}}
+    path = save_checkpoint(tmp_path, 7, tensors, {"note": {"a": [1, 2.5, None]}})
+    loaded, state = load_checkpoint(path)
+    assert state == {"step": 7, "note": {"a": [1, 2.5, None]}}
+    assert loaded.keys() == tensors.keys()
+    assert torch.equal(loaded["model"]["b"], tensors["model"]["b"])
+    assert torch.equal(loaded["model"]["w"], tensors["model"]["w"])
+
+
+def test_no_pickle_in_it(tmp_path):
+    names = {p.name for p in save(tmp_path, 1).iterdir()}
+    assert names == {"model.safetensors", "state.json", "manifest.json"}
+
+
+def test_latest_is_the_highest_step_not_the_last_by_name(tmp_path):
+    for step in (900, 1000, 20):
+        save(tmp_path, step)
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["checkpoint-20", "checkpoint-900", "checkpoint-1000"]
+    assert find_checkpoint(tmp_path, "latest")[0].name == "checkpoint-1000"
+
+
+def test_only_the_newest_are_kept(tmp_path):
+    for step in (1, 2, 3):
+        save(tmp_path, step, keep=2)
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-3"]
+
+
+def test_a_write_that_fails_leaves_what_was_there(tmp_path):
+    save(tmp_path, 1)
+
+    def fail_halfway(folder):
+        (folder / "half").write_text("x")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        write_directory(tmp_path / "checkpoint-1", fail_halfway)
+    assert load_checkpoint(tmp_path / "checkpoint-1")[1]["step"] == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-1"]
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content))
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "state.json", "manifest.json"])
+@pytest.mark.parametrize(
+    "damage", [flip_a_bit, truncate, lambda path: path.unlink(), lambda path: path.write_text("")]
+)
+def test_damage_is_found_and_the_one_before_is_taken(tmp_path, capsys, name, damage):
+    save(tmp_path, 1, 1.0)
+    damage(save(tmp_path, 2, 2.0) / name)
+    with pytest.raises(CheckpointError, match="checkpoint-2"):
+        find_checkpoint(tmp_path, "checkpoint-2")
+    path, tensors, _ = find_checkpoint(tmp_path, "latest")
+    assert path.name == "checkpoint-1"
+    assert (tensors["model"]["w"] == 1.0).all()
+    assert "checkpoint-2" in capsys.readouterr().out
+
+
+def test_all_damaged_is_an_error(tmp_path):
+    (save(tmp_path, 1) / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="all 1 checkpoints"):
+        find_checkpoint(tmp_path, "latest")
+
+
+def test_nothing_there(tmp_path):
+    assert find_checkpoint(tmp_path, "latest") is None
+    assert find_checkpoint(tmp_path / "no-such-run", "latest") is None
+    with pytest.raises(CheckpointError, match="checkpoint-5"):
+        find_checkpoint(tmp_path, "checkpoint-5")
+
+
+def test_leftovers_of_a_killed_write_are_not_checkpoints(tmp_path):
+    save(tmp_path, 1)
+    (tmp_path / ".checkpoint-2.partial").mkdir()
+    (tmp_path / "checkpoint-x").mkdir()
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["checkpoint-1"]
+    save(tmp_path, 2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-2", "checkpoint-x"]
+
+
+def test_optimizer_state_through_a_checkpoint(tmp_path):
+    layer = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.Adam(layer.parameters(), lr=0.1)
+    layer(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    tensors, values = flatten_optimizer_state(optimizer.state_dict())
+    loaded, state = load_checkpoint(save_checkpoint(tmp_path, 1, {"optimizer": tensors}, {"values": values}))
+    restored = unflatten_optimizer_state(loaded["optimizer"], state["values"])
+    other = torch.nn.Linear(3, 2)
+    other.load_state_dict(layer.state_dict())
+    other_optimizer = torch.optim.Adam(other.parameters(), lr=0.5)
+    other_optimizer.load_state_dict(restored)
+    for net, opt in ((layer, optimizer), (other, other_optimizer)):
+        opt.zero_grad()
+        net(torch.ones(1, 3)).square().sum().backward()
+        opt.step()
+    assert torch.equal(layer.weight, other.weight)

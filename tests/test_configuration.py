@@ -1,0 +1,86 @@
+"""Training settings: presets and what overrides them, and how a batch is cut."""
+
+import pytest
+import yaml
+
+from ddpm_hf.configuration import TrainingConfig
+from ddpm_hf.presets import get_preset
+
+
+def test_the_preset_is_the_default():
+    config = TrainingConfig(preset="cifar10")
+    assert config.resolved_preset() == get_preset("cifar10")
+    assert config.images_given() == {"dataset_name": "cifar10"}
+    assert TrainingConfig(preset="digits").images_given() == {"dataset": "digits"}
+    assert TrainingConfig(preset="digits", train_data_dir="x").images_given() == {"train_data_dir": "x"}
+
+
+def test_flags_override_the_preset():
+    config = TrainingConfig(preset="cifar10", learning_rate=1e-3, dropout=0.0, resolution=64, ema_max_decay=0.99)
+    recipe = config.resolved_preset()
+    assert (recipe.learning_rate, recipe.ema_decay, recipe.lr_warmup_steps) == (1e-3, 0.99, 5000)
+    assert (recipe.unet["dropout"], recipe.unet["sample_size"]) == (0.0, 64)
+
+
+@pytest.mark.parametrize(
+    ("settings", "processes", "plan"),
+    [
+        ({}, 1, (128, 1, 128)),
+        ({}, 4, (32, 1, 128)),
+        ({"train_batch_size": 16}, 1, (16, 8, 128)),
+        ({"train_batch_size": 16}, 2, (16, 4, 128)),
+        ({"gradient_accumulation_steps": 4}, 2, (16, 4, 128)),
+        ({"train_batch_size": 6, "gradient_accumulation_steps": 2}, 3, (6, 2, 36)),
+        ({"total_batch_size": 64, "train_batch_size": 64}, 1, (64, 1, 64)),
+    ],
+)
+def test_batch_plan(settings, processes, plan):
+    assert TrainingConfig(preset="cifar10", **settings).batch_plan(processes) == plan
+
+
+@pytest.mark.parametrize(
+    ("settings", "processes"),
+    [
+        ({"train_batch_size": 48}, 1),
+        ({}, 3),
+        ({"train_batch_size": 8, "gradient_accumulation_steps": 2, "total_batch_size": 17}, 1),
+    ],
+)
+def test_a_total_batch_size_that_cannot_be_reached(settings, processes):
+    with pytest.raises(ValueError, match="total"):
+        TrainingConfig(preset="cifar10", **settings).batch_plan(processes)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("learning_rate", -1.0),
+        ("learning_rate", 0.0),
+        ("max_train_steps", 0),
+        ("train_batch_size", -3),
+        ("lr_warmup_steps", -1),
+        ("dropout", 1.0),
+        ("ema_max_decay", 1.0),
+        ("validation_split", -0.1),
+        ("mixed_precision", "fp8"),
+        ("loss", "l1"),
+        ("lr_scheduler", "cosin"),
+        ("sampler", "euler"),
+        ("timestep_sampling", "importance"),
+        ("eval_num_evaluations", 5),
+    ],
+)
+def test_values_out_of_range_are_named(name, value):
+    with pytest.raises(ValueError, match=f"--{name}.*{value}"):
+        TrainingConfig(preset="digits", **{name: value})
+
+
+def test_unknown_preset():
+    with pytest.raises(ValueError, match=r"'cifar' \(did you mean 'cifar10'\?\)"):
+        TrainingConfig(preset="cifar")
+
+
+def test_saved_configuration_reads_back(tmp_path):
+    config = TrainingConfig(preset="digits", learning_rate=1e-4, random_flip=True)
+    config.save(tmp_path / "c.yaml")
+    assert TrainingConfig(**yaml.safe_load((tmp_path / "c.yaml").read_text())) == config
