@@ -2,9 +2,9 @@
 
 Draws 512 samples (DDIM, 100 steps) and compares them with the real images in two ways that need no network download:
 
-- the mean confidence of a support-vector classifier (RBF) that was trained on the real digits, and the classes it sees;
+- the mean confidence of a support-vector classifier (RBF) trained on the real digits, and the classes that it sees;
 - the Frechet distance of pixel means and covariances (levels 0..16), beside the distance between two disjoint random
-  sets of 512 real images, which is what perfect samples would score on average.
+  sets of 512 real images, which perfect samples would have on average.
 """
 
 import argparse

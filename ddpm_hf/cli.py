@@ -1,4 +1,4 @@
-"""`ddpm-hf train | sample | evaluate`: flags and YAML in, exit codes out.
+"""`ddpm-hf train | sample | evaluate | convert`: flags and YAML in, exit codes out.
 
 A user's mistake gets one sentence on stderr and exit code 2. Heavy libraries are imported by the command that needs
 them.
@@ -201,6 +201,52 @@ def evaluate(arguments: Sequence[str], prog: str | None = None) -> int:
     return 0
 
 
+def convert(arguments: Sequence[str], prog: str | None = None) -> int:
+    """`ddpm-hf convert`."""
+    parser = _Parser(
+        prog=prog, description="Other people's weights to a stock-readable folder, or ours to TensorFlow."
+    )
+    parser.add_argument(
+        "--from",
+        type=str | None,
+        default=None,
+        help="official_tf, pesser (also ermongroup), pytorch_ddpm, improved_diffusion or diffusers",
+    )
+    parser.add_argument(
+        "--to", type=str | None, default=None, help="official_tf: write our weights for the official code"
+    )
+    parser.add_argument("--checkpoint", type=str, required=True, help="the file; for TensorFlow without its ending")
+    parser.add_argument("--output", type=str, required=True, help="the folder to make")
+    parser.add_argument("--sample_size", type=int | None, default=None, help="height and width of the images")
+    parser.add_argument("--preset", type=str | None, default=None, help="gives sample size and diffusion process")
+    parser.add_argument("--no_ema", action="store_true", help="take the raw weights instead of the averaged ones")
+    parser.add_argument("--num_heads", type=int, default=1, help="attention heads (improved_diffusion)")
+    parser.add_argument("--variance_type", type=str | None, default=None, help="of the scheduler; see the docs")
+    values = parser.parse_args(list(arguments))
+    if (values["from"] is None) == (values["to"] is None):
+        raise UsageError("give either --from FORMAT (to ours) or --to official_tf (from ours)")
+    from . import convert as conversion
+
+    if values["to"] is not None:
+        if values["to"] != "official_tf":
+            raise UsageError(f"--to knows official_tf, got {values['to']!r}")
+        print(f"wrote {conversion.convert_to_official(values['checkpoint'], values['output'])}")
+        return 0
+    pipe = conversion.convert(
+        values["from"],
+        values["checkpoint"],
+        values["output"],
+        sample_size=values["sample_size"],
+        preset=values["preset"],
+        ema=not values["no_ema"],
+        num_heads=values["num_heads"],
+        variance_type=values["variance_type"],
+    )
+    count = sum(p.numel() for p in pipe.unet.parameters())
+    print(f"wrote {values['output']}: {count:,} parameters, variance {pipe.scheduler.config.variance_type}")
+    return 0
+
+
 def _load_pipeline(model: str) -> Any:
     from diffusers.utils import logging
 
@@ -215,13 +261,14 @@ def _load_pipeline(model: str) -> Any:
         raise UsageError(f"cannot load --model {model}: {str(error).strip().splitlines()[0]}") from error
 
 
-COMMANDS: dict[str, Callable[..., int]] = {"train": train, "sample": sample, "evaluate": evaluate}
+COMMANDS: dict[str, Callable[..., int]] = {"train": train, "sample": sample, "evaluate": evaluate, "convert": convert}
 
 _HELP = """usage: ddpm-hf COMMAND [flags]
 
   train      train a model; the same as examples/train.py
   sample     draw images from a model
   evaluate   bits/dim of a model on images
+  convert    other people's weights to ours, ours to the official format
 
 ddpm-hf COMMAND --help lists the flags of a command."""
 

@@ -2,7 +2,8 @@
 
 All take `(unet, scheduler, x_0, t, noise)` and give `[B]`:
 `unet` is called as `unet(x_t, t).sample` (more keyword arguments, such as `class_labels`, are handed on);
-`x_0` is `[B, C, H, W]` in [-1, 1]; `t` is `[B]` (or one number for all), 0..T-1; `noise` is standard normal, the shape of `x_0`.
+`x_0` is `[B, C, H, W]` in [-1, 1]; `t` is `[B]` (or one number for all), 0..T-1; `noise` is standard normal, the
+shape of `x_0`.
 """
 
 from __future__ import annotations

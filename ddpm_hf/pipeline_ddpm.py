@@ -15,13 +15,13 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin  # noqa: F401  
 from diffusers.utils.torch_utils import randn_tensor
 
 from .scheduling_ddpm import DDPMScheduler
-from .unet_2d import UNet2DModel
+from .unet_2d import PortableConfigMixin, UNet2DModel
 
 # What stock repositories name, and our class of the same name that opens it.
 _OURS = {("diffusers", "UNet2DModel"), ("diffusers", "DDPMScheduler")}
 
 
-class DDPMPipeline(StockDDPMPipeline):
+class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
     """Samples images from a DDPM (Algorithm 2).
 
     Repositories written by `save_pretrained` are stock's: library `diffusers`, the same files and keys.

@@ -105,7 +105,7 @@ class Preset:
 
 # What the official network (models/unet.py) needs of stock's UNet2DModel, where stock's defaults are something else.
 # Each line moves the output of a network with the official weights by the share given.
-_OFFICIAL_NETWORK: dict[str, Any] = {
+OFFICIAL_NETWORK: dict[str, Any] = {
     "downsample_padding": 0,  # TensorFlow's SAME padding for stride 2 pads right and below only; stock: 50 %
     "attention_head_dim": None,  # one attention head over all channels; stock: 6.4 %
     "flip_sin_to_cos": False,  # the sinusoidal embedding is (sin, cos); stock: 6.1 %
@@ -116,7 +116,7 @@ _OFFICIAL_NETWORK: dict[str, Any] = {
 }
 
 # "We set T = 1000"; "beta_1 = 10^-4 to beta_T = 0.02". Written out, not left to defaults.
-_PAPER_PROCESS: dict[str, Any] = {
+PAPER_PROCESS: dict[str, Any] = {
     "num_train_timesteps": 1000,
     "beta_start": 1e-4,
     "beta_end": 0.02,
@@ -130,7 +130,7 @@ def _network(sample_size: int, widths: tuple[int, ...], attention_resolution: in
     """UNet2DModel arguments with self-attention at one resolution, on the way down and up."""
     attends = [sample_size >> level == attention_resolution for level in range(len(widths))]
     return {
-        **_OFFICIAL_NETWORK,
+        **OFFICIAL_NETWORK,
         "sample_size": sample_size,
         "block_out_channels": widths,
         "down_block_types": tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attends),
@@ -145,7 +145,7 @@ def _image256(name: str, source: str, steps: int, ch: int = 128, **more: Any) ->
         name=name,
         source=source,
         unet=_network(256, (ch, ch, 2 * ch, 2 * ch, 4 * ch, 4 * ch), 16, dropout=0.0),
-        scheduler={**_PAPER_PROCESS, "variance_type": "fixed_small"},
+        scheduler={**PAPER_PROCESS, "variance_type": "fixed_small"},
         total_batch_size=64,
         learning_rate=2e-5,
         max_train_steps=steps,
@@ -169,7 +169,7 @@ _ALL = (
             norm_num_groups=8,
             dropout=0.0,
         ),
-        scheduler={**_PAPER_PROCESS, "variance_type": "fixed_large"},
+        scheduler={**PAPER_PROCESS, "variance_type": "fixed_large"},
         total_batch_size=64,
         learning_rate=3e-3,
         lr_warmup_steps=100,
@@ -186,7 +186,7 @@ _ALL = (
         source="Tables 1 and 2, L_simple; run_cifar.py",
         # run_cifar.py 'unet2d16b2': ch=128, ch_mult=(1, 2, 2, 2), attn_resolutions=(16,); "35.7 million parameters"
         unet=_network(32, (128, 256, 256, 256), 16, dropout=0.1),
-        scheduler={**_PAPER_PROCESS, "variance_type": "fixed_large"},  # run_cifar.py: model_var_type='fixedlarge'
+        scheduler={**PAPER_PROCESS, "variance_type": "fixed_large"},  # run_cifar.py: model_var_type='fixedlarge'
         total_batch_size=128,
         learning_rate=2e-4,
         max_train_steps=800_000,  # Section 4 / Appendix B: "800k steps"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import torch
@@ -18,7 +19,17 @@ from .presets import get_preset
 _NEAR_ZERO = 1e-10
 
 
-class UNet2DModel(StockUNet2DModel):
+class PortableConfigMixin:
+    """Keeps where something was loaded from (`_name_or_path`, often a local path) out of what is saved."""
+
+    def to_json_string(self) -> str:
+        """The configuration as JSON, as stock's but for `_name_or_path`."""
+        config = json.loads(super().to_json_string())  # type: ignore[misc]
+        config.pop("_name_or_path", None)
+        return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+
+class UNet2DModel(PortableConfigMixin, StockUNet2DModel):
     """The U-Net of Ho et al. 2020 (Appendix B), starting from the official initialisation.
 
     Arguments, their defaults, state-dict keys and the saved configuration are stock's, and so is the output for the
@@ -121,8 +132,8 @@ class UNet2DModel(StockUNet2DModel):
                 below = max(size // self._factor, 1) * self._factor
                 raise ValueError(
                     f"an image of {height}x{width} cannot be halved {self._factor.bit_length() - 1} time(s) as this "
-                    f"network does; use a multiple of {self._factor}, for example {below} or {below + self._factor}, or "
-                    "fewer block_out_channels"
+                    f"network does; use a multiple of {self._factor}, for example {below} or {below + self._factor}, "
+                    "or fewer block_out_channels"
                 )
 
     def forward(

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 
-def image_grid(images: Tensor, columns: int | None = None, tile: int = 48, gap: int = 2) -> Image.Image:
+def image_grid(images: Tensor, columns: int | None = None, tile: int = 64, gap: int = 2) -> Image.Image:
     """Images side by side, small ones enlarged by a whole factor (nearest), with a gap between tiles.
 
     Args:

@@ -14,6 +14,6 @@ arguments = parser.parse_args()
 
 pipe = DDPMPipeline.from_pretrained(arguments.model)
 generator = torch.Generator().manual_seed(0)
-images = pipe(batch_size=64, generator=generator, num_inference_steps=250, output_type="pt").images
+images = pipe(batch_size=16, generator=generator, output_type="pt").images  # Algorithm 2, all T steps
 save_picture(image_grid((images * 255).round().byte()), arguments.picture)
 print(f"wrote {arguments.picture}")

@@ -10,10 +10,10 @@ import pytest
 import ddpm_hf
 
 FLOORS = (
-    ("presets", "distributions", "randomness"),
+    ("presets", "distributions", "noise_schedule", "randomness", "weight_names"),
     ("scheduling_ddpm", "unet_2d", "data", "visualize", "configuration"),
     ("objectives", "likelihood", "pipeline_ddpm", "checkpointing"),
-    ("generation", "evaluation"),
+    ("generation", "evaluation", "convert"),
     ("hub",),
     ("training",),
     ("cli",),

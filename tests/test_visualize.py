@@ -23,7 +23,7 @@ def test_small_images_are_enlarged_with_a_gap_between():
 def test_pixels_are_repeated_not_blurred():
     checkerboard = ((torch.arange(8)[:, None] + torch.arange(8)) % 2 * 255).byte().expand(1, 3, 8, 8)
     grid = np.asarray(image_grid(checkerboard))
-    assert grid.shape == (52, 52, 3)
+    assert grid.shape == (68, 68, 3)
     assert set(np.unique(grid)) == {0, 255}
 
 

@@ -1,0 +1,339 @@
+"""How other implementations name the weights of a DDPM network, and what their names say about its architecture.
+
+One naming is the middle of all: the official network's, written with dots (`down.0.block.1.conv1.weight`,
+`mid.attn_1.q.weight`, `up.0...` is the finest level), with tensors in PyTorch's layout. pesser/pytorch_diffusion and
+ermongroup/ddim use it as it is. Nothing here reads files.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Tensors = dict[str, Tensor]
+
+
+class ConversionError(ValueError):
+    """Weights that cannot be read or do not fit; the message names the file or tensor, and the shapes."""
+
+
+# ---------------------------------------------------------------------- the official TensorFlow naming
+
+_TF_TAILS = {"W": "weight", "b": "bias", "gamma": "weight", "beta": "bias"}
+
+
+def canonical_from_tf(name: str) -> str:
+    """`model/down_0/block_1/conv1/W` to `down.0.block.1.conv1.weight`."""
+    parts = name.split("/")[1:]
+    parts[-1] = _TF_TAILS.get(parts[-1], parts[-1])
+    joined = ".".join(parts)
+    joined = re.sub(r"^(down|up)_(\d+)\.(block|attn)_(\d+)\.", r"\1.\2.\3.\4.", joined)
+    joined = re.sub(r"^(down|up)_(\d+)\.", r"\1.\2.", joined)
+    return re.sub(r"^temb\.dense(\d)\.", r"temb.dense.\1.", joined)
+
+
+def tf_from_canonical(name: str) -> str:
+    """The inverse of `canonical_from_tf`."""
+    stem, tail = name.rsplit(".", 1)
+    is_norm = re.search(r"(^|\.)(norm\d?|norm_out)$", stem) is not None
+    tail = {"weight": "gamma" if is_norm else "W", "bias": "beta" if is_norm else "b"}[tail]
+    stem = re.sub(r"^(down|up)\.(\d+)\.(block|attn)\.(\d+)", r"\1_\2/\3_\4", stem)
+    stem = re.sub(r"^(down|up)\.(\d+)", r"\1_\2", stem)
+    stem = re.sub(r"^temb\.dense\.(\d)", r"temb/dense\1", stem)
+    return f"model/{stem.replace('.', '/')}/{tail}"
+
+
+def layout_from_tf(array: np.ndarray) -> Tensor:
+    """Convolutions `[H, W, in, out]` to `[out, in, H, W]`, matrices `[in, out]` to `[out, in]`."""
+    value = torch.from_numpy(np.array(array))
+    if value.ndim == 4:
+        value = value.permute(3, 2, 0, 1)
+    elif value.ndim == 2:
+        value = value.T
+    return value.contiguous()
+
+
+# ---------------------------------------------------------------------- PyTorch namings
+
+
+def _renamed(tensors: Tensors, source: str, target: str, parts: dict[str, str]) -> Tensors:
+    """`{target}.{new}.weight` for every `{source}.{old}.weight` (and bias) that there is."""
+    return {
+        f"{target}.{new}.{tail}": tensors[f"{source}.{old}.{tail}"]
+        for old, new in parts.items()
+        for tail in ("weight", "bias")
+        if f"{source}.{old}.{tail}" in tensors
+    }
+
+
+def _numbers_below(tensors: Tensors, prefix: str) -> list[int]:
+    """Sorted n for which there are tensors `{prefix}.{n}. ...`."""
+    pattern = re.compile(re.escape(prefix) + r"\.(\d+)\.")
+    return sorted({int(m[1]) for name in tensors if (m := pattern.match(name))})
+
+
+def _levels(tensors: Tensors, prefix: str, is_last: Callable[[str], bool]) -> list[list[str]]:
+    """Consecutive blocks `{prefix}.{n}` grouped by level; `is_last` says where a level ends."""
+    levels: list[list[str]] = [[]]
+    for n in _numbers_below(tensors, prefix):
+        block = f"{prefix}.{n}"
+        levels[-1].append(block)
+        if is_last(block):
+            levels.append([])
+    return levels
+
+
+_PYTORCH_DDPM_BLOCK = {
+    "block1.0": "norm1",
+    "block1.2": "conv1",
+    "temb_proj.1": "temb_proj",
+    "block2.0": "norm2",
+    "block2.3": "conv2",
+    "shortcut": "nin_shortcut",
+}
+_PYTORCH_DDPM_ATTENTION = {
+    "attn.group_norm": "norm",
+    "attn.proj_q": "q",
+    "attn.proj_k": "k",
+    "attn.proj_v": "v",
+    "attn.proj": "proj_out",
+}
+
+
+def canonical_from_pytorch_ddpm(tensors: Tensors) -> Tensors:
+    out: Tensors = {}
+    embedding = "time_embedding.timembedding"
+    out |= _renamed(tensors, embedding, "temb", {"1": "dense.0", "3": "dense.1"})
+    if "temb.dense.0.weight" in out:
+        # Its sines and cosines alternate; ours are all sines, then all cosines.
+        first = out["temb.dense.0.weight"]
+        out["temb.dense.0.weight"] = torch.cat([first[:, 0::2], first[:, 1::2]], dim=1)
+    for old, new in (("head", "conv_in"), ("tail.0", "norm_out"), ("tail.2", "conv_out")):
+        out |= _renamed(tensors, old, new, {}) | {
+            f"{new}.{tail}": tensors[f"{old}.{tail}"] for tail in ("weight", "bias") if f"{old}.{tail}" in tensors
+        }
+
+    def resamples(block: str) -> bool:
+        return f"{block}.main.weight" in tensors
+
+    down = _levels(tensors, "downblocks", resamples)
+    up = _levels(tensors, "upblocks", resamples)
+    for side, levels, resample in (("down", down, "downsample"), ("up", up[::-1], "upsample")):
+        for level, blocks in enumerate(levels):
+            for i, block in enumerate(b for b in blocks if not resamples(b)):
+                out |= _renamed(tensors, block, f"{side}.{level}.block.{i}", _PYTORCH_DDPM_BLOCK)
+                out |= _renamed(tensors, block, f"{side}.{level}.attn.{i}", _PYTORCH_DDPM_ATTENTION)
+            for block in filter(resamples, blocks):
+                out |= _renamed(tensors, block, f"{side}.{level}.{resample}", {"main": "conv"})
+    out |= _renamed(tensors, "middleblocks.0", "mid.block_1", _PYTORCH_DDPM_BLOCK)
+    out |= _renamed(tensors, "middleblocks.0", "mid.attn_1", _PYTORCH_DDPM_ATTENTION)
+    out |= _renamed(tensors, "middleblocks.1", "mid.block_2", _PYTORCH_DDPM_BLOCK)
+    return out
+
+
+_IMPROVED_BLOCK = {
+    "in_layers.0": "norm1",
+    "in_layers.2": "conv1",
+    "emb_layers.1": "temb_proj",
+    "out_layers.0": "norm2",
+    "out_layers.3": "conv2",
+    "skip_connection": "nin_shortcut",
+}
+
+
+def canonical_from_improved_diffusion(tensors: Tensors) -> Tensors:
+    out: Tensors = {}
+    out |= _renamed(tensors, "time_embed", "temb", {"0": "dense.0", "2": "dense.1"})
+    out |= {
+        f"conv_in.{tail}": tensors[f"input_blocks.0.0.{tail}"]
+        for tail in ("weight", "bias")
+        if f"input_blocks.0.0.{tail}" in tensors
+    }
+    for old, new in (("out.0", "norm_out"), ("out.2", "conv_out")):
+        out |= {f"{new}.{tail}": tensors[f"{old}.{tail}"] for tail in ("weight", "bias") if f"{old}.{tail}" in tensors}
+    if "label_emb.weight" in tensors:
+        out["label_emb.weight"] = tensors["label_emb.weight"]
+    inputs = _numbers_below(tensors, "input_blocks")
+    if inputs != list(range(len(inputs))):
+        raise ConversionError(
+            "this network was trained with conv_resample=False (pooling between resolutions), which a UNet2DModel of "
+            "this family does not have"
+        )
+
+    def down_ends(block: str) -> bool:
+        return f"{block}.0.op.weight" in tensors
+
+    def up_conv(block: str) -> str | None:
+        return next((f"{block}.{k}" for k in (1, 2) if f"{block}.{k}.conv.weight" in tensors), None)
+
+    down = _levels(
+        {k: v for k, v in tensors.items() if not k.startswith("input_blocks.0.")}, "input_blocks", down_ends
+    )
+    up = _levels(tensors, "output_blocks", lambda block: up_conv(block) is not None)
+    for side, levels in (("down", down), ("up", up[::-1])):
+        for level, blocks in enumerate(levels):
+            for i, block in enumerate(b for b in blocks if not down_ends(b)):
+                out |= _renamed(tensors, f"{block}.0", f"{side}.{level}.block.{i}", _IMPROVED_BLOCK)
+                out |= _improved_attention(tensors, f"{block}.1", f"{side}.{level}.attn.{i}")
+            for block in filter(down_ends, blocks):
+                out |= _renamed(tensors, f"{block}.0", f"{side}.{level}.downsample", {"op": "conv"})
+            for convolution in filter(None, map(up_conv, blocks)):
+                out |= _renamed(tensors, convolution, f"{side}.{level}.upsample", {"conv": "conv"})
+    out |= _renamed(tensors, "middle_block.0", "mid.block_1", _IMPROVED_BLOCK)
+    out |= _improved_attention(tensors, "middle_block.1", "mid.attn_1")
+    out |= _renamed(tensors, "middle_block.2", "mid.block_2", _IMPROVED_BLOCK)
+    return out
+
+
+def _improved_attention(tensors: Tensors, source: str, target: str) -> Tensors:
+    """One attention block, its joint qkv left as it is: how to cut it depends on the number of heads."""
+    return _renamed(tensors, source, target, {"norm": "norm", "qkv": "qkv", "proj_out": "proj_out"})
+
+
+def split_qkv(tensors: Tensors, num_heads: int) -> Tensors:
+    """improved-diffusion keeps, head by head, the rows of q, k and v; ours are three matrices of all heads."""
+    out: Tensors = {}
+    for name, value in tensors.items():
+        if ".qkv." not in name:
+            out[name] = value
+            continue
+        rows, rest = value.shape[0], value.shape[1:]
+        if rows % (3 * num_heads):
+            raise ConversionError(f"{name} of shape {tuple(value.shape)} cannot be cut into {num_heads} heads")
+        heads = value.reshape(num_heads, 3, rows // (3 * num_heads), *rest)
+        for k, letter in enumerate("qkv"):
+            out[name.replace(".qkv.", f".{letter}.")] = heads[:, k].reshape(rows // 3, *rest)
+    return out
+
+
+# ---------------------------------------------------------------------- canonical names to ours
+
+
+def infer_architecture(tensors: Tensors, traits: dict[str, Any], num_heads: int = 1) -> dict[str, Any]:
+    """`UNet2DModel` arguments (all but `sample_size`) from canonical names and shapes.
+
+    Raises:
+        ConversionError: Something is missing, or no `UNet2DModel` of this family has it.
+    """
+    for needed in ("conv_in.weight", "conv_out.weight", "temb.dense.0.weight", "mid.block_1.conv1.weight"):
+        if needed not in tensors:
+            raise ConversionError(f"{needed} (in the official naming) is missing; is the format right?")
+    for name in tensors:
+        if ".conv_shortcut." in name:
+            raise ConversionError(f"{name}: 3x3 shortcuts (conv_shortcut=True) have no counterpart in UNet2DModel")
+    levels = _numbers_below(tensors, "down")
+    widths, attends, depth = [], [], set()
+    for level in levels:
+        blocks = _numbers_below(tensors, f"down.{level}.block")
+        depth.add(len(blocks))
+        widths.append(tensors[f"down.{level}.block.0.conv1.weight"].shape[0])
+        attends.append(bool(_numbers_below(tensors, f"down.{level}.attn")))
+        if level < levels[-1] and f"down.{level}.downsample.conv.weight" not in tensors:
+            raise ConversionError(
+                f"down.{level} has no convolution between resolutions (resamp_with_conv=False), which UNet2DModel "
+                "needs here"
+            )
+    if len(depth) != 1:
+        raise ConversionError(f"levels with different numbers of residual blocks ({sorted(depth)}) do not fit")
+    block_in = tensors["conv_in.weight"].shape[0]
+    if widths[0] != block_in:
+        raise ConversionError(
+            f"the first level has {widths[0]} channels after a first convolution to {block_in}; UNet2DModel has the "
+            "same number in both"
+        )
+    arguments = {
+        **traits,
+        "in_channels": tensors["conv_in.weight"].shape[1],
+        "out_channels": tensors["conv_out.weight"].shape[0],
+        "block_out_channels": tuple(widths),
+        "layers_per_block": depth.pop(),
+        "down_block_types": tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attends),
+        "up_block_types": tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)),
+        "add_attention": "mid.attn_1.norm.weight" in tensors,
+    }
+    if tensors["mid.block_1.temb_proj.weight"].shape[0] == 2 * widths[-1]:
+        arguments |= {"resnet_time_scale_shift": "scale_shift", "attn_norm_num_groups": arguments["norm_num_groups"]}
+    if "label_emb.weight" in tensors:
+        arguments["num_class_embeds"] = tensors["label_emb.weight"].shape[0]
+    if num_heads > 1:
+        attended = {width for width, a in zip(widths, attends, strict=True) if a} | {widths[-1]}
+        if len(attended) > 1:
+            raise ConversionError(
+                f"{num_heads} heads over attention widths {sorted(attended)} need a head size per level, and "
+                "UNet2DModel has one for all; only num_heads=1 fits this network"
+            )
+        arguments["attention_head_dim"] = attended.pop() // num_heads
+    return arguments
+
+
+_OUR_PARTS = {
+    "norm1": "norm1",
+    "conv1": "conv1",
+    "temb_proj": "time_emb_proj",
+    "norm2": "norm2",
+    "conv2": "conv2",
+    "nin_shortcut": "conv_shortcut",
+}
+_OUR_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
+
+
+def our_key(name: str, levels: int) -> str:
+    """The state-dict key of a canonical name; official `up.0` is the finest level, ours the coarsest.
+
+    Raises:
+        ConversionError: The name is none of the official network's.
+    """
+    fixed = {
+        "temb.dense.0": "time_embedding.linear_1",
+        "temb.dense.1": "time_embedding.linear_2",
+        "conv_in": "conv_in",
+        "norm_out": "conv_norm_out",
+        "conv_out": "conv_out",
+        "label_emb": "class_embedding",
+    }
+    stem, tail = name.rsplit(".", 1)
+    if stem in fixed:
+        return f"{fixed[stem]}.{tail}"
+    if m := re.fullmatch(r"mid\.(block|attn)_(\d)\.(\w+)", stem):
+        kind, parts = ("resnets", _OUR_PARTS) if m[1] == "block" else ("attentions", _OUR_ATTENTION)
+        if m[3] in parts:
+            return f"mid_block.{kind}.{int(m[2]) - 1}.{parts[m[3]]}.{tail}"
+    if m := re.fullmatch(r"(down|up)\.(\d+)\.(block|attn)\.(\d+)\.(\w+)", stem):
+        level = int(m[2]) if m[1] == "down" else levels - 1 - int(m[2])
+        kind, parts = ("resnets", _OUR_PARTS) if m[3] == "block" else ("attentions", _OUR_ATTENTION)
+        if m[5] in parts:
+            return f"{m[1]}_blocks.{level}.{kind}.{m[4]}.{parts[m[5]]}.{tail}"
+    if m := re.fullmatch(r"(down|up)\.(\d+)\.(down|up)sample\.conv", stem):
+        level = int(m[2]) if m[1] == "down" else levels - 1 - int(m[2])
+        return f"{m[1]}_blocks.{level}.{m[3]}samplers.0.conv.{tail}"
+    raise ConversionError(f"{name} (in the official naming) is no part of a DDPM network")
+
+
+def canonical_from_ours(key: str, levels: int) -> str:
+    """The inverse of `our_key`."""
+    stem, tail = key.rsplit(".", 1)
+    fixed = {
+        "time_embedding.linear_1": "temb.dense.0",
+        "time_embedding.linear_2": "temb.dense.1",
+        "conv_in": "conv_in",
+        "conv_norm_out": "norm_out",
+        "conv_out": "conv_out",
+    }
+    if stem in fixed:
+        return f"{fixed[stem]}.{tail}"
+    parts = {ours: official for official, ours in (_OUR_PARTS | _OUR_ATTENTION).items()}
+    if m := re.fullmatch(r"mid_block\.(resnets|attentions)\.(\d)\.(.+)", stem):
+        kind = "block" if m[1] == "resnets" else "attn"
+        return f"mid.{kind}_{int(m[2]) + 1}.{parts[m[3]]}.{tail}"
+    m = re.fullmatch(r"(down|up)_blocks\.(\d+)\.(.+)", stem)
+    assert m is not None, key
+    level = int(m[2]) if m[1] == "down" else levels - 1 - int(m[2])
+    if inner := re.fullmatch(r"(resnets|attentions)\.(\d+)\.(.+)", m[3]):
+        kind = "block" if inner[1] == "resnets" else "attn"
+        return f"{m[1]}.{level}.{kind}.{inner[2]}.{parts[inner[3]]}.{tail}"
+    return f"{m[1]}.{level}.{m[1]}sample.conv.{tail}"

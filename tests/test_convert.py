@@ -1,0 +1,388 @@
+"""Other people's weights: the same outputs as their networks, and clear refusals."""
+
+import json
+import pickle
+import shutil
+
+import diffusers
+import foreign_networks as foreign
+import pytest
+import torch
+from conftest import SMALL_NETWORK
+from safetensors.torch import load_file, save_file
+
+from ddpm_hf import DDPMPipeline, UNet2DModel, cli
+from ddpm_hf.convert import ConversionError, convert, convert_to_official, load_foreign
+from ddpm_hf.presets import PRESETS
+
+
+@pytest.fixture
+def x_and_t():
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(2, 3, 16, 16, generator=generator), torch.tensor([3, 871])
+
+
+def agrees(unet, expected, x, t, **options):
+    with torch.no_grad():
+        ours = unet(x, t, **options).sample
+    assert expected.std() > 0.1
+    assert (ours - expected).abs().max() < 2e-4 * expected.abs().max()
+
+
+def saved(tmp_path, content, name="weights.pt"):
+    torch.save(content, tmp_path / name)
+    return tmp_path / name
+
+
+# ---------------------------------------------------------------------- PyTorch formats
+
+
+@pytest.mark.parametrize(
+    "network",
+    [{}, {"mult": (1, 2, 2), "blocks": 1, "attends": (False, True, False)}, {"attends": (False, False), "out": 6}],
+)
+def test_pesser(tmp_path, x_and_t, network):
+    state = foreign.make_pesser(**network)
+    pipe = load_foreign("pesser", saved(tmp_path, state), sample_size=16)
+    agrees(pipe.unet, foreign.run_pesser(state, *x_and_t), *x_and_t)
+    assert pipe.scheduler.config.variance_type == ("learned" if network.get("out") == 6 else "fixed_large")
+
+
+def test_ermongroup_training_checkpoint_has_raw_and_averaged_weights(tmp_path, x_and_t):
+    raw, ema = foreign.make_pesser(), foreign.make_pesser()
+    path = saved(tmp_path, [{f"module.{k}": v for k, v in raw.items()}, {"lr": 0.1}, 5, 100, ema])
+    agrees(load_foreign("pesser", path, sample_size=16).unet, foreign.run_pesser(ema, *x_and_t), *x_and_t)
+    pipe = load_foreign("pesser", path, sample_size=16, ema=False)
+    agrees(pipe.unet, foreign.run_pesser(raw, *x_and_t), *x_and_t)
+    with pytest.raises(ConversionError, match="--no_ema"):
+        load_foreign("pesser", saved(tmp_path, [raw, {}, 5, 100]), sample_size=16)
+
+
+def test_pytorch_ddpm(tmp_path, x_and_t):
+    raw, ema = foreign.make_pytorch_ddpm(), foreign.make_pytorch_ddpm()
+    path = saved(tmp_path, {"net_model": raw, "ema_model": ema, "step": 7, "x_T": torch.zeros(1)}, "ckpt.pt")
+    agrees(load_foreign("pytorch_ddpm", path, sample_size=16).unet, foreign.run_pytorch_ddpm(ema, *x_and_t), *x_and_t)
+    pipe = load_foreign("pytorch_ddpm", path, sample_size=16, ema=False)
+    agrees(pipe.unet, foreign.run_pytorch_ddpm(raw, *x_and_t), *x_and_t)
+
+
+@pytest.mark.parametrize(
+    ("network", "heads"),
+    [({}, 1), ({"out": 6, "mult": (1, 2, 2), "attends": (False, True, True)}, 4), ({"scale_shift": True}, 2)],
+)
+def test_improved_diffusion(tmp_path, x_and_t, network, heads):
+    state = foreign.make_improved(**network)
+    path = saved(tmp_path, state, "ema_0.9999_500000.pt")
+    pipe = load_foreign("improved_diffusion", path, sample_size=16, num_heads=heads)
+    agrees(pipe.unet, foreign.run_improved(state, *x_and_t, heads=heads), *x_and_t)
+    assert pipe.scheduler.config.variance_type == ("learned_range" if network.get("out") == 6 else "fixed_large")
+
+
+def test_improved_diffusion_with_classes(tmp_path, x_and_t):
+    state, labels = foreign.make_improved(classes=5), torch.tensor([4, 1])
+    unet = load_foreign("improved_diffusion", saved(tmp_path, state), sample_size=16).unet
+    agrees(unet, foreign.run_improved(state, *x_and_t, labels=labels), *x_and_t, class_labels=labels)
+
+
+def test_improved_diffusion_options_that_do_not_fit(tmp_path):
+    pooled = {k: v for k, v in foreign.make_improved(blocks=2).items() if ".op." not in k}
+    with pytest.raises(ConversionError, match="conv_resample"):
+        load_foreign("improved_diffusion", saved(tmp_path, pooled), sample_size=16)
+    uneven = foreign.make_improved(attends=(True, True))
+    with pytest.raises(ConversionError, match=r"4 heads over attention widths \[32, 64\]"):
+        load_foreign("improved_diffusion", saved(tmp_path, uneven), sample_size=16, num_heads=4)
+    with pytest.raises(ConversionError, match="raw weights"):
+        load_foreign("improved_diffusion", saved(tmp_path, pooled, "model500000.pt"), sample_size=16)
+
+
+# ---------------------------------------------------------------------- stock repositories
+
+
+def stock_pipeline():
+    torch.manual_seed(0)
+    unet = diffusers.UNet2DModel(**SMALL_NETWORK).eval()
+    return diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler(variance_type="fixed_large"))
+
+
+def legacy(name):
+    for new, old in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
+        name = name.replace(f".{new}.", f".{old}.")
+    return name
+
+
+@pytest.mark.parametrize("keys", ["current", "legacy"])
+@pytest.mark.parametrize("ending", ["safetensors", "bin"])
+@pytest.mark.parametrize("layout", ["flat", "folders"])
+def test_old_stock_repositories(tmp_path, keys, ending, layout):
+    stock = stock_pipeline()
+    old = tmp_path / "old"
+    stock.save_pretrained(old)
+    (old / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    state = {legacy(k) if keys == "legacy" else k: v for k, v in stock.unet.state_dict().items()}
+    assert (keys == "legacy") == any(".query." in k for k in state)
+    if ending == "bin":
+        torch.save(state, old / "unet" / "diffusion_pytorch_model.bin")
+    else:
+        save_file(state, old / "unet" / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+    if layout == "flat":
+        for file in (*(old / "unet").iterdir(), *(old / "scheduler").iterdir()):
+            shutil.move(file, old)
+        (old / "unet").rmdir()
+        (old / "scheduler").rmdir()
+    convert("diffusers", old, tmp_path / "new")
+    again = diffusers.DDPMPipeline.from_pretrained(tmp_path / "new")
+    assert again.scheduler.config.variance_type == "fixed_large"
+    for name, value in stock.unet.state_dict().items():
+        assert torch.equal(again.unet.state_dict()[name], value), name
+    if ending == "safetensors":  # and our pipeline opens it as it is, converted or not
+        direct = DDPMPipeline.from_pretrained(old)
+        assert type(direct.unet) is UNet2DModel
+        assert all(torch.equal(direct.unet.state_dict()[k], v) for k, v in stock.unet.state_dict().items())
+
+
+def test_stock_repositories_that_do_not_fit(tmp_path):
+    stock = stock_pipeline()
+    stock.save_pretrained(tmp_path / "a")
+    config = tmp_path / "a" / "unet" / "config.json"
+    content = json.loads(config.read_text())
+    config.write_text(json.dumps({**content, "block_out_channels": [16, 16]}))
+    with pytest.raises(ConversionError, match=r"has shape \(\d+.*asks for \(\d+"):
+        load_foreign("diffusers", tmp_path / "a")
+    config.write_text(json.dumps({**content, "_class_name": "AutoencoderKL"}))
+    with pytest.raises(ConversionError, match="AutoencoderKL"):
+        load_foreign("diffusers", tmp_path / "a")
+    with pytest.raises(ConversionError, match="no folder"):
+        load_foreign("diffusers", tmp_path / "b")
+
+
+# ---------------------------------------------------------------------- the official checkpoint
+
+# TensorFlow reads and writes the official format; the fixture holds the official checkpoint's variables.
+
+
+@pytest.fixture(scope="module")
+def official_checkpoint(tmp_path_factory):
+    import tensorflow as tf
+    from oracles import FIXTURES
+
+    variables = load_file(FIXTURES / "official_weights.safetensors")
+    names = sorted(variables)
+    prefix = tmp_path_factory.mktemp("official") / "model.ckpt-790000"
+    tf.raw_ops.SaveV2(
+        prefix=str(prefix),
+        tensor_names=names,
+        shape_and_slices=[""] * len(names),
+        tensors=[tf.constant(variables[name].numpy()) for name in names],
+    )
+    return prefix
+
+
+def official_outputs():
+    from oracles import official
+
+    return official("x"), official("t").long(), official("unet_out")
+
+
+def test_official_checkpoint_in_one_command(tmp_path, official_checkpoint):
+    out = tmp_path / "converted"
+    arguments = ["--from", "official_tf", "--checkpoint", str(official_checkpoint), "--sample_size", "8"]
+    assert cli.main(["convert", *arguments, "--output", str(out)]) == 0
+    x, t, expected = official_outputs()
+    for pipeline in (DDPMPipeline, diffusers.DDPMPipeline):
+        unet = pipeline.from_pretrained(out).unet.eval()
+        with torch.no_grad():
+            assert (unet(x, t).sample - expected).abs().max() < 1e-5
+
+
+def test_raw_weights_must_be_asked_for(official_checkpoint):
+    x, t, expected = official_outputs()
+    raw = load_foreign("official_tf", official_checkpoint, sample_size=8, ema=False).unet
+    assert {v.unique().item() for v in raw.state_dict().values()} == {torch.tensor(0.01).item()}
+    with torch.no_grad():
+        assert (raw(x, t).sample - expected).abs().max() > 0.1
+
+
+def test_a_checkpoint_without_averages_is_refused_by_default(tmp_path):
+    import tensorflow as tf
+
+    tf.raw_ops.SaveV2(
+        prefix=str(tmp_path / "x"), tensor_names=["model/conv_in/b"], shape_and_slices=[""], tensors=[tf.zeros([3])]
+    )
+    with pytest.raises(ConversionError, match=r"no averaged weights.*--no_ema"):
+        load_foreign("official_tf", tmp_path / "x", sample_size=8)
+
+
+def test_official_to_ours_to_official_is_bitwise(tmp_path, official_checkpoint):
+    import tensorflow as tf
+
+    convert("official_tf", official_checkpoint, tmp_path / "ours", sample_size=8)
+    arguments = ["--to", "official_tf", "--checkpoint", str(tmp_path / "ours"), "--output", str(tmp_path / "back")]
+    assert cli.main(["convert", *arguments]) == 0
+    there = tf.train.load_checkpoint(str(official_checkpoint))
+    back = tf.train.load_checkpoint(tf.train.latest_checkpoint(str(tmp_path / "back")))
+    shapes = {n: s for n, s in there.get_variable_to_shape_map().items() if n != "global_step"}
+    assert shapes == {n: s for n, s in back.get_variable_to_shape_map().items() if n != "global_step"}
+    for name in shapes:
+        if name.endswith("/ExponentialMovingAverage"):
+            assert (there.get_tensor(name) == back.get_tensor(name)).all(), name
+            assert (back.get_tensor(name) == back.get_tensor(name.rsplit("/", 1)[0])).all()
+
+
+def test_a_training_checkpoint_goes_back_with_both_sets_of_weights(tmp_path, official_checkpoint):
+    import tensorflow as tf
+
+    pipe = convert("official_tf", official_checkpoint, tmp_path / "run", sample_size=8)
+    checkpoint = tmp_path / "run" / "checkpoint-12"
+    checkpoint.mkdir()
+    state = pipe.unet.state_dict()
+    save_file(state, checkpoint / "ema.safetensors")
+    save_file({name: value + 1 for name, value in state.items()}, checkpoint / "model.safetensors")
+    (checkpoint / "state.json").write_text('{"step": 12}')
+    prefix = convert_to_official(checkpoint, tmp_path / "back")
+    assert prefix.name == "model.ckpt-12"
+    back = tf.train.load_checkpoint(str(prefix))
+    name = "model/up_1/attn_0/q/W"
+    assert (back.get_tensor(name) == back.get_tensor(f"{name}/ExponentialMovingAverage") + 1).all()
+    assert back.get_tensor("global_step") == 12
+
+
+def test_only_the_official_network_goes_to_the_official_format(tmp_path, small_pipeline):
+    small_pipeline.save_pretrained(tmp_path / "ours")
+    with pytest.raises(ConversionError, match=r"norm_num_groups=32, and this one 8|flip_sin_to_cos"):
+        convert_to_official(tmp_path / "ours", tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+
+
+@pytest.mark.parametrize("preset", [name for name in PRESETS if name != "digits"])
+def test_every_official_architecture_is_inferred_from_names_and_shapes(preset):
+    from ddpm_hf.presets import OFFICIAL_NETWORK
+    from ddpm_hf.weight_names import canonical_from_ours, infer_architecture, our_key
+
+    with torch.device("meta"):
+        unet = UNet2DModel.from_preset(preset)
+    levels = len(unet.config.block_out_channels)
+    canonical = {canonical_from_ours(key, levels): value for key, value in unet.state_dict().items()}
+    assert {our_key(name, levels) for name in canonical} == set(unet.state_dict())
+    inferred = infer_architecture(canonical, OFFICIAL_NETWORK)
+    for name, value in PRESETS[preset].unet.items():
+        if name not in ("sample_size", "dropout"):
+            assert inferred[name] == value, name
+
+
+# ---------------------------------------------------------------------- what is refused
+
+
+class Malicious:
+    """Pickled, it would write a file when loaded."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+@pytest.mark.parametrize("format_", ["pesser", "pytorch_ddpm", "improved_diffusion", "diffusers"])
+@pytest.mark.parametrize("ending", [".bin", ".ckpt", ".pt"])
+@pytest.mark.parametrize("writer", [pickle.dumps, None])
+def test_a_malicious_pickle_is_refused_and_runs_nothing(tmp_path, format_, ending, writer):
+    trap = tmp_path / "executed"
+    path = tmp_path / f"weights{ending}"
+    if format_ == "diffusers":
+        stock_pipeline().save_pretrained(tmp_path / "repo")
+        (tmp_path / "repo" / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+        path = tmp_path / "repo" / "unet" / "diffusion_pytorch_model.bin"
+    content = {"conv_in.weight": Malicious(str(trap))}
+    if writer is None:
+        torch.save(content, path)
+    else:
+        path.write_bytes(writer(content))
+    source = tmp_path / "repo" if format_ == "diffusers" else path
+    with pytest.raises(ConversionError, match=r"refused|not a PyTorch checkpoint"):
+        convert(format_, source, tmp_path / "out", **({} if format_ == "diffusers" else {"sample_size": 16}))
+    assert not trap.exists()
+    assert not (tmp_path / "out").exists()
+
+
+def truncated(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("damage", [truncated, lambda p: p.write_bytes(b""), lambda p: p.write_text("hello")])
+def test_damaged_files(tmp_path, damage):
+    path = saved(tmp_path, foreign.make_pesser())
+    damage(path)
+    with pytest.raises(ConversionError, match=r"weights\.pt.*(damaged|not a PyTorch)"):
+        convert("pesser", path, tmp_path / "out", sample_size=16)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["weights.pt"]
+
+
+@pytest.mark.parametrize("damage", [truncated, lambda p: p.write_bytes(b""), lambda p: p.unlink()])
+@pytest.mark.parametrize("ending", [".index", ".data-00000-of-00001"])
+def test_damaged_tensorflow_checkpoints(tmp_path, official_checkpoint, damage, ending):
+    for file in official_checkpoint.parent.glob("model.ckpt*"):
+        shutil.copy(file, tmp_path)
+    damage(tmp_path / f"model.ckpt-790000{ending}")
+    with pytest.raises(ConversionError, match=r"model\.ckpt-790000"):
+        convert("official_tf", tmp_path / "model.ckpt-790000", tmp_path / "out", sample_size=8)
+    assert not (tmp_path / "out").exists()
+
+
+def test_mismatched_tensors_are_named_with_both_shapes(tmp_path):
+    state = foreign.make_pesser()
+    state["mid.block_1.conv2.weight"] = torch.zeros(64, 32, 3, 3)
+    with pytest.raises(ConversionError, match=r"mid\.block_1\.conv2\.weight.*\(64, 32, 3, 3\).*\(64, 64, 3, 3\)"):
+        convert("pesser", saved(tmp_path, state), tmp_path / "out", sample_size=16)
+    del state["mid.block_1.conv2.weight"]
+    with pytest.raises(ConversionError, match=r"nothing found for mid_block\.resnets\.0\.conv2\.weight"):
+        load_foreign("pesser", saved(tmp_path, state), sample_size=16)
+    state = foreign.make_pesser() | {"encoder.layer.weight": torch.zeros(3)}
+    with pytest.raises(ConversionError, match=r"encoder\.layer\.weight"):
+        load_foreign("pesser", saved(tmp_path, state), sample_size=16)
+
+
+def test_wrong_format_and_missing_information(tmp_path, capsys):
+    path = saved(tmp_path, foreign.make_pesser())
+    with pytest.raises(ConversionError, match="is the format right"):
+        load_foreign("pytorch_ddpm", path, sample_size=16)
+    for arguments, words in [
+        (["--from", "pesser", "--checkpoint", str(path)], "--sample_size"),
+        (["--from", "pessr", "--checkpoint", str(path), "--sample_size", "16"], "'pessr'"),
+        (["--from", "pesser", "--checkpoint", str(tmp_path / "no.pt"), "--sample_size", "16"], "no.pt"),
+        (["--from", "pesser", "--checkpoint", str(path), "--sample_size", "15"], "15x15"),
+        (["--from", "pesser", "--checkpoint", str(path), "--preset", "cifar10"], "block_out_channels"),
+        (["--from", "official_tf", "--checkpoint", str(path), "--sample_size", "16"], "no TensorFlow checkpoint"),
+        (["--checkpoint", str(path)], "--from"),
+    ]:
+        assert cli.main(["convert", *arguments, "--output", str(tmp_path / "out")]) == 2
+        err = capsys.readouterr().err
+        assert words in err, err
+        assert err.count("\n") == 1
+        assert not (tmp_path / "out").exists()
+
+
+def test_an_output_in_use_is_left_alone(tmp_path):
+    path = saved(tmp_path, foreign.make_pesser())
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("keep")
+    with pytest.raises(ValueError, match="exists already"):
+        convert("pesser", path, tmp_path / "out", sample_size=16)
+    assert (tmp_path / "out" / "mine.txt").read_text() == "keep"
+
+
+def test_posterior_mean_is_refused_by_stock(tmp_path, small_unet):
+    from ddpm_hf import DDPMScheduler
+
+    DDPMPipeline(small_unet, DDPMScheduler(prediction_type="posterior_mean")).save_pretrained(tmp_path)
+    stock = diffusers.DDPMPipeline.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="posterior_mean"):
+        stock(num_inference_steps=2)
+    assert DDPMPipeline.from_pretrained(tmp_path).scheduler.config.prediction_type == "posterior_mean"
+
+
+def test_no_local_path_is_saved(tmp_path, small_pipeline):
+    small_pipeline.save_pretrained(tmp_path / "a")
+    DDPMPipeline.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "b")
+    for file in (tmp_path / "b").rglob("*.json"):
+        assert str(tmp_path) not in file.read_text(), file
+        assert "_name_or_path" not in json.loads(file.read_text())

@@ -1,0 +1,120 @@
+"""The recipes beside the paper's own numbers, typed in a second time from the paper."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from ddpm_hf import PRESETS, DDPMScheduler, UNet2DModel, get_preset
+from ddpm_hf.presets import Preset
+
+PAPER = {
+    # name: batch, learning rate, updates, dropout, flips, size, first width (Section 4, Appendix B, Table 3)
+    "cifar10": (128, 2e-4, 800_000, 0.1, True, 32, 128),
+    "celebahq256": (64, 2e-5, 500_000, 0.0, True, 256, 128),
+    "lsun_bedroom256": (64, 2e-5, 2_400_000, 0.0, False, 256, 128),
+    "lsun_bedroom256_large": (64, 2e-5, 1_150_000, 0.0, False, 256, 192),
+    "lsun_church256": (64, 2e-5, 1_200_000, 0.0, True, 256, 128),
+    "lsun_cat256": (64, 2e-5, 1_800_000, 0.0, True, 256, 128),
+}
+
+
+def test_there_are_these_presets():
+    assert list(PRESETS) == ["digits", *PAPER]
+    assert all(preset.name == name and get_preset(name) is preset for name, preset in PRESETS.items())
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_values_are_the_papers(name):
+    preset = get_preset(name)
+    batch, learning_rate, updates, dropout, flips, size, width = PAPER[name]
+    assert (preset.total_batch_size, preset.learning_rate, preset.max_train_steps) == (batch, learning_rate, updates)
+    assert (preset.random_flip, preset.unet["dropout"], preset.unet["sample_size"]) == (flips, dropout, size)
+    multiples = (1, 2, 2, 2) if size == 32 else (1, 1, 2, 2, 4, 4)
+    assert preset.unet["block_out_channels"] == tuple(width * multiple for multiple in multiples)
+    # "Adam ... standard values", "EMA ... decay factor of 0.9999", L_simple (Algorithm 1), and only in the code:
+    # 5000 updates of warm-up, gradients clipped at 1.
+    assert (preset.ema_decay, preset.ema_warmup) == (0.9999, False)
+    assert (preset.loss, preset.timestep_sampling) == ("simple", "uniform")
+    assert (preset.lr_warmup_steps, preset.lr_scheduler, preset.max_grad_norm) == (5000, "constant", 1.0)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_is_the_papers_process(name):
+    scheduler = DDPMScheduler.from_preset(name)
+    assert len(scheduler.betas) == 1000
+    assert scheduler.betas[0].item() == pytest.approx(1e-4, rel=1e-15)
+    assert scheduler.betas[-1].item() == pytest.approx(0.02, rel=1e-15)
+    assert scheduler.betas.diff().std() < 1e-15  # a straight line
+    assert scheduler.config.prediction_type == "epsilon"
+    assert scheduler.config.clip_sample is True
+    # run_cifar.py samples with fixedlarge, the 256x256 scripts with the posterior's variance
+    assert scheduler.config.variance_type == ("fixed_small" if "256" in name else "fixed_large")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_makes_a_network(name):
+    with torch.device("meta"):
+        unet = UNet2DModel.from_preset(name)
+    channels = 1 if name == "digits" else 3
+    assert (unet.config.in_channels, unet.config.out_channels) == (channels, channels)
+    for argument, value in get_preset(name).unet.items():
+        assert getattr(unet.config, argument) == value
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_nothing_is_left_to_a_default_that_stock_could_change(name):
+    """Where the official network needs another value than stock's, the preset writes it out."""
+    preset = get_preset(name)
+    written = {
+        "downsample_padding": 0,
+        "attention_head_dim": None,
+        "flip_sin_to_cos": False,
+        "freq_shift": 1,
+        "norm_eps": 1e-6,
+        "norm_num_groups": 32,
+        "layers_per_block": 2,
+    }
+    assert {key: preset.unet[key] for key in written} == written
+    assert {"num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "variance_type"} <= set(preset.scheduler)
+
+
+def test_presets_cannot_be_changed():
+    preset = get_preset("cifar10")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        preset.learning_rate = 1.0
+    with pytest.raises(TypeError):
+        preset.unet["dropout"] = 0.5
+    with pytest.raises(TypeError):
+        PRESETS["mine"] = preset
+    overridden = UNet2DModel.from_preset("digits", dropout=0.3)
+    assert overridden.config.dropout == 0.3
+    assert get_preset("digits").unet["dropout"] == 0.0
+
+
+@pytest.mark.parametrize("name", ["cifar", "CIFAR10", "", None, ["cifar10"]])
+def test_an_unknown_preset_is_refused(name):
+    with pytest.raises(ValueError, match=r"unknown preset .*the presets are digits, cifar10, celebahq256"):
+        get_preset(name)
+    with pytest.raises(ValueError, match=r"did you mean 'lsun_cat256'"):
+        get_preset("lsun_cats256")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"learning_rate": 0}, "learning_rate must be positive, got 0"),
+        ({"total_batch_size": -1}, "total_batch_size must be positive, got -1"),
+        ({"max_train_steps": 0}, "max_train_steps must be positive"),
+        ({"max_grad_norm": float("nan")}, "max_grad_norm must be positive, got nan"),
+        ({"lr_warmup_steps": -1}, "lr_warmup_steps must be 0 or more, got -1"),
+        ({"ema_decay": 1.0}, r"ema_decay must be in \[0, 1\), got 1.0"),
+        ({"lr_scheduler": "step"}, "lr_scheduler must be one of constant, cosine, linear, got 'step'"),
+        ({"timestep_sampling": "all"}, "timestep_sampling must be one of uniform, stratified, got 'all'"),
+        ({"loss": "mse"}, "loss must be one of simple, vlb, hybrid, got 'mse'"),
+    ],
+)
+def test_bad_values(change, message):
+    good = {"name": "x", "source": "", "unet": {}, "scheduler": {}, "total_batch_size": 1, "learning_rate": 1e-4}
+    with pytest.raises(ValueError, match=message):
+        Preset(**{**good, "max_train_steps": 1, **change})
