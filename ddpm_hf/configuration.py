@@ -54,6 +54,9 @@ class TrainingConfig:
     mixed_precision: str | None = _flag(
         None, "no, fp16 or bf16 for the network; accelerate's setting if left out", "run"
     )
+    num_cpu_threads: int | None = _flag(
+        None, "CPU threads per process; the cores are shared out evenly if left out", "run"
+    )
     checkpointing_steps: int = _flag(5000, "updates between checkpoints", "output")
     checkpoints_total_limit: int | None = _flag(None, "how many checkpoints to keep", "output")
     resume_from_checkpoint: str | None = _flag(None, "latest, or a checkpoint's folder", "output")
@@ -69,7 +72,7 @@ class TrainingConfig:
         positive = (
             "max_train_steps train_batch_size total_batch_size gradient_accumulation_steps learning_rate "
             "max_grad_norm checkpointing_steps checkpoints_total_limit save_images_steps num_sample_images resolution "
-            "ddpm_num_inference_steps eval_num_evaluations"
+            "ddpm_num_inference_steps eval_num_evaluations num_cpu_threads"
         )
         for name in positive.split():
             value = getattr(self, name)

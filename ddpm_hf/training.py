@@ -8,6 +8,7 @@ resumed run goes on as if it had never stopped.
 from __future__ import annotations
 
 import math
+import os
 import platform
 import shutil
 import signal
@@ -17,6 +18,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
@@ -80,6 +82,8 @@ class Trainer:
 
         self.accelerator = Accelerator(mixed_precision=config.mixed_precision)
         self.device = self.accelerator.device
+        if self.device.type == "cpu":
+            _set_cpu_threads(config.num_cpu_threads, self.accelerator.num_processes)
         self.micro_batch, self.accumulation, self.total_batch = config.batch_plan(self.accelerator.num_processes)
 
         torch.manual_seed(derive_seed(config.seed, "weights"))
@@ -430,6 +434,17 @@ class Trainer:
         if self.device.type == "cuda":
             return torch.cuda.get_device_name(self.device)
         return f"{self.device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def _set_cpu_threads(wanted: int | None, num_processes: int) -> None:
+    """Use all cores: `accelerate launch` starts every process with one thread unless it is told otherwise."""
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ
+    if wanted is None and launched:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        physical = psutil.cpu_count(logical=False) or cores  # a core's second thread only gets in the way
+        wanted = max(1, min(cores, physical) // num_processes)
+    if wanted is not None:
+        torch.set_num_threads(wanted)
 
 
 @contextmanager

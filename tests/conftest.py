@@ -14,6 +14,8 @@ import torch
 
 from ddpm_hf import DDPMPipeline, DDPMScheduler, UNet2DModel
 
+FIXTURES = Path(__file__).parent / "fixtures"
+
 SMALL_NETWORK = {
     "sample_size": 8,
     "in_channels": 1,
