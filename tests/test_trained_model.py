@@ -1,4 +1,4 @@
-"""Claims about a model that was really trained: the digits model of `make demo`, kept in tests/fixtures/digits_model."""
+"""Claims about a model that was really trained: the digits model of the demo, tests/fixtures/digits_model."""
 
 import math
 
