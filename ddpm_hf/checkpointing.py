@@ -24,6 +24,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -121,7 +122,14 @@ def save_checkpoint(
         manifest = {file.name: {"sha256": _sha256(file), "size": file.stat().st_size} for file in folder.iterdir()}
         (folder / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1))
 
-    write_directory(target, fill)
+    try:
+        write_directory(target, fill)
+    except (OSError, SafetensorError) as error:
+        kept = list_checkpoints(output_dir)
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise OSError(
+            f"cannot write {target}: {reason}; the last complete checkpoint is {kept[-1] if kept else 'none'}"
+        ) from error
     if keep is not None:
         for old in list_checkpoints(output_dir)[:-keep]:
             shutil.rmtree(old)

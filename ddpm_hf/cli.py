@@ -47,7 +47,7 @@ def _one_sentence(message: str, flags: list[str]) -> str:
         return f"unknown flag {first}" + (f" (did you mean {close[0]}?)" if close else "; see --help")
     if found := re.search(r'key "(\w+)".*(?:Given|Got) value: (.*)', text):
         wanted = [_KINDS.get(kind, kind) for kind in re.findall(r"Expected a <class '(\w+)'>", text)]
-        kinds = " or ".join(kind for kind in wanted if kind != "NoneType") or "another kind of value"
+        kinds = " or ".join(dict.fromkeys(k for k in wanted if k != "NoneType")) or "another kind of value"
         return f"--{found[1]} takes {kinds}, got {found[2]!r}"
     return text
 
@@ -101,12 +101,30 @@ def training_parser(prog: str | None = None) -> ArgumentParser:
     return parser
 
 
+def _bracket_lists(arguments: Sequence[str]) -> list[str]:
+    """`--resolution 64 96` as `--resolution [64, 96]`, which is how jsonargparse writes a list."""
+    out: list[str] = []
+    rest = list(arguments)
+    while rest:
+        out.append(rest.pop(0))
+        if out[-1] in ("--resolution", "--value_range"):
+            values = []
+            while rest and not rest[0].startswith("--"):
+                values.append(rest.pop(0))
+            if len(values) == 1:
+                out.extend(values)
+            elif values:
+                out.append(f"[{', '.join(values)}]")
+    return out
+
+
 def parse_training_config(arguments: Sequence[str], prog: str | None = None) -> TrainingConfig:
     """Flags, and the YAML files they name, as a checked `TrainingConfig`.
 
     Raises:
         ValueError: Anything that cannot be taken, in one sentence.
     """
+    arguments = _bracket_lists(arguments)
     parser = training_parser(prog)
     names = [field.name for field in dataclasses.fields(TrainingConfig)]
     for i, argument in enumerate(arguments):
@@ -176,7 +194,7 @@ def evaluate(arguments: Sequence[str], prog: str | None = None) -> int:
     if values.metrics != "nll":
         raise UsageError(f"--metrics knows nll, got {values.metrics!r}")
     from .data import load_images
-    from .evaluation import evaluate_likelihood
+    from .evaluation import evaluate_likelihood, first_images
 
     pipe = _load_pipeline(values.model)
     channels, height, width = pipe.image_shape
@@ -185,10 +203,9 @@ def evaluate(arguments: Sequence[str], prog: str | None = None) -> int:
     data = load_images(**given, split=split, channels=channels, resolution=(height, width))
     report = evaluate_likelihood(
         pipe,
-        data,
+        first_images(data, values.num_images),
         split,
         num_evaluations=values.num_evaluations,
-        num_images=values.num_images,
         batch_size=values.batch_size,
         seed=values.seed,
         progress=True,

@@ -32,9 +32,19 @@ class TrainingConfig:
     dataset_config_name: str | None = _flag(None, "the configuration of that dataset", "data")
     train_data_dir: str | None = _flag(None, "a folder of images; subfolders are classes", "data")
     cache_dir: str | None = _flag(None, "where downloaded datasets are kept", "data")
-    resolution: int | None = _flag(None, "height and width of the images", "data")
+    image_column: str | None = _flag(None, "the dataset's column of images; found by itself if left out", "data")
+    label_column: str | None = _flag(None, "the dataset's column of classes; found by itself if left out", "data")
+    resolution: int | list[int] | None = _flag(None, "height and width of the images, or one number for both", "data")
+    center_crop: bool = _flag(True, "crop images of another shape in the middle; false: at random", "data")
     random_flip: bool | None = _flag(None, "mirror images at random", "data")
+    background: str = _flag("white", "colour under transparent pixels", "data")
+    value_range: list[float] | None = _flag(None, "what .npy arrays call black and white, for example 0 1", "data")
+    on_bad_image: str = _flag("error", "error, or skip: name unreadable images and go on without them", "data")
+    streaming: bool = _flag(False, "read the dataset from end to end, without keeping it", "data")
+    dataloader_num_workers: int = _flag(4, "threads that decode images which do not fit into memory", "data")
     validation_split: float = _flag(0.0, "share of the images never trained on (digits has its own)", "data")
+    class_conditional: bool = _flag(False, "train on the images' classes", "data")
+    class_dropout: float = _flag(0.0, "share of images trained without their class (for guidance)", "data")
     output_dir: str = _flag("ddpm-model", "where the model and the checkpoints go", "output")
     max_train_steps: int | None = _flag(None, "optimizer updates", "recipe")
     train_batch_size: int | None = _flag(None, "images per process and micro-batch", "recipe")
@@ -57,10 +67,18 @@ class TrainingConfig:
     num_cpu_threads: int | None = _flag(
         None, "CPU threads per process; the cores are shared out evenly if left out", "run"
     )
+    compile: bool = _flag(False, "torch.compile the network", "run")
+    channels_last: bool = _flag(False, "channels_last memory layout", "run")
+    gradient_checkpointing: bool = _flag(False, "trade time for memory", "run")
+    report_to: str | None = _flag(None, "trackers by accelerate: tensorboard, wandb, ...", "run")
+    logging_dir: str = _flag("logs", "where trackers write, inside the output folder", "run")
     checkpointing_steps: int = _flag(5000, "updates between checkpoints", "output")
     checkpoints_total_limit: int | None = _flag(None, "how many checkpoints to keep", "output")
     resume_from_checkpoint: str | None = _flag(None, "latest, or a checkpoint's folder", "output")
     save_images_steps: int | None = _flag(None, "updates between sample grids; only at the end if left out", "output")
+    validation_steps: int | None = _flag(
+        None, "updates between held-out bits/dim; only at the end if left out", "output"
+    )
     num_sample_images: int = _flag(64, "images in a sample grid", "output")
     ddpm_num_inference_steps: int = _flag(1000, "steps of the sampler for the sample grids", "output")
     sampler: str = _flag("ddpm", "ddpm (Algorithm 2) or ddim, for the sample grids", "output")
@@ -71,7 +89,8 @@ class TrainingConfig:
         get_preset(self.preset)
         positive = (
             "max_train_steps train_batch_size total_batch_size gradient_accumulation_steps learning_rate "
-            "max_grad_norm checkpointing_steps checkpoints_total_limit save_images_steps num_sample_images resolution "
+            "max_grad_norm checkpointing_steps checkpoints_total_limit save_images_steps validation_steps "
+            "num_sample_images dataloader_num_workers "
             "ddpm_num_inference_steps eval_num_evaluations num_cpu_threads"
         )
         for name in positive.split():
@@ -82,7 +101,14 @@ class TrainingConfig:
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise ValueError(f"--{name} must not be negative, got {value}")
-        for name in ("validation_split", "ema_max_decay", "dropout"):
+        sizes = self.resolution if isinstance(self.resolution, list) else [self.resolution or 1]
+        if len(sizes) not in (1, 2) or min(sizes) <= 0:
+            raise ValueError(f"--resolution takes one or two positive numbers, got {self.resolution}")
+        if self.value_range is not None and (len(self.value_range) != 2 or self.value_range[0] >= self.value_range[1]):
+            raise ValueError(f"--value_range takes two rising numbers, for example 0 1, got {self.value_range}")
+        if self.class_dropout and not self.class_conditional:
+            raise ValueError(f"--class_dropout {self.class_dropout} needs --class_conditional")
+        for name in ("validation_split", "ema_max_decay", "dropout", "class_dropout"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < 1:
                 raise ValueError(f"--{name} must be at least 0 and less than 1, got {value}")
@@ -92,6 +118,7 @@ class TrainingConfig:
             "timestep_sampling": ("uniform", "stratified"),
             "mixed_precision": ("no", "fp16", "bf16"),
             "sampler": ("ddpm", "ddim"),
+            "on_bad_image": ("error", "skip"),
         }
         for name, known in choices.items():
             value = getattr(self, name)
@@ -112,12 +139,13 @@ class TrainingConfig:
             changes["ema_decay"] = self.ema_max_decay
         unet = dict(preset.unet)
         if self.resolution is not None:
-            unet["sample_size"] = self.resolution
+            sizes = self.resolution if isinstance(self.resolution, list) else [self.resolution]
+            unet["sample_size"] = sizes[0] if len(set(sizes)) == 1 else tuple(sizes)
         if self.dropout is not None:
             unet["dropout"] = self.dropout
         return dataclasses.replace(preset, **changes, unet=unet)
 
-    def images_given(self) -> dict[str, str]:
+    def images_given(self) -> dict[str, Any]:
         """Which of the three ways to name images was used; the preset's own dataset if none was."""
         given = {
             name: getattr(self, name)
@@ -128,6 +156,26 @@ class TrainingConfig:
         if given or default is None:
             return given
         return {"dataset": default} if default == "digits" else {"dataset_name": default}
+
+    def image_options(self) -> dict[str, Any]:
+        """What `data.load_images` wants to know besides where the images are."""
+        given = self.images_given()
+        if "dataset" in given:
+            return {"background": self.background}
+        options: dict[str, Any] = {
+            "background": self.background,
+            "crop": "center" if self.center_crop else "random",
+            "on_bad_image": self.on_bad_image,
+            "num_workers": self.dataloader_num_workers,
+            "streaming": self.streaming,
+            "image_column": self.image_column,
+            "label_column": self.label_column,
+            "config_name": self.dataset_config_name,
+            "cache_dir": self.cache_dir,
+        }
+        if self.value_range is not None:
+            options["value_range"] = tuple(self.value_range)
+        return options
 
     def batch_plan(self, num_processes: int) -> tuple[int, int, int]:
         """(images per micro-batch and process, micro-batches per update, images per update).

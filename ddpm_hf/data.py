@@ -1,138 +1,193 @@
-"""Images in, uint8 tensors out. The only place that knows about file formats.
+"""Images in, uint8 tensors out: the one door, `load_images`, and what it gives.
 
-Everything becomes `[N, C, H, W]` uint8 in memory, decoded once. What happens to unusual images:
+Three kinds of datasets, all giving `[n, C, H, W]` uint8 and `[n]` int64 labels (or `None`):
 
-| image | becomes |
-|---|---|
-| palette, 1-bit, CMYK | its colours as RGB (or grey) |
-| alpha | composited on `background` (white by default) |
-| 16-bit grey | scaled to 8 bits, not clipped |
-| EXIF orientation | turned upright |
-| animated | its first frame |
-| not square | resized (antialiased) until the shorter side fits, centre cropped |
+- `ImageDataset`: decoded once, in memory. What fits into `memory_limit_bytes` becomes this.
+- `LazyImageDataset`: decodes the images of a batch when it is asked for, in threads. What does not fit, and everything
+  that is cropped at random, because a random crop needs the whole image again every time.
+- `StreamedImages`: for datasets larger than the disk; read from beginning to end, shuffled in a buffer.
+
+Where images come from is in `image_sources.py`, what becomes of unusual ones in `image_files.py`.
 """
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
 from safetensors.torch import load_file
 from torch import Tensor
+from tqdm.auto import tqdm
 
+from .image_decoding import Reading, reading_of, refuse_bad
+from .image_sources import Source, Tensors, open_folder, open_rows
+from .image_tensors import ImageDataset, crop_seeds, flip_images, to_model_range, to_uint8
 from .presets import nearest
 from .randomness import derived_generator
+from .streamed_images import StreamedImages, belongs, open_stream
+
+__all__ = [
+    "BUILT_IN",
+    "ImageDataset",
+    "Images",
+    "LazyImageDataset",
+    "StreamedImages",
+    "crop_seeds",
+    "flip_images",
+    "load_digits",
+    "load_folder",
+    "load_hub_dataset",
+    "load_images",
+    "to_model_range",
+    "to_uint8",
+]
 
 _DIGITS_FILE = Path(__file__).with_name("digits.safetensors")
 BUILT_IN = ("digits",)
+# So many images are read, then decoded in parallel, while a dataset is decoded once and for all.
+_CHUNK = 512
 
 
-@dataclass(frozen=True)
-class ImageDataset:
-    """Images in memory.
+class LazyImageDataset:
+    """Images that are decoded when a batch of them is asked for; made by `load_images`.
+
+    An image that turns out to be unreadable raises, or (`on_bad_image="skip"`) is reported once and replaced by the
+    next readable one, so that a batch depends on nothing but its indices.
 
     Attributes:
-        images: `[N, C, H, W]` uint8.
         labels: `[N]` int64 class indices, or `None`.
-        name: For reports and cards.
+        name, class_names, image_shape: As in [`ImageDataset`].
     """
 
-    images: Tensor
-    labels: Tensor | None
-    name: str
+    def __init__(self, source: Source, rows: Tensor, reading: Reading):
+        resolution = reading.form.resolution
+        if resolution is None:
+            raise ValueError(f"the images of {source.name} are decoded as needed; choose one size with --resolution")
+        self.name, self.class_names = source.name, source.class_names
+        self.labels = None if source.labels is None else source.labels[rows]
+        self.image_shape = (reading.form.channels, *resolution)
+        self._source, self._rows, self._reading = source, rows, reading
+        self._reported: set[int] = set()
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self._rows)
 
-    def subset(self, indices: Tensor) -> ImageDataset:
-        """The images at `indices`, in that order."""
-        labels = None if self.labels is None else self.labels[indices]
-        return ImageDataset(self.images[indices], labels, self.name)
+    def batch(self, indices: Tensor, crop_seeds: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """The images `[n, C, H, W]` at `indices` and their labels `[n]`.
+
+        Args:
+            indices: `[n]` int64, in any order, also repeated.
+            crop_seeds: `[n]` int64, one number for each image that says where to crop it (see `crop_seeds`), if the
+                dataset crops at random; from the centre where it is `None`.
+
+        Raises:
+            ValueError: Images that cannot be read, each of them named.
+        """
+        wanted = indices.tolist()
+        seeds: list[int | None] = [None] * len(wanted)
+        if crop_seeds is not None and self._reading.crop == "random":
+            seeds = crop_seeds.tolist()
+        decoded = self._decode(wanted, seeds)
+        refuse_bad(
+            [
+                (self._source.where(int(self._rows[i])), x)
+                for i, x in zip(wanted, decoded, strict=True)
+                if isinstance(x, ValueError) and self._reading.on_bad_image == "error"
+            ],
+            len(wanted),
+            self._reading.report,
+        )
+        used, images = [], np.empty((len(wanted), *self.image_shape), dtype=np.uint8)
+        for place, (index, seed, pixels) in enumerate(zip(wanted, seeds, decoded, strict=True)):
+            while isinstance(pixels, ValueError):
+                self._report_once(index, pixels)
+                index = (index + 1) % len(self)
+                if index == wanted[place]:
+                    raise ValueError(f"none of the {len(self)} images of {self.name} can be read: {pixels}")
+                pixels = self._decode([index], [seed])[0]
+            images[place] = pixels
+            used.append(index)
+        return torch.from_numpy(images), None if self.labels is None else self.labels[used]
+
+    def _decode(self, indices: list[int], seeds: list[int | None]) -> list[np.ndarray | ValueError]:
+        return self._reading.decode(self._source.fetch(self._rows[indices].tolist()), seeds)
+
+    def _report_once(self, index: int, error: ValueError) -> None:
+        row = int(self._rows[index])
+        if row not in self._reported:
+            self._reported.add(row)
+            self._reading.report(f"skipped {self._source.where(row)}, the next image takes its place: {error}")
+
+    def subset(self, indices: Tensor) -> LazyImageDataset:
+        """The images at `indices`, in that order; still not decoded."""
+        return LazyImageDataset(self._source, self._rows[indices], self._reading)
 
 
-def to_model_range(images: Tensor) -> Tensor:
-    """uint8 0..255 to float32 [-1, 1], "scaled linearly" as in Section 3.3 of the paper."""
-    return images.float() / 127.5 - 1.0
+Images = ImageDataset | LazyImageDataset | StreamedImages
 
 
-def to_uint8(images: Tensor) -> Tensor:
-    """[-1, 1] to uint8 0..255, rounded to the nearest level; values outside are clipped."""
-    return (images * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
-
-
-def random_flip(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Each image mirrored left to right with probability 1/2. `[B, C, H, W]`."""
-    flip = torch.rand(len(images), generator=generator) < 0.5
-    return torch.where(flip.view(-1, 1, 1, 1).to(images.device), images.flip(-1), images)
-
-
-# ---------------------------------------------------------------------- one image
-
-
-def decode_image(
-    image: Image.Image, channels: int = 3, resolution: tuple[int, int] | None = None, background: str = "white"
-) -> np.ndarray:
-    """One PIL image as uint8 `[C, H, W]`; the module's table says what becomes of unusual ones.
-
-    Args:
-        image: Any mode but 32-bit float.
-        channels: 3 for RGB, 1 for grey.
-        resolution: `(height, width)`, or `None` to keep the image's own.
-        background: Colour under transparent pixels.
+def _load(source: Source, rows: Tensor, reading: Reading) -> ImageDataset | LazyImageDataset:
+    """The images at `rows` of a source: in memory if they fit, to be decoded as needed if they do not.
 
     Raises:
-        ValueError: A mode or a number of channels that has no meaning here.
+        ValueError: Images that cannot be read, of different sizes, or none.
     """
-    if channels not in (1, 3):
-        raise ValueError(f"image files have 1 or 3 channels, and the network has in_channels={channels}")
-    image = ImageOps.exif_transpose(image)
-    if image.mode == "F":
-        raise ValueError("32-bit float images have no fixed range; save them as 8-bit or 16-bit files")
-    if image.mode.startswith("I"):
-        # 16-bit grey; Pillow's own conversion clips at 255
-        levels = np.asarray(image).astype(np.float64)
-        image = Image.fromarray(np.round(levels.clip(0, 65535) / 257).astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
-    image = image.convert("L" if channels == 1 else "RGB")
-    if resolution is not None and image.size != resolution[::-1]:
-        image = ImageOps.fit(image, resolution[::-1], Image.Resampling.LANCZOS)
-    pixels = np.asarray(image)
-    return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
+    form, resolution = reading.form, reading.form.resolution
+    if resolution is not None:
+        fits = len(rows) * form.channels * resolution[0] * resolution[1] <= reading.memory_limit_bytes
+        if not fits:
+            return LazyImageDataset(source, rows, reading)
+    elif reading.crop == "random":
+        raise ValueError("crop 'random' needs to know the size to crop to; choose one with --resolution")
+    good, images = _decode_all(source, rows, reading)
+    if reading.crop == "random":
+        # Decoded nevertheless: what cannot be read is better known before training than in the middle of it.
+        return LazyImageDataset(source, good, reading)
+    labels = None if source.labels is None else source.labels[good]
+    return ImageDataset(images, labels, source.name, source.class_names)
 
 
-def _stack(
-    sources: Iterable[tuple[str, Callable[[], Image.Image]]],
-    channels: int,
-    resolution: tuple[int, int] | None,
-    background: str,
-) -> Tensor:
-    """Decode all images; every one that cannot be read is named, and then nothing is returned."""
-    arrays, bad = [], []
-    for name, opened in sources:
-        try:
-            arrays.append(decode_image(opened(), channels, resolution, background))
-        except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            bad.append(f"{name} ({' '.join(str(error).split()) or type(error).__name__})")
-    if bad:
-        shown = "; ".join(bad[:5]) + (f"; and {len(bad) - 5} more" if len(bad) > 5 else "")
-        raise ValueError(f"cannot read {len(bad)} of {len(bad) + len(arrays)} images: {shown}")
-    sizes = {array.shape[1:] for array in arrays}
-    if len(sizes) > 1:
-        few = ", ".join(f"{h}x{w}" for h, w in sorted(sizes)[:4])
-        raise ValueError(f"the images have {len(sizes)} different sizes ({few} ...); choose one with --resolution")
-    return torch.from_numpy(np.stack(arrays))
+def _decode_all(source: Source, rows: Tensor, reading: Reading) -> tuple[Tensor, Tensor]:
+    """The rows that can be read, and their images `[N, C, H, W]`."""
+    channels, resolution = reading.form.channels, reading.form.resolution
+    images = None if resolution is None else np.empty((len(rows), channels, *resolution), dtype=np.uint8)
+    good: list[int] = []
+    bad: list[tuple[str, ValueError]] = []
+    arrays: list[np.ndarray] = []  # only where the size is not known beforehand
+    # The bar appears only where there is something to wait for.
+    with tqdm(total=len(rows), desc=f"reading {source.name}", unit="image", delay=2, leave=False) as bar:
+        for chunk in rows.split(_CHUNK):
+            wanted = chunk.tolist()
+            decoded = reading.decode(source.fetch(wanted), [None] * len(wanted))
+            for row, pixels in zip(wanted, decoded, strict=True):
+                if isinstance(pixels, ValueError):
+                    bad.append((source.where(row), pixels))
+                    continue
+                if images is None:
+                    arrays.append(pixels)
+                elif reading.crop == "center":
+                    images[len(good)] = pixels
+                good.append(row)
+            bar.update(len(wanted))
+    if bad and reading.on_bad_image == "error":
+        refuse_bad(bad, len(rows), reading.report)
+    for where, error in bad:
+        reading.report(f"left out {where}: {error}")
+    if bad and not good:
+        raise ValueError(f"none of the {len(rows)} images of {source.name} can be read; the first: {bad[0][1]}")
+    if images is None:
+        sizes = {array.shape[1:] for array in arrays}
+        if len(sizes) > 1:
+            few = ", ".join(f"{h}x{w}" for h, w in sorted(sizes)[:4])
+            raise ValueError(f"the images have {len(sizes)} different sizes ({few} ...); choose one with --resolution")
+        images = np.stack(arrays) if arrays else np.empty((0, channels, 0, 0), dtype=np.uint8)
+    return torch.tensor(good, dtype=torch.long), torch.from_numpy(images[: len(good)])
 
 
-# ---------------------------------------------------------------------- whole datasets
+# ---------------------------------------------------------------------- the sources by themselves
 
 
 def load_digits(split: str = "train") -> ImageDataset:
@@ -151,7 +206,7 @@ def load_digits(split: str = "train") -> ImageDataset:
         raise ValueError(f"digits has the splits train, validation and all, not {split!r}")
     file = load_file(_DIGITS_FILE)
     labels = file["labels"].long()
-    whole = ImageDataset(file["images"], labels, "digits")
+    whole = ImageDataset(file["images"], labels, "digits", [str(digit) for digit in range(10)])
     if split == "all":
         return whole
     held_out = torch.zeros(len(whole), dtype=torch.bool)
@@ -161,31 +216,28 @@ def load_digits(split: str = "train") -> ImageDataset:
 
 
 def load_folder(
-    folder: str | Path, channels: int = 3, resolution: tuple[int, int] | None = None, background: str = "white"
-) -> ImageDataset:
-    """All images of a folder and its subfolders, in the order of their paths; subfolders are class labels.
+    folder: str | Path,
+    channels: int = 3,
+    resolution: tuple[int, int] | None = None,
+    background: str = "white",
+    **options: Any,
+) -> ImageDataset | LazyImageDataset:
+    """All images of a folder and its subfolders, in the order of their paths; first-level folders are class labels.
+
+    Args:
+        folder: A folder of image files, or of `.npy` and `.npz` arrays, or one such array file.
+        channels, resolution, background: See `load_images`.
+        options: `crop`, `on_bad_image`, `value_range`, `array_layout`, `memory_limit_bytes`, `num_workers` and
+            `report` of `load_images`.
 
     Raises:
         ValueError: No such folder, no images in it, or images that cannot be read.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        what = "is a file, not a folder" if folder.exists() else "does not exist"
-        raise ValueError(f"the image folder {str(folder)!r} {what}")
-    Image.init()
-    try:
-        files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in Image.EXTENSION and p.is_file())
-    except OSError as error:
-        raise ValueError(f"cannot list the image folder {str(folder)!r}: {error.strerror}") from None
-    if not files:
-        raise ValueError(
-            f"no images in {str(folder)!r}; it should hold files such as .png or .jpg, or folders of them"
-        )
-    images = _stack(((str(p), partial(Image.open, p)) for p in files), channels, resolution, background)
-    parents = [p.relative_to(folder).parts[0] if p.parent != folder else "" for p in files]
-    names = sorted(set(parents))
-    labels = torch.tensor([names.index(parent) for parent in parents]) if len(names) > 1 else None
-    return ImageDataset(images, labels, folder.resolve().name)
+    reading = reading_of(channels, resolution, background, **options)
+    source = open_folder(Path(folder), reading)
+    if source is None:
+        raise ValueError(f"{str(folder)!r} holds parquet files; load_hub_dataset reads them")
+    return _load(source, torch.arange(len(source)), reading)
 
 
 def load_hub_dataset(
@@ -196,36 +248,27 @@ def load_hub_dataset(
     background: str = "white",
     config_name: str | None = None,
     cache_dir: str | None = None,
-) -> ImageDataset:
-    """A dataset by its Hub id or local path, through `datasets`; the first image column is taken.
+    image_column: str | None = None,
+    label_column: str | None = None,
+    **options: Any,
+) -> ImageDataset | LazyImageDataset:
+    """A dataset by its Hub id or local path, through `datasets`.
+
+    Args:
+        name: Hub id, or a local folder or file that `datasets` reads, such as parquet.
+        split: As the dataset calls it.
+        config_name, cache_dir: As in `datasets.load_dataset`.
+        image_column, label_column, channels, resolution, background, options: See `load_images`.
 
     Raises:
         ValueError: The dataset cannot be loaded, has no such split or no image column, or has unreadable images.
     """
-    import datasets
+    reading = reading_of(channels, resolution, background, **options)
+    source = open_rows(name, split, config_name, cache_dir, image_column, label_column, reading.report)
+    return _load(source, torch.arange(len(source)), reading)
 
-    try:
-        data = datasets.load_dataset(name, config_name, split=split, cache_dir=cache_dir)
-    except Exception as error:  # whatever the loading script, the network or the file format came up with
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"cannot load the dataset {name!r} (split {split!r}): {reason}") from error
-    features = data.features
-    column = next((key for key, value in features.items() if isinstance(value, datasets.Image)), None)
-    if column is None:
-        raise ValueError(f"the dataset {name!r} has no image column; its columns are {', '.join(features)}")
-    if not len(data):
-        raise ValueError(f"the dataset {name!r} has no images in split {split!r}")
-    label = next((key for key, value in features.items() if isinstance(value, datasets.ClassLabel)), None)
-    # Bytes instead of decoded images: what datasets would decode has lost 16-bit levels and alpha by then.
-    raw = data.cast_column(column, datasets.Image(decode=False))
 
-    def opener(row: dict[str, Any]) -> Callable[[], Image.Image]:
-        return lambda: Image.open(io.BytesIO(row["bytes"]) if row["bytes"] is not None else row["path"])
-
-    sources = ((f"image {i} of {name}", opener(row)) for i, row in enumerate(raw[column]))
-    images = _stack(sources, channels, resolution, background)
-    labels = torch.tensor(raw[label]) if label is not None else None
-    return ImageDataset(images, labels, name)
+# ---------------------------------------------------------------------- the one door
 
 
 def load_images(
@@ -237,18 +280,41 @@ def load_images(
     channels: int = 3,
     resolution: tuple[int, int] | None = None,
     validation_split: float = 0.0,
+    config_name: str | None = None,
+    cache_dir: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    streaming: bool = False,
     **options: Any,
-) -> ImageDataset:
+) -> Images:
     """The one door for images: a built-in dataset, a Hub id or local path, or a folder.
 
     Args:
-        dataset: A built-in dataset (`digits`), or the name of a preset's dataset on the Hub (`cifar10`).
+        dataset: A built-in dataset: `digits`.
         dataset_name: Hub id or local path for `datasets`.
-        train_data_dir: A folder of images.
+        train_data_dir: A folder of image files, of `.npy`/`.npz` arrays or of parquet files, or one array or parquet
+            file.
         split: `train`, or `validation` for what is held out of training.
-        channels, resolution: What the network takes.
-        validation_split: Share (0..1) to hold out where the dataset has no fixed split of its own.
-        options: `background`, and for `dataset_name` also `config_name` and `cache_dir`.
+        channels: What the network takes: 1 or 3, for arrays any number.
+        resolution: `(height, width)`; `None` if all images have one size that is to be kept.
+        validation_split: Share (0..1) to hold out where the dataset has no fixed split of its own. Chosen before
+            anything is decoded; of a stream by the content of each image, so that it is about this share.
+        config_name, cache_dir: As in `datasets.load_dataset`.
+        image_column: The first one of images if `None`.
+        label_column: The first one of classes, or one that is called `label` or the like, if `None`.
+        streaming: Read a dataset of `dataset_name` or parquet files from end to end without keeping it:
+            [`StreamedImages`].
+        options:
+            - `background` ("white"): the colour under transparent pixels.
+            - `crop` ("center"): or "random", for images of another shape than `resolution`. A random crop needs the
+              whole image, so all images are decoded anew for every batch: [`LazyImageDataset`].
+            - `on_bad_image` ("error"): or "skip"; either way every bad image is named.
+            - `value_range`: the values that become 0 and 255, for arrays.
+            - `array_layout`: "HWC" or "CHW", for arrays whose shape fits both.
+            - `memory_limit_bytes` (4 GiB): images that take more as uint8 are decoded as needed.
+            - `num_workers` (4): threads that decode.
+            - `shuffle_buffer` (4096): so many images of a stream are mixed at any time.
+            - `report`: is called with each warning; `warnings.warn` if it is not given.
 
     Raises:
         ValueError: None or several of the three given, or the images cannot be loaded or do not fit.
@@ -261,29 +327,38 @@ def load_images(
         )
     if not 0 <= validation_split < 1:
         raise ValueError(f"validation_split must be at least 0 and less than 1, got {validation_split}")
-    if dataset == "digits":
-        data = load_digits(split)
-        if channels != 1 or resolution not in (None, (8, 8)):
-            data = _refit(data, channels, resolution, options.get("background", "white"))
-        return data
+    reading = reading_of(channels, resolution, **options)
     if dataset is not None:
-        raise ValueError(
-            f"unknown built-in dataset {dataset!r}{nearest(dataset, BUILT_IN)}; built in: {', '.join(BUILT_IN)}; use "
-            "--dataset_name for one from the Hub"
-        )
+        if dataset != "digits":
+            raise ValueError(
+                f"unknown built-in dataset {dataset!r}{nearest(dataset, BUILT_IN)}; built in: {', '.join(BUILT_IN)}; "
+                "use --dataset_name for one from the Hub"
+            )
+        if streaming:
+            raise ValueError("streaming is for --dataset_name and for parquet files, and digits is small")
+        digits = load_digits(split)
+        if channels == 1 and resolution in (None, (8, 8)):
+            return digits
+        return _load(Tensors(digits), torch.arange(len(digits)), reading)
+
+    if split not in ("train", "validation"):
+        raise ValueError(f"split must be train or validation, got {split!r}{nearest(split, ('train', 'validation'))}")
+    source: Source | None = None
     if train_data_dir is not None:
-        options = {key: value for key, value in options.items() if key == "background"}
-        data = load_folder(train_data_dir, channels, resolution, **options)
-    else:
-        assert dataset_name is not None
-        data = load_hub_dataset(dataset_name, "train", channels, resolution, **options)
-    held_out = round(validation_split * len(data))
-    order = torch.randperm(len(data), generator=derived_generator(0, "validation split"))
+        source = open_folder(Path(train_data_dir), reading)
+        if source is not None and streaming:
+            raise ValueError(
+                "streaming is for --dataset_name and for parquet files; image files and arrays in a folder are read "
+                "as needed where they do not fit into memory"
+            )
+    name = dataset_name or train_data_dir
+    assert name is not None
+    if streaming:
+        keep = partial(belongs, held_out_share=validation_split, validation=split == "validation")
+        return open_stream(name, config_name, image_column, label_column, reading, keep)
+    if source is None:
+        source = open_rows(name, "train", config_name, cache_dir, image_column, label_column, reading.report)
+    held_out = round(validation_split * len(source))
+    order = torch.randperm(len(source), generator=derived_generator(0, "validation split"))
     chosen = order[:held_out] if split == "validation" else order[held_out:]
-    return data.subset(chosen.sort().values)
-
-
-def _refit(data: ImageDataset, channels: int, resolution: tuple[int, int] | None, background: str) -> ImageDataset:
-    """The same images with other channels or another size."""
-    sources = ((f"image {i}", partial(Image.fromarray, x.numpy())) for i, x in enumerate(data.images[:, 0]))
-    return ImageDataset(_stack(sources, channels, resolution, background), data.labels, data.name)
+    return _load(source, chosen.sort().values, reading)

@@ -61,6 +61,8 @@ def generate(
     num_inference_steps: int | None = None,
     progress: bool = False,
     desc: str = "sampling",
+    class_labels: Sequence[int] | None = None,
+    guidance_scale: float = 1.0,
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Draw one image per seed, batch by batch.
 
@@ -71,6 +73,8 @@ def generate(
         num_inference_steps: Steps of the sampler; the chain's T by default.
         progress: One progress bar over all steps of all batches.
         desc: Its label.
+        class_labels: One per seed, for class-conditional networks.
+        guidance_scale: See `DDPMPipeline`.
 
     Yields:
         The seeds of a batch, and its images, `[B, C, H, W]` uint8.
@@ -81,7 +85,14 @@ def generate(
     for start in tqdm(range(0, len(seeds), batch_size), desc=desc, unit="batch", disable=not progress):
         part = list(seeds[start : start + batch_size])
         pipe.set_progress_bar_config(disable=True)
-        (images,) = pipe(seeds=part, num_inference_steps=num_inference_steps, output_type="pt", return_dict=False)
+        (images,) = pipe(
+            seeds=part,
+            num_inference_steps=num_inference_steps,
+            output_type="pt",
+            return_dict=False,
+            class_labels=None if class_labels is None else list(class_labels[start : start + batch_size]),
+            guidance_scale=guidance_scale,
+        )
         yield part, (images * 255).round().to(torch.uint8).cpu()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -150,9 +151,15 @@ def _evaluate(
     return term, mean_flat((pred_x_0 - x_0).square())
 
 
-def _streams(seed: int, images: range) -> list[torch.Generator]:
+def _streams(seed: int, images: Sequence[int]) -> list[torch.Generator]:
     """One generator per image, so that no image's draws depend on the batch that it is in."""
     return [derived_generator(seed, "bits_per_dim", i) for i in images]
+
+
+def _checked_ids(image_ids: Sequence[int] | None, n: int) -> Sequence[int]:
+    if image_ids is not None and len(image_ids) != n:
+        raise ValueError(f"got {len(image_ids)} image_ids for {n} images")
+    return range(n) if image_ids is None else image_ids
 
 
 def _rows_of(model_kwargs: dict[str, Any], rows: Tensor, n: int) -> dict[str, Any]:
@@ -183,6 +190,7 @@ def bits_per_dim(
     *,
     batch_size: int = 64,
     seed: int = 0,
+    image_ids: Sequence[int] | None = None,
     clip_denoised: bool = True,
     cdf: str = "tanh",
     progress: bool = False,
@@ -196,6 +204,7 @@ def bits_per_dim(
         x_0: `[N, C, H, W]`, grey levels scaled to [-1, 1], on the network's device.
         batch_size: Images per network evaluation; any value gives the same draws.
         seed: Seed of the noise; image i has a stream of its own.
+        image_ids: The numbers that seed the images' streams, 0..N-1 by default; for a share of a larger set.
         clip_denoised, cdf: See `vb_terms_bpd`.
         progress: Show a progress bar.
         model_kwargs: Handed on to `unet`, tensors of N values batch by batch.
@@ -208,12 +217,13 @@ def bits_per_dim(
     """
     _check_images(x_0, batch_size)
     T, n = scheduler.config.num_train_timesteps, len(x_0)
+    ids = _checked_ids(image_ids, n)
     terms, mse = torch.empty(n, T), torch.empty(n, T)
     with tqdm(total=n * T, desc="bits/dim", unit="eval", disable=not progress) as bar:
         for start in range(0, n, batch_size):
             batch = x_0[start : start + batch_size]
             rows = torch.arange(start, start + len(batch))
-            streams = _streams(seed, range(start, start + len(batch)))
+            streams = _streams(seed, ids[start : start + len(batch)])
             labels = _rows_of(model_kwargs, rows, n)
             for step in range(T):
                 t = torch.full((len(batch),), step, device=batch.device)
@@ -252,6 +262,7 @@ def stratified_bits_per_dim(
     num_evaluations: int = 50,
     batch_size: int = 256,
     seed: int = 0,
+    image_ids: Sequence[int] | None = None,
     clip_denoised: bool = True,
     cdf: str = "tanh",
     progress: bool = False,
@@ -281,12 +292,13 @@ def stratified_bits_per_dim(
     edges = torch.from_numpy(timestep_strata(T, num_evaluations // 2))
     low, width = edges[:-1], edges.diff()
     n = len(x_0)
+    ids = _checked_ids(image_ids, n)
     draws = torch.empty(n, 2, dtype=torch.float64)
     per_group = max(1, batch_size // num_evaluations)
     with tqdm(total=n * num_evaluations, desc="bits/dim, stratified", unit="eval", disable=not progress) as bar:
         for start in range(0, n, per_group):
             images = range(start, min(start + per_group, n))
-            streams = _streams(seed, images)
+            streams = _streams(seed, ids[start : images.stop])
             # [images, draws, strata], flattened: which t, which noise, and which image each evaluation is for
             t = torch.stack(
                 [low + (torch.rand(2, len(low), generator=g, dtype=torch.float64) * width).long() for g in streams]

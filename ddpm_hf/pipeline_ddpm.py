@@ -97,6 +97,8 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
         output_type: str | None = "pil",
         return_dict: bool = True,
         seeds: Iterable[int] | None = None,
+        class_labels: int | Iterable[int] | torch.Tensor | None = None,
+        guidance_scale: float = 1.0,
     ) -> ImagePipelineOutput | tuple[Any]:
         """Draw images.
 
@@ -109,6 +111,9 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
             output_type: `pil`, `np` (`[B, H, W, C]` in [0, 1]) or `pt` (`[B, C, H, W]` in [0, 1]).
             return_dict: `False` gives a tuple.
             seeds: One seed per image, instead of `generator`: image i depends on its own seed only.
+            class_labels: For class-conditional networks: one class for all images, or one per image.
+            guidance_scale: Classifier-free guidance (Ho & Salimans 2022): 1 samples the class as it was learned,
+                more exaggerates it, at two network evaluations per step. Needs a network trained with class dropout.
 
         Returns:
             `.images`.
@@ -133,12 +138,13 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
             raise ValueError(f"got {len(generator)} generators for batch_size={batch_size}; pass one per image")
         num_inference_steps = self.checked_steps(num_inference_steps)
 
+        labels = self._checked_labels(class_labels, guidance_scale, batch_size)
         device = self._execution_device
         image = randn_tensor((batch_size, *self.image_shape), generator=generator, device=device, dtype=torch.float32)
         self.scheduler.set_timesteps(num_inference_steps)
         with evaluating(self.unet):
             for t in self.progress_bar(self.scheduler.timesteps):
-                model_output = self.unet(image.to(self.unet.dtype), t.to(device)).sample
+                model_output = self._predict(image.to(self.unet.dtype), t.to(device), labels, guidance_scale)
                 image = self._step(model_output.float(), t, image, generator)
         image = (image / 2 + 0.5).clamp(0, 1)
         if output_type != "pt":
@@ -147,6 +153,51 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
                 image = self.numpy_to_pil(image)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=image) if return_dict else (image,)
+
+    @property
+    def null_class(self) -> int | None:
+        """The label that stands for "no class" in a network trained with class dropout, else `None`."""
+        return self.unet.config.get("_null_class")
+
+    def _checked_labels(self, class_labels: Any, guidance_scale: float, batch_size: int) -> torch.Tensor | None:
+        """`[B]` class indices on the device, or `None` for an unconditional network."""
+        classes = self.unet.config.num_class_embeds
+        if classes is None:
+            if class_labels is not None or guidance_scale != 1:
+                raise ValueError("class_labels and guidance_scale are for class-conditional networks; this one is not")
+            return None
+        if guidance_scale != 1 and self.null_class is None:
+            raise ValueError(
+                f"guidance_scale={guidance_scale} needs a network trained with class dropout, and this one was not"
+            )
+        if class_labels is None:
+            if self.null_class is None:
+                raise ValueError(f"this network is class-conditional: give class_labels, 0..{classes - 1}")
+            class_labels = self.null_class
+        labels = torch.as_tensor(
+            class_labels if isinstance(class_labels, (int, torch.Tensor)) else list(class_labels)
+        ).long()
+        if labels.ndim == 0:
+            labels = labels.expand(batch_size)
+        if labels.shape != (batch_size,):
+            raise ValueError(f"got {labels.numel()} class_labels for {batch_size} images; give one, or one per image")
+        if labels.min() < 0 or labels.max() >= classes:
+            wrong = int(labels.min() if labels.min() < 0 else labels.max())
+            raise ValueError(f"class label {wrong} is outside 0..{classes - 1}")
+        return labels.to(self._execution_device)
+
+    def _predict(
+        self, image: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None, guidance_scale: float
+    ) -> torch.Tensor:
+        """The network's output, guided away from "no class" where a guidance scale asks for it."""
+        if labels is None or guidance_scale == 1:
+            return self.unet(image, t, class_labels=labels).sample
+        nothing = torch.full_like(labels, self.unet.config["_null_class"])
+        both = self.unet(torch.cat([image, image]), t, class_labels=torch.cat([labels, nothing])).sample
+        with_class, without = both.chunk(2)
+        guided = without + guidance_scale * (with_class - without)
+        channels = image.shape[1]  # a learned variance is not guided
+        return torch.cat([guided[:, :channels], with_class[:, channels:]], dim=1)
 
     def _step(self, model_output: torch.Tensor, t: torch.Tensor, image: torch.Tensor, generator: Any) -> torch.Tensor:
         """One scheduler step; deterministic schedulers such as DPM-Solver in stock take no generator."""

@@ -7,20 +7,22 @@ resumed run goes on as if it had never stopped.
 
 from __future__ import annotations
 
-import math
+import dataclasses
 import os
 import platform
 import shutil
 import signal
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import gather_object
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor
@@ -35,12 +37,13 @@ from .checkpointing import (
     write_directory,
 )
 from .configuration import TrainingConfig
-from .data import ImageDataset, load_images, random_flip, to_model_range
-from .evaluation import EvaluationReport, evaluate_likelihood
+from .data import ImageDataset, Images, StreamedImages, crop_seeds, flip_images, load_images, to_model_range
+from .evaluation import EvaluationReport, evaluate_likelihood, first_images
 from .generation import generate, with_sampler
 from .hub import write_model_card
 from .objectives import OBJECTIVES
 from .pipeline_ddpm import DDPMPipeline
+from .processes import cpu_only, lonely_launch, set_cpu_threads
 from .randomness import derive_seed, derived_generator
 from .scheduling_ddpm import DDPMScheduler
 from .unet_2d import UNet2DModel, parameter_count
@@ -48,6 +51,10 @@ from .visualize import image_grid, save_picture
 
 # How often the progress bar reads the loss from the device.
 _SECONDS_BETWEEN_READINGS = 1.0
+
+# fp16's loss scale starts high and is halved after each overflow, so a few skipped updates are nothing unusual.
+_MOST_SKIPPED_UPDATES = 20
+_UPDATES_BETWEEN_CHECKS = 10
 
 
 class TrainingError(RuntimeError):
@@ -80,18 +87,30 @@ class Trainer:
                 "or name another folder"
             )
 
-        self.accelerator = Accelerator(mixed_precision=config.mixed_precision)
+        self.accelerator = Accelerator(
+            cpu=cpu_only(),
+            mixed_precision=config.mixed_precision,
+            log_with=_known_tracker(config.report_to),
+            project_dir=str(self.output_dir / config.logging_dir),
+        )
         self.device = self.accelerator.device
         if self.device.type == "cpu":
-            _set_cpu_threads(config.num_cpu_threads, self.accelerator.num_processes)
+            local = int(os.environ.get("LOCAL_WORLD_SIZE", self.accelerator.num_processes))
+            set_cpu_threads(config.num_cpu_threads, local)
         self.micro_batch, self.accumulation, self.total_batch = config.batch_plan(self.accelerator.num_processes)
 
-        torch.manual_seed(derive_seed(config.seed, "weights"))
-        self.unet = UNet2DModel(**self.recipe.unet).to(self.device)
         self.scheduler = DDPMScheduler(**self.recipe.scheduler)
+        self._check_size()
         self.data = self._load("train")
-        if not len(self.data):
+        if not isinstance(self.data, StreamedImages) and not len(self.data):
             raise ValueError(f"{self.data.name!r} has no images to train on")
+        self.unet_config = {**self.recipe.unet, **self._class_config()}
+        torch.manual_seed(derive_seed(config.seed, "weights"))
+        self.unet = self._fresh_unet().to(self.device)
+        if config.gradient_checkpointing:
+            self.unet.enable_gradient_checkpointing()
+        if config.channels_last:
+            self.unet = self.unet.to(memory_format=torch.channels_last)
         self.ema = EMAModel(
             self.unet.parameters(),
             decay=self.recipe.ema_decay,
@@ -110,32 +129,64 @@ class Trainer:
             num_warmup_steps=self.recipe.lr_warmup_steps,
             num_training_steps=self.recipe.max_train_steps,
         )
-        self.model, self.optimizer = self.accelerator.prepare(self.unet, optimizer)
+        network = torch.compile(self.unet) if config.compile else self.unet
+        self.model, self.optimizer = self.accelerator.prepare(network, optimizer)
+        self._adam = optimizer
+        self._bad_in_a_row = torch.zeros((), device=self.device)
         self.step = 0  # optimizer updates done
+        self._held_out: ImageDataset | None = None
         self._order = (-1, torch.empty(0, dtype=torch.long))  # the current epoch's permutation
+        self._reader = ThreadPoolExecutor(1)  # decodes the next micro-batch while the network runs on this one
+        self._next: tuple[tuple[int, int], Future] | None = None
         if config.resume_from_checkpoint:
             self._resume(config.resume_from_checkpoint)
 
     # ------------------------------------------------------------------ data and draws
 
-    def _load(self, split: str) -> ImageDataset:
-        config, unet = self.config, self.unet.config
-        size = unet.sample_size
+    @property
+    def _image_size(self) -> tuple[int, int]:
+        size = self.recipe.unet["sample_size"]
+        return (size, size) if isinstance(size, int) else tuple(size)
+
+    def _check_size(self) -> None:
+        """A size that the network cannot halve, said before any image is read."""
+        with torch.device("meta"):
+            UNet2DModel(**self.recipe.unet)
+
+    def _load(self, split: str) -> Images:
+        options = self.config.image_options()
+        if split != "train":
+            options |= {"crop": "center"} if "crop" in options else {}
         return load_images(
-            **config.images_given(),
+            **self.config.images_given(),
             split=split,
-            channels=unet.in_channels,
-            resolution=(size, size) if isinstance(size, int) else tuple(size),
-            validation_split=config.validation_split,
-            **(
-                {"config_name": config.dataset_config_name, "cache_dir": config.cache_dir}
-                if "dataset_name" in config.images_given()
-                else {}
-            ),
+            channels=self.recipe.unet.get("in_channels", 3),
+            resolution=self._image_size,
+            validation_split=self.config.validation_split,
+            **options,
         )
+
+    def _class_config(self) -> dict[str, Any]:
+        """`UNet2DModel` arguments for the images' classes; with class dropout, one more class stands for none."""
+        if not self.config.class_conditional:
+            return {}
+        names = self.data.class_names
+        if names is None:
+            raise ValueError(
+                f"--class_conditional needs classes, and {self.data.name!r} has none: use a folder of folders, or a "
+                "dataset with a label column (--label_column)"
+            )
+        config: dict[str, Any] = {"num_class_embeds": len(names), "_class_names": list(names)}
+        if self.config.class_dropout:
+            config |= {"num_class_embeds": len(names) + 1, "_null_class": len(names)}
+        return config
+
+    def _fresh_unet(self) -> UNet2DModel:
+        return UNet2DModel(**self.unet_config)
 
     def _image_indices(self, step: int) -> Tensor:
         """`[total_batch]`: which images update `step` sees; every epoch is a new permutation, without gaps between."""
+        assert not isinstance(self.data, StreamedImages)
         n = len(self.data)
         position = torch.arange(step * self.total_batch, (step + 1) * self.total_batch)
         epochs, within = position // n, position % n
@@ -144,17 +195,42 @@ class Trainer:
         )
 
     def _epoch_order(self, epoch: int) -> Tensor:
+        assert not isinstance(self.data, StreamedImages)
         if self._order[0] != epoch:
             stream = derived_generator(self.config.seed, "order", epoch)
             self._order = epoch, torch.randperm(len(self.data), generator=stream)
         return self._order[1]
 
-    def _batch(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        """x_0, t and noise of the whole update `step`, on the CPU, the CPU and the device."""
+    def _rows(self, micro: int) -> slice:
+        """Which images of an update this process takes in micro-batch `micro`."""
+        start = (micro * self.accelerator.num_processes + self.accelerator.process_index) * self.micro_batch
+        return slice(start, start + self.micro_batch)
+
+    def _read(self, step: int, micro: int) -> tuple[Tensor, Tensor | None]:
+        """The uint8 images and labels of one micro-batch."""
+        rows, seed = self._rows(micro), self.config.seed
+        if isinstance(self.data, StreamedImages):
+            return self.data.batch_at(step, range(rows.start, rows.stop), self.total_batch, seed)
+        seeds = None
+        if not self.config.center_crop:
+            seeds = crop_seeds(seed, torch.arange(rows.start, rows.stop) + step * self.total_batch)
+        return self.data.batch(self._image_indices(step)[rows], seeds)
+
+    def _read_ahead(self, step: int, micro: int) -> tuple[Tensor, Tensor | None]:
+        """`_read`, with the micro-batch after it being decoded meanwhile where images are not in memory."""
+        if isinstance(self.data, ImageDataset):
+            return self._read(step, micro)
+        if self._next is not None and self._next[0] == (step, micro):
+            result = self._next[1].result()
+        else:
+            result = self._reader.submit(self._read, step, micro).result()
+        following = (step, micro + 1) if micro + 1 < self.accumulation else (step + 1, 0)
+        self._next = following, self._reader.submit(self._read, *following)
+        return result
+
+    def _draws(self, step: int) -> dict[str, Tensor]:
+        """t, noise, flips and class dropout of the whole update, the same for every cut of it."""
         seed, n = self.config.seed, self.total_batch
-        x_0 = self.data.images[self._image_indices(step)]
-        if self.recipe.random_flip:
-            x_0 = random_flip(x_0, derived_generator(seed, "flip", step))
         T = self.scheduler.config.num_train_timesteps
         stream = derived_generator(seed, "t", step)
         if self.recipe.timestep_sampling == "stratified":
@@ -162,42 +238,80 @@ class Trainer:
             t = (u * T).long().clamp_max(T - 1)
         else:
             t = torch.randint(T, (n,), generator=stream)
-        noise = torch.randn(
-            x_0.shape, generator=derived_generator(seed, "noise", step, device=self.device), device=self.device
-        )
-        return x_0, t, noise
+        shape = (n, self.unet.config.in_channels, *self._image_size)
+        noise_stream = derived_generator(seed, "noise", step, device=self.device)
+        return {
+            "t": t,
+            "noise": torch.randn(shape, generator=noise_stream, device=self.device),
+            "flip": torch.rand(n, generator=derived_generator(seed, "flip", step)) < 0.5 * self.recipe.random_flip,
+            "drop_class": torch.rand(n, generator=derived_generator(seed, "class dropout", step))
+            < self.config.class_dropout,
+        }
 
     # ------------------------------------------------------------------ one update
 
     def _update(self, step: int) -> tuple[Tensor, Tensor]:
         """One optimizer update; its loss and gradient norm, still on the device."""
-        x_0, t, noise = self._batch(step)
+        draws = self._draws(step)
         objective = OBJECTIVES[self.recipe.loss]
-        processes, rank = self.accelerator.num_processes, self.accelerator.process_index
+        accelerator = self.accelerator
         loss_sum = torch.zeros((), device=self.device)
         for micro in range(self.accumulation):
-            start = (micro * processes + rank) * self.micro_batch
-            rows = slice(start, start + self.micro_batch)
-            torch.manual_seed(derive_seed(self.config.seed, "dropout", step, micro, rank))
+            rows = self._rows(micro)
+            images, labels = self._read_ahead(step, micro)
+            images = flip_images(images, draws["flip"][rows])
+            options = {}
+            if self.config.class_conditional:
+                assert labels is not None
+                labels = torch.where(draws["drop_class"][rows], self.unet.config.get("_null_class") or 0, labels)
+                options["class_labels"] = labels.to(self.device, non_blocking=True)
+            torch.manual_seed(derive_seed(self.config.seed, "dropout", step, micro, accelerator.process_index))
             last = micro == self.accumulation - 1
-            with nullcontext() if last else self.accelerator.no_sync(self.model):
+            with nullcontext() if last else accelerator.no_sync(self.model):
                 losses = objective(
                     self.model,
                     self.scheduler,
-                    to_model_range(x_0[rows].to(self.device, non_blocking=True)),
-                    t[rows].to(self.device, non_blocking=True),
-                    noise[rows],
+                    to_model_range(images.to(self.device, non_blocking=True)),
+                    draws["t"][rows].to(self.device, non_blocking=True),
+                    draws["noise"][rows],
+                    **options,
                 )
                 # Gradients are averaged over processes, so this adds up to the mean over the update's images.
-                loss = losses.sum() * (processes / self.total_batch)
-                self.accelerator.backward(loss)
+                loss = losses.sum() / self.total_batch
+                accelerator.backward(loss * accelerator.num_processes)
             loss_sum += loss.detach()
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.max_grad_norm)
+        norm = accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.max_grad_norm)
+        self._step_optimizer(loss_sum, norm)
+        return loss_sum, norm
+
+    def _step_optimizer(self, loss: Tensor, norm: Tensor) -> None:
+        """Adam, schedule and average; an update whose gradients are not finite is skipped, without asking the device.
+
+        Raises:
+            TrainingError: Too many updates in a row were skipped.
+        """
+        if self.accelerator.scaler is None:
+            bad = (~norm.isfinite()).float()
+            vars(self._adam)["found_inf"] = bad  # what Adam's fused kernel looks at to leave everything as it is
         self.optimizer.step()
+        if self.accelerator.scaler is not None:
+            bad = torch.tensor(float(self.optimizer.step_was_skipped), device=self.device)
         self.optimizer.zero_grad(set_to_none=True)
         self.lr_schedule.step()
         self.ema.step(self.unet.parameters())
-        return loss_sum, norm
+        self._bad_in_a_row = (self._bad_in_a_row + 1) * bad
+        # Reading it waits for the device, so it is not read after every update.
+        if (self.step + 1) % _UPDATES_BETWEEN_CHECKS == 0 and self._bad_in_a_row.item() >= _MOST_SKIPPED_UPDATES:
+            self._give_up(loss, norm)
+
+    def _give_up(self, loss: Tensor, norm: Tensor) -> None:
+        kept = list_checkpoints(self.output_dir)
+        raise TrainingError(
+            f"loss {loss.item()} and gradient norm {norm.item()} at update {self.step + 1}: "
+            f"{int(self._bad_in_a_row.item())} updates in a row were skipped because their gradients are not finite "
+            f"(learning rate {self.lr_schedule.get_last_lr()[0]:.3g}, precision {self.accelerator.mixed_precision}); "
+            f"lower the learning rate; the last checkpoint is {kept[-1] if kept else 'none yet'}"
+        )
 
     # ------------------------------------------------------------------ the run
 
@@ -213,9 +327,7 @@ class Trainer:
         """
         config, last = self.config, self.recipe.max_train_steps
         self._say(self._introduction())
-        self.output_dir.mkdir(parents=True, exist_ok=True)
-        if self.accelerator.is_main_process:
-            config.save(self.output_dir / "training_config.yaml")
+        self._prepare_output()
         started, first = time.monotonic(), self.step
         bar = tqdm(
             total=last, initial=first, desc="training", unit="step", disable=not self.accelerator.is_main_process
@@ -228,12 +340,11 @@ class Trainer:
                 self.step += 1
                 bar.update()
                 now = time.monotonic()
-                due = self.step % config.checkpointing_steps == 0
-                if now - shown > _SECONDS_BETWEEN_READINGS or due or self.step == last:
-                    self._show(bar, loss.item(), norm.item(), (self.step - first) / (now - started))
+                if now - shown > _SECONDS_BETWEEN_READINGS or self.step == last:
+                    self._show(bar, loss, norm, (self.step - first) * self.total_batch / (now - started))
                     shown = now
                 stopping = self._all_agree_to_stop(stop)
-                if due or stopping or self.step == last:
+                if self._due(config.checkpointing_steps) or stopping or self.step == last:
                     self._save()
                 if stopping and self.step < last:
                     bar.close()
@@ -242,18 +353,44 @@ class Trainer:
                         f"--output_dir {config.output_dir}"
                     )
                     return None
-                if config.save_images_steps and self.step % config.save_images_steps == 0 and self.step < last:
-                    self._sample_grid(self._pipeline(), f"samples-{self.step}.png")
-                    self.model.train()
+                if self.step < last:
+                    self._watch()
+        self._reader.shutdown(cancel_futures=True)
         seconds = time.monotonic() - started
         images_per_second = (self.step - first) * self.total_batch / seconds
         self._say(f"trained {self.step - first} updates in {seconds:.1f} s, {images_per_second:.0f} images/s")
-        return self._publish()
+        pipe = self._publish()
+        self.accelerator.end_training()
+        return pipe
+
+    def _due(self, interval: int | None) -> bool:
+        return interval is not None and self.step % interval == 0
+
+    def _prepare_output(self) -> None:
+        """The output folder, the configuration in it, and the trackers."""
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        if self.accelerator.is_main_process:
+            self.config.save(self.output_dir / "training_config.yaml")
+        if self.config.report_to:
+            plain = {key: value for key, value in dataclasses.asdict(self.config).items() if value is not None}
+            plain = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in plain.items()}
+            self.accelerator.init_trackers("ddpm_hf", config=plain)
+
+    def _watch(self) -> None:
+        """Sample grid and held-out bits/dim of the averaged weights, where they are due; all processes take part."""
+        pictures, numbers = self._due(self.config.save_images_steps), self._due(self.config.validation_steps)
+        if not pictures and not numbers:
+            return
+        pipe = self._pipeline()
+        if pictures:
+            self._sample_grid(pipe, f"samples-{self.step}.png")
+        if numbers and (report := self._evaluate(pipe)) is not None:
+            self.accelerator.log({"bits_per_dim": report.values["bits_per_dim"]["value"]}, step=self.step)
 
     def _introduction(self) -> str:
         config, a = self.config, self.accelerator
         lines = [
-            f"{config.preset}: {parameter_count(self.unet):,} parameters, {len(self.data)} images of "
+            f"{config.preset}: {parameter_count(self.unet):,} parameters, {self._count_of_images()}"
             f"{self.data.name}, {self.recipe.max_train_steps - self.step} updates of {self.total_batch} images "
             f"on {self.device.type} ({a.num_processes} process(es), precision {a.mixed_precision})",
         ]
@@ -261,26 +398,35 @@ class Trainer:
             lines.append(
                 f"each update gathers {self.accumulation} micro-batches of {self.micro_batch} images per process"
             )
+        if lonely_launch():
+            lines.append(
+                "this is one process: accelerate launch --cpu starts several only with MPI; use torchrun "
+                "--nproc_per_node N, or accelerate launch --multi_gpu, which works on CPUs too"
+            )
         if self.step:
             lines.append(f"resumed after update {self.step}")
         return "\n".join(lines)
+
+    def _count_of_images(self) -> str:
+        return "a stream of " if isinstance(self.data, StreamedImages) else f"{len(self.data)} images of "
 
     def _say(self, text: str) -> None:
         if self.accelerator.is_main_process:
             tqdm.write(text)
 
-    def _show(self, bar: Any, loss: float, norm: float, updates_per_second: float) -> None:
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            kept = list_checkpoints(self.output_dir)
-            raise TrainingError(
-                f"loss {loss} and gradient norm {norm} after update {self.step} (learning rate "
-                f"{self.lr_schedule.get_last_lr()[0]:.3g}, precision {self.accelerator.mixed_precision}); lower the "
-                f"learning rate; the last checkpoint is {kept[-1] if kept else 'none yet'}"
-            )
+    def _show(self, bar: Any, loss: Tensor, norm: Tensor, images_per_second: float) -> None:
+        """Read the numbers from the device, show them and hand them to the trackers."""
+        values = {
+            "loss": loss.item() * self.accelerator.num_processes,  # from this process's share, scaled to the whole
+            "lr": self.lr_schedule.get_last_lr()[0],
+            "grad_norm": norm.item(),
+            "images_per_second": images_per_second,
+        }
         bar.set_postfix_str(
-            f"loss {loss:.4f}, lr {self.lr_schedule.get_last_lr()[0]:.2e}, grad {norm:.2f}, "
-            f"{updates_per_second * self.total_batch:.0f} images/s"
+            f"loss {values['loss']:.4f}, lr {values['lr']:.2e}, grad {values['grad_norm']:.2f}, "
+            f"{images_per_second:.0f} images/s"
         )
+        self.accelerator.log(values, step=self.step)
 
     def _all_agree_to_stop(self, stop: dict[str, bool]) -> bool:
         if self.accelerator.num_processes == 1:
@@ -308,13 +454,16 @@ class Trainer:
                     "lr_schedule": self.lr_schedule.state_dict(),
                     "ema_steps": self.ema.optimization_step,
                     "scaler": scaler.state_dict() if scaler is not None else None,
-                    "num_images": len(self.data),
+                    "num_images": self._num_images(),
                     "total_batch_size": self.total_batch,
                     "seed": self.config.seed,
                 },
                 keep=self.config.checkpoints_total_limit,
             )
         self.accelerator.wait_for_everyone()
+
+    def _num_images(self) -> int | None:
+        return None if isinstance(self.data, StreamedImages) else len(self.data)
 
     def _resume(self, which: str) -> None:
         found = find_checkpoint(self.output_dir, which)
@@ -323,7 +472,7 @@ class Trainer:
             return
         path, tensors, state = found
         for name, here in (
-            ("num_images", len(self.data)),
+            ("num_images", self._num_images()),
             ("total_batch_size", self.total_batch),
             ("seed", self.config.seed),
         ):
@@ -351,31 +500,38 @@ class Trainer:
 
     def _pipeline(self) -> DDPMPipeline:
         """The averaged weights in a float32 pipeline of their own, apart from the network in training."""
-        unet = UNet2DModel(**self.recipe.unet)
+        unet = self._fresh_unet()
         unet.load_state_dict(self._ema_state_dict())
         pipe = DDPMPipeline(unet.to(self.device), DDPMScheduler(**self.recipe.scheduler))
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
     def _sample_grid(self, pipe: DDPMPipeline, name: str) -> None:
-        config = self.config
-        if not self.accelerator.is_main_process:
-            return
+        """Images 0, 1, ... in a grid; every process draws a share of them."""
+        config, a = self.config, self.accelerator
+        seeds = range(a.process_index, config.num_sample_images, a.num_processes)
+        classes = self.data.class_names if config.class_conditional else None
         batches = generate(
             with_sampler(pipe, config.sampler),
-            range(config.num_sample_images),
+            seeds,
             num_inference_steps=min(config.ddpm_num_inference_steps, self.scheduler.config.num_train_timesteps),
+            class_labels=[seed % len(classes) for seed in seeds] if classes else None,
         )
-        path = self.output_dir / name
-        save_picture(image_grid(torch.cat([images for _, images in batches])), path)
-        self._say(f"wrote {path}")
+        drawn = gather_object(
+            [(seed, image) for part, images in batches for seed, image in zip(part, images, strict=True)]
+        )
+        if a.is_main_process:
+            images = torch.stack([image for _, image in sorted(drawn, key=lambda pair: pair[0])])
+            path = self.output_dir / name
+            save_picture(image_grid(images), path)
+            self._say(f"wrote {path}")
 
     def _publish(self) -> DDPMPipeline:
         """Write the pipeline (safetensors), sample grid, report and card into `output_dir`."""
         pipe = self._pipeline()
         if self.accelerator.is_main_process:
             folder = self.output_dir / ".pipeline"
-            write_directory(folder, lambda partial: pipe.save_pretrained(partial))
+            write_directory(folder, pipe.save_pretrained)
             for entry in sorted(folder.iterdir()):
                 target = self.output_dir / entry.name
                 if target.is_dir():
@@ -383,8 +539,11 @@ class Trainer:
                 entry.replace(target)
             folder.rmdir()
             self._say(f"wrote the pipeline to {self.output_dir}")
-            self._sample_grid(pipe, "samples.png")
-            report = self._evaluate(pipe)
+        self._sample_grid(pipe, "samples.png")
+        report = self._evaluate(pipe)
+        if self.accelerator.is_main_process:
+            if report is not None:
+                report.save(self.output_dir / "evaluation.json")
             write_model_card(
                 self.output_dir / "README.md",
                 title=self.output_dir.resolve().name,
@@ -400,17 +559,14 @@ class Trainer:
         return pipe
 
     def _evaluate(self, pipe: DDPMPipeline) -> EvaluationReport | None:
+        """Held-out bits/dim, or `None` where nothing is held out."""
         config = self.config
         if not config.eval_num_images or not (config.validation_split or "dataset" in config.images_given()):
             return None
-        report = evaluate_likelihood(
-            pipe,
-            self._load("validation"),
-            "validation",
-            num_images=config.eval_num_images,
-            num_evaluations=config.eval_num_evaluations,
-        )
-        report.save(self.output_dir / "evaluation.json")
+        if self._held_out is None:
+            self._held_out = first_images(self._load("validation"), config.eval_num_images)
+        evaluations = config.eval_num_evaluations
+        report = evaluate_likelihood(pipe, self._held_out, "validation", num_evaluations=evaluations)
         value = report.values["bits_per_dim"]
         self._say(
             f"bits/dim on {report.num_images} held-out images: {value['value']:.3f} +- {value['standard_error']:.3f}"
@@ -420,12 +576,17 @@ class Trainer:
     def _recipe_for_card(self) -> dict[str, Any]:
         recipe = self.recipe
         return {
-            "images": f"{len(self.data)} of {self.data.name}" + (", random flips" if recipe.random_flip else ""),
+            "images": self._count_of_images() + self.data.name + (", random flips" if recipe.random_flip else ""),
             "updates": f"{self.step} of {self.total_batch} images, seed {self.config.seed}",
             "optimizer": f"Adam(0.9, 0.999), learning rate {recipe.learning_rate:g} after {recipe.lr_warmup_steps} "
             f"warm-up updates, then {recipe.lr_scheduler}, gradient norm at most {recipe.max_grad_norm:g}",
             "averaged weights": f"decay {recipe.ema_decay}" + (" after a warm-up" if recipe.ema_warmup else ""),
             "objective": f"{recipe.loss}, {recipe.timestep_sampling} timesteps, dropout {recipe.unet['dropout']:g}",
+            **(
+                {"classes": f"{len(self.data.class_names or [])}, dropped for {self.config.class_dropout:.0%}"}
+                if self.config.class_conditional
+                else {}
+            ),
             "precision": {"no": "float32"}.get(self.accelerator.mixed_precision, self.accelerator.mixed_precision),
             "hardware": f"{self.accelerator.num_processes} x {self._device_name()}",
         }
@@ -436,15 +597,15 @@ class Trainer:
         return f"{self.device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
 
 
-def _set_cpu_threads(wanted: int | None, num_processes: int) -> None:
-    """Use all cores: `accelerate launch` starts every process with one thread unless it is told otherwise."""
-    launched = "ACCELERATE_MIXED_PRECISION" in os.environ
-    if wanted is None and launched:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        physical = psutil.cpu_count(logical=False) or cores  # a core's second thread only gets in the way
-        wanted = max(1, min(cores, physical) // num_processes)
-    if wanted is not None:
-        torch.set_num_threads(wanted)
+def _known_tracker(name: str | None) -> str | None:
+    """A tracker that accelerate knows and that is installed."""
+    if name is None:
+        return None
+    installed = [str(tracker) for tracker in get_available_trackers()]
+    if name not in installed:
+        have = ", ".join(installed) or "none"
+        raise ValueError(f"--report_to {name!r} is not an installed tracker (installed: {have}); pip install it first")
+    return name
 
 
 @contextmanager

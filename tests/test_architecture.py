@@ -10,10 +10,11 @@ import pytest
 import ddpm_hf
 
 FLOORS = (
-    ("presets", "distributions", "noise_schedule", "randomness", "weight_names"),
-    ("scheduling_ddpm", "unet_2d", "data", "visualize", "configuration"),
-    ("objectives", "likelihood", "pipeline_ddpm", "checkpointing"),
-    ("generation", "evaluation", "convert"),
+    ("presets", "distributions", "noise_schedule", "processes", "randomness", "weight_names", "image_files"),
+    ("scheduling_ddpm", "unet_2d", "image_tensors", "image_decoding", "image_tables", "visualize", "configuration"),
+    ("objectives", "likelihood", "pipeline_ddpm", "checkpointing", "image_sources", "streamed_images"),
+    ("data", "generation", "convert"),
+    ("evaluation",),
     ("hub",),
     ("training",),
     ("cli",),

@@ -1,6 +1,9 @@
-"""Images in: what becomes of each kind of file, whole datasets, and what is refused."""
+"""Datasets: where images come from, in memory, as needed and streamed, and what is refused."""
 
 import io
+import threading
+import warnings
+from itertools import chain
 
 import datasets
 import numpy as np
@@ -9,15 +12,29 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits as sklearn_digits
 
+import ddpm_hf.image_decoding
 from ddpm_hf.data import (
-    decode_image,
+    ImageDataset,
+    LazyImageDataset,
+    StreamedImages,
+    crop_seeds,
+    flip_images,
     load_digits,
     load_folder,
     load_images,
-    random_flip,
     to_model_range,
     to_uint8,
 )
+
+LAZY = {"memory_limit_bytes": 0}  # nothing fits
+
+
+@pytest.fixture(autouse=True)
+def warnings_are_errors():
+    """Nothing is reported that a test does not expect."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        yield
 
 
 def test_digits_are_scikit_learns():
@@ -49,137 +66,130 @@ def test_range_and_back_is_exact_for_all_levels():
     assert to_uint8(torch.tensor([-2.0, 2.0])).tolist() == [0, 255]
 
 
-def test_flips_are_half_and_whole_images():
-    images = torch.arange(8, dtype=torch.uint8).expand(4000, 1, 8, 8)
-    flipped = random_flip(images, torch.Generator().manual_seed(0))
-    backwards = (flipped[:, 0, 0] == images[0, 0, 0].flip(0)).all(1)
-    same = (flipped[:, 0, 0] == images[0, 0, 0]).all(1)
-    assert (backwards | same).all()
-    assert abs(backwards.float().mean() - 0.5) < 0.03
+def test_exactly_the_chosen_images_are_mirrored_as_a_whole():
+    images = torch.randint(256, (64, 3, 5, 8), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    before = images.clone()
+    flip = torch.arange(64) % 3 == 1
+    flipped = flip_images(images, flip)
+    assert flipped.dtype == torch.uint8
+    for original, result, mirrored in zip(before.numpy(), flipped.numpy(), flip.tolist(), strict=True):
+        assert np.array_equal(result, original[:, :, ::-1] if mirrored else original)
+    assert torch.equal(images, before)  # not in place
+    assert torch.equal(flip_images(images, torch.zeros(64, dtype=torch.bool)), images)
+    assert torch.equal(flip_images(flipped, flip), images)
 
 
-# ---------------------------------------------------------------------- one image
-
-RED, GREY = (200, 30, 30), 100
+# ---------------------------------------------------------------------- folders
 
 
-def png(image, **options):
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG", **options)
-    return Image.open(io.BytesIO(buffer.getvalue()))
+def write_png(path, level, size=(8, 8)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("L", size, level).save(path)
 
 
-def first_pixel(image, channels=3, **options):
-    return decode_image(image, channels, **options)[:, 0, 0].tolist()
-
-
-def sixteen_bit(level):
-    return png(Image.fromarray(np.full((4, 4), level, dtype=np.uint16)))
-
-
-def exif_turned():
-    image = Image.new("RGB", (2, 2), (0, 0, 0))
-    image.putpixel((0, 1), RED)  # bottom left; turned by 90 degrees clockwise it is at the top left
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    return png(image, exif=exif)
-
-
-@pytest.mark.parametrize(
-    ("image", "expected"),
-    [
-        (Image.new("RGB", (4, 4), RED), list(RED)),
-        (Image.new("L", (4, 4), GREY), [GREY] * 3),
-        (png(Image.new("RGB", (4, 4), RED).quantize(4)), list(RED)),
-        (Image.new("1", (4, 4), 1), [255] * 3),
-        (Image.new("RGBA", (4, 4), (*RED, 0)), [255] * 3),
-        (Image.new("RGBA", (4, 4), (*RED, 255)), list(RED)),
-        (Image.new("LA", (4, 4), (GREY, 0)), [255] * 3),
-        (sixteen_bit(65535), [255] * 3),
-        (sixteen_bit(257 * 100), [100] * 3),
-        (sixteen_bit(300), [1] * 3),
-        (Image.new("CMYK", (4, 4), (0, 255, 255, 0)), [255, 0, 0]),
-        (exif_turned(), list(RED)),
-    ],
-    ids=[
-        *("rgb", "grey", "palette", "1-bit", "transparent", "opaque", "grey-alpha"),
-        *("16-bit-white", "16-bit", "16-bit-dark", "cmyk", "exif"),
-    ],
-)
-def test_unusual_images(image, expected):
-    assert np.abs(np.array(first_pixel(image)) - expected).max() <= 1
-
-
-def test_half_transparent_on_a_chosen_background():
-    half = Image.new("RGBA", (4, 4), (200, 0, 0, 128))
-    assert np.abs(np.array(first_pixel(half, background="black")) - [100, 0, 0]).max() <= 1
-    assert np.abs(np.array(first_pixel(half, background="white")) - [227, 127, 127]).max() <= 1
-
-
-def test_colour_becomes_grey_where_the_network_has_one_channel():
-    assert first_pixel(Image.new("RGB", (4, 4), (255, 0, 0)), channels=1) == [76]  # ITU-R 601: 0.299 of red
-
-
-def test_animated_gives_its_first_frame():
-    frames = [Image.new("L", (4, 4), level) for level in (10, 200)]
-    buffer = io.BytesIO()
-    frames[0].save(buffer, format="GIF", save_all=True, append_images=frames[1:])
-    assert first_pixel(Image.open(io.BytesIO(buffer.getvalue())), channels=1) == [10]
-
-
-def test_not_square_is_resized_and_centre_cropped():
-    wide = np.zeros((10, 30, 3), dtype=np.uint8)
-    wide[:, 10:20] = 255
-    small = decode_image(Image.fromarray(wide), resolution=(5, 5))
-    assert small.shape == (3, 5, 5)
-    assert small.min() > 230  # the dark sides are gone but for the filter's reach over the edge
-
-
-def test_shrinking_is_antialiased():
-    stripes = np.zeros((64, 64), dtype=np.uint8)
-    stripes[:, ::2] = 255
-    small = decode_image(Image.fromarray(stripes), channels=1, resolution=(8, 8))
-    assert abs(small.astype(int) - 128).max() < 20  # without antialiasing all would be 0 or 255
-
-
-def test_refused_images():
-    with pytest.raises(ValueError, match="float"):
-        decode_image(Image.new("F", (4, 4)))
-    with pytest.raises(ValueError, match="in_channels=2"):
-        decode_image(Image.new("L", (4, 4)), channels=2)
-
-
-# ---------------------------------------------------------------------- whole datasets
+def levels(images):
+    """The first pixel of each image: what tells the images of these tests apart."""
+    return images[:, 0, 0, 0].tolist()
 
 
 @pytest.fixture
 def folder(tmp_path):
-    for name, level in (("cat/a.png", 10), ("cat/b.jpg", 20), ("dog/c.png", 30)):
-        path = tmp_path / "images" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("L", (8, 8), level).save(path)
-    (tmp_path / "images" / "notes.txt").write_text("not an image")
+    for name, level in (("cat/a.png", 10), ("cat/b.jpg", 20), ("dog/deep/c.png", 30)):
+        write_png(tmp_path / "images" / name, level)
+    write_png(tmp_path / "images" / ".hidden" / "d.png", 40)
+    write_png(tmp_path / "images" / "__MACOSX" / "cat" / "e.png", 50)
     return tmp_path / "images"
 
 
 def test_folder_in_order_with_labels(folder):
     data = load_folder(folder, channels=1)
-    assert data.images[:, 0, 0, 0].tolist() == [10, 20, 30]
+    assert levels(data.images) == [10, 20, 30]
     assert data.labels.tolist() == [0, 0, 1]
+    assert data.class_names == ["cat", "dog"]
+    assert data.name == "images"
 
 
-def test_every_bad_file_is_named(folder):
-    (folder / "dog" / "cut.png").write_bytes((folder / "dog" / "c.png").read_bytes()[:40])
+def test_no_labels_where_they_would_say_nothing(folder):
+    assert load_folder(folder / "cat").labels is None  # no folders
+    assert load_folder(folder / "cat").class_names is None
+    write_png(folder / "outside.png", 5)
+    assert load_folder(folder).labels is None  # one image has no folder
+    write_png(folder.parent / "one" / "only" / "a.png", 5)
+    assert load_folder(folder.parent / "one").labels is None  # a single class
+
+
+def test_folders_named_like_splits_are_not_classes(tmp_path):
+    for split in ("train", "test"):
+        write_png(tmp_path / split / "a.png", 0)
+    with pytest.raises(ValueError, match=r"test, train in .* look like splits.*/train'"):
+        load_folder(tmp_path)
+
+
+def test_other_files_are_reported(folder):
+    (folder / "notes.txt").write_text("not an image")
+    said = []
+    assert len(load_folder(folder, report=said.append)) == 3
+    assert len(said) == 1
+    assert "1 file(s)" in said[0]
+    assert "notes.txt" in said[0]
+
+
+@pytest.mark.parametrize("options", [{}, LAZY, {"crop": "random"}], ids=["memory", "lazy", "random crops"])
+def test_every_bad_file_is_named(folder, options):
+    (folder / "dog" / "cut.png").write_bytes((folder / "cat" / "a.png").read_bytes()[:40])
     (folder / "cat" / "text.png").write_text("hello")
-    with pytest.raises(ValueError, match=r"2 of 5 images.*text\.png.*cut\.png"):
-        load_folder(folder)
+    with pytest.raises(ValueError, match=r"2 of 5 images.*text\.png.*cut\.png.*--on_bad_image skip"):
+        load_folder(folder, resolution=(8, 8), **options).batch(torch.arange(5))
+
+
+def test_many_bad_files_are_all_named(tmp_path):
+    for number in range(30):
+        (tmp_path / f"{number:02d}.png").write_text("hello")
+    said = []
+    with pytest.raises(ValueError, match="cannot read 30 of 30") as raised:
+        load_folder(tmp_path, report=said.append)
+    everything = str(raised.value) + " ".join(said)
+    assert all(f"{number:02d}.png" in everything for number in range(30))
+    with pytest.raises(ValueError, match="none of the 30 images"):
+        load_folder(tmp_path, on_bad_image="skip", report=said.append)
+
+
+@pytest.mark.parametrize("crop", ["center", "random"])
+def test_bad_files_are_left_out_and_named(folder, crop):
+    (folder / "cat" / "aa.png").write_text("hello")
+    (folder / "zzz").mkdir()
+    (folder / "zzz" / "empty.png").write_bytes(b"")
+    with pytest.warns(UserWarning, match=r"left out .*(aa|empty)\.png") as caught:
+        data = load_folder(folder, channels=1, resolution=(8, 8), on_bad_image="skip", crop=crop)
+    assert len(caught) == 2
+    images, labels = data.batch(torch.arange(len(data)))
+    assert levels(images) == [10, 20, 30]
+    assert labels.tolist() == [0, 0, 1]
+
+
+def test_bad_files_are_replaced_where_they_are_found_late(folder):
+    (folder / "cat" / "aa.png").write_text("hello")
+    said = []
+    data = load_folder(folder, channels=1, resolution=(8, 8), on_bad_image="skip", report=said.append, **LAZY)
+    assert len(data) == 4
+    assert said == []
+    for _ in range(2):
+        images, labels = data.batch(torch.tensor([1, 3, 1]))
+        assert levels(images) == [20, 30, 20]  # b.jpg follows aa.png
+        assert labels.tolist() == [0, 1, 0]
+    assert len(said) == 1
+    assert "aa.png" in said[0]
+    alone = data.subset(torch.tensor([1]))
+    with pytest.raises(ValueError, match="none of the 1 images"):
+        alone.batch(torch.tensor([0]))
 
 
 def test_mixed_sizes_need_a_resolution(folder):
-    Image.new("L", (9, 8)).save(folder / "odd.png")
+    write_png(folder / "odd.png", 0, (9, 8))
     with pytest.raises(ValueError, match=r"8x8.*8x9.*--resolution"):
         load_folder(folder)
     assert load_folder(folder, resolution=(8, 8)).images.shape == (4, 3, 8, 8)
+    assert load_folder(folder, resolution=(4, 12)).images.shape == (4, 3, 4, 12)
 
 
 def test_missing_and_empty_folders(tmp_path):
@@ -192,42 +202,469 @@ def test_missing_and_empty_folders(tmp_path):
         load_folder(tmp_path / "file")
 
 
-def test_parquet_through_datasets_keeps_16_bits_and_labels(tmp_path):
+@pytest.mark.parametrize(
+    ("file", "named", "message"),
+    [
+        ("images.zip", "images.zip", "is an archive; unpack it first"),
+        ("images.tar.gz", "images.tar.gz", "is an archive; unpack it first"),
+        ("images.zip", "", "holds the archive images.zip: unpack it first"),
+        ("bedroom_train_lmdb/data.mdb", "", r"LMDB database, as LSUN comes; export it.*write_bytes"),
+        ("data.mdb", "data.mdb", "export"),
+        ("cifar-10-batches-py/data_batch_1", "", "pickles, and those are never read; take the dataset from the Hub"),
+        ("test_batch", "", "pickles"),
+        ("a.pkl", "a.pkl", "is a file of a kind that is not read"),
+    ],
+)
+def test_sources_that_are_refused(tmp_path, file, named, message):
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_bytes(b"anything")
+    with pytest.raises(ValueError, match=message):
+        load_images(train_data_dir=str(tmp_path / named))
+
+
+def test_mixed_kinds_of_files_are_refused(folder):
+    np.save(folder / "a.npy", np.zeros((8, 8), np.uint8))
+    with pytest.raises(ValueError, match=r"several kinds of files \(cat/a.png, a.npy\)"):
+        load_folder(folder)
+
+
+# ---------------------------------------------------------------------- arrays
+
+
+def test_one_array_file_is_a_dataset(tmp_path):
+    values = np.linspace(-1, 1, 6 * 4 * 4 * 2).reshape(6, 4, 4, 2).astype(np.float32)
+    np.savez(tmp_path / "field.npz", images=values, labels=np.array([5, 7, 5, 9, 9, 9]))
+    data = load_images(train_data_dir=str(tmp_path / "field.npz"), channels=2, value_range=(-1, 1))
+    expected = np.rint((values + 1) * 127.5).transpose(0, 3, 1, 2)
+    assert np.array_equal(data.images.numpy(), expected)
+    assert data.labels.tolist() == [0, 1, 0, 2, 2, 2]
+    assert data.class_names == ["5", "7", "9"]
+    assert data.name == "field"
+
+
+def test_a_folder_of_arrays(tmp_path):
+    for name, stack in (
+        ("a/x.npy", np.full((3, 4, 4), 1)),
+        ("a/y.npy", np.full((4, 4), 2)),
+        ("b/z.npy", np.full((2, 4, 4), 3)),
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        np.save(tmp_path / name, stack.astype(np.uint8))
+    data = load_folder(tmp_path, channels=1)
+    assert levels(data.images) == [1, 1, 1, 2, 3, 3]
+    assert data.labels.tolist() == [0, 0, 0, 0, 1, 1]
+    assert data.class_names == ["a", "b"]
+    lazy = load_folder(tmp_path, channels=1, resolution=(4, 4), **LAZY)
+    assert levels(lazy.batch(torch.tensor([5, 3, 0, 2]))[0]) == [3, 2, 1, 1]
+
+
+def test_bad_arrays_are_named_with_their_values(tmp_path):
+    values = np.zeros((5, 4, 4))
+    values[3, 1, 2] = 1.5
+    np.save(tmp_path / "a.npy", values)
+    with pytest.raises(
+        ValueError, match=r"1 of 5 images: image 3 of .*a\.npy \(the value 1\.5 is outside the range 0 to 1"
+    ):
+        load_folder(tmp_path, channels=1, value_range=(0, 1))
+    with pytest.raises(ValueError, match="state what becomes black and white"):
+        load_folder(tmp_path, channels=1)
+    (tmp_path / "b.npy").write_text("hello")
+    with pytest.raises(ValueError, match=r"1 of 2 array files: .*b\.npy \(not a \.npy file"):
+        load_folder(tmp_path, channels=1, value_range=(0, 1))
+    said = []
+    data = load_folder(tmp_path, channels=1, value_range=(0, 1), on_bad_image="skip", report=said.append)
+    assert len(data) == 4
+    assert len(said) == 2
+
+
+# ---------------------------------------------------------------------- in memory, as needed, cropped
+
+
+@pytest.fixture
+def varied(tmp_path):
+    """12 noise images of several shapes."""
+    random = np.random.default_rng(0)
+    for number in range(12):
+        height, width = random.integers(16, 40, 2)
+        picture = Image.fromarray(random.integers(0, 256, (height, width, 3)).astype(np.uint8))
+        path = tmp_path / "varied" / "ab"[number % 2] / f"{number:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(path)
+    return tmp_path / "varied"
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 3])
+def test_as_needed_equals_in_memory(varied, num_workers):
+    whole = load_folder(varied, resolution=(8, 12), num_workers=num_workers)
+    lazy = load_folder(varied, resolution=(8, 12), num_workers=num_workers, **LAZY)
+    assert isinstance(whole, ImageDataset)
+    assert isinstance(lazy, LazyImageDataset)
+    assert (len(lazy), lazy.name, lazy.class_names) == (len(whole), whole.name, whole.class_names)
+    assert lazy.image_shape == whole.image_shape == (3, 8, 12)
+    indices = torch.tensor([7, 0, 11, 0, 3])
+    chosen = torch.tensor([9, 2, 4])
+    for a, b in ((whole, lazy), (whole.subset(chosen), lazy.subset(chosen))):
+        for at in (torch.arange(len(a)), indices[indices < len(a)], torch.tensor([], dtype=torch.long)):
+            images, labels = a.batch(at)
+            its_images, its_labels = b.batch(at)
+            assert torch.equal(images, its_images)
+            assert torch.equal(labels, its_labels)
+            assert its_labels.dtype == torch.int64
+
+
+def test_what_fits_is_decided_by_the_uint8_pixels(varied):
+    needed = 12 * 3 * 8 * 8
+    assert isinstance(load_folder(varied, resolution=(8, 8), memory_limit_bytes=needed), ImageDataset)
+    assert isinstance(load_folder(varied, resolution=(8, 8), memory_limit_bytes=needed - 1), LazyImageDataset)
+
+
+def test_only_the_images_of_the_batch_are_decoded(varied, monkeypatch):
+    decoded, lock = [], threading.Lock()
+    original = ddpm_hf.image_decoding.read_image
+
+    def noting(source, form, seed):
+        with lock:
+            decoded.append(source.name)
+        return original(source, form, seed)
+
+    monkeypatch.setattr(ddpm_hf.image_decoding, "read_image", noting)
+    lazy = load_folder(varied, resolution=(8, 8), **LAZY)
+    assert decoded == []
+    lazy.batch(torch.tensor([0, 7]))
+    assert sorted(decoded) == ["00.png", "03.png"]  # a/00 02 04 06 08 10, then b/01 03
+
+
+def test_random_crops_are_a_function_of_their_seeds(varied):
+    data = load_folder(varied, resolution=(8, 8), crop="random")
+    centred = load_folder(varied, resolution=(8, 8))
+    assert isinstance(data, LazyImageDataset)
+    all_of_them = torch.arange(12)
+    first = crop_seeds(0, all_of_them)
+    images, _ = data.batch(all_of_them, first)
+    assert torch.equal(data.batch(all_of_them, first)[0], images)
+    # neither the others in the batch nor their order matter
+    assert torch.equal(data.batch(torch.tensor([5, 2]), first[[5, 2]])[0], images[[5, 2]])
+    assert not torch.equal(data.batch(all_of_them, crop_seeds(1, all_of_them))[0], images)
+    assert not torch.equal(data.batch(all_of_them, crop_seeds(0, all_of_them + 12))[0], images)
+    assert torch.equal(data.batch(all_of_them)[0], centred.images)  # no seeds: the centre
+    assert torch.equal(centred.batch(all_of_them, first)[0], centred.images)
+
+
+def test_crop_seeds_differ_by_seed_and_position():
+    seeds = torch.cat([crop_seeds(seed, torch.arange(100)) for seed in range(3)])
+    assert seeds.dtype == torch.int64
+    assert len(seeds.unique()) == 300
+    assert torch.equal(crop_seeds(1, torch.tensor([7])), seeds[107:108])
+
+
+def test_one_size_is_needed_to_crop_or_to_decode_later(varied):
+    with pytest.raises(ValueError, match="--resolution"):
+        load_folder(varied, crop="random")
+
+
+# ---------------------------------------------------------------------- datasets of the Hub, parquet
+
+
+def png_bytes(level, size=(8, 8)):
+    buffer = io.BytesIO()
+    Image.new("L", size, level).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def write_parquet(folder, images, file="train.parquet", image="picture", **columns):
+    """`columns` are (type, values)."""
+    folder.mkdir(exist_ok=True)
+    features = datasets.Features({image: datasets.Image(), **{key: kind for key, (kind, _) in columns.items()}})
+    rows = {image: [{"bytes": x} for x in images], **{key: values for key, (_, values) in columns.items()}}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / file)
+
+
+AB = datasets.ClassLabel(names=["a", "b"])
+
+
+@pytest.mark.parametrize("given", ["dataset_name", "train_data_dir"])
+def test_parquet_through_datasets_keeps_16_bits_and_labels(tmp_path, given):
     deep = io.BytesIO()
     Image.fromarray(np.full((8, 8), 257 * 100, dtype=np.uint16)).save(deep, format="PNG")
-    plain = io.BytesIO()
-    Image.new("L", (8, 8), 50).save(plain, format="PNG")
-    features = datasets.Features({"picture": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
-    rows = {"picture": [{"bytes": deep.getvalue()}, {"bytes": plain.getvalue()}], "label": [1, 0]}
+    write_parquet(tmp_path / "set", [deep.getvalue(), png_bytes(50)], label=(AB, [1, 0]))
+    where = {given: str(tmp_path / "set"), "cache_dir": str(tmp_path / "cache")}
+    data = load_images(**where, channels=1)
+    assert levels(data.images) == [100, 50]
+    assert data.labels.tolist() == [1, 0]
+    assert data.class_names == ["a", "b"]
+    lazy = load_images(**where, channels=1, resolution=(8, 8), **LAZY)
+    assert torch.equal(lazy.batch(torch.tensor([1, 0]))[0], data.images.flip(0))
+    one_file = load_images(
+        train_data_dir=str(tmp_path / "set" / "train.parquet"), channels=1, cache_dir=str(tmp_path / "cache")
+    )
+    assert torch.equal(one_file.images, data.images)
+
+
+def test_parquet_not_written_by_datasets(tmp_path):
+    table = datasets.Dataset.from_dict({"image": [{"bytes": png_bytes(9), "path": "9.png"}], "label": ["x"]})
+    (tmp_path / "set").mkdir()
+    table.to_parquet(tmp_path / "set" / "a.parquet")
+    data = load_images(train_data_dir=str(tmp_path / "set"), channels=1, cache_dir=str(tmp_path / "cache"))
+    assert levels(data.images) == [9]
+    assert data.class_names == ["x"]
+
+
+@pytest.mark.parametrize(
+    ("column", "expected", "names"),
+    [
+        (None, [0, 1, 0], ["cat", "dog"]),
+        ("number", [1, 0, 2], ["3", "10", "20"]),
+        ("word", [2, 0, 1], ["left", "right", "up"]),
+        ("kind", [0, 1, 0], ["cat", "dog"]),
+    ],
+)
+def test_label_columns(tmp_path, column, expected, names):
+    write_parquet(
+        tmp_path / "set",
+        [png_bytes(level) for level in (1, 2, 3)],
+        image="img",  # as CIFAR-10 calls it
+        number=(datasets.Value("int32"), [10, 3, 20]),
+        word=(datasets.Value("string"), ["up", "left", "right"]),
+        kind=(datasets.ClassLabel(names=["cat", "dog"]), [0, 1, 0]),
+    )
+    data = load_images(dataset_name=str(tmp_path / "set"), label_column=column, cache_dir=str(tmp_path / "cache"))
+    assert data.labels.tolist() == expected
+    assert data.class_names == names
+
+
+def test_columns_to_choose_from(tmp_path):
+    features = datasets.Features(
+        {
+            "small": datasets.Image(),
+            "large": datasets.Image(),
+            "fine": AB,
+            "coarse": AB,
+            "score": datasets.Value("float32"),
+        }
+    )
+    rows = {
+        "small": [{"bytes": png_bytes(1)}],
+        "large": [{"bytes": png_bytes(2)}],
+        "fine": [0],
+        "coarse": [-1],
+        "score": [0.5],
+    }
     (tmp_path / "set").mkdir()
     datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "set" / "train.parquet")
-    data = load_images(dataset_name=str(tmp_path / "set"), channels=1, cache_dir=str(tmp_path / "cache"))
-    assert data.images[:, 0, 0, 0].tolist() == [100, 50]
-    assert data.labels.tolist() == [1, 0]
+    said = []
+    common = {"dataset_name": str(tmp_path / "set"), "cache_dir": str(tmp_path / "cache"), "report": said.append}
+    data = load_images(**common)
+    assert levels(data.images) == [1]
+    assert data.labels.tolist() == [0]
+    assert ["small, large" in said[0], "fine, coarse" in said[1]] == [True, True]
+    assert levels(load_images(**common, image_column="large").images) == [2]
+    for options, message in (
+        ({"image_column": "lage"}, r"--image_column 'lage': no such column.*did you mean 'large'"),
+        ({"label_column": "finest"}, "--label_column 'finest': no such column"),
+        ({"image_column": "score"}, "not images"),
+        ({"label_column": "score"}, "labels are whole numbers or strings"),
+        ({"label_column": "coarse"}, "1 of 1 images .* have no label in 'coarse'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_images(**common, **options)
+
+
+def test_bad_and_missing_images_of_a_table_are_named(tmp_path):
+    write_parquet(tmp_path / "set", [png_bytes(1), b"hello", png_bytes(3)])
+    where = {"dataset_name": str(tmp_path / "set"), "cache_dir": str(tmp_path / "cache"), "channels": 1}
+    with pytest.raises(ValueError, match=r"1 of 3 images: image 1 of .*begins with b'hello'"):
+        load_images(**where)
+    said = []
+    assert levels(load_images(**where, on_bad_image="skip", report=said.append).images) == [1, 3]
+    assert len(said) == 1
 
 
 def test_dataset_without_images_or_that_does_not_exist(tmp_path):
     (tmp_path / "set").mkdir()
     datasets.Dataset.from_dict({"x": [1]}).to_parquet(tmp_path / "set" / "train.parquet")
-    with pytest.raises(ValueError, match="no image column; its columns are x"):
-        load_images(dataset_name=str(tmp_path / "set"), cache_dir=str(tmp_path / "cache"))
-    with pytest.raises(ValueError, match="cannot load the dataset"):
-        load_images(dataset_name=str(tmp_path / "nowhere"))
+    for streaming in (False, True):
+        with pytest.raises(ValueError, match="no image column; its columns are x"):
+            load_images(dataset_name=str(tmp_path / "set"), cache_dir=str(tmp_path / "cache"), streaming=streaming)
+        with pytest.raises(ValueError, match="cannot load the dataset"):
+            load_images(dataset_name=str(tmp_path / "nowhere"), streaming=streaming)
 
 
-def test_held_out_share_is_never_in_training(tmp_path):
+# ---------------------------------------------------------------------- streams
+
+N = 50
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """50 images, told apart by their level, in three parquet files."""
+    for file, part in enumerate(np.array_split(np.arange(N), 3)):
+        write_parquet(
+            tmp_path / "shards",
+            [png_bytes(int(level)) for level in part],
+            file=f"part-{file}.parquet",
+            label=(AB, (part % 2).tolist()),
+        )
+    return tmp_path / "shards"
+
+
+def stream(folder, **options):
+    options = {"channels": 1, "resolution": (8, 8), "shuffle_buffer": 10, "streaming": True, **options}
+    return load_images(dataset_name=str(folder), **options)
+
+
+def run(data, steps, total=8, seed=0, rows=None):
+    return [levels(data.batch_at(step, rows or range(total), total, seed)[0]) for step in steps]
+
+
+def test_a_stream_gives_every_image_once_an_epoch_in_a_new_order(shards):
+    data = stream(shards)
+    assert isinstance(data, StreamedImages)
+    assert (data.class_names, data.image_shape, data.num_images) == (["a", "b"], (1, 8, 8), None)
+    seen = list(chain.from_iterable(run(data, range(25))))  # 200 images, 4 epochs
+    epochs = [seen[start : start + N] for start in range(0, 200, N)]
+    assert all(sorted(epoch) == list(range(N)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+    assert data.num_images == N
+    images, labels = data.batch_at(3, range(8), 8, 0)
+    assert labels.tolist() == [level % 2 for level in levels(images)]
+    assert run(stream(shards), range(6)) == run(stream(shards), range(6))
+    assert run(stream(shards), range(6), seed=1) != run(stream(shards), range(6))
+
+
+def test_a_stream_goes_on_where_it_was_without_decoding(shards, monkeypatch):
+    whole = run(stream(shards), range(20))
+    decoded = []
+    original = ddpm_hf.image_decoding.read_image
+    monkeypatch.setattr(ddpm_hf.image_decoding, "read_image", lambda *args: decoded.append(1) or original(*args))
+    for start in (1, 5, 6, 7, 13, 19):  # also beyond the first and the second epoch
+        decoded.clear()
+        assert run(stream(shards), range(start, min(start + 2, 20))) == whole[start : start + 2]
+        assert len(decoded) == 8 * len(whole[start : start + 2])
+    data = stream(shards)  # back and forth, too
+    assert run(data, (9, 2, 18, 3, 3)) == [whole[step] for step in (9, 2, 18, 3, 3)]
+
+
+def test_a_stream_is_cut_into_processes_and_micro_batches(shards):
+    whole = run(stream(shards), range(9))
+    first, second = stream(shards), stream(shards)
+    for step in range(9):
+        assert run(first, [step], rows=range(4))[0] + run(second, [step], rows=range(4, 8))[0] == whole[step]
+    one = stream(shards)
+    parts = [[run(one, [step], rows=range(at, at + 2))[0] for at in (0, 2, 4, 6)] for step in range(9)]
+    assert [list(chain.from_iterable(part)) for part in parts] == whole
+
+
+def test_what_is_held_out_of_a_stream_is_never_streamed(shards):
+    held_out = set(levels(stream(shards, validation_split=0.3, split="validation").take(N).images))
+    assert 5 <= len(held_out) <= 25
+    train = stream(shards, validation_split=0.3)
+    seen = set(chain.from_iterable(run(train, range(15))))
+    assert seen | held_out == set(range(N))
+    assert not seen & held_out
+    assert train.num_images == N - len(held_out)
+    with pytest.raises(ValueError, match="no images in this split"):
+        stream(shards, split="validation").batch_at(0, range(4), 4, 0)
+
+
+def test_the_beginning_of_a_stream_in_memory(shards):
+    data = stream(shards).take(20)
+    assert isinstance(data, ImageDataset)
+    assert levels(data.images) == list(range(20))
+    assert data.labels.tolist() == [0, 1] * 10
+    assert data.class_names == ["a", "b"]
+    assert len(stream(shards).take(1000)) == N
+
+
+def test_bad_images_of_a_stream(tmp_path):
+    images = [png_bytes(level) if level % 5 else b"hello" for level in range(1, 21)]
+    write_parquet(tmp_path / "set", images)
+    with pytest.raises(ValueError, match=r"cannot read [1-4] of 20 images: image \d+ of the shuffled stream"):
+        run(stream(tmp_path / "set"), [0], total=20)
+    with pytest.raises(ValueError, match="image 4 of the stream"):
+        stream(tmp_path / "set").take(6)
+    said = []
+    data = stream(tmp_path / "set", on_bad_image="skip", report=said.append)
+    epoch = run(data, range(5), total=4)
+    assert set(chain.from_iterable(epoch)) == {level for level in range(1, 21) if level % 5}
+    assert len(set(said)) == len(said) == 4
+    for start in range(5):  # after a restart the same replacements
+        assert (
+            run(stream(tmp_path / "set", on_bad_image="skip", report=said.append), [start], total=4)[0] == epoch[start]
+        )
+    assert levels(data.take(6).images) == [1, 2, 3, 4, 6, 7]
+    write_parquet(tmp_path / "bad", [b"hello"] * 20)
+    with pytest.raises(ValueError, match=r"100 images .* in a row"):
+        run(stream(tmp_path / "bad", on_bad_image="skip", report=said.append), [0])
+
+
+def test_random_crops_of_a_stream_are_a_function_of_seed_and_position(tmp_path):
+    random = np.random.default_rng(0)
+    pictures = []
+    for _ in range(10):
+        buffer = io.BytesIO()
+        Image.fromarray(random.integers(0, 256, (8, 30)).astype(np.uint8)).save(buffer, format="PNG")
+        pictures.append(buffer.getvalue())
+    write_parquet(tmp_path / "wide", pictures)
+
+    def batch(step, rows=range(5), **options):
+        return stream(tmp_path / "wide", **options).batch_at(step, rows, 5, 3)[0]
+
+    assert torch.equal(batch(1, crop="random"), batch(1, crop="random"))
+    assert torch.equal(batch(1, range(2, 4), crop="random"), batch(1, crop="random")[2:4])
+    assert not torch.equal(batch(1, crop="random"), batch(1))
+
+
+def test_streams_that_are_refused(shards, folder):
+    with pytest.raises(ValueError, match="choose one size with --resolution"):
+        stream(shards, resolution=None)
+    with pytest.raises(ValueError, match="streaming is for --dataset_name"):
+        load_images(train_data_dir=str(folder), streaming=True)
+    with pytest.raises(ValueError, match="digits is small"):
+        load_images(dataset="digits", streaming=True)
+    with pytest.raises(ValueError, match="shuffle_buffer must be at least 1"):
+        stream(shards, shuffle_buffer=0)
+    write_parquet(shards.parent / "words", [png_bytes(1)], label=(datasets.Value("string"), ["x"]))
+    assert stream(shards.parent / "words").batch_at(0, range(1), 1, 0)[1] is None
+    with pytest.raises(ValueError, match="does not say which classes there are"):
+        stream(shards.parent / "words", label_column="label")
+
+
+def test_a_folder_of_parquet_files_is_streamed_too(shards):
+    by_name = run(stream(shards), range(3))
+    data = load_images(train_data_dir=str(shards), channels=1, resolution=(8, 8), streaming=True, shuffle_buffer=10)
+    assert run(data, range(3)) == by_name
+
+
+# ---------------------------------------------------------------------- the one door
+
+
+@pytest.mark.parametrize("options", [{}, {"resolution": (8, 8), **LAZY}], ids=["memory", "lazy"])
+def test_held_out_share_is_never_in_training(tmp_path, options):
     for level in range(20):
-        Image.new("L", (8, 8), level).save(tmp_path / f"{level:02d}.png")
-    common = {"train_data_dir": str(tmp_path), "channels": 1, "validation_split": 0.25}
-    train = load_images(split="train", **common).images[:, 0, 0, 0].tolist()
-    held_out = load_images(split="validation", **common).images[:, 0, 0, 0].tolist()
+        write_png(tmp_path / f"{level:02d}.png", level)
+    common = {"train_data_dir": str(tmp_path), "channels": 1, "validation_split": 0.25, **options}
+    parts = [load_images(split=split, **common) for split in ("train", "validation")]
+    train, held_out = (levels(data.batch(torch.arange(len(data)))[0]) for data in parts)
     assert len(held_out) == 5
     assert sorted(train + held_out) == list(range(20))
+
+
+def test_a_bad_image_moves_no_other_into_training(tmp_path):
+    for level in range(20):
+        write_png(tmp_path / f"{level:02d}.png", level)
+    common = {"train_data_dir": str(tmp_path), "channels": 1, "validation_split": 0.25}
+    held_out = levels(load_images(split="validation", **common).images)
+    (tmp_path / "00.png").write_text("hello")
+    train = load_images(split="train", on_bad_image="skip", report=lambda message: None, **common)
+    assert not set(levels(train.images)) & set(held_out)
 
 
 def test_digits_can_be_had_in_colour_and_larger():
     data = load_images(dataset="digits", channels=3, resolution=(16, 16), split="validation")
     assert data.images.shape == (296, 3, 16, 16)
+    assert data.class_names == [str(digit) for digit in range(10)]
+    assert torch.equal(data.labels, load_digits("validation").labels)
+    assert load_images(dataset="digits", channels=1, resolution=(8, 6)).images.shape == (1501, 1, 8, 6)
 
 
 @pytest.mark.parametrize(
@@ -237,6 +674,12 @@ def test_digits_can_be_had_in_colour_and_larger():
         ({"dataset": "digits", "train_data_dir": "x"}, "got 2"),
         ({"dataset": "digit"}, "did you mean 'digits'"),
         ({"dataset": "digits", "validation_split": 1.5}, "1.5"),
+        ({"dataset": "digits", "split": "test"}, "not 'test'"),
+        ({"train_data_dir": "x", "split": "test"}, "train or validation, got 'test'"),
+        ({"dataset": "digits", "crop": "centre"}, r"crop must be one of center, random.*did you mean 'center'"),
+        ({"dataset": "digits", "on_bad_image": "ignore"}, "on_bad_image must be one of error, skip"),
+        ({"dataset": "digits", "num_workers": -1}, "num_workers must not be negative"),
+        ({"dataset": "digits", "background": "whit"}, "background must be a colour"),
     ],
 )
 def test_bad_choices(options, message):

@@ -7,14 +7,14 @@ import torch
 
 from ddpm_hf import EvaluationReport, bits_per_dim
 from ddpm_hf.data import ImageDataset, load_digits, to_model_range
-from ddpm_hf.evaluation import evaluate_likelihood
+from ddpm_hf.evaluation import evaluate_likelihood, first_images
 
 
 def test_full_and_stratified_agree_and_the_report_reads_back(tmp_path, small_pipeline):
-    data = load_digits("validation")
-    full = evaluate_likelihood(small_pipeline, data, "validation", num_images=6, num_evaluations=None)
-    few = evaluate_likelihood(small_pipeline, data, "validation", num_images=6, num_evaluations=200)
-    direct = bits_per_dim(small_pipeline.unet, small_pipeline.scheduler, to_model_range(data.images[:6]))
+    data = first_images(load_digits("validation"), 6)
+    full = evaluate_likelihood(small_pipeline, data, "validation", num_evaluations=None)
+    few = evaluate_likelihood(small_pipeline, data, "validation", num_evaluations=200)
+    direct = bits_per_dim(small_pipeline.unet, small_pipeline.scheduler, to_model_range(data.images))
     value = full.values["bits_per_dim"]
     assert math.isclose(value["value"], direct.total_bpd.mean().item(), rel_tol=1e-6)
     estimate = few.values["bits_per_dim"]

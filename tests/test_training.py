@@ -1,16 +1,25 @@
 """The training loop: what an update sees, exact resume, equal cuts of a batch, what is published."""
 
 import dataclasses
+import io
+import json
 import os
+import resource
 import shutil
 import signal
+from functools import partial
 
+import datasets
+import diffusers
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from PIL import Image
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ddpm_hf import DDPMPipeline, DDPMScheduler, Trainer, TrainingConfig, UNet2DModel, training
+from ddpm_hf.objectives import simple_loss
 from ddpm_hf.presets import PRESETS
 from ddpm_hf.training import TrainingError
 
@@ -112,18 +121,19 @@ def test_every_epoch_sees_every_image_once(tmp_path):
 
 def test_draws_of_an_update_depend_on_seed_and_update_only(tmp_path):
     one, other = trainer(tmp_path / "a"), trainer(tmp_path / "b", seed=9)
-    first = one._batch(4)
-    one._batch(0)
-    for again, was in zip(one._batch(4), first, strict=True):
-        assert torch.equal(again, was)
-    assert not torch.equal(one._batch(5)[2], first[2])
-    assert not torch.equal(other._batch(4)[2], first[2])
+    first = one._draws(4)
+    one._draws(0)
+    again = one._draws(4)
+    assert all(torch.equal(again[name], first[name]) for name in first)
+    assert torch.equal(one._read(4, 0)[0], one._read(4, 0)[0])
+    assert not torch.equal(one._draws(5)["noise"], first["noise"])
+    assert not torch.equal(other._draws(4)["noise"], first["noise"])
 
 
 @pytest.mark.parametrize("sampling", ["uniform", "stratified"])
 def test_timesteps_are_uniform(tmp_path, sampling):
     run = trainer(tmp_path / "a", timestep_sampling=sampling, total_batch_size=100)
-    t = torch.stack([run._batch(step)[1] for step in range(100)])
+    t = torch.stack([run._draws(step)["t"] for step in range(100)])
     counts = t.flatten().bincount(minlength=1000).view(10, 100).sum(1)
     # 10,000 draws over ten bins: a standard deviation of 30 each for uniform, 0 for stratified draws
     assert (counts - 1000).abs().max() < (130 if sampling == "uniform" else 1)
@@ -180,17 +190,37 @@ def test_the_second_interrupt_leaves_at_once():
 
 
 def test_loss_that_is_not_finite_stops_with_a_sentence_and_keeps_the_checkpoint(tmp_path, monkeypatch):
-    run = trainer(tmp_path / "run")
-    update = run._update
+    run = trainer(tmp_path / "run", max_train_steps=60)
+    weights = {}
 
-    def spoiled(step):
-        loss, norm = update(step)
-        return (loss * float("nan"), norm) if step >= 3 else (loss, norm)
+    def spoiled(unet, scheduler, x_0, t, noise):
+        losses = simple_loss(unet, scheduler, x_0, t, noise)
+        if run.step == 3:
+            weights.update({name: value.clone() for name, value in run.unet.state_dict().items()})
+        return losses * float("nan") if run.step >= 3 else losses
 
-    monkeypatch.setattr(run, "_update", spoiled)
-    with pytest.raises(TrainingError, match=r"loss nan.*update 6.*learning rate.*precision no.*checkpoint-3"):
+    monkeypatch.setitem(training.OBJECTIVES, "simple", spoiled)
+    with pytest.raises(
+        TrainingError, match=r"loss nan.*27 updates in a row.*learning rate.*precision no.*checkpoint-"
+    ):
         run.train()
-    assert [p.name for p in tmp_path.joinpath("run").glob("checkpoint-*")] == ["checkpoint-3"]
+    # 20 skipped updates from update 4 on are noticed at the next look, update 30; nothing was changed by them.
+    assert run.step == 29
+    assert all(torch.equal(run.unet.state_dict()[name], value) for name, value in weights.items())
+    last = load_file(tmp_path / "run" / "checkpoint-27" / "model.safetensors")
+    assert all(torch.equal(last[name], value) for name, value in weights.items())
+
+
+def test_one_bad_update_is_skipped_and_the_run_goes_on(tmp_path, monkeypatch):
+    run = trainer(tmp_path / "run")
+
+    def spoiled(unet, scheduler, x_0, t, noise):
+        return simple_loss(unet, scheduler, x_0, t, noise) * (float("inf") if run.step == 2 else 1.0)
+
+    monkeypatch.setitem(training.OBJECTIVES, "simple", spoiled)
+    pipe = run.train()
+    assert run.step == 6
+    assert all(value.isfinite().all() for value in pipe.unet.state_dict().values())
 
 
 def test_one_batch_can_be_learned_by_heart(tmp_path):
@@ -231,3 +261,152 @@ def test_published_network_is_float32_and_has_the_preset_s_configuration(tmp_pat
     assert isinstance(pipe.scheduler, DDPMScheduler)
     assert pipe.unet.dtype == torch.float32
     assert pipe.scheduler.config.variance_type == PRESETS["digits"].scheduler["variance_type"]
+
+
+def save_folders(folder, sizes=((12, 9),), count=12):
+    """Two classes of colour images, of the given (width, height)."""
+    for i in range(count):
+        path = folder / ("cats" if i % 2 else "dogs") / f"{i:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.effect_noise(sizes[i % len(sizes)], 60).convert("RGB").save(path)
+
+
+def test_class_conditional_training_is_saved_so_that_stock_loads_it(tmp_path):
+    save_folders(tmp_path / "images")
+    monkey = {"train_data_dir": str(tmp_path / "images"), "resolution": 8, "eval_num_images": 0}
+    monkey |= {"class_conditional": True, "class_dropout": 0.3, "save_images_steps": 4}
+    run = trainer(tmp_path / "run", **monkey)
+    pipe = run.train()
+    stock = diffusers.DDPMPipeline.from_pretrained(tmp_path / "run")
+    assert stock.unet.config.num_class_embeds == 3  # two classes, and one that stands for none
+    for name, value in pipe.unet.state_dict().items():
+        assert torch.equal(stock.unet.state_dict()[name], value)
+    loaded = DDPMPipeline.from_pretrained(tmp_path / "run")
+    assert loaded.unet.config["_class_names"] == ["cats", "dogs"]
+    assert loaded.null_class == 2
+
+    def images(**options):
+        return loaded(seeds=[0, 1], num_inference_steps=4, output_type="pt", **options).images
+
+    torch.manual_seed(0)  # so short a training leaves the output's last layer near zero
+    torch.nn.init.normal_(loaded.unet.conv_out.weight, std=0.3)
+    torch.nn.init.normal_(loaded.unet.class_embedding.weight, std=3.0)
+    assert not torch.equal(images(class_labels=0), images(class_labels=1))
+    assert torch.equal(images(class_labels=[0, 1])[1], images(class_labels=torch.tensor([1, 1]))[1])
+    assert torch.equal(images(), images(class_labels=2))
+    assert not torch.equal(images(class_labels=0, guidance_scale=3.0), images(class_labels=0))
+    for wrong in (3, -1, [0, 1, 1]):
+        with pytest.raises(ValueError, match=r"class"):
+            images(class_labels=wrong)
+
+
+def test_labels_reach_the_network_and_are_dropped_as_often_as_asked(tmp_path, monkeypatch):
+    save_folders(tmp_path / "images")
+    common = {"train_data_dir": str(tmp_path / "images"), "resolution": 8, "total_batch_size": 200}
+    run = trainer(tmp_path / "run", class_conditional=True, class_dropout=0.25, **common)
+    seen = []
+
+    def spy(unet, scheduler, x_0, t, noise, class_labels):
+        seen.append(class_labels)
+        return simple_loss(unet, scheduler, x_0, t, noise, class_labels=class_labels)
+
+    monkeypatch.setitem(training.OBJECTIVES, "simple", spy)
+    for step in range(5):
+        run._update(step)
+    labels = torch.cat(seen)
+    assert abs((labels == 2).float().mean() - 0.25) < 0.05
+    expected = torch.cat([run._read(step, 0)[1] for step in range(5)])
+    assert torch.equal(labels[labels != 2], expected[labels != 2])
+
+
+def test_class_conditional_needs_classes(tmp_path):
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "images" / "a.png")
+    with pytest.raises(ValueError, match="needs classes"):
+        trainer(tmp_path / "run", train_data_dir=str(tmp_path / "images"), class_conditional=True)
+
+
+def test_images_that_are_not_square_and_a_network_for_them(tmp_path):
+    save_folders(tmp_path / "images", sizes=((20, 11), (9, 30)))
+    options = {"train_data_dir": str(tmp_path / "images"), "resolution": [8, 12], "validation_split": 0.25}
+    pipe = trainer(tmp_path / "run", **options).train()
+    assert pipe.image_shape == (1, 8, 12)
+    assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["num_images"] == 3
+
+
+def test_random_crops_and_flips_resume_to_the_same_bits(tmp_path):
+    save_folders(tmp_path / "images", sizes=((20, 11), (9, 30)))
+    options = {"train_data_dir": str(tmp_path / "images"), "resolution": 8, "center_crop": False, "random_flip": True}
+    trainer(tmp_path / "whole", **options).train()
+    shutil.copytree(tmp_path / "whole" / "checkpoint-3", tmp_path / "resumed" / "checkpoint-3")
+    trainer(tmp_path / "resumed", resume_from_checkpoint="latest", **options).train()
+    same_files(tmp_path / "whole", tmp_path / "resumed", 6)
+    trainer(tmp_path / "cut", train_batch_size=4, **options)._read(0, 0)
+    whole, cut = trainer(tmp_path / "w", **options), trainer(tmp_path / "c", train_batch_size=4, **options)
+    parts = torch.cat([cut._read(2, micro)[0] for micro in range(4)])
+    assert torch.equal(whole._read(2, 0)[0], parts)
+
+
+def test_a_stream_resumes_to_the_same_bits(tmp_path):
+    features = datasets.Features({"image": datasets.Image()})
+    rows = []
+    for level in range(30):
+        buffer = io.BytesIO()
+        Image.new("L", (8, 8), 8 * level).save(buffer, format="PNG")
+        rows.append({"bytes": buffer.getvalue()})
+    (tmp_path / "set").mkdir()
+    datasets.Dataset.from_dict({"image": rows}, features=features).to_parquet(tmp_path / "set" / "train.parquet")
+    options = {"dataset_name": str(tmp_path / "set"), "streaming": True, "cache_dir": str(tmp_path / "cache")}
+    trainer(tmp_path / "whole", **options).train()
+    shutil.copytree(tmp_path / "whole" / "checkpoint-3", tmp_path / "resumed" / "checkpoint-3")
+    trainer(tmp_path / "resumed", resume_from_checkpoint="latest", **options).train()
+    same_files(tmp_path / "whole", tmp_path / "resumed", 6)
+
+
+def test_trackers_get_the_numbers(tmp_path):
+    trainer(tmp_path / "run", report_to="tensorboard", validation_steps=2).train()
+    events = EventAccumulator(str(next((tmp_path / "run" / "logs").rglob("events.out.*")).parent))
+    events.Reload()
+    assert {"loss", "lr", "grad_norm", "images_per_second", "bits_per_dim"} <= set(events.Tags()["scalars"])
+    assert [event.step for event in events.Scalars("bits_per_dim")] == [2, 4]
+    with pytest.raises(ValueError, match="'wandbb' is not an installed tracker"):
+        trainer(tmp_path / "other", report_to="wandbb")
+
+
+@pytest.mark.parametrize("option", ["channels_last", "gradient_checkpointing", "compile"])
+def test_ways_to_run_the_network_change_nothing_but_rounding(tmp_path, option, monkeypatch):
+    if option == "compile":  # the default backend needs a minute of C++ compilation
+        monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    plain, other = trainer(tmp_path / "plain", dropout=0.0), trainer(tmp_path / "other", dropout=0.0, **{option: True})
+    for step in range(3):
+        assert abs(plain._update(step)[0].item() - other._update(step)[0].item()) < 1e-5
+    other.step = 3
+    other._prepare_output()
+    other._save()
+    fresh = trainer(tmp_path / "other", dropout=0.0, resume_from_checkpoint="latest")
+    assert fresh.step == 3
+
+
+def test_a_disk_that_refuses_gets_a_sentence_and_the_last_checkpoint_is_intact(tmp_path, monkeypatch):
+    run = trainer(tmp_path / "run")
+    update = run._update
+
+    def fill_the_disk(step):
+        if step == 4:
+            limit = (tmp_path / "run" / "checkpoint-3" / "model.safetensors").stat().st_size // 2
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        return update(step)
+
+    monkeypatch.setattr(run, "_update", fill_the_disk)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # the error instead of the signal
+    try:
+        with pytest.raises(OSError, match=r"cannot write .*checkpoint-6.*checkpoint-3"):
+            run.train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        signal.signal(signal.SIGXFSZ, before)
+    names = {p.name for p in (tmp_path / "run").iterdir()}
+    assert names == {"training_config.yaml", "checkpoint-3"}
+    trainer(tmp_path / "whole").train()
+    trainer(tmp_path / "run", resume_from_checkpoint="latest").train()
+    same_files(tmp_path / "whole", tmp_path / "run", 6)

@@ -1,0 +1,302 @@
+"""Where images come from, not decoded yet: image files, arrays, tables; and their labels.
+
+A [`Source`] gives the raw images of any rows; `image_decoding.py` makes pixels of them. `open_folder` finds out what a
+folder holds, and refuses what is not read with a sentence that says what to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .image_decoding import Reading
+from .image_files import ARRAY_SUFFIXES, open_arrays
+from .image_tables import bytes_or_path, choose_columns, open_table
+from .image_tensors import ImageDataset
+
+_ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".7z", ".rar", ".zst")
+_SPLIT_NAMES = {"train", "training", "test", "testing", "val", "valid", "validation", "dev"}
+
+
+class Source:
+    """Images that have not been decoded yet.
+
+    Attributes:
+        name: Of the dataset.
+        labels: `[N]` int64, or `None`.
+        class_names: One for each label, or `None`.
+    """
+
+    name: str
+    labels: Tensor | None = None
+    class_names: list[str] | None = None
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def where(self, row: int) -> str:
+        """What to call one image in a message."""
+        return f"image {row} of {self.name}"
+
+    def fetch(self, rows: list[int]) -> list[Any]:
+        """What `read_image` or `read_array` takes, for each of `rows`."""
+        raise NotImplementedError
+
+
+class _Files(Source):
+    """Image files."""
+
+    def __init__(self, name: str, paths: list[Path]):
+        self.name, self.paths = name, paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def where(self, row: int) -> str:
+        return str(self.paths[row])
+
+    def fetch(self, rows: list[int]) -> list[Any]:
+        return [self.paths[row] for row in rows]
+
+
+class _Arrays(Source):
+    """Stacks of images in `.npy` and `.npz` files, one after the other."""
+
+    def __init__(self, name: str, paths: list[Path], stacks: list[np.ndarray]):
+        self.name, self.paths, self.stacks = name, paths, stacks
+        self.ends = np.cumsum([len(stack) for stack in stacks])
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def _place(self, row: int) -> tuple[int, int]:
+        file = int(np.searchsorted(self.ends, row, side="right"))
+        return file, row - int(self.ends[file] - len(self.stacks[file]))
+
+    def where(self, row: int) -> str:
+        file, inside = self._place(row)
+        return f"image {inside} of {self.paths[file]}" if len(self.stacks[file]) > 1 else str(self.paths[file])
+
+    def fetch(self, rows: list[int]) -> list[Any]:
+        return [self.stacks[file][inside] for file, inside in map(self._place, rows)]
+
+
+class _Rows(Source):
+    """A table of `datasets`, whose image column gives bytes or paths."""
+
+    def __init__(self, name: str, table: Any, column: str):
+        self.name, self.table, self.column = name, table, column
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def fetch(self, rows: list[int]) -> list[Any]:
+        return [bytes_or_path(value) for value in self.table[rows][self.column]]
+
+
+class Tensors(Source):
+    """Grey images in memory, to be given other channels or another size."""
+
+    def __init__(self, data: ImageDataset):
+        self.name, self.labels, self.class_names = data.name, data.labels, data.class_names
+        self.images = data.images[:, 0].numpy()
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def fetch(self, rows: list[int]) -> list[Any]:
+        return [Image.fromarray(self.images[row]) for row in rows]
+
+
+# ---------------------------------------------------------------------- labels
+
+
+def _number_labels(values: Sequence[Any], where: str) -> tuple[Tensor, list[str]]:
+    """Class indices 0, 1, ... of whole numbers or strings, in their order.
+
+    Raises:
+        ValueError: A missing label, or something else than numbers and strings.
+    """
+    kinds = {type(value) for value in values}
+    if not kinds <= {int} and not kinds <= {str}:
+        strange = next(value for value in values if not isinstance(value, int | str)) if kinds - {int, str} else "both"
+        raise ValueError(f"labels are whole numbers or strings, and {where} has {strange!r}")
+    names = sorted(set(values))
+    index = {name: i for i, name in enumerate(names)}
+    return torch.tensor([index[value] for value in values], dtype=torch.long), [str(name) for name in names]
+
+
+def _label_first_folders(source: Source, root: Path, parents: list[Path]) -> None:
+    """Labels from the names of the first-level folders, if every image is in one and there are several."""
+    if all(parent != root for parent in parents):
+        labels, names = _number_labels([parent.relative_to(root).parts[0] for parent in parents], str(root))
+        if len(names) > 1:
+            source.labels, source.class_names = labels, names
+
+
+# ---------------------------------------------------------------------- folders and files
+
+
+def open_folder(folder: Path, reading: Reading) -> Source | None:
+    """What is in a folder; `None` for parquet files, which `datasets` reads."""
+    shown = repr(str(folder))
+    if folder.is_file():
+        return _open_single_file(folder, reading)
+    if not folder.is_dir():
+        raise ValueError(f"the image folder {shown} does not exist")
+    Image.init()
+    readable = {suffix for suffix, kind in Image.EXTENSION.items() if kind in Image.OPEN}
+    images: list[Path] = []
+    arrays: list[Path] = []
+    parquet: list[Path] = []
+    others: list[Path] = []
+    for path in _list_files(folder):
+        suffix = path.suffix.lower()
+        if path.name == "data.mdb":
+            raise ValueError(
+                f"{str(path)!r} is an LMDB database, as LSUN comes; export it to a folder, its values are image "
+                "files: for key, value in lmdb.open(DB, readonly=True, lock=False).begin().cursor(): "
+                "(folder / (key.decode() + '.jpg')).write_bytes(value)"
+            )
+        if path.name.startswith(("data_batch_", "test_batch")) and suffix not in readable:
+            raise ValueError(
+                f"{str(path)!r} looks like CIFAR-10's Python version, whose files are pickles, and those are never "
+                "read; take the dataset from the Hub (--dataset_name), or as image files or .npy arrays"
+            )
+        kind = others
+        if suffix in readable:
+            kind = images
+        elif suffix in ARRAY_SUFFIXES:
+            kind = arrays
+        elif suffix == ".parquet":
+            kind = parquet
+        kind.append(path)
+    kinds = [kind for kind in (images, arrays, parquet) if kind]
+    if len(kinds) > 1:
+        examples = ", ".join(str(kind[0].relative_to(folder)) for kind in kinds)
+        raise ValueError(f"{shown} holds images in several kinds of files ({examples}); keep one kind in the folder")
+    if not kinds:
+        archives = [path.name for path in others if path.suffix.lower() in _ARCHIVES]
+        raise ValueError(
+            f"no images in {shown}; "
+            + (
+                f"it holds the archive {archives[0]}: unpack it first"
+                if archives
+                else "it should hold files such as .png or .jpg, or folders of them"
+            )
+        )
+    if others:
+        few = ", ".join(str(path.relative_to(folder)) for path in others[:3]) + (" ..." if len(others) > 3 else "")
+        reading.report(f"{len(others)} file(s) in {shown} are not images by their ending, and were left alone: {few}")
+    if parquet:
+        return None
+    files = images or arrays
+    first = {path.relative_to(folder).parts[0].lower() for path in files if path.parent != folder}
+    if len(first) > 1 and first <= _SPLIT_NAMES:
+        raise ValueError(
+            f"the folders {', '.join(sorted(first))} in {shown} look like splits, not classes; name the one to use, "
+            f"for example {str(folder / sorted(first, key=lambda name: 'train' not in name)[0])!r}"
+        )
+    name = folder.resolve().name
+    source = _Files(name, images) if images else _open_arrays(name, arrays, reading)
+    parents = [path.parent for path in files]
+    if isinstance(source, _Arrays):
+        parents = [path.parent for path, stack in zip(source.paths, source.stacks, strict=True) for _ in stack]
+    _label_first_folders(source, folder, parents)
+    return source
+
+
+def _list_files(folder: Path) -> list[Path]:
+    """All files but hidden ones, in the order of their paths."""
+    try:
+        found = sorted(folder.rglob("*"))
+    except OSError as error:
+        raise ValueError(f"cannot list the image folder {str(folder)!r}: {error.strerror}") from None
+    return [
+        path
+        for path in found
+        if path.is_file()
+        and not any(part.startswith(".") or part == "__MACOSX" for part in path.relative_to(folder).parts)
+    ]
+
+
+def _open_single_file(path: Path, reading: Reading) -> Source | None:
+    suffix = path.suffix.lower()
+    if suffix in ARRAY_SUFFIXES:
+        return _open_arrays(path.stem, [path], reading, stack_only=True)
+    if suffix == ".parquet":
+        return None
+    what = "is a file, not a folder"
+    if suffix in _ARCHIVES:
+        what = "is an archive; unpack it first, and name the folder"
+    elif suffix in (".mdb", ".pkl", ".pickle", ".pt", ".pth"):
+        what = "is a file of a kind that is not read; export its images as files or as a .npy array"
+    raise ValueError(f"the image folder {str(path)!r} {what}")
+
+
+def _open_arrays(name: str, paths: list[Path], reading: Reading, stack_only: bool = False) -> _Arrays:
+    opened, stacks, labels = [], [], []
+    bad: list[tuple[str, ValueError]] = []
+    for path in paths:
+        try:
+            stack, its_labels = open_arrays(path, reading.form, stack_only)
+        except ValueError as reason:
+            bad.append((str(path), reason))
+            continue
+        opened.append(path)
+        stacks.append(stack)
+        labels.append(its_labels)
+    if bad and (reading.on_bad_image == "error" or not opened):
+        raise ValueError(
+            f"cannot read {len(bad)} of {len(paths)} array files: " + "; ".join(f"{p} ({error})" for p, error in bad)
+        )
+    for where, error in bad:
+        reading.report(f"left out {where}: {error}")
+    source = _Arrays(name, opened, stacks)
+    given = [values for values in labels if values is not None]
+    if len(given) == len(labels):
+        source.labels, source.class_names = _number_labels(np.concatenate(given).tolist(), name)
+    return source
+
+
+# ---------------------------------------------------------------------- tables
+
+
+def open_rows(
+    name: str,
+    split: str,
+    config_name: str | None,
+    cache_dir: str | None,
+    image_column: str | None,
+    label_column: str | None,
+    report: Callable[[str], None],
+) -> Source:
+    """The images and labels of one split of a table of `datasets`; see `load_images` for the arguments."""
+    import datasets
+
+    data = open_table(name, split, config_name, cache_dir, streaming=False)
+    image, label = choose_columns(name, data.features, image_column, label_column, report)
+    if not len(data):
+        raise ValueError(f"the dataset {name!r} has no images in split {split!r}")
+    # Bytes instead of decoded images: what datasets would decode has lost 16-bit levels and alpha by then.
+    raw = data.select_columns([image]).cast_column(image, datasets.Image(decode=False))
+    source = _Rows(name, raw, image)
+    if label is not None:
+        values = data.select_columns([label])[:][label]
+        feature = data.features[label]
+        unlabelled = sum(value is None or (isinstance(value, int) and value < 0) for value in values)
+        if unlabelled and label_column is not None:
+            raise ValueError(f"{unlabelled} of {len(values)} images of {name!r} have no label in {label!r}")
+        if unlabelled:
+            report(f"{unlabelled} of {len(values)} images of {name!r} have no label, so none of them has one here")
+        elif isinstance(feature, datasets.ClassLabel):
+            source.labels, source.class_names = torch.tensor(values, dtype=torch.long), list(feature.names)
+        else:
+            source.labels, source.class_names = _number_labels(values, f"the column {label!r}")
+    return source

@@ -1,0 +1,87 @@
+"""Tables of `datasets`: opened by Hub id or path, and which of their columns are images and labels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .presets import nearest
+
+_LABEL_COLUMNS = ("label", "labels", "class", "category")
+
+
+def open_table(name: str, split: str, config_name: str | None, cache_dir: str | None, streaming: bool) -> Any:
+    """One split of a dataset of the Hub or of local files, as `datasets` gives it.
+
+    Raises:
+        ValueError: It cannot be loaded, for whatever reason.
+    """
+    import datasets
+
+    try:
+        if Path(name).is_file() and name.lower().endswith(".parquet"):
+            return datasets.load_dataset(
+                "parquet", data_files=name, split=split, cache_dir=cache_dir, streaming=streaming
+            )
+        return datasets.load_dataset(name, config_name, split=split, cache_dir=cache_dir, streaming=streaming)
+    except Exception as error:  # whatever the loading script, the network or the file format came up with
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"cannot load the dataset {name!r} (split {split!r}): {reason}") from error
+
+
+def choose_columns(
+    name: str, features: Any, image_column: str | None, label_column: str | None, report: Callable[[str], None]
+) -> tuple[str, str | None]:
+    """(image column, label column or `None`): those asked for, or the first that will do."""
+    import datasets
+
+    columns = ", ".join(features)
+    for flag, wanted in (("--image_column", image_column), ("--label_column", label_column)):
+        if wanted is not None and wanted not in features:
+            raise ValueError(
+                f"{flag} {wanted!r}: no such column in {name!r}{nearest(wanted, features)}; its columns are {columns}"
+            )
+    if image_column is None:
+        pictures = [key for key, feature in features.items() if _is_image(feature)]
+        if not pictures:
+            raise ValueError(f"the dataset {name!r} has no image column; its columns are {columns}")
+        image_column = pictures[0]
+        if len(pictures) > 1:
+            report(f"{name!r} has the image columns {', '.join(pictures)}; took {image_column} (--image_column)")
+    elif not _is_image(features[image_column]) and features[image_column] != datasets.Value("binary"):
+        raise ValueError(f"the column {image_column!r} of {name!r} holds {features[image_column]}, not images")
+    if label_column is None:
+        classes = [key for key, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+        classes = classes or [key for key in _LABEL_COLUMNS if key in features and _is_label(features[key])]
+        label_column = classes[0] if classes else None
+        if len(classes) > 1:
+            report(f"{name!r} has the label columns {', '.join(classes)}; took {label_column} (--label_column)")
+    elif not _is_label(features[label_column]):
+        raise ValueError(
+            f"the column {label_column!r} of {name!r} holds {features[label_column]}; labels are whole numbers or "
+            "strings"
+        )
+    return image_column, label_column
+
+
+def _is_image(feature: Any) -> bool:
+    """An image column, or what it looks like in parquet files that were not written by `datasets`."""
+    import datasets
+
+    return isinstance(feature, datasets.Image) or (isinstance(feature, dict) and {"bytes", "path"} == set(feature))
+
+
+def _is_label(feature: Any) -> bool:
+    import datasets
+
+    if isinstance(feature, datasets.ClassLabel):
+        return True
+    return isinstance(feature, datasets.Value) and feature.dtype.startswith(("int", "uint", "string", "large_string"))
+
+
+def bytes_or_path(value: dict[str, Any] | None) -> bytes | Path:
+    """An image as `datasets` gives it when it does not decode."""
+    if value is None:
+        return b""  # a missing image: read_image says that it is empty
+    return value["bytes"] if value["bytes"] is not None else Path(value["path"])
