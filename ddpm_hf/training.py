@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import gather_object
+from accelerate.utils import DistributedType, gather_object
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor
@@ -55,6 +55,9 @@ _SECONDS_BETWEEN_READINGS = 1.0
 # fp16's loss scale starts high and is halved after each overflow, so a few skipped updates are nothing unusual.
 _MOST_SKIPPED_UPDATES = 20
 _UPDATES_BETWEEN_CHECKS = 10
+
+
+_SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
 
 class TrainingError(RuntimeError):
@@ -94,6 +97,11 @@ class Trainer:
             project_dir=str(self.output_dir / config.logging_dir),
         )
         self.device = self.accelerator.device
+        if self.accelerator.distributed_type in _SHARDING:
+            raise ValueError(
+                f"{self.accelerator.distributed_type.value} shards the weights, which checkpoints here do not; use "
+                "several processes without it, as in examples/accelerate/multi_gpu.yaml"
+            )
         if self.device.type == "cpu":
             local = int(os.environ.get("LOCAL_WORLD_SIZE", self.accelerator.num_processes))
             set_cpu_threads(config.num_cpu_threads, local)
