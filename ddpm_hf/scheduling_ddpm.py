@@ -6,6 +6,7 @@ Equation numbers are those of Ho et al. 2020 (arXiv 2006.11239).
 
 from __future__ import annotations
 
+import json
 import math
 import operator
 from collections.abc import Sequence
@@ -26,6 +27,9 @@ PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "posterior_mean")
 FIXED_VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log")
 LEARNED_VARIANCES = ("learned", "learned_range")
 TIMESTEP_SPACINGS = ("linspace", "leading", "trailing")
+
+# What a saved `prediction_type` ends with where the network also predicts the log-variance.
+_ON_DISK_LEARNED = "_and_log_variance"
 
 Timestep = int | Tensor
 
@@ -97,6 +101,9 @@ class DDPMScheduler(StockDDPMScheduler):
         # Stock's __init__ is not called: decorated as well, it would write its defaults over this configuration, and
         # its tables are float32.
         self.__module__ = StockDDPMScheduler.__module__  # what pipelines record as the component's library
+        if isinstance(prediction_type, str) and prediction_type.endswith(_ON_DISK_LEARNED):  # see to_json_string
+            prediction_type = prediction_type.removesuffix(_ON_DISK_LEARNED)
+            self.register_to_config(prediction_type=prediction_type)
         _choice("variance_type", variance_type, FIXED_VARIANCES + LEARNED_VARIANCES)
         _choice("prediction_type", prediction_type, PREDICTION_TYPES)
         _choice("timestep_spacing", timestep_spacing, TIMESTEP_SPACINGS)
@@ -158,6 +165,20 @@ class DDPMScheduler(StockDDPMScheduler):
             ValueError: Unknown preset.
         """
         return cls(**{**get_preset(name).scheduler, **overrides})
+
+    def to_json_string(self) -> str:
+        """The configuration as it is saved: stock's, changed where stock would sample nonsense from it.
+
+        Stock reads a `learned` log-variance as a variance. Its `prediction_type` is saved with a suffix, so that stock
+        refuses to sample and names it; this class takes the suffix off again. `fixed_large_log`, which is NaN in
+        stock, is saved as `fixed_large`, which means the same.
+        """
+        config = json.loads(super().to_json_string())
+        if self.variance_type == "learned":
+            config["prediction_type"] += _ON_DISK_LEARNED
+        if self.variance_type == "fixed_large_log":
+            config["variance_type"] = "fixed_large"
+        return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
     # ------------------------------------------------------------------ checks and coefficients
 

@@ -380,6 +380,44 @@ def test_posterior_mean_is_refused_by_stock(tmp_path, small_unet):
     assert DDPMPipeline.from_pretrained(tmp_path).scheduler.config.prediction_type == "posterior_mean"
 
 
+def test_a_learned_log_variance_is_refused_by_stock_and_comes_back_here(tmp_path):
+    from conftest import make_small_unet
+
+    from ddpm_hf import DDPMScheduler
+
+    pipe = DDPMPipeline(make_small_unet(out_channels=2), DDPMScheduler(variance_type="learned"))
+    pipe.save_pretrained(tmp_path)
+    assert pipe.scheduler.config.prediction_type == "epsilon"
+    with pytest.raises(ValueError, match="epsilon_and_log_variance"):
+        diffusers.DDPMPipeline.from_pretrained(tmp_path)(num_inference_steps=2)
+    again = DDPMPipeline.from_pretrained(tmp_path)
+    assert again.scheduler.config.prediction_type == "epsilon"
+    assert again.scheduler.config.variance_type == "learned"
+    options = {"seeds": [0], "num_inference_steps": 5, "output_type": "pt"}
+    assert (again(**options).images - pipe(**options).images).abs().max() < 1 / 255
+    diffusers.DPMSolverMultistepScheduler.from_config(pipe.scheduler.config).set_timesteps(5)  # drops the variance
+
+
+def test_fixed_large_log_is_saved_so_that_stock_samples_the_same(tmp_path, small_unet):
+    from ddpm_hf import DDPMScheduler
+
+    pipe = DDPMPipeline(small_unet, DDPMScheduler(variance_type="fixed_large_log"))
+    pipe.save_pretrained(tmp_path)
+    stock = diffusers.DDPMPipeline.from_pretrained(tmp_path)
+    options = {"num_inference_steps": 20, "output_type": "np"}
+    ours = pipe(generator=torch.Generator().manual_seed(0), **options).images
+    assert abs(ours - stock(generator=torch.Generator().manual_seed(0), **options).images).max() < 1 / 255
+
+
+def test_stock_stays_stock_where_this_package_is_imported(tmp_path, small_pipeline):
+    small_pipeline.save_pretrained(tmp_path)
+    for loader in (diffusers.DiffusionPipeline, diffusers.DDPMPipeline):
+        pipe = loader.from_pretrained(tmp_path)
+        assert type(pipe) is diffusers.DDPMPipeline
+        assert type(pipe.unet) is diffusers.UNet2DModel
+        assert type(pipe.scheduler) is diffusers.DDPMScheduler
+
+
 def test_no_local_path_is_saved(tmp_path, small_pipeline):
     small_pipeline.save_pretrained(tmp_path / "a")
     DDPMPipeline.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "b")
