@@ -26,7 +26,16 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 STATE_FILE, MANIFEST_FILE = "state.json", "manifest.json"
@@ -36,26 +45,46 @@ class CheckpointError(ValueError):
     """A checkpoint is missing, damaged or of another run; the message says which file and what to do."""
 
 
-def flatten_optimizer_state(state_dict: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimizer's `state_dict()` as tensors by name and plain JSON values."""
-    tensors: dict[str, Tensor] = {}
-    values: dict[str, Any] = {"param_groups": state_dict["param_groups"], "state": {}}
-    for index, entries in state_dict["state"].items():
-        for name, value in entries.items():
-            if isinstance(value, Tensor):
-                tensors[f"{index}.{name}"] = value
-            else:
-                values["state"].setdefault(str(index), {})[name] = value
-    return tensors, values
+def training_state(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Tensor], Any]:
+    """Whole weights, whole optimizer tensors and the optimizer's plain values, by the network's own names.
+
+    Wrappers (DDP, `torch.compile`) leave no trace in the names, and tensors that FSDP2 shards are gathered: all
+    processes have to call this, and the first one gets the result.
+
+    Returns:
+        The weights; tensors called `<parameter>.<entry>`; JSON values.
+    """
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights: dict[str, Any] = dict(get_model_state_dict(model, options=options))
+    state: dict[str, Any] = dict(get_optimizer_state_dict(model, optimizer, options=options))
+    tensors = {f"{name}.{key}": x for name, entries in state.get("state", {}).items() for key, x in entries.items()}
+    return weights, tensors, state.get("param_groups", [])
 
 
-def unflatten_optimizer_state(tensors: dict[str, Tensor], values: dict[str, Any]) -> dict[str, Any]:
-    """The inverse of `flatten_optimizer_state`."""
-    state: dict[int, dict[str, Any]] = {int(index): dict(entries) for index, entries in values["state"].items()}
+def restore_training_state(
+    model: nn.Module, optimizer: Optimizer, weights: dict[str, Tensor], tensors: dict[str, Tensor], values: Any
+) -> None:
+    """The inverse of `training_state`; every process passes the same whole tensors and keeps its share."""
+    options = StateDictOptions(full_state_dict=True)
+    set_model_state_dict(model, dict(weights), options=options)
+    state: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
-        index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = value
-    return {"state": state, "param_groups": values["param_groups"]}
+        name, entry = key.rsplit(".", 1)
+        state.setdefault(name, {})[entry] = value
+    whole_state: dict[str, Any] = {"state": state, "param_groups": values}
+    set_optimizer_state_dict(model, optimizer, whole_state, options=options)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor gathered from its shards, if it has any; all processes have to call this."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def share_of(tensor: Tensor, like: Tensor) -> Tensor:
+    """This process's share of a whole tensor, sharded as `like`; on the device of `like`."""
+    if isinstance(like, DTensor):
+        return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
+    return tensor.to(like.device)
 
 
 def _sha256(path: Path) -> str:

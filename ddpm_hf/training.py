@@ -30,10 +30,12 @@ from tqdm.auto import tqdm
 
 from .checkpointing import (
     find_checkpoint,
-    flatten_optimizer_state,
     list_checkpoints,
+    restore_training_state,
     save_checkpoint,
-    unflatten_optimizer_state,
+    share_of,
+    training_state,
+    whole,
     write_directory,
 )
 from .configuration import TrainingConfig
@@ -57,7 +59,8 @@ _MOST_SKIPPED_UPDATES = 20
 _UPDATES_BETWEEN_CHECKS = 10
 
 
-_SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+# They keep the optimizer's state for themselves and write it with pickle.
+_NOT_OURS = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
 
 class TrainingError(RuntimeError):
@@ -97,10 +100,14 @@ class Trainer:
             project_dir=str(self.output_dir / config.logging_dir),
         )
         self.device = self.accelerator.device
-        if self.accelerator.distributed_type in _SHARDING:
+        fsdp = (
+            self.accelerator.state.fsdp_plugin if self.accelerator.distributed_type == DistributedType.FSDP else None
+        )
+        if self.accelerator.distributed_type in _NOT_OURS or (fsdp is not None and fsdp.fsdp_version != 2):
             raise ValueError(
-                f"{self.accelerator.distributed_type.value} shards the weights, which checkpoints here do not; use "
-                "several processes without it, as in examples/accelerate/multi_gpu.yaml"
+                f"{self.accelerator.distributed_type.value} saves its state with pickle or as one flat tensor, which "
+                "checkpoints here do not hold; use several processes (examples/accelerate/multi_gpu.yaml) or "
+                "FSDP 2 (examples/accelerate/fsdp2.yaml)"
             )
         if self.device.type == "cpu":
             local = int(os.environ.get("LOCAL_WORLD_SIZE", self.accelerator.num_processes))
@@ -119,15 +126,6 @@ class Trainer:
             self.unet.enable_gradient_checkpointing()
         if config.channels_last:
             self.unet = self.unet.to(memory_format=torch.channels_last)
-        self.ema = EMAModel(
-            self.unet.parameters(),
-            decay=self.recipe.ema_decay,
-            # diffusers ramps up to the decay unless the smallest one equals it, and skips the first update unless told
-            # that averaging began before it; the paper's average has its full decay from the first update.
-            min_decay=0.0 if self.recipe.ema_warmup else self.recipe.ema_decay,
-            update_after_step=-1,
-            foreach=True,
-        )
         optimizer = torch.optim.Adam(
             self.unet.parameters(), lr=self.recipe.learning_rate, betas=(0.9, 0.999), fused=True
         )
@@ -139,6 +137,15 @@ class Trainer:
         )
         network = torch.compile(self.unet) if config.compile else self.unet
         self.model, self.optimizer = self.accelerator.prepare(network, optimizer)
+        self.ema = EMAModel(
+            self.unet.parameters(),  # after they were prepared: FSDP replaces them by shards
+            decay=self.recipe.ema_decay,
+            # diffusers ramps up to the decay unless the smallest one equals it, and skips the first update unless told
+            # that averaging began before it; the paper's average has its full decay from the first update.
+            min_decay=0.0 if self.recipe.ema_warmup else self.recipe.ema_decay,
+            update_after_step=-1,
+            foreach=True,
+        )
         self._adam = optimizer
         self._bad_in_a_row = torch.zeros((), device=self.device)
         self.step = 0  # optimizer updates done
@@ -299,6 +306,7 @@ class Trainer:
             TrainingError: Too many updates in a row were skipped.
         """
         if self.accelerator.scaler is None:
+            norm = whole(norm)
             bad = (~norm.isfinite()).float()
             vars(self._adam)["found_inf"] = bad  # what Adam's fused kernel looks at to leave everything as it is
         self.optimizer.step()
@@ -445,18 +453,15 @@ class Trainer:
     # ------------------------------------------------------------------ state
 
     def _save(self) -> None:
-        """Write a checkpoint (main process), the others wait for it."""
+        """Write a checkpoint: the main process does, from what all have."""
+        weights, optimizer_tensors, optimizer_values = training_state(self.model, self._adam)
+        averaged = self._ema_state_dict()
         if self.accelerator.is_main_process:
-            optimizer_tensors, optimizer_values = flatten_optimizer_state(self.optimizer.state_dict())
             scaler = self.accelerator.scaler
             save_checkpoint(
                 self.output_dir,
                 self.step,
-                {
-                    "model": self.unet.state_dict(),
-                    "ema": self._ema_state_dict(),
-                    "optimizer": optimizer_tensors,
-                },
+                {"model": weights, "ema": averaged, "optimizer": optimizer_tensors},
                 {
                     "optimizer": optimizer_values,
                     "lr_schedule": self.lr_schedule.state_dict(),
@@ -489,20 +494,21 @@ class Trainer:
                     f"{str(path)!r} was trained with {name} {state[name]}, and this run has {here}; resume with the "
                     "same setting, or start anew in another folder"
                 )
-        self.unet.load_state_dict(tensors["model"])
-        names = [name for name, _ in self.unet.named_parameters()]
-        self.ema.shadow_params = [tensors["ema"][name].to(self.device) for name in names]
+        restore_training_state(self.model, self._adam, tensors["model"], tensors["optimizer"], state["optimizer"])
+        self.ema.shadow_params = [
+            share_of(tensors["ema"][name], like=parameter) for name, parameter in self.unet.named_parameters()
+        ]
         self.ema.optimization_step = state["ema_steps"]
-        self.optimizer.load_state_dict(unflatten_optimizer_state(tensors["optimizer"], state["optimizer"]))
         self.lr_schedule.load_state_dict(state["lr_schedule"])
         if self.accelerator.scaler is not None and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.step = state["step"]
 
     def _ema_state_dict(self) -> dict[str, Tensor]:
-        """The averaged weights under the network's own names."""
-        averaged = dict(zip((name for name, _ in self.unet.named_parameters()), self.ema.shadow_params, strict=True))
-        return {**self.unet.state_dict(), **averaged}
+        """The averaged weights, whole, under the network's own names; all processes have to call this."""
+        names = (name for name, _ in self.unet.named_parameters())
+        averaged = {name: whole(value) for name, value in zip(names, self.ema.shadow_params, strict=True)}
+        return {**dict(self.unet.named_buffers()), **averaged}
 
     # ------------------------------------------------------------------ the published model
 

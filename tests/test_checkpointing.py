@@ -6,11 +6,11 @@ import torch
 from ddpm_hf.checkpointing import (
     CheckpointError,
     find_checkpoint,
-    flatten_optimizer_state,
     list_checkpoints,
     load_checkpoint,
+    restore_training_state,
     save_checkpoint,
-    unflatten_optimizer_state,
+    training_state,
     write_directory,
 )
 
@@ -107,20 +107,26 @@ def test_leftovers_of_a_killed_write_are_not_checkpoints(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-2", "checkpoint-x"]
 
 
-def test_optimizer_state_through_a_checkpoint(tmp_path):
-    layer = torch.nn.Linear(3, 2)
-    optimizer = torch.optim.Adam(layer.parameters(), lr=0.1)
-    layer(torch.ones(1, 3)).sum().backward()
-    optimizer.step()
-    tensors, values = flatten_optimizer_state(optimizer.state_dict())
-    loaded, state = load_checkpoint(save_checkpoint(tmp_path, 1, {"optimizer": tensors}, {"values": values}))
-    restored = unflatten_optimizer_state(loaded["optimizer"], state["values"])
-    other = torch.nn.Linear(3, 2)
-    other.load_state_dict(layer.state_dict())
-    other_optimizer = torch.optim.Adam(other.parameters(), lr=0.5)
-    other_optimizer.load_state_dict(restored)
-    for net, opt in ((layer, optimizer), (other, other_optimizer)):
-        opt.zero_grad()
-        net(torch.ones(1, 3)).square().sum().backward()
-        opt.step()
+def test_weights_and_optimizer_through_a_checkpoint(tmp_path):
+    def make():
+        layer = torch.nn.Linear(3, 2)
+        return layer, torch.optim.Adam(layer.parameters(), lr=0.1)
+
+    def learn(layer, optimizer):
+        optimizer.zero_grad()
+        layer(torch.ones(1, 3)).square().sum().backward()
+        optimizer.step()
+
+    layer, optimizer = make()
+    learn(layer, optimizer)
+    weights, tensors, values = training_state(layer, optimizer)
+    assert set(tensors) == {f"{p}.{e}" for p in ("weight", "bias") for e in ("step", "exp_avg", "exp_avg_sq")}
+    saved = save_checkpoint(tmp_path, 1, {"model": weights, "optimizer": tensors}, {"values": values})
+    loaded, state = load_checkpoint(saved)
+    other, other_optimizer = make()
+    restore_training_state(other, other_optimizer, loaded["model"], loaded["optimizer"], state["values"])
     assert torch.equal(layer.weight, other.weight)
+    learn(layer, optimizer)
+    learn(other, other_optimizer)
+    assert torch.equal(layer.weight, other.weight)
+    assert torch.equal(layer.bias, other.bias)
