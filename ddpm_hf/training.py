@@ -325,7 +325,7 @@ class Trainer:
         raise TrainingError(
             f"loss {loss.item()} and gradient norm {norm.item()} at update {self.step + 1}: "
             f"{int(self._bad_in_a_row.item())} updates in a row were skipped because their gradients are not finite "
-            f"(learning rate {self.lr_schedule.get_last_lr()[0]:.3g}, precision {self.accelerator.mixed_precision}); "
+            f"(learning rate {self.lr_schedule.get_last_lr()[0]:.3g}, precision {self._precision}); "
             f"lower the learning rate; the last checkpoint is {kept[-1] if kept else 'none yet'}"
         )
 
@@ -384,9 +384,12 @@ class Trainer:
 
     def _prepare_output(self) -> None:
         """The output folder, the configuration in it, and the trackers."""
-        self.output_dir.mkdir(parents=True, exist_ok=True)
-        if self.accelerator.is_main_process:
-            self.config.save(self.output_dir / "training_config.yaml")
+        try:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            if self.accelerator.is_main_process:
+                self.config.save(self.output_dir / "training_config.yaml")
+        except OSError as error:
+            raise OSError(f"cannot write to --output_dir {self.config.output_dir}: {error.strerror}") from error
         if self.config.report_to:
             plain = {key: value for key, value in dataclasses.asdict(self.config).items() if value is not None}
             plain = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in plain.items()}
@@ -408,7 +411,7 @@ class Trainer:
         lines = [
             f"{config.preset}: {parameter_count(self.unet):,} parameters, {self._count_of_images()}"
             f"{self.data.name}, {self.recipe.max_train_steps - self.step} updates of {self.total_batch} images "
-            f"on {self.device.type} ({a.num_processes} process(es), precision {a.mixed_precision})",
+            f"on {self.device.type} ({a.num_processes} process(es), precision {self._precision})",
         ]
         if self.accumulation > 1:
             lines.append(
@@ -422,6 +425,11 @@ class Trainer:
         if self.step:
             lines.append(f"resumed after update {self.step}")
         return "\n".join(lines)
+
+    @property
+    def _precision(self) -> str:
+        """What the network computes in."""
+        return {"no": "float32"}.get(self.accelerator.mixed_precision, self.accelerator.mixed_precision)
 
     def _count_of_images(self) -> str:
         return "a stream of " if isinstance(self.data, StreamedImages) else f"{len(self.data)} images of "
@@ -601,7 +609,7 @@ class Trainer:
                 if self.config.class_conditional
                 else {}
             ),
-            "precision": {"no": "float32"}.get(self.accelerator.mixed_precision, self.accelerator.mixed_precision),
+            "precision": self._precision,
             "hardware": f"{self.accelerator.num_processes} x {self._device_name()}",
         }
 

@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+from accelerate.commands.config.config_args import load_config_from_file
 from PIL import Image
 
 from ddpm_hf import cli
@@ -73,6 +74,10 @@ def test_all_example_configs_are_valid(repository_root):
         (["--config", "{tmp}/broken.yaml"], ["not valid YAML"]),
         (["--preset", "digits", "--output_dir", "{tmp}/list.yaml"], ["is a file"]),
         (["--preset", "digits", "--resume_from_checkpoint", "checkpoint-7"], ["checkpoint-7"]),
+        (["--preset", "digits", "--resolution", "8", "x"], ["--resolution", "'x'"]),
+        (["--preset", "digits", "--class_dropout", "0.1"], ["--class_conditional"]),
+        (["--preset", "digits", "--report_to", "nothing"], ["'nothing'", "tensorboard"]),
+        (["--preset", "digits", "--value_range", "1", "0"], ["--value_range"]),
     ],
 )
 def test_training_mistakes(tmp_path, capsys, monkeypatch, arguments, words):
@@ -87,6 +92,13 @@ def test_training_mistakes(tmp_path, capsys, monkeypatch, arguments, words):
     sentence = fails_with_one_sentence(capsys, ["train", *arguments])
     assert all(word in sentence for word in words), sentence
     assert sorted(tmp_path.iterdir()) == before  # nothing was written
+
+
+def test_an_output_folder_that_cannot_be_written(capsys):
+    # /proc takes no files, whoever asks; a folder without write permission would stop everyone but root
+    arguments = ["train", "--preset", "digits", "--output_dir", "/proc/run", "--max_train_steps", "1"]
+    assert cli.main(arguments) == 2
+    assert "error: cannot write to --output_dir /proc/run" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_other_mistakes(tmp_path, capsys, small_pipeline):
@@ -112,6 +124,13 @@ def test_other_mistakes(tmp_path, capsys, small_pipeline):
     ]:
         assert word in fails_with_one_sentence(capsys, arguments), arguments
     assert not (tmp_path / "out").exists()
+
+
+def test_accelerate_configurations_are_readable(repository_root):
+    files = sorted((repository_root / "examples" / "accelerate").glob("*.yaml"))
+    assert len(files) == 5
+    for path in files:
+        assert load_config_from_file(str(path)).num_processes >= 1
 
 
 def test_exit_code_of_the_script(repository_root, tmp_path):

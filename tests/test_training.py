@@ -201,7 +201,7 @@ def test_loss_that_is_not_finite_stops_with_a_sentence_and_keeps_the_checkpoint(
 
     monkeypatch.setitem(training.OBJECTIVES, "simple", spoiled)
     with pytest.raises(
-        TrainingError, match=r"loss nan.*27 updates in a row.*learning rate.*precision no.*checkpoint-"
+        TrainingError, match=r"loss nan.*27 updates in a row.*learning rate.*precision float32.*checkpoint-"
     ):
         run.train()
     # 20 skipped updates from update 4 on are noticed at the next look, update 30; nothing was changed by them.
