@@ -1,13 +1,16 @@
-"""What a model's page on the Hub says."""
+"""What is published of a model: the pipeline's files and the page that describes it."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from .checkpointing import write_directory
 from .evaluation import EvaluationReport
+from .pipeline_ddpm import DDPMPipeline
 
 _CARD = """---
 {front_matter}
@@ -118,3 +121,18 @@ def model_card(
 def write_model_card(path: str | Path, *args: Any, **kwargs: Any) -> None:
     """`model_card` to a file."""
     model_card(*args, **kwargs).save(path)
+
+
+def write_pipeline(pipe: DDPMPipeline, folder: Path) -> None:
+    """Save a pipeline into a run's folder, beside its checkpoints.
+
+    All of it is written and flushed elsewhere first; then each file and subfolder takes its predecessor's place.
+    """
+    staging = folder / ".pipeline"
+    write_directory(staging, pipe.save_pretrained)
+    for entry in sorted(staging.iterdir()):
+        target = folder / entry.name
+        if target.is_dir():
+            shutil.rmtree(target)
+        entry.replace(target)
+    staging.rmdir()

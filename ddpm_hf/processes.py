@@ -1,12 +1,17 @@
-"""How many processes there are, and what each of them may use."""
+"""What surrounds the code: sibling processes, cores, signals, trackers."""
 
 from __future__ import annotations
 
 import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import psutil
 import torch
 from accelerate import PartialState
+from accelerate.tracking import get_available_trackers
 
 
 def cpu_only() -> bool:
@@ -43,3 +48,35 @@ def set_cpu_threads(wanted: int | None, num_processes: int) -> None:
         wanted = max(1, min(cores, physical) // num_processes)
     if wanted is not None:
         torch.set_num_threads(wanted)
+
+
+def known_tracker(name: str | None) -> str | None:
+    """A tracker that accelerate knows and that is installed."""
+    if name is None:
+        return None
+    installed = [str(tracker) for tracker in get_available_trackers()]
+    if name not in installed:
+        have = ", ".join(installed) or "none"
+        raise ValueError(f"--report_to {name!r} is not an installed tracker (installed: {have}); pip install it first")
+    return name
+
+
+@contextmanager
+def stop_signals() -> Iterator[dict[str, bool]]:
+    """SIGINT and SIGTERM set `["requested"]` once; a second SIGINT interrupts at once. Only in the main thread."""
+    stop = {"requested": False}
+
+    def request(signum: int, frame: Any) -> None:
+        if stop["requested"] and signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        stop["requested"] = True
+
+    try:
+        before = {s: signal.signal(s, request) for s in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread: signals are someone else's
+        before = {}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

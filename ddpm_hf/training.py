@@ -10,18 +10,13 @@ from __future__ import annotations
 import dataclasses
 import os
 import platform
-import shutil
-import signal
 import time
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, gather_object
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
@@ -36,18 +31,18 @@ from .checkpointing import (
     share_of,
     training_state,
     whole,
-    write_directory,
 )
 from .configuration import TrainingConfig
-from .data import ImageDataset, Images, StreamedImages, crop_seeds, flip_images, load_images, to_model_range
+from .data import ImageDataset, Images, StreamedImages, flip_images, load_images, to_model_range
 from .evaluation import EvaluationReport, evaluate_likelihood, first_images
 from .generation import generate, with_sampler
-from .hub import write_model_card
+from .hub import write_model_card, write_pipeline
 from .objectives import OBJECTIVES
 from .pipeline_ddpm import DDPMPipeline
-from .processes import cpu_only, lonely_launch, set_cpu_threads
-from .randomness import derive_seed, derived_generator
+from .processes import cpu_only, known_tracker, lonely_launch, set_cpu_threads, stop_signals
+from .randomness import derive_seed
 from .scheduling_ddpm import DDPMScheduler
+from .training_batches import Batches, BatchPlan
 from .unet_2d import UNet2DModel, parameter_count
 from .visualize import image_grid, save_picture
 
@@ -96,7 +91,7 @@ class Trainer:
         self.accelerator = Accelerator(
             cpu=cpu_only(),
             mixed_precision=config.mixed_precision,
-            log_with=_known_tracker(config.report_to),
+            log_with=known_tracker(config.report_to),
             project_dir=str(self.output_dir / config.logging_dir),
         )
         self.device = self.accelerator.device
@@ -112,7 +107,8 @@ class Trainer:
         if self.device.type == "cpu":
             local = int(os.environ.get("LOCAL_WORLD_SIZE", self.accelerator.num_processes))
             set_cpu_threads(config.num_cpu_threads, local)
-        self.micro_batch, self.accumulation, self.total_batch = config.batch_plan(self.accelerator.num_processes)
+        micro, accumulation, _ = config.batch_plan(self.accelerator.num_processes)
+        self.plan = BatchPlan(micro, accumulation, self.accelerator.process_index, self.accelerator.num_processes)
 
         self.scheduler = DDPMScheduler(**self.recipe.scheduler)
         self._check_size()
@@ -150,9 +146,18 @@ class Trainer:
         self._bad_in_a_row = torch.zeros((), device=self.device)
         self.step = 0  # optimizer updates done
         self._held_out: ImageDataset | None = None
-        self._order = (-1, torch.empty(0, dtype=torch.long))  # the current epoch's permutation
-        self._reader = ThreadPoolExecutor(1)  # decodes the next micro-batch while the network runs on this one
-        self._next: tuple[tuple[int, int], Future] | None = None
+        self.batches = Batches(
+            self.data,
+            self.plan,
+            image_shape=(self.unet.config.in_channels, *self._image_size),
+            num_train_timesteps=self.scheduler.config.num_train_timesteps,
+            seed=config.seed,
+            device=self.device,
+            center_crop=config.center_crop,
+            random_flip=self.recipe.random_flip,
+            class_dropout=config.class_dropout,
+            timestep_sampling=self.recipe.timestep_sampling,
+        )
         if config.resume_from_checkpoint:
             self._resume(config.resume_from_checkpoint)
 
@@ -199,81 +204,17 @@ class Trainer:
     def _fresh_unet(self) -> UNet2DModel:
         return UNet2DModel(**self.unet_config)
 
-    def _image_indices(self, step: int) -> Tensor:
-        """`[total_batch]`: which images update `step` sees; every epoch is a new permutation, without gaps between."""
-        assert not isinstance(self.data, StreamedImages)
-        n = len(self.data)
-        position = torch.arange(step * self.total_batch, (step + 1) * self.total_batch)
-        epochs, within = position // n, position % n
-        return torch.cat(
-            [self._epoch_order(int(epoch))[within[epochs == epoch]] for epoch in epochs.unique_consecutive()]
-        )
-
-    def _epoch_order(self, epoch: int) -> Tensor:
-        assert not isinstance(self.data, StreamedImages)
-        if self._order[0] != epoch:
-            stream = derived_generator(self.config.seed, "order", epoch)
-            self._order = epoch, torch.randperm(len(self.data), generator=stream)
-        return self._order[1]
-
-    def _rows(self, micro: int) -> slice:
-        """Which images of an update this process takes in micro-batch `micro`."""
-        start = (micro * self.accelerator.num_processes + self.accelerator.process_index) * self.micro_batch
-        return slice(start, start + self.micro_batch)
-
-    def _read(self, step: int, micro: int) -> tuple[Tensor, Tensor | None]:
-        """The uint8 images and labels of one micro-batch."""
-        rows, seed = self._rows(micro), self.config.seed
-        if isinstance(self.data, StreamedImages):
-            return self.data.batch_at(step, range(rows.start, rows.stop), self.total_batch, seed)
-        seeds = None
-        if not self.config.center_crop:
-            seeds = crop_seeds(seed, torch.arange(rows.start, rows.stop) + step * self.total_batch)
-        return self.data.batch(self._image_indices(step)[rows], seeds)
-
-    def _read_ahead(self, step: int, micro: int) -> tuple[Tensor, Tensor | None]:
-        """`_read`, with the micro-batch after it being decoded meanwhile where images are not in memory."""
-        if isinstance(self.data, ImageDataset):
-            return self._read(step, micro)
-        if self._next is not None and self._next[0] == (step, micro):
-            result = self._next[1].result()
-        else:
-            result = self._reader.submit(self._read, step, micro).result()
-        following = (step, micro + 1) if micro + 1 < self.accumulation else (step + 1, 0)
-        self._next = following, self._reader.submit(self._read, *following)
-        return result
-
-    def _draws(self, step: int) -> dict[str, Tensor]:
-        """t, noise, flips and class dropout of the whole update, the same for every cut of it."""
-        seed, n = self.config.seed, self.total_batch
-        T = self.scheduler.config.num_train_timesteps
-        stream = derived_generator(seed, "t", step)
-        if self.recipe.timestep_sampling == "stratified":
-            u = (torch.randperm(n, generator=stream) + torch.rand(n, generator=stream, dtype=torch.float64)) / n
-            t = (u * T).long().clamp_max(T - 1)
-        else:
-            t = torch.randint(T, (n,), generator=stream)
-        shape = (n, self.unet.config.in_channels, *self._image_size)
-        noise_stream = derived_generator(seed, "noise", step, device=self.device)
-        return {
-            "t": t,
-            "noise": torch.randn(shape, generator=noise_stream, device=self.device),
-            "flip": torch.rand(n, generator=derived_generator(seed, "flip", step)) < 0.5 * self.recipe.random_flip,
-            "drop_class": torch.rand(n, generator=derived_generator(seed, "class dropout", step))
-            < self.config.class_dropout,
-        }
-
     # ------------------------------------------------------------------ one update
 
     def _update(self, step: int) -> tuple[Tensor, Tensor]:
         """One optimizer update; its loss and gradient norm, still on the device."""
-        draws = self._draws(step)
+        draws = self.batches.draws(step)
         objective = OBJECTIVES[self.recipe.loss]
         accelerator = self.accelerator
         loss_sum = torch.zeros((), device=self.device)
-        for micro in range(self.accumulation):
-            rows = self._rows(micro)
-            images, labels = self._read_ahead(step, micro)
+        for micro in range(self.plan.accumulation):
+            rows = self.batches.rows(micro)
+            images, labels = self.batches.read_ahead(step, micro)
             images = flip_images(images, draws["flip"][rows])
             options = {}
             if self.config.class_conditional:
@@ -281,7 +222,7 @@ class Trainer:
                 labels = torch.where(draws["drop_class"][rows], self.unet.config.get("_null_class") or 0, labels)
                 options["class_labels"] = labels.to(self.device, non_blocking=True)
             torch.manual_seed(derive_seed(self.config.seed, "dropout", step, micro, accelerator.process_index))
-            last = micro == self.accumulation - 1
+            last = micro == self.plan.accumulation - 1
             with nullcontext() if last else accelerator.no_sync(self.model):
                 losses = objective(
                     self.model,
@@ -292,7 +233,7 @@ class Trainer:
                     **options,
                 )
                 # Gradients are averaged over processes, so this adds up to the mean over the update's images.
-                loss = losses.sum() / self.total_batch
+                loss = losses.sum() / self.plan.total
                 accelerator.backward(loss * accelerator.num_processes)
             loss_sum += loss.detach()
         norm = accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.max_grad_norm)
@@ -357,7 +298,7 @@ class Trainer:
                 bar.update()
                 now = time.monotonic()
                 if now - shown > _SECONDS_BETWEEN_READINGS or self.step == last:
-                    self._show(bar, loss, norm, (self.step - first) * self.total_batch / (now - started))
+                    self._show(bar, loss, norm, (self.step - first) * self.plan.total / (now - started))
                     shown = now
                 stopping = self._all_agree_to_stop(stop)
                 if self._due(config.checkpointing_steps) or stopping or self.step == last:
@@ -371,9 +312,9 @@ class Trainer:
                     return None
                 if self.step < last:
                     self._watch()
-        self._reader.shutdown(cancel_futures=True)
+        self.batches.close()
         seconds = time.monotonic() - started
-        images_per_second = (self.step - first) * self.total_batch / seconds
+        images_per_second = (self.step - first) * self.plan.total / seconds
         self._say(f"trained {self.step - first} updates in {seconds:.1f} s, {images_per_second:.0f} images/s")
         pipe = self._publish()
         self.accelerator.end_training()
@@ -410,12 +351,12 @@ class Trainer:
         config, a = self.config, self.accelerator
         lines = [
             f"{config.preset}: {parameter_count(self.unet):,} parameters, {self._count_of_images()}"
-            f"{self.data.name}, {self.recipe.max_train_steps - self.step} updates of {self.total_batch} images "
+            f"{self.data.name}, {self.recipe.max_train_steps - self.step} updates of {self.plan.total} images "
             f"on {self.device.type} ({a.num_processes} process(es), precision {self._precision})",
         ]
-        if self.accumulation > 1:
+        if self.plan.accumulation > 1:
             lines.append(
-                f"each update gathers {self.accumulation} micro-batches of {self.micro_batch} images per process"
+                f"each update gathers {self.plan.accumulation} micro-batches of {self.plan.micro} images per process"
             )
         if lonely_launch():
             lines.append(
@@ -476,7 +417,7 @@ class Trainer:
                     "ema_steps": self.ema.optimization_step,
                     "scaler": scaler.state_dict() if scaler is not None else None,
                     "num_images": self._num_images(),
-                    "total_batch_size": self.total_batch,
+                    "total_batch_size": self.plan.total,
                     "seed": self.config.seed,
                 },
                 keep=self.config.checkpoints_total_limit,
@@ -494,7 +435,7 @@ class Trainer:
         path, tensors, state = found
         for name, here in (
             ("num_images", self._num_images()),
-            ("total_batch_size", self.total_batch),
+            ("total_batch_size", self.plan.total),
             ("seed", self.config.seed),
         ):
             if state[name] != here:
@@ -552,14 +493,7 @@ class Trainer:
         """Write the pipeline (safetensors), sample grid, report and card into `output_dir`."""
         pipe = self._pipeline()
         if self.accelerator.is_main_process:
-            folder = self.output_dir / ".pipeline"
-            write_directory(folder, pipe.save_pretrained)
-            for entry in sorted(folder.iterdir()):
-                target = self.output_dir / entry.name
-                if target.is_dir():
-                    shutil.rmtree(target)
-                entry.replace(target)
-            folder.rmdir()
+            write_pipeline(pipe, self.output_dir)
             self._say(f"wrote the pipeline to {self.output_dir}")
         self._sample_grid(pipe, "samples.png")
         report = self._evaluate(pipe)
@@ -599,7 +533,7 @@ class Trainer:
         recipe = self.recipe
         return {
             "images": self._count_of_images() + self.data.name + (", random flips" if recipe.random_flip else ""),
-            "updates": f"{self.step} of {self.total_batch} images, seed {self.config.seed}",
+            "updates": f"{self.step} of {self.plan.total} images, seed {self.config.seed}",
             "optimizer": f"Adam(0.9, 0.999), learning rate {recipe.learning_rate:g} after {recipe.lr_warmup_steps} "
             f"warm-up updates, then {recipe.lr_scheduler}, gradient norm at most {recipe.max_grad_norm:g}",
             "averaged weights": f"decay {recipe.ema_decay}" + (" after a warm-up" if recipe.ema_warmup else ""),
@@ -617,35 +551,3 @@ class Trainer:
         if self.device.type == "cuda":
             return torch.cuda.get_device_name(self.device)
         return f"{self.device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
-
-
-def _known_tracker(name: str | None) -> str | None:
-    """A tracker that accelerate knows and that is installed."""
-    if name is None:
-        return None
-    installed = [str(tracker) for tracker in get_available_trackers()]
-    if name not in installed:
-        have = ", ".join(installed) or "none"
-        raise ValueError(f"--report_to {name!r} is not an installed tracker (installed: {have}); pip install it first")
-    return name
-
-
-@contextmanager
-def stop_signals() -> Iterator[dict[str, bool]]:
-    """SIGINT and SIGTERM set `["requested"]` once; a second SIGINT interrupts at once. Only in the main thread."""
-    stop = {"requested": False}
-
-    def request(signum: int, frame: Any) -> None:
-        if stop["requested"] and signum == signal.SIGINT:
-            raise KeyboardInterrupt
-        stop["requested"] = True
-
-    try:
-        before = {s: signal.signal(s, request) for s in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread: signals are someone else's
-        before = {}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -14,7 +14,7 @@ FLOORS = (
     ("scheduling_ddpm", "unet_2d", "image_tensors", "image_decoding", "image_tables", "visualize", "configuration"),
     ("objectives", "likelihood", "pipeline_ddpm", "checkpointing", "image_sources", "streamed_images"),
     ("data", "generation", "convert"),
-    ("evaluation",),
+    ("evaluation", "training_batches"),
     ("hub",),
     ("training",),
     ("cli",),

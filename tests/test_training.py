@@ -21,6 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from ddpm_hf import DDPMPipeline, DDPMScheduler, Trainer, TrainingConfig, UNet2DModel, training
 from ddpm_hf.objectives import simple_loss
 from ddpm_hf.presets import PRESETS
+from ddpm_hf.processes import stop_signals
 from ddpm_hf.training import TrainingError
 
 QUICK = {
@@ -104,7 +105,7 @@ def test_accumulation_is_the_same_as_a_larger_batch(tmp_path):
     losses = {}
     for name, cut in {"whole": {}, "cut": {"train_batch_size": 4}}.items():
         run = trainer(tmp_path / name, dropout=0.0, **cut)
-        assert run.accumulation == (1 if name == "whole" else 4)
+        assert run.plan.accumulation == (1 if name == "whole" else 4)
         losses[name] = [run._update(step)[0].item() for step in range(6)]
     assert torch.allclose(torch.tensor(losses["whole"]), torch.tensor(losses["cut"]), atol=1e-5)
 
@@ -113,7 +114,7 @@ def test_every_epoch_sees_every_image_once(tmp_path):
     run = trainer(tmp_path / "run")
     n = len(run.data)
     updates = -(-2 * n // 16)
-    seen = torch.cat([run._image_indices(step) for step in range(updates)])
+    seen = torch.cat([run.batches.image_indices(step) for step in range(updates)])
     assert torch.equal(seen[:n].sort().values, torch.arange(n))
     assert torch.equal(seen[n : 2 * n].sort().values, torch.arange(n))
     assert not torch.equal(seen[:n], seen[n : 2 * n])
@@ -121,19 +122,19 @@ def test_every_epoch_sees_every_image_once(tmp_path):
 
 def test_draws_of_an_update_depend_on_seed_and_update_only(tmp_path):
     one, other = trainer(tmp_path / "a"), trainer(tmp_path / "b", seed=9)
-    first = one._draws(4)
-    one._draws(0)
-    again = one._draws(4)
+    first = one.batches.draws(4)
+    one.batches.draws(0)
+    again = one.batches.draws(4)
     assert all(torch.equal(again[name], first[name]) for name in first)
-    assert torch.equal(one._read(4, 0)[0], one._read(4, 0)[0])
-    assert not torch.equal(one._draws(5)["noise"], first["noise"])
-    assert not torch.equal(other._draws(4)["noise"], first["noise"])
+    assert torch.equal(one.batches.read(4, 0)[0], one.batches.read(4, 0)[0])
+    assert not torch.equal(one.batches.draws(5)["noise"], first["noise"])
+    assert not torch.equal(other.batches.draws(4)["noise"], first["noise"])
 
 
 @pytest.mark.parametrize("sampling", ["uniform", "stratified"])
 def test_timesteps_are_uniform(tmp_path, sampling):
     run = trainer(tmp_path / "a", timestep_sampling=sampling, total_batch_size=100)
-    t = torch.stack([run._draws(step)["t"] for step in range(100)])
+    t = torch.stack([run.batches.draws(step)["t"] for step in range(100)])
     counts = t.flatten().bincount(minlength=1000).view(10, 100).sum(1)
     # 10,000 draws over ten bins: a standard deviation of 30 each for uniform, 0 for stratified draws
     assert (counts - 1000).abs().max() < (130 if sampling == "uniform" else 1)
@@ -182,7 +183,7 @@ def test_a_stop_signal_saves_and_the_run_goes_on_to_the_same_bits(tmp_path, monk
 
 
 def test_the_second_interrupt_leaves_at_once():
-    with training.stop_signals() as stop:
+    with stop_signals() as stop:
         os.kill(os.getpid(), signal.SIGINT)
         assert stop["requested"]
         with pytest.raises(KeyboardInterrupt):
@@ -232,7 +233,7 @@ def test_one_batch_can_be_learned_by_heart(tmp_path):
         total_batch_size=64,
         lr_warmup_steps=0,
     )
-    run.data = run.data.subset(torch.zeros(64, dtype=torch.long))
+    run.batches.data = run.data.subset(torch.zeros(64, dtype=torch.long))
     losses = [run._update(step)[0].item() for step in range(150)]
     assert 0.9 < losses[0] < 1.2  # a fresh network predicts 0, so the loss is the noise's variance
     assert sum(losses[-10:]) / 10 < 0.15
@@ -315,7 +316,7 @@ def test_labels_reach_the_network_and_are_dropped_as_often_as_asked(tmp_path, mo
         run._update(step)
     labels = torch.cat(seen)
     assert abs((labels == 2).float().mean() - 0.25) < 0.05
-    expected = torch.cat([run._read(step, 0)[1] for step in range(5)])
+    expected = torch.cat([run.batches.read(step, 0)[1] for step in range(5)])
     assert torch.equal(labels[labels != 2], expected[labels != 2])
 
 
@@ -341,10 +342,10 @@ def test_random_crops_and_flips_resume_to_the_same_bits(tmp_path):
     shutil.copytree(tmp_path / "whole" / "checkpoint-3", tmp_path / "resumed" / "checkpoint-3")
     trainer(tmp_path / "resumed", resume_from_checkpoint="latest", **options).train()
     same_files(tmp_path / "whole", tmp_path / "resumed", 6)
-    trainer(tmp_path / "cut", train_batch_size=4, **options)._read(0, 0)
+    trainer(tmp_path / "cut", train_batch_size=4, **options).batches.read(0, 0)
     whole, cut = trainer(tmp_path / "w", **options), trainer(tmp_path / "c", train_batch_size=4, **options)
-    parts = torch.cat([cut._read(2, micro)[0] for micro in range(4)])
-    assert torch.equal(whole._read(2, 0)[0], parts)
+    parts = torch.cat([cut.batches.read(2, micro)[0] for micro in range(4)])
+    assert torch.equal(whole.batches.read(2, 0)[0], parts)
 
 
 def test_a_stream_resumes_to_the_same_bits(tmp_path):

@@ -1,0 +1,135 @@
+"""What each update of a training run sees: images, labels, t, noise, flips; a function of (seed, update) alone.
+
+Everything is drawn for the whole batch of the update and then cut into micro-batches and processes, so a run does not
+depend on how it is cut, and a resumed run goes on as if it had never stopped.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .data import ImageDataset, Images, StreamedImages, crop_seeds
+from .randomness import derived_generator
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How the images of an update are cut.
+
+    Attributes:
+        micro: Images per micro-batch and process.
+        accumulation: Micro-batches per update and process.
+        process_index, num_processes: Which of how many processes this is.
+    """
+
+    micro: int
+    accumulation: int
+    process_index: int = 0
+    num_processes: int = 1
+
+    @property
+    def total(self) -> int:
+        """Images per update."""
+        return self.micro * self.accumulation * self.num_processes
+
+
+@dataclass
+class Batches:
+    """What the updates of a run see.
+
+    Attributes:
+        data: Where the images come from.
+        plan: How an update's images are cut.
+        image_shape: Channels, height, width.
+        num_train_timesteps: T.
+        seed: The run's seed.
+        device: Where the noise is drawn.
+        center_crop, random_flip, class_dropout, timestep_sampling: See `TrainingConfig` and `Preset`.
+    """
+
+    data: Images
+    plan: BatchPlan
+    image_shape: tuple[int, int, int]
+    num_train_timesteps: int
+    seed: int
+    device: torch.device
+    center_crop: bool
+    random_flip: bool
+    class_dropout: float
+    timestep_sampling: str
+
+    def __post_init__(self) -> None:
+        self._order = (-1, torch.empty(0, dtype=torch.long))  # the current epoch's permutation
+        self._reader = ThreadPoolExecutor(1)  # decodes the next micro-batch while the network runs on this one
+        self._next: tuple[tuple[int, int], Future] | None = None
+
+    def close(self) -> None:
+        """End the reading ahead."""
+        self._reader.shutdown(cancel_futures=True)
+
+    def image_indices(self, step: int) -> Tensor:
+        """`[total_batch]`: which images update `step` sees; every epoch is a new permutation, without gaps between."""
+        assert not isinstance(self.data, StreamedImages)
+        n = len(self.data)
+        position = torch.arange(step * self.plan.total, (step + 1) * self.plan.total)
+        epochs, within = position // n, position % n
+        return torch.cat(
+            [self._epoch_order(int(epoch))[within[epochs == epoch]] for epoch in epochs.unique_consecutive()]
+        )
+
+    def _epoch_order(self, epoch: int) -> Tensor:
+        assert not isinstance(self.data, StreamedImages)
+        if self._order[0] != epoch:
+            stream = derived_generator(self.seed, "order", epoch)
+            self._order = epoch, torch.randperm(len(self.data), generator=stream)
+        return self._order[1]
+
+    def rows(self, micro: int) -> slice:
+        """Which images of an update this process takes in micro-batch `micro`."""
+        start = (micro * self.plan.num_processes + self.plan.process_index) * self.plan.micro
+        return slice(start, start + self.plan.micro)
+
+    def read(self, step: int, micro: int) -> tuple[Tensor, Tensor | None]:
+        """The uint8 images and labels of one micro-batch."""
+        rows, seed = self.rows(micro), self.seed
+        if isinstance(self.data, StreamedImages):
+            return self.data.batch_at(step, range(rows.start, rows.stop), self.plan.total, seed)
+        seeds = None
+        if not self.center_crop:
+            seeds = crop_seeds(seed, torch.arange(rows.start, rows.stop) + step * self.plan.total)
+        return self.data.batch(self.image_indices(step)[rows], seeds)
+
+    def read_ahead(self, step: int, micro: int) -> tuple[Tensor, Tensor | None]:
+        """`_read`, with the micro-batch after it being decoded meanwhile where images are not in memory."""
+        if isinstance(self.data, ImageDataset):
+            return self.read(step, micro)
+        if self._next is not None and self._next[0] == (step, micro):
+            result = self._next[1].result()
+        else:
+            result = self._reader.submit(self.read, step, micro).result()
+        following = (step, micro + 1) if micro + 1 < self.plan.accumulation else (step + 1, 0)
+        self._next = following, self._reader.submit(self.read, *following)
+        return result
+
+    def draws(self, step: int) -> dict[str, Tensor]:
+        """t, noise, flips and class dropout of the whole update, the same for every cut of it."""
+        seed, n = self.seed, self.plan.total
+        T = self.num_train_timesteps
+        stream = derived_generator(seed, "t", step)
+        if self.timestep_sampling == "stratified":
+            u = (torch.randperm(n, generator=stream) + torch.rand(n, generator=stream, dtype=torch.float64)) / n
+            t = (u * T).long().clamp_max(T - 1)
+        else:
+            t = torch.randint(T, (n,), generator=stream)
+        shape = (n, *self.image_shape)
+        noise_stream = derived_generator(seed, "noise", step, device=self.device)
+        return {
+            "t": t,
+            "noise": torch.randn(shape, generator=noise_stream, device=self.device),
+            "flip": torch.rand(n, generator=derived_generator(seed, "flip", step)) < 0.5 * self.random_flip,
+            "drop_class": torch.rand(n, generator=derived_generator(seed, "class dropout", step)) < self.class_dropout,
+        }
