@@ -106,24 +106,46 @@ def write_directory(target: Path, fill: Any) -> None:
     Raises:
         OSError: Nothing could be written; what was at `target` before is still there.
     """
-    partial = target.with_name(f".{target.name}.partial")
+    partial, old = (target.with_name(f".{target.name}.{kind}") for kind in ("partial", "old"))
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     try:
+        partial.mkdir(parents=True)
         fill(partial)
         for path in sorted(partial.rglob("*")):
             _fsync(path)
         _fsync(partial)
-        old = target.with_name(f".{target.name}.old")
         shutil.rmtree(old, ignore_errors=True)
         if target.exists():
             target.rename(old)
-        partial.rename(target)
+        try:
+            partial.rename(target)
+        except OSError:
+            if old.exists():
+                old.rename(target)
+            raise
         _fsync(target.parent)
         shutil.rmtree(old, ignore_errors=True)
+    except SafetensorError as error:  # safetensors has its own error for a full disk
+        shutil.rmtree(partial, ignore_errors=True)
+        raise OSError(f"cannot write {target}: {error}") from error
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def remove_directory(path: Path) -> None:
+    """Remove a directory so that a kill does not leave half of it under its name."""
+    doomed = path.with_name(f".{path.name}.old")
+    shutil.rmtree(doomed, ignore_errors=True)
+    path.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def remove_leftovers(output_dir: Path) -> None:
+    """Remove what killed writes and removals have left of directories that never came to be, or are gone."""
+    for pattern in (".*.partial", ".*.old"):
+        for path in output_dir.glob(pattern):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def save_checkpoint(
@@ -153,15 +175,16 @@ def save_checkpoint(
 
     try:
         write_directory(target, fill)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         kept = list_checkpoints(output_dir)
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        reason = error.strerror or str(error)
         raise OSError(
             f"cannot write {target}: {reason}; the last complete checkpoint is {kept[-1] if kept else 'none'}"
         ) from error
     if keep is not None:
-        for old in list_checkpoints(output_dir)[:-keep]:
-            shutil.rmtree(old)
+        older = [path for path in list_checkpoints(output_dir) if path != target]
+        for old in older[: max(0, len(older) - keep + 1)]:
+            remove_directory(old)
     return target
 
 

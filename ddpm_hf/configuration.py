@@ -18,6 +18,10 @@ def _flag(default: Any, help: str, group: str) -> Any:
     return field(default=default, metadata={"help": help, "group": group})
 
 
+class TrainingError(ValueError):
+    """A run cannot go on; the message says why and what is left on disk."""
+
+
 @dataclass(frozen=True)
 class TrainingConfig:
     """One training run. Every field is a flag of `examples/train.py` and a key of its YAML file.
@@ -58,6 +62,12 @@ class TrainingConfig:
     max_grad_norm: float | None = _flag(None, "gradients of a larger norm are scaled down", "recipe")
     ema_max_decay: float | None = _flag(None, "decay of the averaged weights", "recipe")
     dropout: float | None = _flag(None, "dropout in the residual blocks", "recipe")
+    prediction_type: str | None = _flag(
+        None, "what the network predicts: epsilon (the paper), sample, v_prediction, posterior_mean", "recipe"
+    )
+    variance_type: str | None = _flag(
+        None, "fixed_small, fixed_large, learned or learned_range (which double the output channels)", "recipe"
+    )
     loss: str | None = _flag(None, "simple (Eq. 14), vlb (the bound) or hybrid (learned variance)", "recipe")
     timestep_sampling: str | None = _flag(None, "uniform (the paper) or stratified over each batch", "recipe")
     seed: int = _flag(0, "seed of everything random", "recipe")
@@ -86,6 +96,13 @@ class TrainingConfig:
     eval_num_evaluations: int = _flag(50, "network evaluations per image for bits/dim (stratified)", "output")
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():  # what Python callers write naturally
+            if isinstance(value, Path):
+                object.__setattr__(self, name, str(value))
+            elif isinstance(value, tuple):
+                object.__setattr__(self, name, list(value))
+        if not self.output_dir:
+            raise ValueError("--output_dir is empty; name a folder")
         get_preset(self.preset)
         positive = (
             "max_train_steps train_batch_size total_batch_size gradient_accumulation_steps learning_rate "
@@ -101,7 +118,8 @@ class TrainingConfig:
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise ValueError(f"--{name} must not be negative, got {value}")
-        sizes = self.resolution if isinstance(self.resolution, list) else [self.resolution or 1]
+        sizes = self.resolution if isinstance(self.resolution, list) else [self.resolution]
+        sizes = [1 if size is None else size for size in sizes]
         if len(sizes) not in (1, 2) or min(sizes) <= 0:
             raise ValueError(f"--resolution takes one or two positive numbers, got {self.resolution}")
         if self.value_range is not None and (len(self.value_range) != 2 or self.value_range[0] >= self.value_range[1]):
@@ -143,7 +161,16 @@ class TrainingConfig:
             unet["sample_size"] = sizes[0] if len(set(sizes)) == 1 else tuple(sizes)
         if self.dropout is not None:
             unet["dropout"] = self.dropout
-        return dataclasses.replace(preset, **changes, unet=unet)
+        scheduler = dict(preset.scheduler)
+        for name in ("prediction_type", "variance_type"):
+            if getattr(self, name) is not None:
+                scheduler[name] = getattr(self, name)
+        if scheduler["variance_type"] in ("learned", "learned_range"):
+            unet["out_channels"] = 2 * unet.get("in_channels", 3)
+        recipe = dataclasses.replace(preset, **changes, unet=unet, scheduler=scheduler)
+        if recipe.loss == "hybrid" and unet.get("out_channels", 3) == unet.get("in_channels", 3):
+            raise ValueError("--loss hybrid trains a learned variance; add --variance_type learned_range")
+        return recipe
 
     def images_given(self) -> dict[str, Any]:
         """Which of the three ways to name images was used; the preset's own dataset if none was."""

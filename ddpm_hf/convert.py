@@ -379,6 +379,8 @@ def convert_to_official(model: str | Path, output: str | Path, global_step: int 
     """
     tf = _tensorflow()
     output, model = _free_place(output), Path(model)
+    if not model.is_dir():
+        raise ConversionError(f"there is no folder {str(model)!r}")
     if (model / "ema.safetensors").is_file():
         config = model.parent / "unet" / "config.json"
         if not config.is_file():

@@ -139,7 +139,11 @@ def evaluate_likelihood(
 def _labels_for(pipe: DDPMPipeline, data: ImageDataset, rows: list[int]) -> torch.Tensor:
     """The images' own classes, or "no class" where they have none and the network knows it."""
     if data.labels is not None:
-        return data.labels[rows]
+        known = list(pipe.unet.config.get("_class_names") or data.class_names or [])
+        names = data.class_names or known
+        if unknown := [name for name in names if name not in known]:
+            raise ValueError(f"the network knows no class {unknown[0]!r}; it was trained on {', '.join(known)}")
+        return torch.tensor([known.index(names[label]) for label in data.labels[rows].tolist()])
     if pipe.null_class is None:
         raise ValueError(f"the network is class-conditional, and the images of {data.name!r} have no labels")
     return torch.full((len(rows),), pipe.null_class)

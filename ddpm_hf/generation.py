@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -96,6 +98,50 @@ def generate(
         yield part, (images * 255).round().to(torch.uint8).cpu()
 
 
+def class_sequence(pipe: DDPMPipeline, text: str | None, count: int) -> list[int] | None:
+    """`"cats,dogs"` or `"0,1"` to class indices for `count` images, in turn.
+
+    Raises:
+        ValueError: A class that the network does not have.
+    """
+    if text is None:
+        return None
+    names = list(pipe.unet.config.get("_class_names") or [])
+    classes = pipe.unet.config.num_class_embeds or 0
+    chosen = []
+    for part in (part.strip() for part in text.split(",")):
+        index = names.index(part) if part in names else int(part) if part.isdecimal() else -1
+        if not 0 <= index < classes:
+            have = ", ".join(names) or (f"0..{classes - 1}" if classes else "none: it is not class-conditional")
+            raise ValueError(f"--class_labels {part!r} is no class of this network; it has {have}")
+        chosen.append(index)
+    return [chosen[i % len(chosen)] for i in range(count)]
+
+
+def _claim_folder(folder: Path, pipe: DDPMPipeline, options: dict[str, Any]) -> None:
+    """Note in the folder how its images are made, and refuse to mix them with images that were made otherwise."""
+    digest = hashlib.sha256()
+    for name, value in sorted(pipe.unet.state_dict().items()):
+        digest.update(name.encode() + value.detach().float().cpu().contiguous().numpy().tobytes())
+    made = {
+        "weights": digest.hexdigest(),
+        "scheduler": json.loads(pipe.scheduler.to_json_string()),
+        "num_inference_steps": pipe.checked_steps(options.get("num_inference_steps")),
+        "guidance_scale": options.get("guidance_scale", 1.0),
+    }
+    note = folder / "sampling.json"
+    if note.is_file():
+        there = json.loads(note.read_text())
+        if different := [key for key, value in made.items() if there.get(key) != value]:
+            raise ValueError(
+                f"--output {str(folder)!r} holds images that were made with other {' and '.join(different)}; name "
+                "another folder, or remove it first"
+            )
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    note.write_text(json.dumps(made, indent=2) + "\n")
+
+
 def write_samples(pipe: DDPMPipeline, seeds: Sequence[int], output: str | Path, **options: Any) -> int:
     """Draw one image per seed into files. Files appear complete or not at all; existing images are not drawn again.
 
@@ -123,7 +169,13 @@ def write_samples(pipe: DDPMPipeline, seeds: Sequence[int], output: str | Path, 
         return len(seeds)
     if output.suffix:
         raise ValueError(f"--output must be a folder, FILE.png or FILE.npz, got {str(output)!r}")
+    if options.get("batch_size", 1) < 1:
+        raise ValueError(f"batch_size must be at least 1, got {options['batch_size']}")
+    _claim_folder(output, pipe, options)
     missing = [seed for seed in seeds if not _file_of(output, seed).exists()]
+    if (labels := options.get("class_labels")) is not None:
+        of_seed = dict(zip(seeds, labels, strict=True))
+        options["class_labels"] = [of_seed[seed] for seed in missing]
     for part, images in generate(pipe, missing, **options):
         for seed, image in zip(part, images, strict=True):
             pixels = image.permute(1, 2, 0).numpy()

@@ -18,7 +18,7 @@ _CARD = """---
 
 # {title}
 
-An unconditional image model: a DDPM ([Ho et al. 2020](https://arxiv.org/abs/2006.11239)) with {parameters:,}
+{kind} image model: a DDPM ([Ho et al. 2020](https://arxiv.org/abs/2006.11239)) with {parameters:,}
 parameters for {channels} x {height} x {width} images, trained on **{dataset}** with ddpm_hf.
 
 {sample}
@@ -28,8 +28,8 @@ parameters for {channels} x {height} x {width} images, trained on **{dataset}** 
 ```python
 from ddpm_hf import DDPMPipeline   # or: from diffusers import DDPMPipeline
 
-pipe = DDPMPipeline.from_pretrained("{title}")  # this repository's name or folder
-image = pipe(batch_size=1).images[0]
+pipe = DDPMPipeline.from_pretrained("{title}")  # the path of this folder, or its name on the Hub
+image = pipe(batch_size=1{labels}).images[0]
 ```
 
 ## Evaluation
@@ -66,6 +66,7 @@ def model_card(
     recipe: dict[str, Any],
     report: EvaluationReport | None = None,
     sample: str | None = None,
+    class_conditional: bool = False,
 ) -> ModelCard:
     """The README.md of a trained model.
 
@@ -77,6 +78,7 @@ def model_card(
         recipe: What to list under "Training".
         report: Numbers, for the page and the Hub's model index.
         sample: File name of a sample grid beside the card.
+        class_conditional: Whether the network takes class labels.
     """
     results, lines = [], []
     if report is not None:
@@ -97,13 +99,14 @@ def model_card(
     data = ModelCardData(
         library_name="diffusers",
         pipeline_tag="unconditional-image-generation",
-        license="apache-2.0",
         tags=["ddpm", "diffusion", "ddpm_hf"],
         model_name=title,
         eval_results=results or None,
     )
     channels, height, width = image_shape
     text = _CARD.format(
+        kind="A class-conditional" if class_conditional else "An unconditional",
+        labels=", class_labels=0" if class_conditional else "",
         front_matter=data.to_yaml(),
         title=title,
         parameters=parameters,

@@ -201,6 +201,8 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
 
     def _step(self, model_output: torch.Tensor, t: torch.Tensor, image: torch.Tensor, generator: Any) -> torch.Tensor:
         """One scheduler step; deterministic schedulers such as DPM-Solver in stock take no generator."""
+        if not isinstance(self.scheduler, DDPMScheduler):
+            model_output = model_output[:, : image.shape[1]]  # a learned variance is for the ancestral sampler only
         try:
             return self.scheduler.step(model_output, t, image, generator=generator).prev_sample
         except TypeError as error:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -41,8 +45,7 @@ def set_cpu_threads(wanted: int | None, num_processes: int) -> None:
             `OMP_NUM_THREADS` or PyTorch says.
         num_processes: On this machine.
     """
-    launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "LOCAL_RANK" in os.environ
-    if wanted is None and launched:
+    if wanted is None and _launched():
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         physical = psutil.cpu_count(logical=False) or cores  # a core's second thread only gets in the way
         wanted = max(1, min(cores, physical) // num_processes)
@@ -61,14 +64,51 @@ def known_tracker(name: str | None) -> str | None:
     return name
 
 
+def end_with_the_launcher() -> None:
+    """On Linux, get SIGTERM when the launcher dies, which does not hand it on and would leave an orphan."""
+    if sys.platform == "linux" and _launched():
+        PR_SET_PDEATHSIG = 1
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
+
+
+@contextmanager
+def only_run_in(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock, so that no second run writes into it. The lock ends with the process.
+
+    Raises:
+        ValueError: Another process holds it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows has no such locks
+        yield
+        return
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(
+                f"another run is writing into {str(folder)!r}; wait for it, or name another folder"
+            ) from None
+        yield
+
+
+def _launched() -> bool:
+    """Whether `accelerate launch` or torchrun started this process."""
+    return "ACCELERATE_MIXED_PRECISION" in os.environ or "LOCAL_RANK" in os.environ
+
+
 @contextmanager
 def stop_signals() -> Iterator[dict[str, bool]]:
     """SIGINT and SIGTERM set `["requested"]` once; a second SIGINT interrupts at once. Only in the main thread."""
-    stop = {"requested": False}
+    stop, first = {"requested": False}, [0.0]
 
     def request(signum: int, frame: Any) -> None:
-        if stop["requested"] and signum == signal.SIGINT:
+        # Launchers hand a Ctrl-C on that the terminal has sent already: two at once are one.
+        if stop["requested"] and signum == signal.SIGINT and time.monotonic() - first[0] > 1.0:
             raise KeyboardInterrupt
+        if not stop["requested"]:
+            first[0] = time.monotonic()
         stop["requested"] = True
 
     try:

@@ -8,6 +8,7 @@ resumed run goes on as if it had never stopped.
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import platform
 import time
@@ -26,20 +27,29 @@ from tqdm.auto import tqdm
 from .checkpointing import (
     find_checkpoint,
     list_checkpoints,
+    remove_leftovers,
     restore_training_state,
     save_checkpoint,
     share_of,
     training_state,
     whole,
 )
-from .configuration import TrainingConfig
+from .configuration import TrainingConfig, TrainingError
 from .data import ImageDataset, Images, StreamedImages, flip_images, load_images, to_model_range
 from .evaluation import EvaluationReport, evaluate_likelihood, first_images
 from .generation import generate, with_sampler
 from .hub import write_model_card, write_pipeline
 from .objectives import OBJECTIVES
 from .pipeline_ddpm import DDPMPipeline
-from .processes import cpu_only, known_tracker, lonely_launch, set_cpu_threads, stop_signals
+from .processes import (
+    cpu_only,
+    end_with_the_launcher,
+    known_tracker,
+    lonely_launch,
+    only_run_in,
+    set_cpu_threads,
+    stop_signals,
+)
 from .randomness import derive_seed
 from .scheduling_ddpm import DDPMScheduler
 from .training_batches import Batches, BatchPlan
@@ -56,10 +66,6 @@ _UPDATES_BETWEEN_CHECKS = 10
 
 # They keep the optimizer's state for themselves and write it with pickle.
 _NOT_OURS = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
-
-
-class TrainingError(RuntimeError):
-    """The run cannot go on; the message says why and what is left on disk."""
 
 
 class Trainer:
@@ -82,11 +88,7 @@ class Trainer:
         self.output_dir = Path(config.output_dir)
         if self.output_dir.exists() and not self.output_dir.is_dir():
             raise ValueError(f"--output_dir {config.output_dir!r} is a file; name a folder")
-        if not config.resume_from_checkpoint and list_checkpoints(self.output_dir):
-            raise ValueError(
-                f"--output_dir {config.output_dir!r} already holds a run; go on with --resume_from_checkpoint latest, "
-                "or name another folder"
-            )
+        self._check_output_is_ours()
 
         self.accelerator = Accelerator(
             cpu=cpu_only(),
@@ -115,6 +117,7 @@ class Trainer:
         self.data = self._load("train")
         if not isinstance(self.data, StreamedImages) and not len(self.data):
             raise ValueError(f"{self.data.name!r} has no images to train on")
+        self._held_out = self._load_held_out()
         self.unet_config = {**self.recipe.unet, **self._class_config()}
         torch.manual_seed(derive_seed(config.seed, "weights"))
         self.unet = self._fresh_unet().to(self.device)
@@ -145,7 +148,6 @@ class Trainer:
         self._adam = optimizer
         self._bad_in_a_row = torch.zeros((), device=self.device)
         self.step = 0  # optimizer updates done
-        self._held_out: ImageDataset | None = None
         self.batches = Batches(
             self.data,
             self.plan,
@@ -161,7 +163,41 @@ class Trainer:
         if config.resume_from_checkpoint:
             self._resume(config.resume_from_checkpoint)
 
+    def _check_output_is_ours(self) -> None:
+        """A run is not mixed with another, nor with anything else that lies in its folder."""
+        config = self.config
+        if not config.resume_from_checkpoint and list_checkpoints(self.output_dir):
+            raise ValueError(
+                f"--output_dir {config.output_dir!r} already holds a run; go on with --resume_from_checkpoint latest, "
+                "or name another folder"
+            )
+        written = ("model_index.json", "unet", "scheduler", "README.md", "samples.png", "evaluation.json")
+        if not (self.output_dir / "training_config.yaml").exists():
+            for name in written:
+                if (self.output_dir / name).exists():
+                    raise ValueError(
+                        f"--output_dir {config.output_dir!r} holds {name}, which a run would overwrite, and no run of "
+                        "this package; name another folder"
+                    )
+
     # ------------------------------------------------------------------ data and draws
+
+    def _load_held_out(self) -> ImageDataset | None:
+        """What bits/dim are measured on, or `None` where nothing is held out or nothing is asked for."""
+        config = self.config
+        if not config.validation_split and "dataset" not in config.images_given():
+            if config.validation_steps:
+                raise ValueError("--validation_steps needs images that are held out; add --validation_split 0.05")
+            return None
+        if not config.eval_num_images:
+            return None
+        held_out = first_images(self._load("validation"), config.eval_num_images)
+        if not len(held_out):
+            raise ValueError(
+                f"--validation_split {config.validation_split} of {held_out.name!r} holds out no image; use a larger "
+                "share, or --eval_num_images 0"
+            )
+        return held_out
 
     @property
     def _image_size(self) -> tuple[int, int]:
@@ -282,9 +318,23 @@ class Trainer:
             TrainingError: Loss or gradients are no longer finite.
             OSError: The disk refuses; the last checkpoint is intact.
         """
-        config, last = self.config, self.recipe.max_train_steps
         self._say(self._introduction())
-        self._prepare_output()
+        try:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OSError(f"cannot write to --output_dir {self.config.output_dir}: {error.strerror}") from error
+        with only_run_in(self.output_dir) if self.accelerator.is_main_process else nullcontext():
+            self._prepare_output()
+            try:
+                return self._publish() if self._run_updates() else None
+            finally:
+                self.batches.close()
+                self.accelerator.end_training()
+
+    def _run_updates(self) -> bool:
+        """The updates that are left; whether all were made (`False`: the run was asked to stop)."""
+        config, last = self.config, self.recipe.max_train_steps
+        end_with_the_launcher()
         started, first = time.monotonic(), self.step
         bar = tqdm(
             total=last, initial=first, desc="training", unit="step", disable=not self.accelerator.is_main_process
@@ -309,28 +359,22 @@ class Trainer:
                         f"stopped after update {self.step}; go on with --resume_from_checkpoint latest "
                         f"--output_dir {config.output_dir}"
                     )
-                    return None
+                    return False
                 if self.step < last:
                     self._watch()
-        self.batches.close()
         seconds = time.monotonic() - started
         images_per_second = (self.step - first) * self.plan.total / seconds
         self._say(f"trained {self.step - first} updates in {seconds:.1f} s, {images_per_second:.0f} images/s")
-        pipe = self._publish()
-        self.accelerator.end_training()
-        return pipe
+        return True
 
     def _due(self, interval: int | None) -> bool:
         return interval is not None and self.step % interval == 0
 
     def _prepare_output(self) -> None:
-        """The output folder, the configuration in it, and the trackers."""
-        try:
-            self.output_dir.mkdir(parents=True, exist_ok=True)
-            if self.accelerator.is_main_process:
-                self.config.save(self.output_dir / "training_config.yaml")
-        except OSError as error:
-            raise OSError(f"cannot write to --output_dir {self.config.output_dir}: {error.strerror}") from error
+        """The configuration in the output folder, without what killed runs left there, and the trackers."""
+        if self.accelerator.is_main_process:
+            remove_leftovers(self.output_dir)
+            self.config.save(self.output_dir / "training_config.yaml")
         if self.config.report_to:
             plain = {key: value for key, value in dataclasses.asdict(self.config).items() if value is not None}
             plain = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in plain.items()}
@@ -396,6 +440,8 @@ class Trainer:
     def _all_agree_to_stop(self, stop: dict[str, bool]) -> bool:
         if self.accelerator.num_processes == 1:
             return stop["requested"]
+        if self.step % _UPDATES_BETWEEN_CHECKS and not self._due(self.config.checkpointing_steps):
+            return False  # asking the others waits for the device
         flag = torch.tensor(float(stop["requested"]), device=self.device)
         return self.accelerator.reduce(flag, reduction="sum").item() > 0
 
@@ -413,12 +459,10 @@ class Trainer:
                 {"model": weights, "ema": averaged, "optimizer": optimizer_tensors},
                 {
                     "optimizer": optimizer_values,
-                    "lr_schedule": self.lr_schedule.state_dict(),
                     "ema_steps": self.ema.optimization_step,
                     "scaler": scaler.state_dict() if scaler is not None else None,
-                    "num_images": self._num_images(),
-                    "total_batch_size": self.plan.total,
-                    "seed": self.config.seed,
+                    **self._identity(),
+                    "recipe": self._changeable(),
                 },
                 keep=self.config.checkpoints_total_limit,
             )
@@ -427,28 +471,61 @@ class Trainer:
     def _num_images(self) -> int | None:
         return None if isinstance(self.data, StreamedImages) else len(self.data)
 
+    def _identity(self) -> dict[str, Any]:
+        """What makes two runs different runs: a checkpoint of one is refused by the other."""
+        return {
+            "network": {k: v for k, v in self.unet_config.items() if k != "dropout"},
+            "scheduler": dict(self.recipe.scheduler),
+            "loss": self.recipe.loss,
+            "images": self.data.name,
+            "num_images": self._num_images(),
+            "total_batch_size": self.plan.total,
+            "seed": self.config.seed,
+        }
+
+    def _changeable(self) -> dict[str, Any]:
+        """What may be changed on the way; the run says so, and does not end in the same bits then."""
+        names = "learning_rate lr_scheduler lr_warmup_steps max_train_steps max_grad_norm ema_decay ema_warmup "
+        names += "random_flip timestep_sampling"
+        return {name: getattr(self.recipe, name) for name in names.split()} | {"dropout": self.recipe.unet["dropout"]}
+
     def _resume(self, which: str) -> None:
         found = find_checkpoint(self.output_dir, which)
         if found is None:
             self._say(f"no checkpoint in {str(self.output_dir)!r} yet, starting from the beginning")
             return
         path, tensors, state = found
-        for name, here in (
-            ("num_images", self._num_images()),
-            ("total_batch_size", self.plan.total),
-            ("seed", self.config.seed),
-        ):
-            if state[name] != here:
+        # As plain JSON values, which is what the checkpoint holds: tuples are lists there.
+        for name, here in json.loads(json.dumps(self._identity())).items():
+            if state.get(name) != here:
                 raise ValueError(
-                    f"{str(path)!r} was trained with {name} {state[name]}, and this run has {here}; resume with the "
-                    "same setting, or start anew in another folder"
+                    f"{str(path)!r} was trained with {name} {state.get(name)}, and this run has {here}; resume with "
+                    "the same setting, or start anew in another folder"
                 )
+        for name, here in self._changeable().items():
+            if (was := state["recipe"].get(name)) != here:
+                self._say(f"changed since {path.name}: {name} was {was} and is {here} from now on")
+        later = [other.name for other in list_checkpoints(self.output_dir) if _step_of(other) > state["step"]]
+        if later and which != "latest":  # latest has passed over damaged ones, which the run will write again
+            raise ValueError(
+                f"{str(self.output_dir)!r} also holds {', '.join(later)}, which {path.name} would lead away from; "
+                "remove them, or resume in another --output_dir"
+            )
+        if state["step"] > self.recipe.max_train_steps:
+            raise ValueError(f"{path.name} is already past --max_train_steps {self.recipe.max_train_steps}")
         restore_training_state(self.model, self._adam, tensors["model"], tensors["optimizer"], state["optimizer"])
         self.ema.shadow_params = [
             share_of(tensors["ema"][name], like=parameter) for name, parameter in self.unet.named_parameters()
         ]
         self.ema.optimization_step = state["ema_steps"]
-        self.lr_schedule.load_state_dict(state["lr_schedule"])
+        # The schedule is a function of the update, so a changed learning rate counts from here on.
+        self.lr_schedule.last_epoch = state["step"]
+        for group, base, factor in zip(
+            self._adam.param_groups, self.lr_schedule.base_lrs, self.lr_schedule.lr_lambdas, strict=True
+        ):
+            group["initial_lr"] = base
+            group["lr"] = base * factor(state["step"])
+        self.lr_schedule._last_lr = [group["lr"] for group in self._adam.param_groups]
         if self.accelerator.scaler is not None and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.step = state["step"]
@@ -509,6 +586,7 @@ class Trainer:
                 recipe=self._recipe_for_card(),
                 report=report,
                 sample="samples.png",
+                class_conditional=self.config.class_conditional,
             )
             self._say(f"wrote {self.output_dir / 'README.md'}")
         self.accelerator.wait_for_everyone()
@@ -516,12 +594,9 @@ class Trainer:
 
     def _evaluate(self, pipe: DDPMPipeline) -> EvaluationReport | None:
         """Held-out bits/dim, or `None` where nothing is held out."""
-        config = self.config
-        if not config.eval_num_images or not (config.validation_split or "dataset" in config.images_given()):
-            return None
         if self._held_out is None:
-            self._held_out = first_images(self._load("validation"), config.eval_num_images)
-        evaluations = config.eval_num_evaluations
+            return None
+        evaluations = self.config.eval_num_evaluations
         report = evaluate_likelihood(pipe, self._held_out, "validation", num_evaluations=evaluations)
         value = report.values["bits_per_dim"]
         self._say(
@@ -551,3 +626,7 @@ class Trainer:
         if self.device.type == "cuda":
             return torch.cuda.get_device_name(self.device)
         return f"{self.device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.split("-")[1])

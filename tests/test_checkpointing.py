@@ -130,3 +130,10 @@ def test_weights_and_optimizer_through_a_checkpoint(tmp_path):
     learn(other, other_optimizer)
     assert torch.equal(layer.weight, other.weight)
     assert torch.equal(layer.bias, other.bias)
+
+
+def test_the_checkpoint_just_written_is_never_removed(tmp_path):
+    for step in (10, 20):
+        save(tmp_path, step)
+    save(tmp_path, 5, keep=1)
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["checkpoint-5"]

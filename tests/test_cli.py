@@ -53,6 +53,7 @@ def test_all_example_configs_are_valid(repository_root):
     ("arguments", "words"),
     [
         (["--lerning_rate", "1"], ["--lerning_rate", "did you mean --learning_rate?"]),
+        (["--learning_rat", "1"], ["--learning_rat", "did you mean --learning_rate?"]),
         (["--learning_rate", "-1"], ["--learning_rate", "-1"]),
         (["--learning_rate", "fast"], ["--learning_rate", "a number", "'fast'"]),
         (["--max_train_steps", "1.5"], ["--max_train_steps", "a whole number", "1.5"]),
@@ -119,6 +120,9 @@ def test_other_mistakes(tmp_path, capsys, small_pipeline):
         (["sample", *model, "--output", str(tmp_path / "x.gif")], "x.gif"),
         (["evaluate", *model, "--metrics", "fid2", "--dataset", "digits"], "'fid2'"),
         (["evaluate", *model], "exactly one"),
+        (["evaluate", *model, "--dataset", "digits", "--num_images", "-1"], "num_images"),
+        (["convert", "--to", "official_tf", "--checkpoint", str(tmp_path / "no"), *out], "no folder"),
+        (["sample", *model, *out, "--class_labels", "cats"], "not class-conditional"),
         (["evaluate", *model, "--dataset", "digits", "--split", "test"], "validation"),
         (["evaluate", *model, "--dataset", "digits", "--num_evaluations", "3"], "even"),
     ]:

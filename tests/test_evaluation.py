@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
+from conftest import make_small_unet
 
-from ddpm_hf import EvaluationReport, bits_per_dim
+from ddpm_hf import DDPMPipeline, DDPMScheduler, EvaluationReport, bits_per_dim
 from ddpm_hf.data import ImageDataset, load_digits, to_model_range
 from ddpm_hf.evaluation import evaluate_likelihood, first_images
 
@@ -30,3 +31,15 @@ def test_images_that_do_not_fit(small_pipeline):
     empty = ImageDataset(torch.zeros(0, 1, 8, 8, dtype=torch.uint8), None, "none")
     with pytest.raises(ValueError, match="no images"):
         evaluate_likelihood(small_pipeline, empty, "all")
+
+
+def test_classes_are_matched_by_name():
+    unet = make_small_unet(num_class_embeds=3, _class_names=["cats", "dogs", "owls"])
+    pipe = DDPMPipeline(unet, DDPMScheduler(num_train_timesteps=10))
+    images = load_digits("validation").images[:4]
+    by_name = ImageDataset(images, torch.tensor([0, 1, 1, 0]), "folders", ["dogs", "owls"])
+    by_number = ImageDataset(images, torch.tensor([1, 2, 2, 1]), "folders", ["cats", "dogs", "owls"])
+    values = [evaluate_likelihood(pipe, data, "all", num_evaluations=4).values for data in (by_name, by_number)]
+    assert values[0] == values[1]
+    with pytest.raises(ValueError, match="no class 'zebras'"):
+        evaluate_likelihood(pipe, ImageDataset(images, by_name.labels, "x", ["dogs", "zebras"]), "all")

@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from conftest import make_small_unet
 from PIL import Image
 
-from ddpm_hf.generation import generate, parse_seeds, with_sampler, write_samples
+from ddpm_hf import DDPMPipeline, DDPMScheduler
+from ddpm_hf.generation import class_sequence, generate, parse_seeds, with_sampler, write_samples
 
 
 def test_seed_lists():
@@ -57,3 +59,21 @@ def test_samplers(small_pipeline):
     assert ddim.unet is small_pipeline.unet
     with pytest.raises(ValueError, match="'euler'"):
         with_sampler(small_pipeline, "euler")
+
+
+def test_a_folder_of_other_images_is_not_mixed(tmp_path, small_pipeline):
+    write_samples(small_pipeline, [0, 1], tmp_path / "out", num_inference_steps=5)
+    with pytest.raises(ValueError, match="other num_inference_steps"):
+        write_samples(small_pipeline, [0, 2], tmp_path / "out", num_inference_steps=6)
+    with torch.no_grad():
+        small_pipeline.unet.conv_out.bias.add_(1)
+    with pytest.raises(ValueError, match="other weights"):
+        write_samples(small_pipeline, [0, 2], tmp_path / "out", num_inference_steps=5)
+
+
+def test_classes_by_name_and_number_in_turn():
+    pipe = DDPMPipeline(make_small_unet(num_class_embeds=3, _class_names=["cats", "dogs"]), DDPMScheduler())
+    assert class_sequence(pipe, "cats, 1", 3) == [0, 1, 0]
+    assert class_sequence(pipe, None, 3) is None
+    with pytest.raises(ValueError, match="'cows' is no class of this network; it has cats, dogs"):
+        class_sequence(pipe, "cows", 1)

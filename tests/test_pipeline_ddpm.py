@@ -4,6 +4,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from conftest import make_small_unet
 
 from ddpm_hf import DDPMPipeline, DDPMScheduler, UNet2DModel
 
@@ -80,3 +81,22 @@ def test_a_bf16_network_keeps_a_float32_chain(small_pipeline):
 def test_bad_arguments(small_pipeline, options, message):
     with pytest.raises(ValueError, match=message):
         small_pipeline(**options)
+
+
+def test_a_learned_variance_is_dropped_by_samplers_that_have_none():
+    unet = make_small_unet(out_channels=2)
+    learned = DDPMPipeline(unet, DDPMScheduler(variance_type="learned_range"))
+    plain = make_small_unet()
+    plain.load_state_dict(
+        {
+            **unet.state_dict(),
+            **{f"conv_out.{name}": unet.state_dict()[f"conv_out.{name}"][:1] for name in ("weight", "bias")},
+        }
+    )
+    for scheduler in (diffusers.DDIMScheduler, diffusers.DPMSolverMultistepScheduler):
+        images = []
+        for network in (unet, plain):
+            pipe = DDPMPipeline(network, scheduler.from_config(learned.scheduler.config))
+            pipe.set_progress_bar_config(disable=True)
+            images.append(arrays(pipe, seeds=[0]))
+        assert np.abs(images[0] - images[1]).max() < 1e-4

@@ -7,6 +7,7 @@ import os
 import resource
 import shutil
 import signal
+import time
 from functools import partial
 
 import datasets
@@ -21,7 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from ddpm_hf import DDPMPipeline, DDPMScheduler, Trainer, TrainingConfig, UNet2DModel, training
 from ddpm_hf.objectives import simple_loss
 from ddpm_hf.presets import PRESETS
-from ddpm_hf.processes import stop_signals
+from ddpm_hf.processes import only_run_in, stop_signals
 from ddpm_hf.training import TrainingError
 
 QUICK = {
@@ -65,7 +66,7 @@ def test_a_run_publishes_a_pipeline_with_card_numbers_and_samples(tmp_path, caps
     names = {p.name for p in folder.iterdir()}
     assert names == {
         *("model_index.json", "unet", "scheduler", "README.md", "samples.png", "evaluation.json"),
-        *("training_config.yaml", "checkpoint-3", "checkpoint-6"),
+        *("training_config.yaml", "checkpoint-3", "checkpoint-6", ".lock"),
     }
     loaded = DDPMPipeline.from_pretrained(folder)
     ema = load_file(folder / "checkpoint-6" / "ema.safetensors")
@@ -182,10 +183,13 @@ def test_a_stop_signal_saves_and_the_run_goes_on_to_the_same_bits(tmp_path, monk
     same_files(tmp_path / "whole", tmp_path / "stopped", 6)
 
 
-def test_the_second_interrupt_leaves_at_once():
+def test_a_later_second_interrupt_leaves_at_once(monkeypatch):
     with stop_signals() as stop:
         os.kill(os.getpid(), signal.SIGINT)
         assert stop["requested"]
+        os.kill(os.getpid(), signal.SIGINT)  # the same Ctrl-C, handed on by a launcher
+        now = time.monotonic()
+        monkeypatch.setattr(time, "monotonic", lambda: now + 5)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
 
@@ -382,7 +386,7 @@ def test_ways_to_run_the_network_change_nothing_but_rounding(tmp_path, option, m
     for step in range(3):
         assert abs(plain._update(step)[0].item() - other._update(step)[0].item()) < 1e-5
     other.step = 3
-    other._prepare_output()
+    other.output_dir.mkdir()
     other._save()
     fresh = trainer(tmp_path / "other", dropout=0.0, resume_from_checkpoint="latest")
     assert fresh.step == 3
@@ -407,7 +411,76 @@ def test_a_disk_that_refuses_gets_a_sentence_and_the_last_checkpoint_is_intact(t
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         signal.signal(signal.SIGXFSZ, before)
     names = {p.name for p in (tmp_path / "run").iterdir()}
-    assert names == {"training_config.yaml", "checkpoint-3"}
+    assert names == {"training_config.yaml", "checkpoint-3", ".lock"}
     trainer(tmp_path / "whole").train()
     trainer(tmp_path / "run", resume_from_checkpoint="latest").train()
     same_files(tmp_path / "whole", tmp_path / "run", 6)
+
+
+def test_going_back_behind_later_checkpoints_is_refused(tmp_path):
+    trainer(tmp_path / "run").train()
+    with pytest.raises(ValueError, match=r"also holds checkpoint-6, which checkpoint-3 would lead away from"):
+        trainer(tmp_path / "run", resume_from_checkpoint="checkpoint-3")
+    with pytest.raises(ValueError, match="already past --max_train_steps 4"):
+        trainer(tmp_path / "run", resume_from_checkpoint="latest", max_train_steps=4)
+    elsewhere = trainer(tmp_path / "other", resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
+    elsewhere.train()
+    same_files(tmp_path / "run", tmp_path / "other", 6)
+
+
+def test_a_changed_learning_rate_counts_and_is_said(tmp_path, capsys):
+    trainer(tmp_path / "run", max_train_steps=3).train()
+    resumed = trainer(tmp_path / "run", resume_from_checkpoint="latest", learning_rate=1e-9)
+    assert "learning_rate was 0.003 and is 1e-09 from now on" in capsys.readouterr().out
+    before = [p.detach().clone() for p in resumed.unet.parameters()]
+    resumed._update(3)
+    assert resumed.lr_schedule.get_last_lr()[0] < 1e-9
+    assert all((p - q).abs().max() < 1e-7 for p, q in zip(resumed.unet.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("other", [{"loss": "vlb"}, {"class_conditional": True}, {"variance_type": "fixed_small"}])
+def test_another_network_or_objective_is_another_run(tmp_path, other):
+    trainer(tmp_path / "run", max_train_steps=3).train()
+    with pytest.raises(ValueError, match="was trained with"):
+        trainer(tmp_path / "run", resume_from_checkpoint="latest", **other)
+
+
+def test_hybrid_training_of_a_learned_variance(tmp_path):
+    pipe = trainer(tmp_path / "run", loss="hybrid", variance_type="learned_range").train()
+    assert pipe.unet.config.out_channels == 2
+    assert pipe.scheduler.config.variance_type == "learned_range"
+    with pytest.raises(ValueError, match="--variance_type learned_range"):
+        trainer(tmp_path / "other", loss="hybrid")
+
+
+def test_two_runs_do_not_write_into_one_folder(tmp_path):
+    run = trainer(tmp_path / "run")
+    (tmp_path / "run").mkdir()
+    with only_run_in(tmp_path / "run"), pytest.raises(ValueError, match="another run is writing"):
+        run.train()
+    assert [p.name for p in (tmp_path / "run").iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize("name", ["README.md", "unet", "model_index.json"])
+def test_other_people_s_files_are_not_overwritten(tmp_path, name):
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project" / name).write_text("mine")
+    for options in ({}, {"resume_from_checkpoint": "latest"}):
+        with pytest.raises(ValueError, match=f"holds {name}"):
+            trainer(tmp_path / "project", **options)
+
+
+def test_what_is_held_out_is_checked_before_training(tmp_path):
+    save_folders(tmp_path / "images")
+    common = {"train_data_dir": str(tmp_path / "images"), "resolution": 8}
+    with pytest.raises(ValueError, match=r"--validation_split 0.01 .* holds out no image"):
+        trainer(tmp_path / "run", validation_split=0.01, **common)
+    with pytest.raises(ValueError, match="--validation_steps needs images that are held out"):
+        trainer(tmp_path / "run", validation_steps=2, **common)
+
+
+def test_what_killed_writes_left_is_removed(tmp_path):
+    for name in (".checkpoint-17.partial", ".checkpoint-2.old"):
+        (tmp_path / "run" / name).mkdir(parents=True)
+    trainer(tmp_path / "run").train()
+    assert not list((tmp_path / "run").glob(".checkpoint*"))
