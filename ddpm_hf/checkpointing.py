@@ -145,7 +145,10 @@ def remove_leftovers(output_dir: Path) -> None:
     """Remove what killed writes and removals have left of directories that never came to be, or are gone."""
     for pattern in (".*.partial", ".*.old"):
         for path in output_dir.glob(pattern):
-            shutil.rmtree(path, ignore_errors=True)
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def save_checkpoint(

@@ -98,6 +98,22 @@ def _launched() -> bool:
     return "ACCELERATE_MIXED_PRECISION" in os.environ or "LOCAL_RANK" in os.environ
 
 
+class StopRequested(BaseException):
+    """Raised by a stop signal inside `interruptible` code."""
+
+
+@contextmanager
+def interruptible(stop: dict[str, bool]) -> Iterator[None]:
+    """What runs inside is broken off by a stop signal, instead of holding it up; only for what can be thrown away."""
+    stop["interruptible"] = True
+    try:
+        yield
+    except StopRequested:
+        pass
+    finally:
+        stop["interruptible"] = False
+
+
 @contextmanager
 def stop_signals() -> Iterator[dict[str, bool]]:
     """SIGINT and SIGTERM set `["requested"]` once; a second SIGINT interrupts at once. Only in the main thread."""
@@ -110,6 +126,9 @@ def stop_signals() -> Iterator[dict[str, bool]]:
         if not stop["requested"]:
             first[0] = time.monotonic()
         stop["requested"] = True
+        if stop.get("interruptible"):
+            stop["interruptible"] = False
+            raise StopRequested
 
     try:
         before = {s: signal.signal(s, request) for s in (signal.SIGINT, signal.SIGTERM)}

@@ -44,6 +44,7 @@ from .pipeline_ddpm import DDPMPipeline
 from .processes import (
     cpu_only,
     end_with_the_launcher,
+    interruptible,
     known_tracker,
     lonely_launch,
     only_run_in,
@@ -350,8 +351,13 @@ class Trainer:
                 if now - shown > _SECONDS_BETWEEN_READINGS or self.step == last:
                     self._show(bar, loss, norm, (self.step - first) * self.plan.total / (now - started))
                     shown = now
+                saved = self._due(config.checkpointing_steps) or self.step == last
+                if saved:
+                    self._save()
+                if self.step < last:
+                    self._watch(stop)
                 stopping = self._all_agree_to_stop(stop)
-                if self._due(config.checkpointing_steps) or stopping or self.step == last:
+                if stopping and not saved:
                     self._save()
                 if stopping and self.step < last:
                     bar.close()
@@ -360,8 +366,6 @@ class Trainer:
                         f"--output_dir {config.output_dir}"
                     )
                     return False
-                if self.step < last:
-                    self._watch()
         seconds = time.monotonic() - started
         images_per_second = (self.step - first) * self.plan.total / seconds
         self._say(f"trained {self.step - first} updates in {seconds:.1f} s, {images_per_second:.0f} images/s")
@@ -380,16 +384,20 @@ class Trainer:
             plain = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in plain.items()}
             self.accelerator.init_trackers("ddpm_hf", config=plain)
 
-    def _watch(self) -> None:
-        """Sample grid and held-out bits/dim of the averaged weights, where they are due; all processes take part."""
+    def _watch(self, stop: dict[str, bool]) -> None:
+        """Sample grid and held-out bits/dim of the averaged weights, where they are due; all processes take part.
+
+        A stop signal breaks it off, unless other processes would wait for this one's share.
+        """
         pictures, numbers = self._due(self.config.save_images_steps), self._due(self.config.validation_steps)
         if not pictures and not numbers:
             return
-        pipe = self._pipeline()
-        if pictures:
-            self._sample_grid(pipe, f"samples-{self.step}.png")
-        if numbers and (report := self._evaluate(pipe)) is not None:
-            self.accelerator.log({"bits_per_dim": report.values["bits_per_dim"]["value"]}, step=self.step)
+        with interruptible(stop) if self.accelerator.num_processes == 1 else nullcontext():
+            pipe = self._pipeline()
+            if pictures:
+                self._sample_grid(pipe, f"samples-{self.step}.png")
+            if numbers and (report := self._evaluate(pipe)) is not None:
+                self.accelerator.log({"bits_per_dim": report.values["bits_per_dim"]["value"]}, step=self.step)
 
     def _introduction(self) -> str:
         config, a = self.config, self.accelerator

@@ -484,3 +484,22 @@ def test_what_killed_writes_left_is_removed(tmp_path):
         (tmp_path / "run" / name).mkdir(parents=True)
     trainer(tmp_path / "run").train()
     assert not list((tmp_path / "run").glob(".checkpoint*"))
+
+
+def test_a_stop_signal_does_not_wait_for_a_sample_grid(tmp_path, monkeypatch):
+    trainer(tmp_path / "whole").train()
+    run = trainer(tmp_path / "stopped", save_images_steps=4, checkpointing_steps=100)
+    reached = []
+
+    def endless(pipe, name):
+        os.kill(os.getpid(), signal.SIGTERM)
+        for _ in range(10_000_000):
+            pass
+        reached.append(name)
+
+    monkeypatch.setattr(run, "_sample_grid", endless)
+    assert run.train() is None
+    assert reached == []
+    assert (tmp_path / "stopped" / "checkpoint-4").is_dir()
+    trainer(tmp_path / "stopped", resume_from_checkpoint="latest").train()
+    same_files(tmp_path / "whole", tmp_path / "stopped", 6)
