@@ -61,14 +61,19 @@ def layout_from_tf(array: np.ndarray) -> Tensor:
 # ---------------------------------------------------------------------- PyTorch namings
 
 
+def _layers(tensors: Tensors, names: dict[str, str]) -> Tensors:
+    """`{new}.weight` for every `{old}.weight` (and bias) that there is."""
+    return {
+        f"{new}.{tail}": tensors[f"{old}.{tail}"]
+        for old, new in names.items()
+        for tail in ("weight", "bias")
+        if f"{old}.{tail}" in tensors
+    }
+
+
 def _renamed(tensors: Tensors, source: str, target: str, parts: dict[str, str]) -> Tensors:
     """`{target}.{new}.weight` for every `{source}.{old}.weight` (and bias) that there is."""
-    return {
-        f"{target}.{new}.{tail}": tensors[f"{source}.{old}.{tail}"]
-        for old, new in parts.items()
-        for tail in ("weight", "bias")
-        if f"{source}.{old}.{tail}" in tensors
-    }
+    return _layers(tensors, {f"{source}.{old}": f"{target}.{new}" for old, new in parts.items()})
 
 
 def _numbers_below(tensors: Tensors, prefix: str) -> list[int]:
@@ -113,10 +118,7 @@ def canonical_from_pytorch_ddpm(tensors: Tensors) -> Tensors:
         # Its sines and cosines alternate; ours are all sines, then all cosines.
         first = out["temb.dense.0.weight"]
         out["temb.dense.0.weight"] = torch.cat([first[:, 0::2], first[:, 1::2]], dim=1)
-    for old, new in (("head", "conv_in"), ("tail.0", "norm_out"), ("tail.2", "conv_out")):
-        out |= _renamed(tensors, old, new, {}) | {
-            f"{new}.{tail}": tensors[f"{old}.{tail}"] for tail in ("weight", "bias") if f"{old}.{tail}" in tensors
-        }
+    out |= _layers(tensors, {"head": "conv_in", "tail.0": "norm_out", "tail.2": "conv_out"})
 
     def resamples(block: str) -> bool:
         return f"{block}.main.weight" in tensors
@@ -149,15 +151,8 @@ _IMPROVED_BLOCK = {
 def canonical_from_improved_diffusion(tensors: Tensors) -> Tensors:
     out: Tensors = {}
     out |= _renamed(tensors, "time_embed", "temb", {"0": "dense.0", "2": "dense.1"})
-    out |= {
-        f"conv_in.{tail}": tensors[f"input_blocks.0.0.{tail}"]
-        for tail in ("weight", "bias")
-        if f"input_blocks.0.0.{tail}" in tensors
-    }
-    for old, new in (("out.0", "norm_out"), ("out.2", "conv_out")):
-        out |= {f"{new}.{tail}": tensors[f"{old}.{tail}"] for tail in ("weight", "bias") if f"{old}.{tail}" in tensors}
-    if "label_emb.weight" in tensors:
-        out["label_emb.weight"] = tensors["label_emb.weight"]
+    names = {"input_blocks.0.0": "conv_in", "out.0": "norm_out", "out.2": "conv_out", "label_emb": "label_emb"}
+    out |= _layers(tensors, names)
     inputs = _numbers_below(tensors, "input_blocks")
     if inputs != list(range(len(inputs))):
         raise ConversionError(
