@@ -223,6 +223,11 @@ def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str,
     return tensors, state
 
 
+def fingerprint(path: Path) -> str:
+    """SHA-256 of a checkpoint's manifest, which holds those of all its files."""
+    return _sha256(path / MANIFEST_FILE)
+
+
 def find_checkpoint(output_dir: Path, which: str) -> tuple[Path, dict[str, dict[str, Tensor]], dict[str, Any]] | None:
     """The checkpoint to resume from, and what it holds.
 

@@ -14,8 +14,8 @@ from typing import Any
 from .presets import Preset, get_preset
 
 
-def _flag(default: Any, help: str, group: str) -> Any:
-    return field(default=default, metadata={"help": help, "group": group})
+def _flag(default: Any, help: str, group: str, repr: bool = True) -> Any:
+    return field(default=default, metadata={"help": help, "group": group}, repr=repr)
 
 
 class TrainingError(ValueError):
@@ -94,6 +94,11 @@ class TrainingConfig:
     sampler: str = _flag("ddpm", "ddpm (Algorithm 2) or ddim, for the sample grids", "output")
     eval_num_images: int = _flag(1000, "held-out images for bits/dim at the end; 0 leaves it out", "output")
     eval_num_evaluations: int = _flag(50, "network evaluations per image for bits/dim (stratified)", "output")
+    push_to_hub: bool = _flag(False, "publish the model on the Hub, with every checkpoint and at the end", "hub")
+    hub_model_id: str | None = _flag(None, "org/name on the Hub; the output folder's name if left out", "hub")
+    hub_private_repo: bool = _flag(True, "false: publish for everybody to see", "hub")
+    hub_token: str | None = _flag(None, "better: 'hf auth login' or HF_TOKEN; never saved", "hub", repr=False)
+    license: str | None = _flag(None, "of the model, for its card, such as apache-2.0", "hub")
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():  # what Python callers write naturally
@@ -124,6 +129,8 @@ class TrainingConfig:
             raise ValueError(f"--resolution takes one or two positive numbers, got {self.resolution}")
         if self.value_range is not None and (len(self.value_range) != 2 or self.value_range[0] >= self.value_range[1]):
             raise ValueError(f"--value_range takes two rising numbers, for example 0 1, got {self.value_range}")
+        if self.hub_model_id is not None and not self.push_to_hub:
+            raise ValueError(f"--hub_model_id {self.hub_model_id} needs --push_to_hub")
         if self.class_dropout and not self.class_conditional:
             raise ValueError(f"--class_dropout {self.class_dropout} needs --class_conditional")
         for name in ("validation_split", "ema_max_decay", "dropout", "class_dropout"):
@@ -233,8 +240,12 @@ class TrainingConfig:
             return per_process, total // known, total
         return total // known, accumulation or 1, total
 
+    def public_values(self) -> dict[str, Any]:
+        """All of it but the access token, for files and trackers."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name != "hub_token"}
+
     def save(self, path: Path) -> None:
         """Write the run's configuration as YAML that `--config` reads."""
         import yaml
 
-        path.write_text(yaml.safe_dump(dataclasses.asdict(self), sort_keys=False))
+        path.write_text(yaml.safe_dump(self.public_values(), sort_keys=False))

@@ -15,7 +15,10 @@ from typing import Any
 import psutil
 import torch
 from accelerate import PartialState
+from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
+from accelerate.utils import DistributedType, gather_object
+from tqdm.auto import tqdm
 
 
 def cpu_only() -> bool:
@@ -26,6 +29,81 @@ def cpu_only() -> bool:
 def processes() -> PartialState:
     """accelerate's view of this process among its siblings; one process alone is one of one."""
     return PartialState(cpu=cpu_only())
+
+
+def say(text: str) -> None:
+    """Print a line above the progress bar, from the main process only."""
+    if processes().is_main_process:
+        tqdm.write(text)
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """What fails on one process fails on all, instead of leaving the others waiting for it; all have to come here.
+
+    Raises:
+        ValueError: With the other process's sentence, where it failed there and not here.
+    """
+    failed: Exception | None = None
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        failed = error
+    sentences = gather_object([None if failed is None else str(failed)])
+    if failed is not None:
+        raise failed
+    for index, sentence in enumerate(sentences):
+        if sentence is not None:
+            raise ValueError(f"process {index} failed: {sentence}")
+
+
+def same_everywhere(verb: str, what: str, advice: str) -> None:
+    """All processes, on whatever machines, have to have found the same.
+
+    Raises:
+        ValueError: On every process: what the first one and another one have found.
+    """
+    found = gather_object([what])
+    for index, other in enumerate(found):
+        if other != found[0]:
+            raise ValueError(f"process 0 {verb} {found[0]}, and process {index} {verb} {other}; {advice}")
+
+
+def forget_another_precision(wanted: str | None) -> None:
+    """Let an `Accelerator` have a precision of its own: accelerate keeps the first one of a process for all.
+
+    What accelerate knows of processes and devices stays. Where it shards, that knowledge lies in the same place.
+
+    Args:
+        wanted: As for `Accelerator`; `None` is what the launcher says, as in a fresh process.
+
+    Raises:
+        ValueError: It shards and was given another precision before.
+    """
+    state = AcceleratorState._shared_state
+    wanted = wanted or os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if state.get("_mixed_precision") in (None, wanted):
+        return
+    if state["distributed_type"] in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise ValueError(
+            f"this process has set up sharding with --mixed_precision {state['_mixed_precision']}; start another one "
+            f"for {wanted}"
+        )
+    AcceleratorState._reset_state()
+
+
+def refuse_foreign_engines() -> None:
+    """DeepSpeed and Megatron-LM keep the optimizer's state for themselves and write it with pickle.
+
+    Raises:
+        ValueError: `accelerate launch` was told to use one of them.
+    """
+    for engine in ("DEEPSPEED", "MEGATRON_LM"):
+        if os.environ.get(f"ACCELERATE_USE_{engine}", "").lower() == "true":
+            raise ValueError(
+                f"{engine} saves its state with pickle, which checkpoints here do not hold; use several processes "
+                "(examples/accelerate/multi_gpu.yaml) or FSDP 2 (examples/accelerate/fsdp2.yaml)"
+            )
 
 
 def lonely_launch() -> bool:

@@ -1,4 +1,4 @@
-"""Algorithm 1: the training loop, with its recipe, checkpoints and the model it publishes.
+"""Algorithm 1: the training loop, with its recipe and its checkpoints; what it shows of itself is in `publishing`.
 
 Everything random in update n (which images, flips, t, noise, dropout) is a function of (seed, n), drawn for the whole
 batch of the update and then cut into micro-batches and processes. So a run does not depend on how it was cut, and a
@@ -7,18 +7,16 @@ resumed run goes on as if it had never stopped.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
-import platform
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, gather_object
+from accelerate.utils import DistributedType
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor
@@ -26,6 +24,7 @@ from tqdm.auto import tqdm
 
 from .checkpointing import (
     find_checkpoint,
+    fingerprint,
     list_checkpoints,
     remove_leftovers,
     restore_training_state,
@@ -35,27 +34,29 @@ from .checkpointing import (
     whole,
 )
 from .configuration import TrainingConfig, TrainingError
-from .data import ImageDataset, Images, StreamedImages, flip_images, load_images, to_model_range
-from .evaluation import EvaluationReport, evaluate_likelihood, first_images
-from .generation import generate, with_sampler
-from .hub import write_model_card, write_pipeline
+from .data import StreamedImages, flip_images, to_model_range
 from .objectives import OBJECTIVES
 from .pipeline_ddpm import DDPMPipeline
 from .processes import (
     cpu_only,
     end_with_the_launcher,
+    forget_another_precision,
     interruptible,
     known_tracker,
     lonely_launch,
     only_run_in,
+    refuse_foreign_engines,
+    same_everywhere,
+    say,
     set_cpu_threads,
     stop_signals,
+    together,
 )
+from .publishing import Publisher, describe, load_held_out, precision_name
 from .randomness import derive_seed
 from .scheduling_ddpm import DDPMScheduler
-from .training_batches import Batches, BatchPlan
+from .training_batches import Batches, BatchPlan, image_size, load_split
 from .unet_2d import UNet2DModel, parameter_count
-from .visualize import image_grid, save_picture
 
 # How often the progress bar reads the loss from the device.
 _SECONDS_BETWEEN_READINGS = 1.0
@@ -63,10 +64,6 @@ _SECONDS_BETWEEN_READINGS = 1.0
 # fp16's loss scale starts high and is halved after each overflow, so a few skipped updates are nothing unusual.
 _MOST_SKIPPED_UPDATES = 20
 _UPDATES_BETWEEN_CHECKS = 10
-
-
-# They keep the optimizer's state for themselves and write it with pickle.
-_NOT_OURS = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
 
 class Trainer:
@@ -82,15 +79,9 @@ class Trainer:
     def __init__(self, config: TrainingConfig):
         self.config = config
         self.recipe = config.resolved_preset()
-        if config.mixed_precision == "fp16" and not torch.cuda.is_available():
-            raise ValueError(
-                "--mixed_precision fp16 needs a GPU, and there is none here; use bf16, or leave it out for float32"
-            )
         self.output_dir = Path(config.output_dir)
-        if self.output_dir.exists() and not self.output_dir.is_dir():
-            raise ValueError(f"--output_dir {config.output_dir!r} is a file; name a folder")
-        self._check_output_is_ours()
-
+        refuse_foreign_engines()
+        forget_another_precision(config.mixed_precision)
         self.accelerator = Accelerator(
             cpu=cpu_only(),
             mixed_precision=config.mixed_precision,
@@ -98,15 +89,8 @@ class Trainer:
             project_dir=str(self.output_dir / config.logging_dir),
         )
         self.device = self.accelerator.device
-        fsdp = (
-            self.accelerator.state.fsdp_plugin if self.accelerator.distributed_type == DistributedType.FSDP else None
-        )
-        if self.accelerator.distributed_type in _NOT_OURS or (fsdp is not None and fsdp.fsdp_version != 2):
-            raise ValueError(
-                f"{self.accelerator.distributed_type.value} saves its state with pickle or as one flat tensor, which "
-                "checkpoints here do not hold; use several processes (examples/accelerate/multi_gpu.yaml) or "
-                "FSDP 2 (examples/accelerate/fsdp2.yaml)"
-            )
+        self.precision = precision_name(self.accelerator)
+        self._check_machine()
         if self.device.type == "cpu":
             local = int(os.environ.get("LOCAL_WORLD_SIZE", self.accelerator.num_processes))
             set_cpu_threads(config.num_cpu_threads, local)
@@ -114,14 +98,20 @@ class Trainer:
         self.plan = BatchPlan(micro, accumulation, self.accelerator.process_index, self.accelerator.num_processes)
 
         self.scheduler = DDPMScheduler(**self.recipe.scheduler)
-        self._check_size()
-        self.data = self._load("train")
-        if not isinstance(self.data, StreamedImages) and not len(self.data):
-            raise ValueError(f"{self.data.name!r} has no images to train on")
-        self._held_out = self._load_held_out()
-        self.unet_config = {**self.recipe.unet, **self._class_config()}
+        with together():
+            self._check_output_is_ours()
+            self._check_size()
+            self.data = load_split(config, "train")
+            if not isinstance(self.data, StreamedImages) and not len(self.data):
+                raise ValueError(f"{self.data.name!r} has no images to train on")
+            held_out = load_held_out(config)
+            self.unet_config = {**self.recipe.unet, **self._class_config()}
+        same_everywhere("has", describe(self.data), "all of them need the same images")
+        self.publisher = Publisher(
+            config, self.recipe, self.unet_config, self.accelerator, self.data, held_out, self.plan
+        )
         torch.manual_seed(derive_seed(config.seed, "weights"))
-        self.unet = self._fresh_unet().to(self.device)
+        self.unet = UNet2DModel(**self.unet_config).to(self.device)
         if config.gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
         if config.channels_last:
@@ -152,7 +142,7 @@ class Trainer:
         self.batches = Batches(
             self.data,
             self.plan,
-            image_shape=(self.unet.config.in_channels, *self._image_size),
+            image_shape=(self.unet.config.in_channels, *image_size(self.recipe)),
             num_train_timesteps=self.scheduler.config.num_train_timesteps,
             seed=config.seed,
             device=self.device,
@@ -164,9 +154,26 @@ class Trainer:
         if config.resume_from_checkpoint:
             self._resume(config.resume_from_checkpoint)
 
+    def _check_machine(self) -> None:
+        """What accelerate was asked for, on a command line or in its configuration, and cannot be had here."""
+        a = self.accelerator
+        if a.distributed_type == DistributedType.FSDP and a.state.fsdp_plugin.fsdp_version != 2:
+            raise ValueError(
+                "the first FSDP keeps one flat tensor per block, which checkpoints here do not hold; use FSDP 2 "
+                "(examples/accelerate/fsdp2.yaml) or several processes (examples/accelerate/multi_gpu.yaml)"
+            )
+        if a.mixed_precision == "fp16" and a.scaler is None:
+            raise ValueError(
+                "--mixed_precision fp16 needs a GPU, and there is none here; use bf16, or leave it out for float32"
+            )
+        if a.mixed_precision not in ("no", "fp16", "bf16"):
+            raise ValueError(f"mixed precision {a.mixed_precision!r} is not supported; use bf16, fp16 or no")
+
     def _check_output_is_ours(self) -> None:
         """A run is not mixed with another, nor with anything else that lies in its folder."""
         config = self.config
+        if self.output_dir.exists() and not self.output_dir.is_dir():
+            raise ValueError(f"--output_dir {config.output_dir!r} is a file; name a folder")
         if not config.resume_from_checkpoint and list_checkpoints(self.output_dir):
             raise ValueError(
                 f"--output_dir {config.output_dir!r} already holds a run; go on with --resume_from_checkpoint latest, "
@@ -181,47 +188,10 @@ class Trainer:
                         "this package; name another folder"
                     )
 
-    # ------------------------------------------------------------------ data and draws
-
-    def _load_held_out(self) -> ImageDataset | None:
-        """What bits/dim are measured on, or `None` where nothing is held out or nothing is asked for."""
-        config = self.config
-        if not config.validation_split and "dataset" not in config.images_given():
-            if config.validation_steps:
-                raise ValueError("--validation_steps needs images that are held out; add --validation_split 0.05")
-            return None
-        if not config.eval_num_images:
-            return None
-        held_out = first_images(self._load("validation"), config.eval_num_images)
-        if not len(held_out):
-            raise ValueError(
-                f"--validation_split {config.validation_split} of {held_out.name!r} holds out no image; use a larger "
-                "share, or --eval_num_images 0"
-            )
-        return held_out
-
-    @property
-    def _image_size(self) -> tuple[int, int]:
-        size = self.recipe.unet["sample_size"]
-        return (size, size) if isinstance(size, int) else tuple(size)
-
     def _check_size(self) -> None:
         """A size that the network cannot halve, said before any image is read."""
         with torch.device("meta"):
             UNet2DModel(**self.recipe.unet)
-
-    def _load(self, split: str) -> Images:
-        options = self.config.image_options()
-        if split != "train":
-            options |= {"crop": "center"} if "crop" in options else {}
-        return load_images(
-            **self.config.images_given(),
-            split=split,
-            channels=self.recipe.unet.get("in_channels", 3),
-            resolution=self._image_size,
-            validation_split=self.config.validation_split,
-            **options,
-        )
 
     def _class_config(self) -> dict[str, Any]:
         """`UNet2DModel` arguments for the images' classes; with class dropout, one more class stands for none."""
@@ -237,9 +207,6 @@ class Trainer:
         if self.config.class_dropout:
             config |= {"num_class_embeds": len(names) + 1, "_null_class": len(names)}
         return config
-
-    def _fresh_unet(self) -> UNet2DModel:
-        return UNet2DModel(**self.unet_config)
 
     # ------------------------------------------------------------------ one update
 
@@ -283,13 +250,11 @@ class Trainer:
         Raises:
             TrainingError: Too many updates in a row were skipped.
         """
+        # accelerate's step_was_skipped says no: a fused Adam is always called, and skips by itself.
+        bad = (~whole(norm).isfinite()).float()
         if self.accelerator.scaler is None:
-            norm = whole(norm)
-            bad = (~norm.isfinite()).float()
-            vars(self._adam)["found_inf"] = bad  # what Adam's fused kernel looks at to leave everything as it is
+            vars(self._adam)["found_inf"] = bad  # what the fused kernel looks at; a GradScaler sets it by itself
         self.optimizer.step()
-        if self.accelerator.scaler is not None:
-            bad = torch.tensor(float(self.optimizer.step_was_skipped), device=self.device)
         self.optimizer.zero_grad(set_to_none=True)
         self.lr_schedule.step()
         self.ema.step(self.unet.parameters())
@@ -303,7 +268,7 @@ class Trainer:
         raise TrainingError(
             f"loss {loss.item()} and gradient norm {norm.item()} at update {self.step + 1}: "
             f"{int(self._bad_in_a_row.item())} updates in a row were skipped because their gradients are not finite "
-            f"(learning rate {self.lr_schedule.get_last_lr()[0]:.3g}, precision {self._precision}); "
+            f"(learning rate {self.lr_schedule.get_last_lr()[0]:.3g}, precision {self.precision}); "
             f"lower the learning rate; the last checkpoint is {kept[-1] if kept else 'none yet'}"
         )
 
@@ -319,20 +284,35 @@ class Trainer:
             TrainingError: Loss or gradients are no longer finite.
             OSError: The disk refuses; the last checkpoint is intact.
         """
-        self._say(self._introduction())
-        try:
-            self.output_dir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OSError(f"cannot write to --output_dir {self.config.output_dir}: {error.strerror}") from error
-        with only_run_in(self.output_dir) if self.accelerator.is_main_process else nullcontext():
-            self._prepare_output()
+        if precision_name(self.accelerator) != self.precision:  # accelerate's state is shared by all of them
+            raise ValueError(
+                f"another Trainer with precision {precision_name(self.accelerator)} was made after this one with "
+                f"{self.precision}; train the first before making the second"
+            )
+        say(self._introduction())
+        with ExitStack() as held:
+            with together():
+                if self.accelerator.is_main_process:
+                    self._make_output_dir()
+                    held.enter_context(only_run_in(self.output_dir))
+                    remove_leftovers(self.output_dir)
+                    self.config.save(self.output_dir / "training_config.yaml")
+            self.publisher.open_hub()
+            self._start_trackers()
             try:
-                return self._publish() if self._run_updates() else None
+                with stop_signals() as stop:
+                    pipe = self._publish(stop) if self._run_updates(stop) else None
+                    if pipe is not None and self.publisher.pushes is not None:
+                        with interruptible(stop):
+                            self.publisher.pushes.finish()
+                    return pipe
             finally:
+                if self.publisher.pushes is not None:
+                    self.publisher.pushes.stop()
                 self.batches.close()
                 self.accelerator.end_training()
 
-    def _run_updates(self) -> bool:
+    def _run_updates(self, stop: dict[str, bool]) -> bool:
         """The updates that are left; whether all were made (`False`: the run was asked to stop)."""
         config, last = self.config, self.recipe.max_train_steps
         end_with_the_launcher()
@@ -342,7 +322,7 @@ class Trainer:
         )
         shown = started
         self.model.train()
-        with bar, stop_signals() as stop:
+        with bar:
             while self.step < last:
                 loss, norm = self._update(self.step)
                 self.step += 1
@@ -356,55 +336,67 @@ class Trainer:
                     self._save()
                 if self.step < last:
                     self._watch(stop)
+                    if saved and config.push_to_hub:
+                        self.publisher.push(self._ema_state_dict(), self.step)
                 stopping = self._all_agree_to_stop(stop)
                 if stopping and not saved:
                     self._save()
                 if stopping and self.step < last:
                     bar.close()
-                    self._say(
-                        f"stopped after update {self.step}; go on with --resume_from_checkpoint latest "
-                        f"--output_dir {config.output_dir}"
-                    )
+                    self._say_stopped()
                     return False
         seconds = time.monotonic() - started
         images_per_second = (self.step - first) * self.plan.total / seconds
-        self._say(f"trained {self.step - first} updates in {seconds:.1f} s, {images_per_second:.0f} images/s")
+        say(f"trained {self.step - first} updates in {seconds:.1f} s, {images_per_second:.0f} images/s")
         return True
+
+    def _publish(self, stop: dict[str, bool]) -> DDPMPipeline | None:
+        """The trained model; `None` where a stop signal breaks this off, which takes one process (see `_watch`)."""
+        alone = self.accelerator.num_processes == 1
+        with interruptible(stop) if alone else nullcontext():
+            if not (alone and stop["requested"]):
+                return self.publisher.publish(self._ema_state_dict(), self.step)
+        self._say_stopped("; only the published model is not complete")
+        return None
+
+    def _say_stopped(self, remark: str = "") -> None:
+        say(
+            f"stopped after update {self.step}{remark}; go on with --resume_from_checkpoint latest "
+            f"--output_dir {self.config.output_dir}"
+        )
 
     def _due(self, interval: int | None) -> bool:
         return interval is not None and self.step % interval == 0
 
-    def _prepare_output(self) -> None:
-        """The configuration in the output folder, without what killed runs left there, and the trackers."""
-        if self.accelerator.is_main_process:
-            remove_leftovers(self.output_dir)
-            self.config.save(self.output_dir / "training_config.yaml")
+    def _make_output_dir(self) -> None:
+        try:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OSError(f"cannot write to --output_dir {self.config.output_dir}: {error.strerror}") from error
+
+    def _start_trackers(self) -> None:
         if self.config.report_to:
-            plain = {key: value for key, value in dataclasses.asdict(self.config).items() if value is not None}
+            plain = {key: value for key, value in self.config.public_values().items() if value is not None}
             plain = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in plain.items()}
             self.accelerator.init_trackers("ddpm_hf", config=plain)
 
     def _watch(self, stop: dict[str, bool]) -> None:
-        """Sample grid and held-out bits/dim of the averaged weights, where they are due; all processes take part.
+        """What the publisher has to show of the averaged weights after this update; all processes take part.
 
-        A stop signal breaks it off, unless other processes would wait for this one's share.
+        A stop signal breaks it off, unless other processes would wait for this one's share. Whatever is to follow from
+        the numbers (keeping the best checkpoint, say) has its place here.
         """
-        pictures, numbers = self._due(self.config.save_images_steps), self._due(self.config.validation_steps)
-        if not pictures and not numbers:
-            return
-        with interruptible(stop) if self.accelerator.num_processes == 1 else nullcontext():
-            pipe = self._pipeline()
-            if pictures:
-                self._sample_grid(pipe, f"samples-{self.step}.png")
-            if numbers and (report := self._evaluate(pipe)) is not None:
-                self.accelerator.log({"bits_per_dim": report.values["bits_per_dim"]["value"]}, step=self.step)
+        if self.publisher.due(self.step):
+            with interruptible(stop) if self.accelerator.num_processes == 1 else nullcontext():
+                if numbers := self.publisher.watch(self._ema_state_dict(), self.step):
+                    self.accelerator.log(numbers, step=self.step)
 
     def _introduction(self) -> str:
         config, a = self.config, self.accelerator
         lines = [
-            f"{config.preset}: {parameter_count(self.unet):,} parameters, {self._count_of_images()}"
-            f"{self.data.name}, {self.recipe.max_train_steps - self.step} updates of {self.plan.total} images "
-            f"on {self.device.type} ({a.num_processes} process(es), precision {self._precision})",
+            f"{config.preset}: {parameter_count(self.unet):,} parameters, {describe(self.data)}, "
+            f"{self.recipe.max_train_steps - self.step} updates of {self.plan.total} images "
+            f"on {self.device.type} ({a.num_processes} process(es), precision {self.precision})",
         ]
         if self.plan.accumulation > 1:
             lines.append(
@@ -419,20 +411,10 @@ class Trainer:
             lines.append(f"resumed after update {self.step}")
         return "\n".join(lines)
 
-    @property
-    def _precision(self) -> str:
-        """What the network computes in."""
-        return {"no": "float32"}.get(self.accelerator.mixed_precision, self.accelerator.mixed_precision)
-
-    def _count_of_images(self) -> str:
-        return "a stream of " if isinstance(self.data, StreamedImages) else f"{len(self.data)} images of "
-
-    def _say(self, text: str) -> None:
-        if self.accelerator.is_main_process:
-            tqdm.write(text)
-
     def _show(self, bar: Any, loss: Tensor, norm: Tensor, images_per_second: float) -> None:
         """Read the numbers from the device, show them and hand them to the trackers."""
+        if self.publisher.pushes is not None:
+            self.publisher.pushes.poll()
         values = {
             "loss": loss.item() * self.accelerator.num_processes,  # from this process's share, scaled to the whole
             "lr": self.lr_schedule.get_last_lr()[0],
@@ -459,22 +441,22 @@ class Trainer:
         """Write a checkpoint: the main process does, from what all have."""
         weights, optimizer_tensors, optimizer_values = training_state(self.model, self._adam)
         averaged = self._ema_state_dict()
-        if self.accelerator.is_main_process:
-            scaler = self.accelerator.scaler
-            save_checkpoint(
-                self.output_dir,
-                self.step,
-                {"model": weights, "ema": averaged, "optimizer": optimizer_tensors},
-                {
-                    "optimizer": optimizer_values,
-                    "ema_steps": self.ema.optimization_step,
-                    "scaler": scaler.state_dict() if scaler is not None else None,
-                    **self._identity(),
-                    "recipe": self._changeable(),
-                },
-                keep=self.config.checkpoints_total_limit,
-            )
-        self.accelerator.wait_for_everyone()
+        scaler = self.accelerator.scaler
+        with together():  # and nobody goes on before it is written
+            if self.accelerator.is_main_process:
+                save_checkpoint(
+                    self.output_dir,
+                    self.step,
+                    {"model": weights, "ema": averaged, "optimizer": optimizer_tensors},
+                    {
+                        "optimizer": optimizer_values,
+                        "ema_steps": self.ema.optimization_step,
+                        "scaler": scaler.state_dict() if scaler is not None else None,
+                        **self._identity(),
+                        "recipe": self._changeable(),
+                    },
+                    keep=self.config.checkpoints_total_limit,
+                )
 
     def _num_images(self) -> int | None:
         return None if isinstance(self.data, StreamedImages) else len(self.data)
@@ -495,32 +477,23 @@ class Trainer:
         """What may be changed on the way; the run says so, and does not end in the same bits then."""
         names = "learning_rate lr_scheduler lr_warmup_steps max_train_steps max_grad_norm ema_decay ema_warmup "
         names += "random_flip timestep_sampling"
-        return {name: getattr(self.recipe, name) for name in names.split()} | {"dropout": self.recipe.unet["dropout"]}
+        return {name: getattr(self.recipe, name) for name in names.split()} | {
+            "dropout": self.recipe.unet["dropout"],
+            "precision": self.precision,
+        }
 
     def _resume(self, which: str) -> None:
-        found = find_checkpoint(self.output_dir, which)
+        with together():
+            found = find_checkpoint(self.output_dir, which)
+        where = f"{found[0].name} ({fingerprint(found[0])[:12]})" if found else "no checkpoint"
+        advice = "put --output_dir on a disk that all machines share, or copy the first one's folder to all of them"
+        same_everywhere("has", where, advice)
         if found is None:
-            self._say(f"no checkpoint in {str(self.output_dir)!r} yet, starting from the beginning")
+            say(f"no checkpoint in {str(self.output_dir)!r} yet, starting from the beginning")
             return
         path, tensors, state = found
-        # As plain JSON values, which is what the checkpoint holds: tuples are lists there.
-        for name, here in json.loads(json.dumps(self._identity())).items():
-            if state.get(name) != here:
-                raise ValueError(
-                    f"{str(path)!r} was trained with {name} {state.get(name)}, and this run has {here}; resume with "
-                    "the same setting, or start anew in another folder"
-                )
-        for name, here in self._changeable().items():
-            if (was := state["recipe"].get(name)) != here:
-                self._say(f"changed since {path.name}: {name} was {was} and is {here} from now on")
-        later = [other.name for other in list_checkpoints(self.output_dir) if _step_of(other) > state["step"]]
-        if later and which != "latest":  # latest has passed over damaged ones, which the run will write again
-            raise ValueError(
-                f"{str(self.output_dir)!r} also holds {', '.join(later)}, which {path.name} would lead away from; "
-                "remove them, or resume in another --output_dir"
-            )
-        if state["step"] > self.recipe.max_train_steps:
-            raise ValueError(f"{path.name} is already past --max_train_steps {self.recipe.max_train_steps}")
+        with together():
+            self._check_same_run(path, state, which)
         restore_training_state(self.model, self._adam, tensors["model"], tensors["optimizer"], state["optimizer"])
         self.ema.shadow_params = [
             share_of(tensors["ema"][name], like=parameter) for name, parameter in self.unet.named_parameters()
@@ -538,102 +511,32 @@ class Trainer:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.step = state["step"]
 
+    def _check_same_run(self, path: Path, state: dict[str, Any], which: str) -> None:
+        """Whether this run may go on from a checkpoint; says what is different from now on."""
+        # As plain JSON values, which is what the checkpoint holds: tuples are lists there.
+        for name, here in json.loads(json.dumps(self._identity())).items():
+            if state.get(name) != here:
+                raise ValueError(
+                    f"{str(path)!r} was trained with {name} {state.get(name)}, and this run has {here}; resume with "
+                    "the same setting, or start anew in another folder"
+                )
+        for name, here in self._changeable().items():
+            if (was := state["recipe"].get(name)) != here:
+                say(f"changed since {path.name}: {name} was {was} and is {here} from now on")
+        later = [other.name for other in list_checkpoints(self.output_dir) if _step_of(other) > state["step"]]
+        if later and which != "latest":  # latest has passed over damaged ones, which the run will write again
+            raise ValueError(
+                f"{str(self.output_dir)!r} also holds {', '.join(later)}, which {path.name} would lead away from; "
+                "remove them, or resume in another --output_dir"
+            )
+        if state["step"] > self.recipe.max_train_steps:
+            raise ValueError(f"{path.name} is already past --max_train_steps {self.recipe.max_train_steps}")
+
     def _ema_state_dict(self) -> dict[str, Tensor]:
         """The averaged weights, whole, under the network's own names; all processes have to call this."""
         names = (name for name, _ in self.unet.named_parameters())
         averaged = {name: whole(value) for name, value in zip(names, self.ema.shadow_params, strict=True)}
         return {**dict(self.unet.named_buffers()), **averaged}
-
-    # ------------------------------------------------------------------ the published model
-
-    def _pipeline(self) -> DDPMPipeline:
-        """The averaged weights in a float32 pipeline of their own, apart from the network in training."""
-        unet = self._fresh_unet()
-        unet.load_state_dict(self._ema_state_dict())
-        pipe = DDPMPipeline(unet.to(self.device), DDPMScheduler(**self.recipe.scheduler))
-        pipe.set_progress_bar_config(disable=True)
-        return pipe
-
-    def _sample_grid(self, pipe: DDPMPipeline, name: str) -> None:
-        """Images 0, 1, ... in a grid; every process draws a share of them."""
-        config, a = self.config, self.accelerator
-        seeds = range(a.process_index, config.num_sample_images, a.num_processes)
-        classes = self.data.class_names if config.class_conditional else None
-        batches = generate(
-            with_sampler(pipe, config.sampler),
-            seeds,
-            num_inference_steps=min(config.ddpm_num_inference_steps, self.scheduler.config.num_train_timesteps),
-            class_labels=[seed % len(classes) for seed in seeds] if classes else None,
-        )
-        drawn = gather_object(
-            [(seed, image) for part, images in batches for seed, image in zip(part, images, strict=True)]
-        )
-        if a.is_main_process:
-            images = torch.stack([image for _, image in sorted(drawn, key=lambda pair: pair[0])])
-            path = self.output_dir / name
-            save_picture(image_grid(images), path)
-            self._say(f"wrote {path}")
-
-    def _publish(self) -> DDPMPipeline:
-        """Write the pipeline (safetensors), sample grid, report and card into `output_dir`."""
-        pipe = self._pipeline()
-        if self.accelerator.is_main_process:
-            write_pipeline(pipe, self.output_dir)
-            self._say(f"wrote the pipeline to {self.output_dir}")
-        self._sample_grid(pipe, "samples.png")
-        report = self._evaluate(pipe)
-        if self.accelerator.is_main_process:
-            if report is not None:
-                report.save(self.output_dir / "evaluation.json")
-            write_model_card(
-                self.output_dir / "README.md",
-                title=self.output_dir.resolve().name,
-                image_shape=pipe.image_shape,
-                parameters=parameter_count(self.unet),
-                dataset=self.data.name,
-                recipe=self._recipe_for_card(),
-                report=report,
-                sample="samples.png",
-                class_conditional=self.config.class_conditional,
-            )
-            self._say(f"wrote {self.output_dir / 'README.md'}")
-        self.accelerator.wait_for_everyone()
-        return pipe
-
-    def _evaluate(self, pipe: DDPMPipeline) -> EvaluationReport | None:
-        """Held-out bits/dim, or `None` where nothing is held out."""
-        if self._held_out is None:
-            return None
-        evaluations = self.config.eval_num_evaluations
-        report = evaluate_likelihood(pipe, self._held_out, "validation", num_evaluations=evaluations)
-        value = report.values["bits_per_dim"]
-        self._say(
-            f"bits/dim on {report.num_images} held-out images: {value['value']:.3f} +- {value['standard_error']:.3f}"
-        )
-        return report
-
-    def _recipe_for_card(self) -> dict[str, Any]:
-        recipe = self.recipe
-        return {
-            "images": self._count_of_images() + self.data.name + (", random flips" if recipe.random_flip else ""),
-            "updates": f"{self.step} of {self.plan.total} images, seed {self.config.seed}",
-            "optimizer": f"Adam(0.9, 0.999), learning rate {recipe.learning_rate:g} after {recipe.lr_warmup_steps} "
-            f"warm-up updates, then {recipe.lr_scheduler}, gradient norm at most {recipe.max_grad_norm:g}",
-            "averaged weights": f"decay {recipe.ema_decay}" + (" after a warm-up" if recipe.ema_warmup else ""),
-            "objective": f"{recipe.loss}, {recipe.timestep_sampling} timesteps, dropout {recipe.unet['dropout']:g}",
-            **(
-                {"classes": f"{len(self.data.class_names or [])}, dropped for {self.config.class_dropout:.0%}"}
-                if self.config.class_conditional
-                else {}
-            ),
-            "precision": self._precision,
-            "hardware": f"{self.accelerator.num_processes} x {self._device_name()}",
-        }
-
-    def _device_name(self) -> str:
-        if self.device.type == "cuda":
-            return torch.cuda.get_device_name(self.device)
-        return f"{self.device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
 
 
 def _step_of(checkpoint: Path) -> int:

@@ -12,8 +12,35 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .data import ImageDataset, Images, StreamedImages, crop_seeds
+from .configuration import TrainingConfig
+from .data import ImageDataset, Images, StreamedImages, crop_seeds, load_images
+from .presets import Preset
 from .randomness import derived_generator
+
+
+def image_size(recipe: Preset) -> tuple[int, int]:
+    """Height and width of the images that a recipe trains on."""
+    size = recipe.unet["sample_size"]
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def load_split(config: TrainingConfig, split: str) -> Images:
+    """A run's images: `train`, or the `validation` images, which are never cropped at random.
+
+    Raises:
+        ValueError: As `data.load_images`.
+    """
+    recipe, options = config.resolved_preset(), config.image_options()
+    if split != "train" and "crop" in options:
+        options["crop"] = "center"
+    return load_images(
+        **config.images_given(),
+        split=split,
+        channels=recipe.unet.get("in_channels", 3),
+        resolution=image_size(recipe),
+        validation_split=config.validation_split,
+        **options,
+    )
 
 
 @dataclass(frozen=True)
@@ -104,7 +131,7 @@ class Batches:
         return self.data.batch(self.image_indices(step)[rows], seeds)
 
     def read_ahead(self, step: int, micro: int) -> tuple[Tensor, Tensor | None]:
-        """`_read`, with the micro-batch after it being decoded meanwhile where images are not in memory."""
+        """`read`, with the micro-batch after it being decoded meanwhile where images are not in memory."""
         if isinstance(self.data, ImageDataset):
             return self.read(step, micro)
         if self._next is not None and self._next[0] == (step, micro):

@@ -24,7 +24,7 @@ trainer.model.train()
 for step in range(trainer.recipe.max_train_steps):
     losses.append(trainer._update(step)[0].item())
     trainer.step = step + 1
-pipe = trainer._publish()
+pipe = trainer.publisher.publish(trainer._ema_state_dict(), trainer.step)
 rows = gather_object([losses])
 weights = torch.cat([p.flatten() for p in pipe.unet.parameters()])
 if trainer.accelerator.is_main_process:

@@ -1,6 +1,8 @@
 """Several processes do what one does: the same images, t and noise, the same losses and numbers."""
 
 import json
+import os
+import re
 import shutil
 import socket
 import subprocess
@@ -10,9 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed.run
+from accelerate.commands import launch as launch_command
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.utils.launch import _filter_args, prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
 from safetensors.torch import load_file
 
 from ddpm_hf import DDPMPipeline
+from ddpm_hf.checkpointing import save_checkpoint
+from ddpm_hf.cli import parse_training_config
 
 DRIVER = Path(__file__).with_name("driver_losses.py")
 SETTINGS = {
@@ -85,3 +93,95 @@ def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
+
+
+FLAGS = {**SETTINGS, "max_train_steps": 4, "checkpointing_steps": 2}
+
+
+def two_machines(*flags: list[str]) -> list[tuple[int, str]]:
+    """Exit codes and outputs of two processes of one run, each with its own flags, without a launcher over them."""
+    port = str(free_port())
+    both = []
+    for rank in range(2):
+        place = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        command = [sys.executable, str(DRIVER.with_name("driver_folders.py"))]
+        command += [text for name, value in FLAGS.items() for text in (f"--{name}", str(value))] + flags[rank]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        both.append(subprocess.Popen(command, env={**os.environ, **place}, cwd=DRIVER.parent.parent, **pipes))
+    try:
+        ends = [process.communicate(timeout=120) for process in both]
+    finally:
+        for process in both:
+            process.kill()
+    return [(process.returncode, out + err) for process, (out, err) in zip(both, ends, strict=True)]
+
+
+def test_machines_without_a_shared_disk_say_so_instead_of_waiting_for_each_other(tmp_path):
+    for step in (2, 4):
+        save_checkpoint(tmp_path / "a", step, {"model": {"weight": torch.ones(3)}}, {})
+    (tmp_path / "a" / "training_config.yaml").touch()
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    damaged = tmp_path / "b" / "checkpoint-4" / "state.json"  # on one machine, which takes the one before
+    damaged.write_text(damaged.read_text() + " ")
+    flags = [["--output_dir", str(tmp_path / machine), "--resume_from_checkpoint", "latest"] for machine in "ab"]
+    sentence = r"error: process 0 has checkpoint-4 \(\w+\), and process 1 has checkpoint-2 \(\w+\); put --output"
+    for code, output in two_machines(*flags):
+        assert code == 2, output
+        assert re.search(sentence, output)
+
+
+def test_what_fails_on_one_machine_ends_all_with_its_sentence(tmp_path):
+    common = ["--output_dir", str(tmp_path / "run")]
+    elsewhere = ["--train_data_dir", str(tmp_path / "not-here")]
+    (first, said_by_first), (second, said_by_second) = two_machines(common, common + elsewhere)
+    assert (first, second) == (2, 2)
+    assert re.search("error: process 1 failed: .*not-here", said_by_first)
+    assert re.search("error: .*not-here", said_by_second)
+    assert "Traceback" not in said_by_first + said_by_second
+
+
+CONFIGURATIONS = {  # name: machines, processes on this one, precision
+    "one_gpu": (1, 1, "bf16"),
+    "multi_gpu": (1, 8, "bf16"),
+    "multi_node": (2, 8, "bf16"),
+    "fsdp2": (1, 8, "bf16"),
+    "two_cpu_processes": (1, 2, "no"),
+}
+
+
+def test_each_accelerate_configuration_has_its_expectation(repository_root):
+    files = (repository_root / "examples" / "accelerate").glob("*.yaml")
+    assert {path.stem for path in files} == set(CONFIGURATIONS)
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_accelerate_launches_what_a_configuration_says(name, repository_root):
+    """Read by the launcher's own code; then torchrun's reads what the launcher makes of it, short of starting it."""
+    machines, processes, precision = CONFIGURATIONS[name]
+    path = str(repository_root / "examples" / "accelerate" / f"{name}.yaml")
+    assert load_config_from_file(path).num_processes == machines * processes
+    flags = ["--config", "examples/configs/digits.yaml", "--output_dir", "runs/here", "--max_train_steps", "7"]
+    given = ["--config_file", path, "--main_process_port", str(free_port())]
+    arguments = launch_command.launch_command_parser().parse_args([*given, "examples/train.py", *flags])
+    arguments, _, _ = launch_command._validate_launch_command(arguments)
+    if processes == 1:
+        command, environment = prepare_simple_launcher_cmd_env(arguments)
+        command = command[command.index("examples/train.py") :]
+    else:
+        environment = prepare_multi_gpu_env(arguments)
+        script = ["--training_script", arguments.training_script]
+        script += ["--training_script_args", arguments.training_script_args]
+        torchrun = torch.distributed.run
+        read, _, command = torchrun.config_from_args(_filter_args(arguments, torchrun.get_args_parser(), script))
+        assert (read.min_nodes, read.max_nodes, read.nproc_per_node) == (machines, machines, processes)
+        assert command[0] == "-u"
+        command = command[1:]
+    assert command == ["examples/train.py", *flags]
+    assert environment["ACCELERATE_MIXED_PRECISION"] == precision
+    assert environment.get("ACCELERATE_USE_FSDP", "false") == str(name == "fsdp2").lower()
+    if name == "fsdp2":  # the first FSDP is refused
+        assert environment["FSDP_VERSION"] == "2"
+    config = parse_training_config(flags)
+    assert (config.preset, config.output_dir, config.max_train_steps) == ("digits", "runs/here", 7)
+    assert config.batch_plan(machines * processes)[2] % (machines * processes) == 0

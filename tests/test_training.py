@@ -14,7 +14,7 @@ import datasets
 import diffusers
 import pytest
 import torch
-from accelerate.state import AcceleratorState
+from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -45,7 +45,6 @@ def small_preset(monkeypatch):
     unet = {**PRESETS["digits"].unet, "block_out_channels": (8, 16), "norm_num_groups": 8, "dropout": 0.1}
     small = dataclasses.replace(PRESETS["digits"], unet=unet)
     monkeypatch.setattr("ddpm_hf.presets.PRESETS", {**PRESETS, "digits": small})
-    AcceleratorState._reset_state()  # accelerate keeps one precision per process; here each test has its own
 
 
 def trainer(output_dir, **settings) -> Trainer:
@@ -497,9 +496,133 @@ def test_a_stop_signal_does_not_wait_for_a_sample_grid(tmp_path, monkeypatch):
             pass
         reached.append(name)
 
-    monkeypatch.setattr(run, "_sample_grid", endless)
+    monkeypatch.setattr(run.publisher, "sample_grid", endless)
     assert run.train() is None
     assert reached == []
     assert (tmp_path / "stopped" / "checkpoint-4").is_dir()
     trainer(tmp_path / "stopped", resume_from_checkpoint="latest").train()
     same_files(tmp_path / "whole", tmp_path / "stopped", 6)
+
+
+def test_each_run_of_a_process_has_its_own_precision(tmp_path, monkeypatch):
+    plain = trainer(tmp_path / "plain")
+    low = trainer(tmp_path / "low", mixed_precision="bf16")
+    with pytest.raises(ValueError, match="another Trainer with precision bf16 was made after this one with float32"):
+        plain.train()
+    low.train()
+    assert "precision: bf16" in (tmp_path / "low" / "README.md").read_text()
+    again = trainer(tmp_path / "again")  # no word about precision: as in a fresh process
+    again.train()
+    assert again.precision == "float32"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")  # what `accelerate launch` leaves for the processes
+    assert trainer(tmp_path / "launched").precision == "bf16"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    with pytest.raises(ValueError, match="fp16 needs a GPU"):
+        trainer(tmp_path / "half")
+    ends = [load_file(tmp_path / run / "checkpoint-6" / "model.safetensors") for run in ("low", "again")]
+    assert any(not torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+@pytest.fixture
+def half_precision_on_cpus(monkeypatch):
+    """What accelerate does with fp16 on a GPU, on the CPU; the loss scale is so high that some updates overflow."""
+
+    class HalfOnCPU(Accelerator):
+        def __init__(self, **options):
+            super().__init__(**options)
+            self.native_amp = True
+            self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24, growth_interval=3)
+
+    monkeypatch.setattr(training, "Accelerator", HalfOnCPU)
+
+
+def test_fp16_skips_updates_that_overflow_and_lowers_its_scale(tmp_path, half_precision_on_cpus):
+    run = trainer(tmp_path / "run", mixed_precision="fp16", dropout=0.0, max_train_steps=20)
+    dtypes = set()
+    run.unet.conv_in.register_forward_hook(lambda module, inputs, output: dtypes.add(output.dtype))
+    averaged = [p.detach().double().clone() for p in run.ema.shadow_params]
+    decay = run.ema.get_decay
+    skipped = made = in_a_row = 0
+    for step in range(20):
+        before = [p.detach().clone() for p in run.unet.parameters()]
+        scale = run.accelerator.scaler.get_scale()
+        _, norm = run._update(step)
+        run.step += 1
+        after = [p.detach() for p in run.unet.parameters()]
+        rate = decay(step + 1)
+        averaged = [rate * a + (1 - rate) * p.double() for a, p in zip(averaged, after, strict=True)]
+        assert run.lr_schedule.last_epoch == step + 1  # a function of the update, skipped or not
+        if all(torch.equal(p, q) for p, q in zip(before, after, strict=True)):
+            skipped, in_a_row = skipped + 1, in_a_row + 1
+            assert not norm.isfinite()
+            assert run.accelerator.scaler.get_scale() == scale / 2
+        else:
+            made, in_a_row = made + 1, 0
+            assert norm < 100  # of the loss itself, not of the scaled one
+            assert run.accelerator.scaler.get_scale() in (scale, 2 * scale)
+        assert run._bad_in_a_row == in_a_row
+    assert dtypes == {torch.float16}
+    assert skipped > 2
+    assert made > 5
+    steps = {int(state["step"]) for state in run._adam.state.values()}
+    assert steps == {made}  # Adam counts the updates it made
+    assert all(p.dtype == torch.float32 for p in run.unet.parameters())
+    for value, expected in zip(run.ema.shadow_params, averaged, strict=True):
+        assert torch.allclose(value.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_fp16_resumes_to_the_same_bits(tmp_path, half_precision_on_cpus):
+    options = {"mixed_precision": "fp16", "max_train_steps": 12, "checkpointing_steps": 6, "eval_num_images": 0}
+    trainer(tmp_path / "whole", **options).train()
+    shutil.copytree(tmp_path / "whole" / "checkpoint-6", tmp_path / "resumed" / "checkpoint-6")
+    resumed = trainer(tmp_path / "resumed", resume_from_checkpoint="latest", **options)
+    state = json.loads((tmp_path / "whole" / "checkpoint-6" / "state.json").read_text())
+    assert state["scaler"]["scale"] < 2.0**24
+    assert resumed.accelerator.scaler.state_dict() == state["scaler"]
+    resumed.train()
+    same_files(tmp_path / "whole", tmp_path / "resumed", 12)
+    ends = [json.loads((tmp_path / run / "checkpoint-12" / "state.json").read_text()) for run in ("whole", "resumed")]
+    assert ends[0] == ends[1]
+
+
+def test_fp16_that_always_overflows_ends_with_a_sentence(tmp_path, half_precision_on_cpus, monkeypatch):
+    def spoiled(unet, scheduler, x_0, t, noise):
+        return simple_loss(unet, scheduler, x_0, t, noise) * float("inf")
+
+    monkeypatch.setitem(training.OBJECTIVES, "simple", spoiled)
+    run = trainer(tmp_path / "run", mixed_precision="fp16", max_train_steps=60)
+    weights = [p.detach().clone() for p in run.unet.parameters()]
+    with pytest.raises(TrainingError, match=r"20 updates in a row.*precision fp16"):
+        run.train()
+    assert all(torch.equal(p, q) for p, q in zip(weights, run.unet.parameters(), strict=True))
+
+
+def test_a_change_of_precision_is_said(tmp_path, capsys):
+    trainer(tmp_path / "run", max_train_steps=3).train()
+    trainer(tmp_path / "run", resume_from_checkpoint="latest", mixed_precision="bf16")
+    assert "precision was float32 and is bf16 from now on" in capsys.readouterr().out
+
+
+def test_a_stop_signal_does_not_wait_for_the_published_samples(tmp_path, monkeypatch, capsys):
+    trainer(tmp_path / "whole").train()
+    run = trainer(tmp_path / "stopped")
+    sample_grid = run.publisher.sample_grid
+
+    def interrupted(pipe, name):
+        os.kill(os.getpid(), signal.SIGTERM)
+        sample_grid(pipe, name)
+
+    monkeypatch.setattr(run.publisher, "sample_grid", interrupted)
+    assert run.train() is None
+    assert "stopped after update 6; only the published model is not complete" in capsys.readouterr().out
+    assert not (tmp_path / "stopped" / "samples.png").exists()
+    assert trainer(tmp_path / "stopped", resume_from_checkpoint="latest").train() is not None
+    for name in ("samples.png", "unet/diffusion_pytorch_model.safetensors"):
+        assert (tmp_path / "stopped" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+@pytest.mark.parametrize("engine", ["DEEPSPEED", "MEGATRON_LM"])
+def test_engines_that_pickle_are_refused(tmp_path, monkeypatch, engine):
+    monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")  # what `accelerate launch` leaves for the processes
+    with pytest.raises(ValueError, match=f"{engine} saves its state with pickle"):
+        trainer(tmp_path / "run")

@@ -1,0 +1,259 @@
+"""What a training run shows of itself: the pipeline of averaged weights, sample grids, held-out numbers, the card.
+
+`Trainer` asks `due` after each update and calls `watch` where something is, and `publish` at the end; all processes
+take part. Nothing here touches the network in training or its random numbers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from .configuration import TrainingConfig
+from .data import ImageDataset, Images, StreamedImages
+from .evaluation import EvaluationReport, evaluate_likelihood, first_images
+from .generation import generate, with_sampler
+from .hub import Push, check_destination
+from .hub_background import BackgroundPush
+from .hub_files import CARD, REPORT, SAMPLES, write_card, write_pipeline
+from .model_card import CardFacts, check_license
+from .pipeline_ddpm import DDPMPipeline
+from .presets import Preset
+from .processes import say, together
+from .scheduling_ddpm import DDPMScheduler
+from .training_batches import BatchPlan, load_split
+from .unet_2d import UNet2DModel
+from .visualize import image_grid, save_picture
+
+
+def load_held_out(config: TrainingConfig) -> ImageDataset | None:
+    """What bits/dim are measured on, or `None` where nothing is held out or nothing is asked for.
+
+    Raises:
+        ValueError: Something is asked for, and nothing is held out.
+    """
+    if not config.validation_split and "dataset" not in config.images_given():
+        if config.validation_steps:
+            raise ValueError("--validation_steps needs images that are held out; add --validation_split 0.05")
+        return None
+    if not config.eval_num_images:
+        return None
+    held_out = first_images(load_split(config, "validation"), config.eval_num_images)
+    if not len(held_out):
+        raise ValueError(
+            f"--validation_split {config.validation_split} of {held_out.name!r} holds out no image; use a larger "
+            "share, or --eval_num_images 0"
+        )
+    return held_out
+
+
+def precision_name(accelerator: Accelerator) -> str:
+    """What the network computes in."""
+    return {"no": "float32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
+
+
+def describe(data: Images) -> str:
+    """How many images of what."""
+    return f"{'a stream' if isinstance(data, StreamedImages) else f'{len(data)} images'} of {data.name}"
+
+
+@dataclass
+class Publisher:
+    """Shows a run in its output folder.
+
+    Attributes:
+        config, recipe: What the run was told, and the preset with that in it.
+        unet_config: The network's arguments.
+        accelerator: The run's.
+        data: The training images.
+        held_out: What numbers are measured on, if there is anything.
+        plan: How an update's images are cut.
+        pushes: To the Hub, in the main process of a run that was asked for them.
+
+    Raises:
+        ValueError: The license or the name of a repository cannot be taken.
+    """
+
+    config: TrainingConfig
+    recipe: Preset
+    unet_config: dict[str, Any]
+    accelerator: Accelerator
+    data: Images
+    held_out: ImageDataset | None
+    plan: BatchPlan
+    pushes: BackgroundPush | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        config = self.config
+        check_license(config.license)
+        self._push = None
+        if config.push_to_hub:
+            self._push = Push(
+                config.output_dir,
+                config.hub_model_id or self.output_dir.resolve().name,
+                private=config.hub_private_repo,
+                token=config.hub_token,
+                license=config.license,
+            )
+
+    def open_hub(self) -> None:
+        """Look at where the run's pushes will go, if it was asked for any; only the main process makes them.
+
+        Raises:
+            ValueError: They will not be possible.
+        """
+        with together():
+            if self._push is not None and self.accelerator.is_main_process:
+                self.pushes = BackgroundPush(check_destination(self._push, say), say)
+
+    def push(self, averaged: dict[str, Tensor], step: int) -> None:
+        """Put the model as it is after update `step` into the output folder, and on its way to the Hub."""
+        if self.pushes is None:
+            return
+        try:
+            self._write_pipeline(self.pipeline(averaged))
+            self._write_card(step, None)
+        except OSError as error:  # the run goes on without
+            say(f"not published after update {step}: {error}")
+        else:
+            self.pushes.offer(f"After update {step}")
+
+    @property
+    def output_dir(self) -> Path:
+        """The run's folder."""
+        return Path(self.config.output_dir)
+
+    def due(self, step: int) -> bool:
+        """Whether there is anything to show after update `step`."""
+        return _due(step, self.config.save_images_steps) or _due(step, self.config.validation_steps)
+
+    def watch(self, averaged: dict[str, Tensor], step: int) -> dict[str, float]:
+        """Make what is due after update `step` from the averaged weights.
+
+        Returns:
+            Numbers by name, for the trackers (and whatever else wants to go by them).
+        """
+        pipe = self.pipeline(averaged)
+        if _due(step, self.config.save_images_steps):
+            self.sample_grid(pipe, f"samples-{step}.png")
+        report = self.evaluate(pipe) if _due(step, self.config.validation_steps) else None
+        return {} if report is None else {name: entry["value"] for name, entry in report.values.items()}
+
+    def publish(self, averaged: dict[str, Tensor], step: int) -> DDPMPipeline:
+        """Write the pipeline (safetensors), sample grid, report and card into the output folder."""
+        pipe, folder, main = self.pipeline(averaged), self.output_dir, self.accelerator.is_main_process
+        with together():
+            if main:
+                self._write_pipeline(pipe)
+        say(f"wrote the pipeline to {folder}")
+        self.sample_grid(pipe, SAMPLES)
+        report = self.evaluate(pipe)
+        with together():
+            if main:
+                if report is not None:
+                    report.save(folder / REPORT)
+                self._write_card(step, report)
+        say(f"wrote {folder / CARD}")
+        if self.pushes is not None:
+            self.pushes.offer(f"After update {step}, the last")
+        return pipe
+
+    def _write_pipeline(self, pipe: DDPMPipeline) -> None:
+        """The model into the output folder; numbers and pictures of the one before go."""
+        for name in (REPORT, SAMPLES):
+            (self.output_dir / name).unlink(missing_ok=True)
+        write_pipeline(pipe, self.output_dir)
+
+    def _write_card(self, step: int, report: EvaluationReport | None) -> None:
+        folder, config = self.output_dir, self.config
+        on_hub = config.images_given().get("dataset_name")
+        pictures = sorted(folder.glob("samples*.png"), key=lambda path: path.stat().st_mtime_ns)
+        kept = write_card(
+            folder,
+            CardFacts(
+                name=folder.resolve().name,
+                dataset=self.data.name,
+                dataset_id=on_hub if on_hub is not None and not Path(on_hub).exists() else None,
+                recipe=self.recipe_for_card(step),
+                report=dataclasses.asdict(report) if report is not None else None,
+                sample=pictures[-1].name if pictures else None,
+                license=config.license,
+            ),
+        )
+        if kept:
+            say(f"left as edited in {folder / CARD}: {', '.join(kept)}")
+
+    def pipeline(self, averaged: dict[str, Tensor]) -> DDPMPipeline:
+        """The averaged weights in a float32 pipeline of their own, apart from the network in training."""
+        unet = UNet2DModel(**self.unet_config)
+        unet.load_state_dict(averaged)
+        pipe = DDPMPipeline(unet.to(self.accelerator.device), DDPMScheduler(**self.recipe.scheduler))
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    def sample_grid(self, pipe: DDPMPipeline, name: str) -> None:
+        """Images 0, 1, ... in a grid; every process draws a share of them."""
+        config, a = self.config, self.accelerator
+        seeds = range(a.process_index, config.num_sample_images, a.num_processes)
+        classes = self.data.class_names if config.class_conditional else None
+        batches = generate(
+            with_sampler(pipe, config.sampler),
+            seeds,
+            num_inference_steps=min(config.ddpm_num_inference_steps, pipe.scheduler.config.num_train_timesteps),
+            class_labels=[seed % len(classes) for seed in seeds] if classes else None,
+        )
+        drawn = gather_object(
+            [(seed, image) for part, images in batches for seed, image in zip(part, images, strict=True)]
+        )
+        with together():
+            if a.is_main_process:
+                images = torch.stack([image for _, image in sorted(drawn, key=lambda pair: pair[0])])
+                save_picture(image_grid(images), self.output_dir / name)
+        say(f"wrote {self.output_dir / name}")
+
+    def evaluate(self, pipe: DDPMPipeline) -> EvaluationReport | None:
+        """Held-out bits/dim, or `None` where nothing is held out."""
+        if self.held_out is None:
+            return None
+        evaluations = self.config.eval_num_evaluations
+        report = evaluate_likelihood(pipe, self.held_out, "validation", num_evaluations=evaluations)
+        value = report.values["bits_per_dim"]
+        say(f"bits/dim on {report.num_images} held-out images: {value['value']:.3f} +- {value['standard_error']:.3f}")
+        return report
+
+    def recipe_for_card(self, step: int) -> dict[str, Any]:
+        """What the card lists under "Training"."""
+        recipe = self.recipe
+        return {
+            "images": describe(self.data) + (", random flips" if recipe.random_flip else ""),
+            "updates": f"{step} of {self.plan.total} images, seed {self.config.seed}",
+            "optimizer": f"Adam(0.9, 0.999), learning rate {recipe.learning_rate:g} after {recipe.lr_warmup_steps} "
+            f"warm-up updates, then {recipe.lr_scheduler}, gradient norm at most {recipe.max_grad_norm:g}",
+            "averaged weights": f"decay {recipe.ema_decay}" + (" after a warm-up" if recipe.ema_warmup else ""),
+            "objective": f"{recipe.loss}, {recipe.timestep_sampling} timesteps, dropout {recipe.unet['dropout']:g}",
+            **(
+                {"classes": f"{len(self.data.class_names or [])}, dropped for {self.config.class_dropout:.0%}"}
+                if self.config.class_conditional
+                else {}
+            ),
+            "precision": precision_name(self.accelerator),
+            "hardware": f"{self.accelerator.num_processes} x {_device_name(self.accelerator.device)}",
+        }
+
+
+def _due(step: int, interval: int | None) -> bool:
+    return interval is not None and step % interval == 0
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
