@@ -1,10 +1,11 @@
-"""Seeds to files: many images, each a function of its own seed, in any batch size."""
+"""Seeds to files: many images, each a function of its own seed, in any batch size and number of processes."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,28 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from .pipeline_ddpm import DDPMPipeline
+from .presets import nearest
+from .processes import processes, together
+from .scheduling_ddpm import DDPMScheduler
 from .visualize import image_grid, save_picture
 
-SAMPLERS = ("ddpm", "ddim")
+# Dynamic thresholding with a largest value of 1 is clipping to [-1, 1], the only kind that the solvers have.
+_SOLVER_CLIPPING = {"thresholding": True, "sample_max_value": 1.0}
+_SAMPLERS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "ddpm": (DDPMScheduler, {}),
+    "ddim": (DDIMScheduler, {}),
+    "dpmsolver++": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++", "variance_type": None}),
+    "unipc": (UniPCMultistepScheduler, {}),
+}
+SAMPLERS = tuple(_SAMPLERS)
 
 
 def parse_seeds(text: str) -> list[int]:
@@ -42,17 +57,43 @@ def parse_seeds(text: str) -> list[int]:
     return seeds
 
 
-def with_sampler(pipe: DDPMPipeline, sampler: str) -> DDPMPipeline:
-    """The same network with another sampler: `ddpm` (Algorithm 2) or `ddim` (Song et al. 2020, deterministic).
+def with_sampler(
+    pipe: DDPMPipeline, sampler: str, variance_type: str | None = None, timestep_spacing: str | None = None
+) -> DDPMPipeline:
+    """The same network with another sampler.
+
+    Args:
+        pipe: The network, and the `DDPMScheduler` that it was trained with.
+        sampler: `ddpm` (Algorithm 2), `ddim` (Song et al. 2021), `dpmsolver++` (Lu et al. 2022) or `unipc` (Zhao et
+            al. 2023); all clip the predicted x_0 if the pipeline's scheduler does.
+        variance_type: For `ddpm`: another variance than the pipeline's, of those that need no other network.
+        timestep_spacing: Which timesteps a short chain takes: `leading`, `linspace` or `trailing`.
 
     Raises:
-        ValueError: Unknown sampler.
+        ValueError: An unknown sampler, or a setting that it does not have.
     """
-    if sampler not in SAMPLERS:
-        raise ValueError(f"unknown sampler {sampler!r}; it must be one of {', '.join(SAMPLERS)}")
-    if sampler == "ddpm":
+    if sampler not in _SAMPLERS:
+        raise ValueError(
+            f"unknown sampler {sampler!r}{nearest(sampler, SAMPLERS)}; it must be one of {', '.join(SAMPLERS)}"
+        )
+    if sampler == "ddpm" and not (variance_type or timestep_spacing):
         return pipe
-    return DDPMPipeline(pipe.unet, DDIMScheduler.from_config(pipe.scheduler.config))
+    kind, options = _SAMPLERS[sampler]
+    config = pipe.scheduler.config
+    if config.get("clip_sample", True) and sampler in ("dpmsolver++", "unipc"):
+        options = {**options, **_SOLVER_CLIPPING}
+    if variance_type is not None:
+        if sampler != "ddpm":
+            raise ValueError(f"variance_type={variance_type!r} is for the ddpm sampler, {sampler} has none")
+        if variance_type != config.variance_type and "learned" in f"{variance_type} {config.variance_type}":
+            raise ValueError(
+                f"variance_type={variance_type!r} does not go with this network, whose variance is "
+                f"{config.variance_type!r}"
+            )
+        options = {**options, "variance_type": variance_type}
+    if timestep_spacing is not None:
+        options = {**options, "timestep_spacing": timestep_spacing}
+    return DDPMPipeline(pipe.unet, kind.from_config(config, **options))
 
 
 def generate(
@@ -65,6 +106,7 @@ def generate(
     desc: str = "sampling",
     class_labels: Sequence[int] | None = None,
     guidance_scale: float = 1.0,
+    eta: float = 0.0,
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Draw one image per seed, batch by batch.
 
@@ -76,26 +118,33 @@ def generate(
         progress: One progress bar over all steps of all batches.
         desc: Its label.
         class_labels: One per seed, for class-conditional networks.
-        guidance_scale: See `DDPMPipeline`.
+        guidance_scale, eta: See `DDPMPipeline`.
 
     Yields:
         The seeds of a batch, and its images, `[B, C, H, W]` uint8.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    pipe.checked_steps(num_inference_steps)  # before a progress bar is shown
-    for start in tqdm(range(0, len(seeds), batch_size), desc=desc, unit="batch", disable=not progress):
-        part = list(seeds[start : start + batch_size])
-        pipe.set_progress_bar_config(disable=True)
-        (images,) = pipe(
-            seeds=part,
-            num_inference_steps=num_inference_steps,
-            output_type="pt",
-            return_dict=False,
-            class_labels=None if class_labels is None else list(class_labels[start : start + batch_size]),
-            guidance_scale=guidance_scale,
-        )
-        yield part, (images * 255).round().to(torch.uint8).cpu()
+    steps = pipe.checked_steps(num_inference_steps)  # before a progress bar is shown
+    pipe.set_progress_bar_config(disable=True)
+    batches = [list(seeds[start : start + batch_size]) for start in range(0, len(seeds), batch_size)]
+    with tqdm(total=len(batches) * steps, desc=desc, unit="step", disable=not progress) as bar:
+
+        def advance(*_: Any) -> None:
+            bar.update()
+
+        for i, part in enumerate(batches):
+            (images,) = pipe(
+                seeds=part,
+                num_inference_steps=num_inference_steps,
+                output_type="pt",
+                return_dict=False,
+                class_labels=None if class_labels is None else list(class_labels[i * batch_size :][: len(part)]),
+                guidance_scale=guidance_scale,
+                eta=eta,
+                callback_on_step_end=advance,
+            )
+            yield part, (images * 255).round().to(torch.uint8).cpu()
 
 
 def class_sequence(pipe: DDPMPipeline, text: str | None, count: int) -> list[int] | None:
@@ -106,82 +155,151 @@ def class_sequence(pipe: DDPMPipeline, text: str | None, count: int) -> list[int
     """
     if text is None:
         return None
-    names = list(pipe.unet.config.get("_class_names") or [])
-    classes = pipe.unet.config.num_class_embeds or 0
-    chosen = []
-    for part in (part.strip() for part in text.split(",")):
-        index = names.index(part) if part in names else int(part) if part.isdecimal() else -1
-        if not 0 <= index < classes:
-            have = ", ".join(names) or (f"0..{classes - 1}" if classes else "none: it is not class-conditional")
-            raise ValueError(f"--class_labels {part!r} is no class of this network; it has {have}")
-        chosen.append(index)
+    chosen = [pipe.class_index(part.strip()) for part in text.split(",")]
     return [chosen[i % len(chosen)] for i in range(count)]
 
 
-def _claim_folder(folder: Path, pipe: DDPMPipeline, options: dict[str, Any]) -> None:
-    """Note in the folder how its images are made, and refuse to mix them with images that were made otherwise."""
+def write_samples(
+    pipe: DDPMPipeline, seeds: Sequence[int], output: str | Path, *, batch_size: int = 64, **options: Any
+) -> int:
+    """Draw one image per seed into files, which appear complete or not at all.
+
+    A run that was broken off goes on where it stopped. Under `accelerate launch` or torchrun every process draws a
+    share of the images.
+
+    Args:
+        pipe: Network and sampler.
+        seeds: One per image.
+        output: `FILE.png` for one grid, `FILE.npz` for one uint8 array `arr_0` of shape `[N, H, W, C]` in the order of
+            the seeds (what FID tools read), else a folder of `<thousand>/<seed>.png`.
+        batch_size, options: See `generate`.
+
+    Returns:
+        How many images were drawn now, by all processes together.
+
+    Raises:
+        ValueError: An output that cannot be written, or that holds other images.
+    """
+    output = Path(output)
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if output.suffix not in ("", ".png", ".npz"):
+        raise ValueError(f"--output must be a folder, FILE.png or FILE.npz, got {str(output)!r}")
+    if (output.suffix and output.is_dir()) or (not output.suffix and output.is_file()):
+        raise ValueError(f"--output {str(output)!r} is a {'folder' if output.is_dir() else 'file'}; name another")
+    if output.suffix != ".npz" and pipe.image_shape[0] not in (1, 3):
+        raise ValueError(f"images of {pipe.image_shape[0]} channels are no PNGs; write --output FILE.npz")
+    here = processes()
+    # What is drawn so far: the folder itself, or one beside the file that is made of it in the end.
+    parts = _Parts(output.with_name(f".{output.name}.parts"))
+    store = parts if output.suffix else _Folder(output)
+    with together():
+        if here.is_main_process:
+            _claim(store.path, pipe, seeds, options)
+    drawn = store.finished()
+    missing = [i for i, seed in enumerate(seeds) if seed not in drawn]
+    mine = missing[here.process_index :: here.num_processes]
+    if (labels := options.get("class_labels")) is not None:
+        options["class_labels"] = [labels[i] for i in mine]
+    options["progress"] = options.get("progress", False) and here.is_main_process
+    here.wait_for_everyone()  # all have looked at what is finished before anybody adds to it
+    for part, images in generate(pipe, [seeds[i] for i in mine], batch_size=batch_size, **options):
+        store.add(part, images)
+    here.wait_for_everyone()
+    if output.suffix and here.is_main_process:
+        images = parts.read(seeds)
+        if output.suffix == ".png":
+            save_picture(image_grid(images), output)
+        else:
+            _write_npz(output, images)
+        shutil.rmtree(parts.path)
+    here.wait_for_everyone()
+    return len(missing)
+
+
+def _write_npz(path: Path, images: Tensor) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("wb") as file:
+        np.savez(file, images.permute(0, 2, 3, 1).numpy())
+    os.replace(partial, path)
+
+
+class _Folder:
+    """Images as PNGs, a thousand to a subfolder."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def _file(self, seed: int) -> Path:
+        return self.path / f"{seed // 1000:05d}" / f"{seed:08d}.png"
+
+    def finished(self) -> set[int]:
+        return {int(file.stem) for file in self.path.glob("[0-9]*/[0-9]*.png")}
+
+    def add(self, seeds: Sequence[int], images: Tensor) -> None:
+        for seed, image in zip(seeds, images, strict=True):
+            pixels = image.permute(1, 2, 0).numpy()
+            save_picture(Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels), self._file(seed))
+
+
+class _Parts:
+    """Images as safetensors, one file per batch, until one file can be made of all."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def _files(self) -> list[Path]:
+        return sorted(self.path.glob("*.safetensors"))
+
+    def finished(self) -> set[int]:
+        return {seed for file in self._files() for seed in load_file(file)["seeds"].tolist()}
+
+    def add(self, seeds: Sequence[int], images: Tensor) -> None:
+        partial = self.path / f".{seeds[0]}.partial"
+        save_file({"seeds": torch.tensor(seeds), "images": images.contiguous()}, partial)
+        partial.replace(self.path / f"{seeds[0]}.safetensors")
+
+    def read(self, seeds: Sequence[int]) -> Tensor:
+        """The images of these seeds, in their order."""
+        parts = [load_file(file) for file in self._files()]
+        row_of = {seed: row for row, seed in enumerate(torch.cat([part["seeds"] for part in parts]).tolist())}
+        return torch.cat([part["images"] for part in parts])[[row_of[seed] for seed in seeds]]
+
+
+def _claim(folder: Path, pipe: DDPMPipeline, seeds: Sequence[int], options: dict[str, Any]) -> None:
+    """Note in the folder how its images are made, and refuse to mix them with images that were made otherwise.
+
+    Raises:
+        ValueError: It holds images that were made otherwise.
+    """
     digest = hashlib.sha256()
     for name, value in sorted(pipe.unet.state_dict().items()):
         digest.update(name.encode() + value.detach().float().cpu().contiguous().numpy().tobytes())
+    labels = options.get("class_labels")
     made = {
         "weights": digest.hexdigest(),
         "scheduler": json.loads(pipe.scheduler.to_json_string()),
         "num_inference_steps": pipe.checked_steps(options.get("num_inference_steps")),
         "guidance_scale": options.get("guidance_scale", 1.0),
+        "eta": options.get("eta", 0.0),
+        "class_labels": {} if labels is None else {str(seed): c for seed, c in zip(seeds, labels, strict=True)},
     }
     note = folder / "sampling.json"
     if note.is_file():
         there = json.loads(note.read_text())
-        if different := [key for key, value in made.items() if there.get(key) != value]:
+        different = [key for key, value in made.items() if key != "class_labels" and there.get(key) != value]
+        before = there.get("class_labels", {})
+        if bool(before) != bool(made["class_labels"]) or any(
+            before.get(seed, c) != c for seed, c in made["class_labels"].items()
+        ):
+            different.append("class_labels")
+        if different:
             raise ValueError(
-                f"--output {str(folder)!r} holds images that were made with other {' and '.join(different)}; name "
-                "another folder, or remove it first"
+                f"{str(folder)!r} holds images that were made with other {' and '.join(different)}; name another "
+                "--output, or remove it first"
             )
-        return
+        made["class_labels"] = {**before, **made["class_labels"]}
     folder.mkdir(parents=True, exist_ok=True)
-    note.write_text(json.dumps(made, indent=2) + "\n")
-
-
-def write_samples(pipe: DDPMPipeline, seeds: Sequence[int], output: str | Path, **options: Any) -> int:
-    """Draw one image per seed into files. Files appear complete or not at all; existing images are not drawn again.
-
-    Args:
-        pipe: Network and sampler.
-        seeds: One per image.
-        output: `FILE.png` for one labelled grid, `FILE.npz` for one uint8 array `arr_0` of shape `[N, H, W, C]`, else
-            a folder of `<thousand>/<seed>.png`.
-        options: See `generate`.
-
-    Returns:
-        How many images were drawn now.
-    """
-    output = Path(output)
-    if output.suffix == ".png":
-        save_picture(image_grid(torch.cat([images for _, images in generate(pipe, seeds, **options)])), output)
-        return len(seeds)
-    if output.suffix == ".npz":
-        images = torch.cat([images for _, images in generate(pipe, seeds, **options)])
-        output.parent.mkdir(parents=True, exist_ok=True)
-        partial = output.with_name(f".{output.name}.partial")
-        with partial.open("wb") as file:
-            np.savez(file, images.permute(0, 2, 3, 1).numpy())
-        os.replace(partial, output)
-        return len(seeds)
-    if output.suffix:
-        raise ValueError(f"--output must be a folder, FILE.png or FILE.npz, got {str(output)!r}")
-    if options.get("batch_size", 1) < 1:
-        raise ValueError(f"batch_size must be at least 1, got {options['batch_size']}")
-    _claim_folder(output, pipe, options)
-    missing = [seed for seed in seeds if not _file_of(output, seed).exists()]
-    if (labels := options.get("class_labels")) is not None:
-        of_seed = dict(zip(seeds, labels, strict=True))
-        options["class_labels"] = [of_seed[seed] for seed in missing]
-    for part, images in generate(pipe, missing, **options):
-        for seed, image in zip(part, images, strict=True):
-            pixels = image.permute(1, 2, 0).numpy()
-            save_picture(Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels), _file_of(output, seed))
-    return len(missing)
-
-
-def _file_of(folder: Path, seed: int) -> Path:
-    return folder / f"{seed // 1000:05d}" / f"{seed:08d}.png"
+    partial = folder / ".sampling.json.partial"
+    partial.write_text(json.dumps(made, indent=2) + "\n")
+    partial.replace(note)

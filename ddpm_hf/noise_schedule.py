@@ -89,7 +89,13 @@ class Chain:
     Section 4).
     """
 
-    def __init__(self, betas: np.ndarray, timesteps: np.ndarray, prediction_type: str):
+    def __init__(
+        self,
+        betas: np.ndarray,
+        timesteps: np.ndarray,
+        prediction_type: str,
+        prediction_error: np.ndarray | None = None,  # [T], E (x_0 - predicted x_0)^2 per pixel
+    ):
         T, t = len(betas), np.asarray(timesteps, dtype=np.int64)
         alpha_bar = np.cumprod(1.0 - betas)
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
@@ -129,11 +135,19 @@ class Chain:
                 "log_beta_tilde_clipped": np.log(np.append(beta_tilde[:-1], last_variance)),
                 "log_beta": np.log(beta),
                 "log_beta_clipped": np.log(np.append(beta[:-1], last_variance)),
+                # What remains unknown of x_0 moves the posterior's mean, and adds to its variance (Bao et al. 2022,
+                # Theorem 1, with the measured error of x_0 for the one that a perfect network would have).
+                **(
+                    {}
+                    if prediction_error is None
+                    else {"log_optimal": np.log(beta_tilde + c_0**2 * np.maximum(prediction_error[t], 1e-20))}
+                ),
                 "has_previous": np.append(np.ones(len(t) - 1), 0.0),  # 0 for the step to the data: no noise
             }
         self.table = np.full((T, len(columns)), np.nan)
         self.table[t] = np.stack(list(columns.values()), axis=1)
         self.columns = tuple(columns)
+        self.timesteps = t
         self.is_whole = len(t) == T
         self.previous = dict(zip(t.tolist(), [*t[1:].tolist(), -1], strict=True))
         # Where alpha_bar vanishes nothing is left of x_0, and epsilon cannot give it back: float32 would overflow.

@@ -2,23 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from diffusers.models.modeling_utils import ModelMixin  # noqa: F401  (looked up here by name, see load_config)
 from diffusers.pipelines.ddpm.pipeline_ddpm import DDPMPipeline as StockDDPMPipeline
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler as StockDDPMScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin  # noqa: F401  (looked up here by name, see load_config)
 from diffusers.utils.torch_utils import randn_tensor
 
+from .hub_errors import check_pipeline, patiently
+from .image_tensors import ImageDataset
+from .pipeline_inputs import KnownPixels, draws_of, images_in_model_range, mask_of, one_per_image
 from .scheduling_ddpm import DDPMScheduler
 from .unet_2d import PortableConfigMixin, UNet2DModel
 
 # What stock repositories name, and our class of the same name that opens it.
 _OURS = {("diffusers", "UNet2DModel"), ("diffusers", "DDPMScheduler")}
+
+ClassLabels = int | str | Iterable[int | str] | torch.Tensor | None
+
+
+@dataclass
+class DenoisingStep:
+    """One step down the chain.
+
+    Attributes:
+        index: Its place in `scheduler.timesteps`.
+        timestep: t, from T-1 to 0.
+        sample: x_t, `[B, C, H, W]`, in the [-1, 1] scale.
+        pred_original_sample: The x_0 predicted from it (Eq. 15), or `None` where the scheduler keeps it to itself.
+        prev_sample: x_{t-1}; the chain goes on from what stands here.
+    """
+
+    index: int
+    timestep: int
+    sample: torch.Tensor
+    pred_original_sample: torch.Tensor | None
+    prev_sample: torch.Tensor
 
 
 class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
@@ -35,6 +62,8 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
 
     unet: UNet2DModel
     scheduler: Any
+    _callback_tensor_inputs: ClassVar = ["image", "pred_original_sample"]
+    _interrupt = False
 
     def __init__(self, unet: UNet2DModel, scheduler: Any):
         if type(scheduler) is StockDDPMScheduler:
@@ -59,12 +88,23 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> DDPMPipeline:
         """As `diffusers.DiffusionPipeline.from_pretrained`, from safetensors only.
 
+        Args:
+            pretrained_model_name_or_path: A folder, or a repository on the Hub; what is in the cache needs no network.
+            kwargs: As in diffusers: `revision`, `cache_dir`, `token`, `local_files_only`, `dtype`, ...
+
         Raises:
-            ValueError: `use_safetensors=False` was asked for.
+            OSError: It is not there, may not be read, or broke off.
+            ValueError: It is no DDPM, or `use_safetensors=False` was asked for.
         """
         if kwargs.setdefault("use_safetensors", True) is False:
             raise ValueError("use_safetensors=False would read a pickle; convert the repository to safetensors first")
-        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        check_pipeline(pretrained_model_name_or_path, **kwargs)
+        load = super().from_pretrained
+        return patiently(
+            lambda: load(pretrained_model_name_or_path, **kwargs),
+            pretrained_model_name_or_path,
+            kwargs.get("revision"),
+        )
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -97,23 +137,45 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
         output_type: str | None = "pil",
         return_dict: bool = True,
         seeds: Iterable[int] | None = None,
-        class_labels: int | Iterable[int] | torch.Tensor | None = None,
+        class_labels: ClassLabels = None,
         guidance_scale: float = 1.0,
+        eta: float = 0.0,
+        image: Any = None,
+        strength: float | None = None,
+        mask_image: Any = None,
+        resample_length: int = 10,
+        resample_times: int = 10,
+        callback_on_step_end: Callable[..., dict[str, Any] | None] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("image",),
     ) -> ImagePipelineOutput | tuple[Any]:
         """Draw images.
 
         The network runs in evaluation mode and in its own dtype; the chain stays in float32.
 
         Args:
-            batch_size: How many images; 1 by default, or as many as there are seeds.
+            batch_size: How many images; 1 by default, or as many as there are seeds or given images. 0 gives none.
             generator: One generator for all, or one per image; draws as in stock.
             num_inference_steps: Steps of the chain; the scheduler's T by default (1000 in the paper).
             output_type: `pil`, `np` (`[B, H, W, C]` in [0, 1]) or `pt` (`[B, C, H, W]` in [0, 1]).
             return_dict: `False` gives a tuple.
             seeds: One seed per image, instead of `generator`: image i depends on its own seed only.
-            class_labels: For class-conditional networks: one class for all images, or one per image.
+            class_labels: For class-conditional networks: one class for all images, or one per image; by number, or by
+                the name that the network was trained with.
             guidance_scale: Classifier-free guidance (Ho & Salimans 2022): 1 samples the class as it was learned,
                 more exaggerates it, at two network evaluations per step. Needs a network trained with class dropout.
+            eta: For DDIM: 0 is deterministic, 1 as random as the ancestral sampler. Other schedulers ignore it.
+            image: Start from this image instead of from noise: a PIL image (scaled and cropped to fit), an array
+                `[H, W, C]` or a tensor `[C, H, W]` in [0, 1], or a batch or list of them. Needs `strength` or
+                `mask_image`.
+            strength: With `image`: the share of the chain to go back, so that t = strength T; 0 keeps the image, 1
+                keeps next to nothing of it.
+            mask_image: With `image`: draw anew where it is white, keep the image where it is black (RePaint, Lugmayr
+                et al. 2022). A PIL image, or an array or tensor `[H, W]` (or one per image).
+            resample_length, resample_times: RePaint's j and r: every j steps the chain goes back j steps, so that
+                each stretch is walked r times and the two parts fit together. `resample_times=1` never goes back.
+            callback_on_step_end: Called as `callback(pipe, step, timestep, tensors)` after every step; the "image"
+                (x_{t-1}) that it returns replaces the chain's. `pipe._interrupt = True` ends the chain early.
+            callback_on_step_end_tensor_inputs: What `tensors` holds: "image", "pred_original_sample".
 
         Returns:
             `.images`.
@@ -123,36 +185,204 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
         """
         if output_type not in ("pil", "np", "pt"):
             raise ValueError(f"output_type must be 'pil', 'np' or 'pt', got {output_type!r}")
-        if seeds is not None:
-            if generator is not None:
-                raise ValueError("pass either seeds or generator, and not both")
-            seeds = list(seeds)
-            if batch_size not in (None, len(seeds)):
-                raise ValueError(f"batch_size={batch_size} but {len(seeds)} seeds; leave batch_size out")
-            batch_size = len(seeds)
-            generator = [torch.Generator().manual_seed(seed) for seed in seeds]
-        batch_size = 1 if batch_size is None else batch_size
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        if isinstance(generator, list) and len(generator) != batch_size:
-            raise ValueError(f"got {len(generator)} generators for batch_size={batch_size}; pass one per image")
+        for name in callback_on_step_end_tensor_inputs:
+            if name not in self._callback_tensor_inputs:
+                names = ", ".join(self._callback_tensor_inputs)
+                raise ValueError(f"callback_on_step_end_tensor_inputs knows {names}, got {name!r}")
         num_inference_steps = self.checked_steps(num_inference_steps)
-
-        labels = self._checked_labels(class_labels, guidance_scale, batch_size)
+        given = None if image is None else images_in_model_range(image, self.image_shape)
+        if seeds is None and batch_size is None and given is not None:
+            batch_size = len(given)
+        batch_size, generator = draws_of(batch_size, generator, seeds)
         device = self._execution_device
-        image = randn_tensor((batch_size, *self.image_shape), generator=generator, device=device, dtype=torch.float32)
-        self.scheduler.set_timesteps(num_inference_steps)
-        with evaluating(self.unet):
-            for t in self.progress_bar(self.scheduler.timesteps):
-                model_output = self._predict(image.to(self.unet.dtype), t.to(device), labels, guidance_scale)
-                image = self._step(model_output.float(), t, image, generator)
-        image = (image / 2 + 0.5).clamp(0, 1)
-        if output_type != "pt":
-            image = image.cpu().permute(0, 2, 3, 1).numpy()
-            if output_type == "pil":
-                image = self.numpy_to_pil(image)
+        self._set_timesteps(num_inference_steps)
+        start, known = 0, None
+        if given is not None:
+            given = one_per_image(given, batch_size, "image").to(device)
+            start = self._start_of(strength, mask_image is not None)
+            if mask_image is not None:
+                known = KnownPixels(given, mask_of(mask_image, self.image_shape, batch_size).to(device))
+        elif strength is not None or mask_image is not None:
+            raise ValueError("strength and mask_image go with an image; pass image=")
+        shape = (batch_size, *self.image_shape)
+        x_t = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32) if batch_size else None
+        if given is not None and x_t is not None and not (known and start == 0):
+            left = self.scheduler.timesteps[start:]  # strength 0 leaves no step to take
+            x_t = self.scheduler.add_noise(given, x_t, left[:1].expand(batch_size).to(device)) if len(left) else given
+        elif x_t is not None:
+            x_t = x_t * self.scheduler.init_noise_sigma
+
+        self._interrupt = False
+        if x_t is None:
+            self._checked_labels(class_labels, guidance_scale, 0)
+            x_t = torch.empty(shape)
+        else:
+            options: dict[str, Any] = {"class_labels": class_labels, "guidance_scale": guidance_scale, "eta": eta}
+            options["num_inference_steps"] = num_inference_steps
+            if known is None:
+                steps = self.denoise(x_t, generator, start=start, **options)
+            else:
+                steps = self._repaint(x_t, generator, known, start, resample_length, resample_times, options)
+            total = len(self.scheduler.timesteps) - start
+            with self.progress_bar(total=total if known is None else total * resample_times) as bar:
+                for step in steps:
+                    if callback_on_step_end is not None:
+                        tensors = {"image": step.prev_sample, "pred_original_sample": step.pred_original_sample}
+                        asked = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
+                        changed = callback_on_step_end(self, step.index, step.timestep, asked) or {}
+                        step.prev_sample = changed.get("image", step.prev_sample)
+                    x_t = step.prev_sample
+                    bar.update()
+                    if self._interrupt:
+                        break
+        images = self._as_output(x_t, output_type)
         self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=image) if return_dict else (image,)
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _as_output(self, x_0: torch.Tensor, output_type: str) -> Any:
+        images = (x_0 / 2 + 0.5).clamp(0, 1)
+        if output_type == "pt":
+            return images
+        array = images.cpu().permute(0, 2, 3, 1).numpy()
+        return array if output_type == "np" else self.numpy_to_pil(array) if len(array) else []
+
+    def _set_timesteps(self, steps: int) -> None:
+        """The chain's timesteps. Stock's schedulers round some numbers of steps to chains that make no image.
+
+        Raises:
+            ValueError: A timestep comes twice, or the chain would start from pure noise where the network expects a
+                part of the image.
+        """
+        self.scheduler.set_timesteps(steps)
+        if isinstance(self.scheduler, DDPMScheduler):
+            return
+        timesteps, alpha_bar = self.scheduler.timesteps, self.scheduler.alphas_cumprod
+        signal, least = alpha_bar[int(timesteps[0])].item() ** 0.5, alpha_bar[-1].item() ** 0.5
+        late = signal > max(0.1, 2 * least)
+        if late or len(timesteps.unique()) < len(timesteps):
+            what = f"starts from noise at t={int(timesteps[0])}" if late else "comes to the same timestep twice"
+            raise ValueError(
+                f"{type(self.scheduler).__name__} {what} with {steps} steps; use timestep_spacing='trailing', or another "
+                "number of steps"
+            )
+
+    def _start_of(self, strength: float | None, inpainting: bool) -> int:
+        """Where in the chain to enter with a given image."""
+        if strength is None:
+            if not inpainting:
+                raise ValueError("image needs strength (the share of the chain to go back, 0 to 1) or a mask_image")
+            return 0
+        if not 0 <= strength <= 1:
+            raise ValueError(f"strength must be between 0 and 1, got {strength}")
+        steps = len(self.scheduler.timesteps)
+        return steps - min(round(steps * strength), steps)
+
+    # ------------------------------------------------------------------ the chain
+
+    @torch.no_grad()
+    def denoise(
+        self,
+        x_t: torch.Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        *,
+        num_inference_steps: int | None = None,
+        start: int = 0,
+        stop: int | None = None,
+        class_labels: ClassLabels = None,
+        guidance_scale: float = 1.0,
+        eta: float = 0.0,
+    ) -> Iterator[DenoisingStep]:
+        """Walk the chain down, step by step: what `__call__` and the paper's figures are made of.
+
+        Args:
+            x_t: `[B, C, H, W]` float32, noisy as at `scheduler.timesteps[start]`; pure noise for the whole chain.
+            generator, num_inference_steps, class_labels, guidance_scale, eta: See `__call__`.
+            start, stop: Which of the chain's steps to take, `range(start, stop)`; all by default.
+
+        Yields:
+            One `DenoisingStep` per step. Its `prev_sample` may be replaced; the chain goes on from there.
+        """
+        labels = self._checked_labels(class_labels, guidance_scale, len(x_t))
+        self._set_timesteps(self.checked_steps(num_inference_steps))
+        if start and hasattr(self.scheduler, "set_begin_index"):
+            self.scheduler.set_begin_index(start)
+        extra = self._step_options(generator, eta)
+        timesteps = self.scheduler.timesteps
+        on_device = timesteps.to(x_t.device)  # once, so that no step waits for the device
+        dtype = self.unet.dtype  # once: it is looked up in all of the parameters
+        with evaluating(self.unet):
+            for index in range(start, len(timesteps) if stop is None else min(stop, len(timesteps))):
+                seen = self.scheduler.scale_model_input(x_t, timesteps[index]).to(dtype)
+                output = self._predict(seen, on_device[index], labels, guidance_scale).float()
+                if not isinstance(self.scheduler, DDPMScheduler):
+                    output = output[:, : x_t.shape[1]]  # a learned variance is for the ancestral sampler only
+                made = self.scheduler.step(output, timesteps[index], x_t, **extra)
+                x_0 = getattr(made, "pred_original_sample", None)
+                step = DenoisingStep(index, int(timesteps[index]), x_t, x_0, made.prev_sample)
+                yield step
+                x_t = step.prev_sample
+
+    def progressive(
+        self,
+        batch_size: int | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        *,
+        seeds: Iterable[int] | None = None,
+        **options: Any,
+    ) -> Iterator[DenoisingStep]:
+        """Progressive generation (Section 4.3, Figs. 6, 10 and 14): the images as they come into being.
+
+        Args:
+            batch_size, generator, seeds: See `__call__`.
+            options: See `denoise`.
+
+        Yields:
+            One `DenoisingStep` per step, with x_t and the x_0 predicted from it.
+        """
+        batch_size, generator = draws_of(batch_size, generator, seeds)
+        shape = (batch_size, *self.image_shape)
+        x_t = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=torch.float32)
+        yield from self.denoise(x_t * self.scheduler.init_noise_sigma, generator, **options)
+
+    def _repaint(
+        self, x_t: torch.Tensor, generator: Any, known: KnownPixels, start: int, length: int, times: int, options: Any
+    ) -> Iterator[DenoisingStep]:
+        """RePaint (Lugmayr et al. 2022, Algorithm 1): the known pixels come from q(x_{t-1}|x_0), the others from p."""
+        if not isinstance(self.scheduler, (DDPMScheduler, DDIMScheduler)):
+            raise ValueError(f"mask_image works with the ddpm and ddim samplers, not {type(self.scheduler).__name__}")
+        if length < 1 or times < 1:
+            raise ValueError(f"resample_length and resample_times must be at least 1, got {length} and {times}")
+        # alpha_bar at every point of the chain; the data, at its end, has 1
+        timesteps = self.scheduler.timesteps
+        alpha_bar = [*self.scheduler.alphas_cumprod[timesteps.cpu()].tolist(), 1.0]
+
+        def noisy(x: torch.Tensor, signal: float) -> torch.Tensor:
+            """sqrt(signal) x + sqrt(1 - signal) noise."""
+            noise = randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+            return signal**0.5 * x + (1 - signal) ** 0.5 * noise
+
+        for first in range(start, len(timesteps), length):
+            last = min(first + length, len(timesteps))
+            for again in reversed(range(times)):
+                for step in self.denoise(x_t, generator, start=first, stop=last, **options):
+                    signal = alpha_bar[step.index + 1]
+                    image = noisy(known.image, signal) if signal < 1 else known.image
+                    step.prev_sample = torch.where(known.draw, step.prev_sample, image)
+                    yield step
+                    x_t = step.prev_sample
+                if again:
+                    x_t = noisy(x_t, alpha_bar[first] / alpha_bar[last])
+
+    def _step_options(self, generator: Any, eta: float) -> dict[str, Any]:
+        """What the scheduler's `step` takes beyond the usual: deterministic ones take no generator, DDIM an eta."""
+        known = inspect.signature(self.scheduler.step).parameters
+        options: dict[str, Any] = {"generator": generator} if "generator" in known else {}
+        if "eta" in known:
+            options["eta"] = eta
+        if "use_clipped_model_output" in known:
+            # Where x_0 is clipped, eps has to follow, or x_t is no longer the mixture of both that the network knows.
+            options["use_clipped_model_output"] = True
+        return options
 
     @property
     def null_class(self) -> int | None:
@@ -174,17 +404,55 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
             if self.null_class is None:
                 raise ValueError(f"this network is class-conditional: give class_labels, 0..{classes - 1}")
             class_labels = self.null_class
-        labels = torch.as_tensor(
-            class_labels if isinstance(class_labels, (int, torch.Tensor)) else list(class_labels)
-        ).long()
+        if not isinstance(class_labels, torch.Tensor):
+            one = isinstance(class_labels, (int, str))
+            indices = [self.class_index(label) for label in ([class_labels] if one else class_labels)]
+            class_labels = torch.tensor(indices[0] if one else indices, dtype=torch.long)
+        labels = class_labels.long()
         if labels.ndim == 0:
             labels = labels.expand(batch_size)
         if labels.shape != (batch_size,):
             raise ValueError(f"got {labels.numel()} class_labels for {batch_size} images; give one, or one per image")
-        if labels.min() < 0 or labels.max() >= classes:
+        if len(labels) and (labels.min() < 0 or labels.max() >= classes):
             wrong = int(labels.min() if labels.min() < 0 else labels.max())
             raise ValueError(f"class label {wrong} is outside 0..{classes - 1}")
         return labels.to(self._execution_device)
+
+    def class_index(self, label: int | str) -> int:
+        """The index of a class, given by name or number.
+
+        Raises:
+            ValueError: The network has no such class.
+        """
+        names, classes = list(self.unet.config.get("_class_names") or []), self.unet.config.num_class_embeds or 0
+        if label in names:
+            return names.index(label)
+        if isinstance(label, str) and label.isdecimal():
+            label = int(label)
+        if isinstance(label, str) or not 0 <= int(label) < classes:
+            have = ", ".join(names) or (f"0..{classes - 1}" if classes else "none: it is not class-conditional")
+            raise ValueError(f"class {label!r} is no class of this network; it has {have}")
+        return int(label)
+
+    def labels_of(self, data: ImageDataset) -> torch.Tensor | None:
+        """The images' classes as this network numbers them, `[N]`, or `None` for an unconditional network.
+
+        Images without labels have "no class" where the network knows it.
+
+        Raises:
+            ValueError: A class that the network does not know, or no labels where it needs them.
+        """
+        if self.unet.config.num_class_embeds is None:
+            return None
+        if data.labels is None:
+            if self.null_class is None:
+                raise ValueError(f"the network is class-conditional, and the images of {data.name!r} have no labels")
+            return torch.full((len(data),), self.null_class)
+        known = list(self.unet.config.get("_class_names") or data.class_names or [])
+        names = data.class_names or known
+        if unknown := [name for name in names if name not in known]:
+            raise ValueError(f"the network knows no class {unknown[0]!r}; it was trained on {', '.join(known)}")
+        return torch.tensor([known.index(names[label]) for label in data.labels.tolist()])
 
     def _predict(
         self, image: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None, guidance_scale: float
@@ -198,17 +466,6 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
         guided = without + guidance_scale * (with_class - without)
         channels = image.shape[1]  # a learned variance is not guided
         return torch.cat([guided[:, :channels], with_class[:, channels:]], dim=1)
-
-    def _step(self, model_output: torch.Tensor, t: torch.Tensor, image: torch.Tensor, generator: Any) -> torch.Tensor:
-        """One scheduler step; deterministic schedulers such as DPM-Solver in stock take no generator."""
-        if not isinstance(self.scheduler, DDPMScheduler):
-            model_output = model_output[:, : image.shape[1]]  # a learned variance is for the ancestral sampler only
-        try:
-            return self.scheduler.step(model_output, t, image, generator=generator).prev_sample
-        except TypeError as error:
-            if "generator" not in str(error):
-                raise
-            return self.scheduler.step(model_output, t, image).prev_sample
 
 
 @contextmanager

@@ -17,6 +17,7 @@ import torch
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler as StockDDPMScheduler
 from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
+from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
@@ -26,10 +27,13 @@ from .presets import get_preset, nearest
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "posterior_mean")
 FIXED_VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log")
 LEARNED_VARIANCES = ("learned", "learned_range")
+OPTIMAL_VARIANCE = "optimal"
 TIMESTEP_SPACINGS = ("linspace", "leading", "trailing")
 
 # What a saved `prediction_type` ends with where the network also predicts the log-variance.
 _ON_DISK_LEARNED = "_and_log_variance"
+
+logger = logging.get_logger(__name__)
 
 Timestep = int | Tensor
 
@@ -59,6 +63,8 @@ class DDPMScheduler(StockDDPMScheduler):
     - `beta_schedule` in `quad | const | jsd | warmup10 | warmup50` (the official code's), saved as `trained_betas`.
     - `variance_type="learned"`: the second half of the network's channels is the log-variance, as in the official
       code.
+    - `variance_type="optimal"`: the variance that a measured error of the network makes best (Analytic-DPM, Bao et
+      al. 2022); needs no training, only `set_prediction_error`. Stock sees `fixed_small`.
     - `step` takes an int, a 0-d tensor or one timestep per image.
     - Noise is added wherever the chain has a next timestep, and nowhere else: the last step gives the mean
       (Algorithm 2).
@@ -67,7 +73,8 @@ class DDPMScheduler(StockDDPMScheduler):
         num_train_timesteps: T.
         beta_start, beta_end, beta_schedule, trained_betas: The forward process; see `make_betas`.
         variance_type: The reverse process's variance. `fixed_small` is beta_tilde_t, `fixed_large` is beta_t
-            (Section 3.2; the same with `_log`), `learned` and `learned_range` read it from the network's output.
+            (Section 3.2; the same with `_log`), `optimal` is in between, by a measurement of the network, `learned`
+            and `learned_range` read it from the network's output.
         clip_sample, clip_sample_range: Clip the predicted x_0 to `[-range, range]`.
         prediction_type: What the network predicts: `epsilon` (Eq. 12), `sample` (x_0), `v_prediction`
             (Salimans & Ho 2022) or `posterior_mean`.
@@ -78,6 +85,8 @@ class DDPMScheduler(StockDDPMScheduler):
     Raises:
         ValueError: An argument is outside its range; the message says which value and what to write instead.
     """
+
+    _warned_of_fixed_large = False
 
     @register_to_config
     def __init__(
@@ -104,7 +113,7 @@ class DDPMScheduler(StockDDPMScheduler):
         if isinstance(prediction_type, str) and prediction_type.endswith(_ON_DISK_LEARNED):  # see to_json_string
             prediction_type = prediction_type.removesuffix(_ON_DISK_LEARNED)
             self.register_to_config(prediction_type=prediction_type)
-        _choice("variance_type", variance_type, FIXED_VARIANCES + LEARNED_VARIANCES)
+        _choice("variance_type", variance_type, (*FIXED_VARIANCES, OPTIMAL_VARIANCE, *LEARNED_VARIANCES))
         _choice("prediction_type", prediction_type, PREDICTION_TYPES)
         _choice("timestep_spacing", timestep_spacing, TIMESTEP_SPACINGS)
         if not (isinstance(num_train_timesteps, int) and num_train_timesteps >= 1):
@@ -153,8 +162,7 @@ class DDPMScheduler(StockDDPMScheduler):
         self.custom_timesteps = False
         self.num_inference_steps: int | None = None
         self.timesteps = torch.arange(num_train_timesteps - 1, -1, -1)
-        self._process = Chain(betas, self.timesteps.numpy(), prediction_type)  # the paper's, over all T timesteps
-        self._process.on(torch.device("cpu"), torch.float32)
+        self._process = self._chain_over(self.timesteps.numpy())  # the paper's, over all T timesteps
         self._chain = self._process  # the one that `step` walks
 
     @classmethod
@@ -166,18 +174,63 @@ class DDPMScheduler(StockDDPMScheduler):
         """
         return cls(**{**get_preset(name).scheduler, **overrides})
 
+    @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """As stock's, with what stock does not know: the network's measured error and the `optimal` variance."""
+        if isinstance(config, dict) and "_variance_type" in config:
+            config = dict(config)
+            config["variance_type"] = config.pop("_variance_type")
+        made = super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
+        scheduler = made[0] if isinstance(made, tuple) else made
+        if (error := scheduler.config.get("_prediction_error")) is not None:
+            scheduler.set_prediction_error(error)
+        return made
+
+    def set_prediction_error(self, error: Sequence[float] | Tensor) -> None:
+        """Tell how far the network's predicted x_0 is off, for `variance_type="optimal"`; it is saved with the rest.
+
+        The best variance of p(x_{t-1}|x_t) is beta_tilde_t plus the squared weight of x_0 in the posterior's mean
+        times this error. For a perfect network the error is (1 - alpha_bar) / alpha_bar (1 - E||eps||^2 / d), and this
+        is Theorem 1 of Bao et al. 2022 (Analytic-DPM).
+
+        Args:
+            error: `[T]`, the mean squared error of the predicted (and clipped) x_0 at every t, per pixel and in the
+                [-1, 1] scale: `bits_per_dim(...).mse.mean(0)`, or `optimal_variance.prediction_error`.
+
+        Raises:
+            ValueError: Not T finite numbers from 0 on.
+        """
+        T = self.config.num_train_timesteps
+        values = torch.as_tensor(error, dtype=torch.float64).cpu()
+        if values.shape != (T,) or not values.isfinite().all() or values.min() < 0:
+            raise ValueError(f"the prediction error must be {T} finite numbers from 0 on, got {list(values.shape)}")
+        # seven digits are more than the measurement has
+        self.register_to_config(_prediction_error=[float(f"{value:.7g}") for value in values.tolist()])
+        self._process = self._chain_over(self._process.timesteps)
+        self._chain = self._chain_over(self._chain.timesteps)
+
+    def _chain_over(self, timesteps: np.ndarray) -> Chain:
+        error = self.config.get("_prediction_error")
+        chain = Chain(
+            self.betas.numpy(), timesteps, self.config.prediction_type, None if error is None else np.array(error)
+        )
+        chain.on(self.timesteps.device, torch.float32)
+        return chain
+
     def to_json_string(self) -> str:
         """The configuration as it is saved: stock's, changed where stock would sample nonsense from it.
 
         Stock reads a `learned` log-variance as a variance. Its `prediction_type` is saved with a suffix, so that stock
         refuses to sample and names it; this class takes the suffix off again. `fixed_large_log`, which is NaN in
-        stock, is saved as `fixed_large`, which means the same.
+        stock, is saved as `fixed_large`, which means the same; `optimal` as `fixed_small`, with a note for this class.
         """
         config = json.loads(super().to_json_string())
         if self.variance_type == "learned":
             config["prediction_type"] += _ON_DISK_LEARNED
         if self.variance_type == "fixed_large_log":
             config["variance_type"] = "fixed_large"
+        if self.variance_type == OPTIMAL_VARIANCE:
+            config |= {"variance_type": "fixed_small", "_variance_type": OPTIMAL_VARIANCE}
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
     # ------------------------------------------------------------------ checks and coefficients
@@ -356,6 +409,13 @@ class DDPMScheduler(StockDDPMScheduler):
             mean = _affine(c["mean_from_x_0"], x_0, c["mean_from_x_t"], x_t)
 
         if raw_variance is None:
+            if self.variance_type == OPTIMAL_VARIANCE:
+                if "log_optimal" not in c:
+                    raise ValueError(
+                        "variance_type='optimal' needs the network's measured error: run ddpm-hf optimal_variance on "
+                        "the model, or call scheduler.set_prediction_error"
+                    )
+                return mean, c["log_optimal"], x_0
             # Section 3.2: sigma_t^2 = beta_tilde_t or beta_t
             small = self.variance_type in ("fixed_small", "fixed_small_log")
             return mean, c["log_beta_tilde_clipped" if small else "log_beta_clipped"], x_0
@@ -497,8 +557,19 @@ class DDPMScheduler(StockDDPMScheduler):
         self.custom_timesteps = timesteps is not None
         self.num_inference_steps = len(chosen)
         self.timesteps = torch.from_numpy(chosen.copy()).to(device)
-        self._chain = Chain(self.betas.numpy(), chosen, self.config.prediction_type)
-        self._chain.on(self.timesteps.device, torch.float32)
+        self._chain = self._chain_over(chosen)
+        if self.variance_type in ("fixed_large", "fixed_large_log") and len(chosen) < T:
+            self._warn_of_fixed_large(len(chosen))
+
+    @classmethod
+    def _warn_of_fixed_large(cls, steps: int) -> None:
+        """Once, as repositories on the Hub carry this variance: over a few long steps it leaves the images noisy."""
+        if not DDPMScheduler._warned_of_fixed_large:
+            DDPMScheduler._warned_of_fixed_large = True
+            logger.warning(
+                f"variance_type='fixed_large' over {steps} steps leaves noise in the images; better: "
+                "variance_type='optimal' (after ddpm-hf optimal_variance) or 'fixed_small', or the ddim sampler"
+            )
 
     def previous_timestep(self, timestep: Timestep) -> int:
         """The chain's next timestep after (below) `timestep`, or -1 where that is the data.

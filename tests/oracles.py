@@ -214,12 +214,57 @@ class GaussianData:
         slope = math.sqrt(self.alpha_bar[t]) * self.std**2 / variance
         return slope, self.mean - slope * mean
 
-    def reverse_moments(self, timesteps: list[int], large: bool) -> list[tuple[float, float]]:
+    def reverse_variance(self, t: int, s: int) -> float:
+        """Variance of x_s given x_t, for s < t: the best that a Gaussian reverse step can have."""
+        covariance = math.sqrt(self.alpha_bar[t] / self.alpha_bar[s]) * self.marginal(s)[1]
+        return self.marginal(s)[1] - covariance**2 / self.marginal(t)[1]
+
+    def unknown_of_x_0(self, t: int) -> float:
+        """Variance of x_0 given x_t."""
+        return self.std**2 * (1 - self.alpha_bar[t]) / self.marginal(t)[1]
+
+    def ddim(self, timesteps: list[int]) -> tuple[float, float]:
+        """Mean and variance of what deterministic DDIM makes of N(0, 1) with the best epsilon, at the data."""
+        gain, offset = 1.0, 0.0
+        for t, s in zip(timesteps, [*timesteps[1:], -1], strict=True):
+            a_s = self.alpha_bar[s] if s >= 0 else 1.0
+            (x_slope, x_offset), (e_slope, e_offset) = self.expected_x_0(t), self.expected_noise(t)
+            slope = math.sqrt(a_s) * x_slope + math.sqrt(1 - a_s) * e_slope
+            gain, offset = slope * gain, slope * offset + math.sqrt(a_s) * x_offset + math.sqrt(1 - a_s) * e_offset
+        return offset, gain**2
+
+    def dpm_solver_2m(self, timesteps: list[int]) -> tuple[float, float]:
+        """The same for DPM-Solver++(2M) (Lu et al. 2022, Algorithm 2), whose last step is the predicted x_0."""
+        x, before, h_before = np.array([0.0, 1.0]), None, 0.0  # what becomes of 0 and of 1
+        for t, s in zip(timesteps, [*timesteps[1:], -1], strict=True):
+            slope, offset = self.expected_x_0(t)
+            x_0 = slope * x + offset
+            if s < 0:
+                return float(x_0[0]), float((x_0[1] - x_0[0]) ** 2)
+            alpha_t, alpha_s = math.sqrt(self.alpha_bar[t]), math.sqrt(self.alpha_bar[s])
+            sigma_t, sigma_s = math.sqrt(1 - self.alpha_bar[t]), math.sqrt(1 - self.alpha_bar[s])
+            h = math.log(alpha_s / sigma_s) - math.log(alpha_t / sigma_t)
+            extrapolated = x_0 if before is None else x_0 + (x_0 - before) * h / (2 * h_before)
+            x = sigma_s / sigma_t * x - alpha_s * math.expm1(-h) * extrapolated
+            before, h_before = x_0, h
+        raise AssertionError("no timesteps")
+
+    def exact_flow(self, timesteps: list[int]) -> tuple[float, float]:
+        """The same for the exact solution of the probability flow from the first timestep to the last.
+
+        The flow maps quantiles to quantiles, and the last step is the predicted x_0.
+        """
+        (m_0, v_0), (m_1, v_1) = self.marginal(timesteps[0]), self.marginal(timesteps[-1])
+        slope, offset = self.expected_x_0(timesteps[-1])
+        gain = math.sqrt(v_1 / v_0)
+        return slope * (m_1 - gain * m_0) + offset, (slope * gain) ** 2
+
+    def reverse_moments(self, timesteps: list[int], large: bool, optimal: bool = False) -> list[tuple[float, float]]:
         """Mean and variance of x after every step of the ancestral chain that predicts the best epsilon.
 
         The chain starts from N(0, 1) and walks `timesteps` down to the data, with the posterior of the subsequence
-        (alpha_bar of its own timesteps only) and variance beta_tilde, or beta where `large`. No clipping. The step to
-        the data adds no noise.
+        (alpha_bar of its own timesteps only) and variance beta_tilde, or beta where `large`, or x_s's own variance
+        given x_t where `optimal`. No clipping. The step to the data adds no noise.
         """
         mean, variance, out = 0.0, 1.0, []
         for t, s in zip(timesteps, [*timesteps[1:], -1], strict=True):
@@ -231,6 +276,8 @@ class GaussianData:
             gain = from_x_0 * slope + from_x_t
             mean = gain * mean + from_x_0 * offset
             noise = 0.0 if s < 0 else beta if large else beta * (1 - a_s) / (1 - a_t)
+            if optimal and s >= 0:
+                noise = self.reverse_variance(t, s)
             variance = gain**2 * variance + noise
             out.append((mean, variance))
         return out

@@ -1,11 +1,17 @@
 """Seeds to files."""
 
+import socket
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
-from conftest import make_small_unet
+from conftest import FIXTURES, make_small_unet
+from oracles import GaussianData
 from PIL import Image
 
+import ddpm_hf.generation as generation
 from ddpm_hf import DDPMPipeline, DDPMScheduler
 from ddpm_hf.generation import class_sequence, generate, parse_seeds, with_sampler, write_samples
 
@@ -57,8 +63,86 @@ def test_samplers(small_pipeline):
     ddim = with_sampler(small_pipeline, "ddim")
     assert type(ddim.scheduler).__name__ == "DDIMScheduler"
     assert ddim.unet is small_pipeline.unet
-    with pytest.raises(ValueError, match="'euler'"):
-        with_sampler(small_pipeline, "euler")
+    small = with_sampler(small_pipeline, "ddpm", "fixed_small", "trailing").scheduler.config
+    assert (small.variance_type, small.timestep_spacing) == ("fixed_small", "trailing")
+    for arguments, message in (
+        (("euler",), "'euler'"),
+        (("dpmsolver",), "did you mean 'dpmsolver\\+\\+'"),
+        (("ddim", "fixed_small"), "is for the ddpm sampler"),
+        (("ddpm", "learned"), "does not go with this network"),
+        (("ddpm", "fixed_smal"), "'fixed_smal'"),
+        (("ddpm", None, "middle"), "'middle'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            with_sampler(small_pipeline, *arguments)
+
+
+BETAS = np.linspace(1e-4, 0.02, 1000)
+DATA = GaussianData(mean=0.2, std=0.4, betas=BETAS)
+
+
+def moments(pipe, sampler, steps):
+    """Mean and variance of what a deterministic sampler makes of N(0, 1), read off what becomes of 0 and of 1."""
+    scheduler = with_sampler(pipe, sampler).scheduler
+    scheduler.set_timesteps(steps)
+    x = torch.tensor([0.0, 1.0], dtype=torch.float64).view(2, 1, 1, 1)
+    for t in scheduler.timesteps:
+        slope, offset = DATA.expected_noise(int(t))
+        x = scheduler.step(slope * x + offset, t, x).prev_sample
+    zero, one = x.flatten().tolist()
+    return (zero, (one - zero) ** 2), scheduler.timesteps.tolist()
+
+
+def distance(found, expected):
+    return max(abs(found[0] - expected[0]) / expected[1] ** 0.5, abs(found[1] / expected[1] - 1))
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+@pytest.mark.parametrize("steps", [10, 20, 50, 100])
+def test_deterministic_samplers_on_gaussian_data(small_unet, steps, spacing):
+    """DDIM and DPM-Solver++ against their papers' updates written out again, and all against the exact flow."""
+    pipe = DDPMPipeline(small_unet, DDPMScheduler(clip_sample=False, timestep_spacing=spacing))
+    ddim, timesteps = moments(pipe, "ddim", steps)
+    assert distance(ddim, DATA.ddim(timesteps)) < 1e-4  # stock's tables are float32
+    solver, solver_timesteps = moments(pipe, "dpmsolver++", steps)
+    assert distance(solver, DATA.dpm_solver_2m(solver_timesteps)) < 1e-3
+    unipc, unipc_timesteps = moments(pipe, "unipc", steps)
+    assert distance(unipc, DATA.exact_flow(unipc_timesteps)) < 0.06
+    if spacing == "leading":  # trailing leaves out the last and hardest part of the flow, for all of them
+        first_order = distance(ddim, DATA.exact_flow(timesteps))
+        assert first_order < 8 / steps
+        assert distance(solver, DATA.exact_flow(solver_timesteps)) < first_order / 3
+        assert distance(unipc, DATA.exact_flow(unipc_timesteps)) < first_order / 3
+
+
+@pytest.mark.parametrize(
+    ("sampler", "spacing", "steps", "what"),
+    [
+        ("dpmsolver++", None, 1000, "the same timestep twice"),
+        ("unipc", "leading", 600, "from noise at t=600"),
+        ("ddim", None, 600, "from noise at t=599"),
+    ],
+)
+def test_chains_that_stock_would_walk_wrongly_are_refused(small_pipeline, sampler, spacing, steps, what):
+    """Stock's `leading` spacing rounds T / K down, its `linspace` repeats itself where K is near T."""
+    wrong = with_sampler(small_pipeline, sampler, timestep_spacing=spacing)
+    with pytest.raises(ValueError, match=f"{what}.*timestep_spacing='trailing'"):
+        wrong(seeds=[0], num_inference_steps=steps)
+    trailing = with_sampler(small_pipeline, sampler, timestep_spacing="trailing")
+    image = trailing(seeds=[0], num_inference_steps=steps, output_type="np").images
+    few = with_sampler(small_pipeline, sampler)(seeds=[0], num_inference_steps=100, output_type="np").images
+    assert np.abs(few - image).mean() < 0.1  # the same flow, in fewer steps
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmsolver++", "unipc"])
+def test_every_sampler_clips_as_the_pipeline_does(small_unet, sampler):
+    def last(clip):
+        pipe = with_sampler(DDPMPipeline(small_unet, DDPMScheduler(clip_sample=clip)), sampler)
+        *_, step = pipe.progressive(seeds=[0, 1], num_inference_steps=10)
+        return step.prev_sample.abs().max().item()  # the last step gives the predicted x_0
+
+    assert last(True) <= 1 + 1e-5
+    assert last(False) > 1.1
 
 
 def test_a_folder_of_other_images_is_not_mixed(tmp_path, small_pipeline):
@@ -77,3 +161,81 @@ def test_classes_by_name_and_number_in_turn():
     assert class_sequence(pipe, None, 3) is None
     with pytest.raises(ValueError, match="'cows' is no class of this network; it has cats, dogs"):
         class_sequence(pipe, "cows", 1)
+
+
+class Stop(Exception):
+    """In place of a Ctrl-C."""
+
+
+@pytest.mark.parametrize("name", ["out", "out.npz", "out.png"])
+def test_a_run_that_was_broken_off_goes_on(tmp_path, small_pipeline, monkeypatch, name):
+    options = {"num_inference_steps": 3, "batch_size": 2}
+    write_samples(small_pipeline, range(6), tmp_path / f"whole{name}", **options)
+    real, calls = generation.generate, []
+
+    def breaks(pipe, seeds, **options):
+        for i, batch in enumerate(real(pipe, seeds, **options)):
+            calls.append(batch[0])
+            if i == 2:
+                raise Stop
+            yield batch
+
+    monkeypatch.setattr(generation, "generate", breaks)
+    with pytest.raises(Stop):
+        write_samples(small_pipeline, range(6), tmp_path / name, **options)
+    assert not (tmp_path / name).is_file()  # one file is there when it is complete
+    assert write_samples(small_pipeline, range(6), tmp_path / name, **options) == 2
+    assert calls[-1] == [4, 5]
+    if name == "out":
+        whole, again = ([p.read_bytes() for p in sorted((tmp_path / x).rglob("*.png"))] for x in ("wholeout", "out"))
+        assert whole == again
+        assert len(whole) == 6
+    else:
+        assert (tmp_path / name).read_bytes() == (tmp_path / f"whole{name}").read_bytes()
+        assert [p.name for p in tmp_path.glob(".*")] == []
+
+
+def test_outputs_that_cannot_be_are_refused_before_anything_is_drawn(tmp_path, small_pipeline, monkeypatch):
+    monkeypatch.setattr(DDPMPipeline, "__call__", lambda *_, **__: pytest.fail("it drew"))
+    (tmp_path / "a.npz").mkdir()
+    (tmp_path / "file").write_text("")
+    for output, message in (("a.npz", "is a folder"), ("file", "is a file"), ("x.jpg", "FILE.png or FILE.npz")):
+        with pytest.raises(ValueError, match=message):
+            write_samples(small_pipeline, [0], tmp_path / output)
+    with pytest.raises(OSError, match="file"):
+        write_samples(small_pipeline, [0], tmp_path / "file" / "inside")
+    two = DDPMPipeline(make_small_unet(in_channels=2, out_channels=2), DDPMScheduler())
+    with pytest.raises(ValueError, match="2 channels are no PNGs"):
+        write_samples(two, [0], tmp_path / "folder")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.npz", "file"]
+
+
+def test_images_of_other_classes_are_not_mixed(tmp_path):
+    pipe = DDPMPipeline(make_small_unet(num_class_embeds=3), DDPMScheduler())
+    write_samples(pipe, [0, 1], tmp_path / "out", num_inference_steps=2, class_labels=[0, 1])
+    write_samples(pipe, [1, 2], tmp_path / "out", num_inference_steps=2, class_labels=[1, 2])
+    with pytest.raises(ValueError, match="other class_labels"):
+        write_samples(pipe, [2, 3], tmp_path / "out", num_inference_steps=2, class_labels=[0, 1])
+
+
+def test_digits_are_the_same_for_every_batch_size_and_number_of_processes(tmp_path):
+    """Bit for bit, on one thread per process (`OMP_NUM_THREADS=1`, see conftest)."""
+    pipe = with_sampler(DDPMPipeline.from_pretrained(FIXTURES / "digits_model"), "ddpm", "fixed_small")
+    options = {"num_inference_steps": 50}
+    one_by_one = torch.cat([images for _, images in generate(pipe, range(16), batch_size=1, **options)])
+    assert len(one_by_one.flatten(1).unique(dim=0)) == 16
+    for batch_size in (4, 16):
+        batches = torch.cat([images for _, images in generate(pipe, range(16), batch_size=batch_size, **options)])
+        assert torch.equal(batches, one_by_one)
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = f"-m torch.distributed.run --nproc_per_node 2 --master_addr 127.0.0.1 --master_port {port}"
+    command += f" -m ddpm_hf.cli sample --model {FIXTURES / 'digits_model'} --variance_type fixed_small"
+    command += f" --num_inference_steps 50 --seeds 0-15 --batch_size 3 --output {tmp_path / 'two.npz'}"
+    done = subprocess.run([sys.executable, *command.split()], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("wrote 16 images") == 1
+    two = torch.from_numpy(np.load(tmp_path / "two.npz")["arr_0"]).permute(0, 3, 1, 2)
+    assert torch.equal(two, one_by_one)

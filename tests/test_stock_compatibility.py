@@ -121,17 +121,19 @@ def test_other_schedulers_swap_in(small_pipeline, name):
     scheduler = getattr(diffusers, name).from_config(small_pipeline.scheduler.config)
     pipe = DDPMPipeline(small_pipeline.unet, scheduler)
     pipe.set_progress_bar_config(disable=True)
-    stock = diffusers.DDPMPipeline(small_pipeline.unet, getattr(diffusers, name).from_config(scheduler.config))
 
-    def images(pipe):
+    def images(pipe, **options):
         generator = torch.Generator().manual_seed(0)
-        return pipe(batch_size=2, generator=generator, num_inference_steps=10, output_type="np").images
+        return pipe(batch_size=2, generator=generator, num_inference_steps=10, output_type="np", **options).images
 
     ours = images(pipe)
     assert np.isfinite(ours).all()
-    if name == "DDIMScheduler":  # the only one of them whose step takes a generator, which stock's pipeline passes
+    if name == "DDIMScheduler":  # the only one of them that has a pipeline of its own for these networks
+        stock = diffusers.DDIMPipeline(small_pipeline.unet, scheduler)
         stock.set_progress_bar_config(disable=True)
-        assert np.abs(ours - images(stock)).max() < 1e-5
+        assert np.abs(ours - images(stock, use_clipped_model_output=True)).max() < 1e-5
+        assert np.abs(images(pipe, eta=0.7) - images(stock, use_clipped_model_output=True, eta=0.7)).max() < 1e-5
+        assert np.abs(images(pipe, eta=0.7) - ours).max() > 0.1
 
 
 def test_no_pickle_is_read(tmp_path, small_pipeline):
