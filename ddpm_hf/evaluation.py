@@ -2,57 +2,127 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
+import csv
+import io
 import math
-import platform
+import os
+import re
 import time
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list
+from torch import Tensor
 
-from .data import ImageDataset, Images, StreamedImages, to_model_range
-from .likelihood import bits_per_dim, stratified_bits_per_dim
+from . import evaluation_plots as plots
+from .data import ImageDataset, Images, StreamedImages, load_hub_dataset, load_images, to_model_range
+from .features import FeatureExtractor, make_extractor
+from .generation import with_sampler
+from .likelihood import LikelihoodResult, bits_per_dim, stratified_bits_per_dim
 from .pipeline_ddpm import DDPMPipeline, evaluating
+from .presets import nearest
 from .processes import processes
+from .reports import EvaluationReport, as_markdown, writable_folder, write_text
+from .sample_evaluation import (
+    Neighbours,
+    RealImages,
+    Samples,
+    add_neighbours,
+    add_sample_metrics,
+    draw_samples,
+    find_neighbours,
+    images_digest,
+    real_images,
+)
+from .shards import Rows, all_rows, digest, weights_digest
+from .visualize import image_grid, save_picture
+
+__all__ = [
+    "METRICS",
+    "EvaluationReport",
+    "default_cache_dir",
+    "evaluate",
+    "evaluate_likelihood",
+    "first_images",
+    "load_splits",
+    "parse_metrics",
+]
+
+LIKELIHOOD_METRICS = ("nll", "rate_distortion")
+SAMPLE_METRICS = ("fid", "is", "kid", "prc", "nn")
+METRICS = LIKELIHOOD_METRICS + SAMPLE_METRICS
 
 
-@dataclass
-class EvaluationReport:
-    """Numbers of one model on one dataset.
+def default_cache_dir() -> Path:
+    """Where features of real images are kept: `$DDPM_HF_CACHE`, or `~/.cache/ddpm_hf`."""
+    return Path(os.environ.get("DDPM_HF_CACHE") or Path.home() / ".cache" / "ddpm_hf")
 
-    Attributes:
-        dataset, split, num_images: What was evaluated on.
-        values: Metric name to `{"value", "standard_error", ...}`; likelihoods are in bits/dim.
-        settings: How each number was made.
-        versions: Of Python and the libraries.
+
+def parse_metrics(text: str) -> list[str]:
+    """`"nll,fid"` to `["nll", "fid"]`.
+
+    Raises:
+        ValueError: Not the name of a metric.
     """
+    names = [part.strip() for part in text.split(",") if part.strip()]
+    for name in names:
+        if name not in METRICS:
+            raise ValueError(f"--metrics knows {', '.join(METRICS)}, got {name!r}{nearest(name, METRICS)}")
+    if not names:
+        raise ValueError(f"--metrics names no metric; it knows {', '.join(METRICS)}")
+    return list(dict.fromkeys(names))
 
-    dataset: str
-    split: str
-    num_images: int
-    values: dict[str, dict[str, float]] = field(default_factory=dict)
-    settings: dict[str, Any] = field(default_factory=dict)
-    versions: dict[str, str] = field(
-        default_factory=lambda: {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "diffusers": diffusers.__version__,
-        }
-    )
 
-    def save(self, path: str | Path) -> None:
-        """Write the report as JSON."""
-        Path(path).write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+def load_splits(
+    splits: Sequence[str] | None,
+    for_samples: bool,
+    *,
+    dataset: str | None = None,
+    dataset_name: str | None = None,
+    train_data_dir: str | None = None,
+    validation_split: float = 0.0,
+    **options: Any,
+) -> dict[str, Images]:
+    """The images of an evaluation by split.
 
-    @classmethod
-    def load(cls, path: str | Path) -> EvaluationReport:
-        """Read a report that `save` wrote."""
-        return cls(**json.loads(Path(path).read_text()))
+    Args:
+        splits: Which; if left out the held-out images, and for samples the training images too. Held out is what
+            `validation_split` says, `validation` of built-in datasets, `test` of others that have it; the training
+            images stand in where nothing is.
+        for_samples: Whether samples are to be compared with them.
+        dataset, dataset_name, train_data_dir, validation_split, options: See `data.load_images`.
+
+    Raises:
+        ValueError: As `load_images`, or the dataset has no such split.
+    """
+    source = {"dataset": dataset, "dataset_name": dataset_name, "train_data_dir": train_data_dir}
+    given: dict[str, Any] = {name: value for name, value in source.items() if value is not None}
+
+    def load(split: str) -> Images:
+        if "dataset_name" in given and split not in ("train", "validation" if validation_split else "train"):
+            return load_hub_dataset(given["dataset_name"], split, **options)
+        if split == "validation" and not validation_split and "train_data_dir" in given:
+            raise ValueError("a folder has no validation images of its own; say with --validation_split how many")
+        return load_images(**given, split=split, validation_split=validation_split, **options)
+
+    if splits is not None:
+        return {split: load(split) for split in splits}
+    if dataset is not None or validation_split:
+        held_out = {"validation": load("validation")}
+    elif dataset_name is not None and len(given) == 1:
+        try:
+            held_out = {"test": load("test")}
+        except ValueError as error:
+            if "unknown split" not in str(error).lower():  # in the words of datasets; anything else is to be heard
+                raise
+            held_out = {}
+    else:
+        held_out = {}
+    if held_out and not for_samples:
+        return held_out
+    return {"train": load("train"), **held_out}
 
 
 def first_images(data: Images, count: int | None) -> ImageDataset:
@@ -66,6 +136,9 @@ def first_images(data: Images, count: int | None) -> ImageDataset:
     return ImageDataset(images, labels, data.name, data.class_names)
 
 
+# ---------------------------------------------------------------------- likelihood
+
+
 def evaluate_likelihood(
     pipe: DDPMPipeline,
     data: ImageDataset,
@@ -75,6 +148,9 @@ def evaluate_likelihood(
     batch_size: int = 256,
     seed: int = 0,
     progress: bool = False,
+    work_dir: Path | None = None,
+    rate_distortion: bool = False,
+    output: Path | None = None,
 ) -> EvaluationReport:
     """Bits/dim of images under the model (the variational bound, Eq. 5).
 
@@ -86,64 +162,385 @@ def evaluate_likelihood(
         split: Their name in the report.
         num_evaluations: Network evaluations per image for the stratified estimate, or `None` for the whole sum.
         batch_size, seed, progress: See `likelihood.bits_per_dim`.
+        work_dir: Where finished batches are kept, so that an interrupted evaluation goes on from there.
+        rate_distortion: Also rate, distortion, L_T and the progressive lossy code (Section 4.3, Table 4, Figure 5).
+        output: The folder for the pictures of the latter.
 
     Raises:
-        ValueError: No images, or images that do not fit the network.
+        ValueError: No images, images that do not fit the network, or rate and distortion from an estimate.
     """
-    images = data.images
-    if not len(images):
+    if not len(data):
         raise ValueError(f"no images to evaluate on in {data.name!r} ({split})")
-    if tuple(images.shape[1:]) != pipe.image_shape:
+    if data.image_shape != pipe.image_shape:
         raise ValueError(
-            f"the images of {data.name!r} are {tuple(images.shape[1:])} (channels, height, width), and the model "
+            f"the images of {data.name!r} are {data.image_shape} (channels, height, width), and the model "
             f"makes {pipe.image_shape}"
         )
-    here = processes()
-    mine = range(here.process_index, len(images), here.num_processes)
-    x_0 = to_model_range(images[list(mine)]).to(pipe.device)
-    report = EvaluationReport(data.name, split, len(images))
+    if rate_distortion and num_evaluations is not None:
+        raise ValueError("rate_distortion needs every term of the bound; leave out --num_evaluations")
+    report = EvaluationReport(data.name, split, len(data))
     started = time.monotonic()
-    with evaluating(pipe.unet):
-        common: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "image_ids": mine}
-        common["progress"] = progress and here.is_main_process
-        if pipe.unet.config.num_class_embeds is not None:
-            common["class_labels"] = _labels_for(pipe, data, list(mine)).to(pipe.device)
-        if not mine:  # more processes than images
-            total = sampling_variance = torch.empty(0, dtype=torch.float64)
-        elif num_evaluations is None:
-            full = bits_per_dim(pipe.unet, pipe.scheduler, x_0, **common)
-            total, sampling_variance = full.total_bpd.double(), torch.zeros(len(mine), dtype=torch.float64)
-        else:
-            few = stratified_bits_per_dim(pipe.unet, pipe.scheduler, x_0, num_evaluations=num_evaluations, **common)
-            total, sampling_variance = few.total_bpd, few.sampling_variance
-    # In the images' own order, whatever the number of processes, so that the sums are the same to the bit.
-    rows = sorted(gather_object(list(zip(mine, total.tolist(), sampling_variance.tolist(), strict=True))))
-    total = torch.tensor([row[1] for row in rows], dtype=torch.float64)
-    sampling_error = math.sqrt(sum(row[2] for row in rows)) / len(rows)
-    standard_error = (total.std() / len(total) ** 0.5).item() if len(total) > 1 else float("nan")
-    report.values["bits_per_dim"] = {
-        "value": total.mean().item(),
-        "standard_error": standard_error,
-        "sampling_standard_error": sampling_error,
-    }
-    report.settings["bits_per_dim"] = {
+    rows = _likelihood_rows(pipe, data, num_evaluations, batch_size, seed, progress, work_dir)
+    total = rows["total"]
+    settings: dict[str, Any] = {
         "estimator": "full sum" if num_evaluations is None else f"stratified, {num_evaluations} evaluations per image",
         "decoder": "tanh approximation of the official code",
+        "split": split,
+        "num_images": len(data),
         "seed": seed,
         "seconds": round(time.monotonic() - started, 2),
         "scheduler": {key: value for key, value in pipe.scheduler.config.items() if not key.startswith("_")},
     }
+    sampling_error = math.sqrt(rows["sampling_variance"].sum().item()) / len(total)
+    report.add("bits_per_dim", *_mean(total), settings, sampling_standard_error=sampling_error)
+    if rate_distortion:
+        full = LikelihoodResult(rows["total"], rows["prior"], rows["terms"].double(), rows["mse"].double())
+        _add_rate_distortion(report, full, split, settings, output)
     return report
 
 
-def _labels_for(pipe: DDPMPipeline, data: ImageDataset, rows: list[int]) -> torch.Tensor:
-    """The images' own classes, or "no class" where they have none and the network knows it."""
-    if data.labels is not None:
-        known = list(pipe.unet.config.get("_class_names") or data.class_names or [])
-        names = data.class_names or known
-        if unknown := [name for name in names if name not in known]:
-            raise ValueError(f"the network knows no class {unknown[0]!r}; it was trained on {', '.join(known)}")
-        return torch.tensor([known.index(names[label]) for label in data.labels[rows].tolist()])
-    if pipe.null_class is None:
-        raise ValueError(f"the network is class-conditional, and the images of {data.name!r} have no labels")
-    return torch.full((len(rows),), pipe.null_class)
+def _mean(values: Tensor) -> tuple[float, float]:
+    """Mean and standard error, which is NaN for one image."""
+    error = (values.std() / len(values) ** 0.5).item() if len(values) > 1 else math.nan
+    return values.mean().item(), error
+
+
+def _likelihood_rows(
+    pipe: DDPMPipeline,
+    data: ImageDataset,
+    num_evaluations: int | None,
+    batch_size: int,
+    seed: int,
+    progress: bool,
+    work_dir: Path | None,
+) -> Rows:
+    """One row per image: its bound, the parts of it; in the images' own order, whatever the number of processes."""
+    labels = pipe.labels_of(data)
+    folder = None
+    if work_dir is not None:
+        scheduler = dict(pipe.scheduler.config)
+        made_of = [weights_digest(pipe.unet), scheduler, str(pipe.unet.dtype), images_digest(data), seed]
+        folder = work_dir / digest(*made_of, num_evaluations, None if labels is None else digest(labels))[:16]
+
+    # A bar over few batches would hardly move; each of them has its own then.
+    inner_bars = progress and processes().is_main_process and len(data) <= 4 * batch_size
+
+    def rows_of(ids: list[int]) -> Rows:
+        x_0 = to_model_range(data.images[ids]).to(pipe.device)
+        common: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "image_ids": ids}
+        common["progress"] = inner_bars
+        if labels is not None:
+            common["class_labels"] = labels[ids].to(pipe.device)
+        if num_evaluations is None:
+            full = bits_per_dim(pipe.unet, pipe.scheduler, x_0, **common)
+            total, prior = full.total_bpd.double(), full.prior_bpd.double()
+            variance = torch.zeros(len(ids), dtype=torch.float64)
+            return {
+                "total": total,
+                "prior": prior,
+                "sampling_variance": variance,
+                "terms": full.terms_bpd,
+                "mse": full.mse,
+            }
+        few = stratified_bits_per_dim(pipe.unet, pipe.scheduler, x_0, num_evaluations=num_evaluations, **common)
+        return {"total": few.total_bpd, "prior": few.prior_bpd, "sampling_variance": few.sampling_variance}
+
+    with evaluating(pipe.unet):
+        return all_rows(
+            len(data),
+            rows_of,
+            batch_size=batch_size,
+            folder=folder,
+            desc="bits/dim",
+            progress=progress and not inner_bars,
+        )
+
+
+def _add_rate_distortion(
+    report: EvaluationReport, full: LikelihoodResult, split: str, settings: dict[str, Any], output: Path | None
+) -> None:
+    """Rate, distortion and L_T into the report; Table 4; Figure 5 and its numbers beside it."""
+    for name, values in (
+        ("rate", full.rate_bpd.double()),
+        ("distortion", full.distortion_bpd),
+        ("prior", full.prior_bpd),
+    ):
+        meaning = {"rate": "L_1 + ... + L_T", "distortion": "L_0", "prior": "L_T"}[name]
+        report.add(f"{name}_bpd", *_mean(values), {**settings, "estimator": f"{meaning}, {settings['estimator']}"})
+    mse, mse_error = _mean(full.mse[:, 0])
+    rmse = 127.5 * math.sqrt(mse)
+    rmse_error = 127.5 * mse_error / (2 * math.sqrt(mse)) if mse > 0 else math.nan
+    report.add("rmse", rmse, rmse_error, {**settings, "estimator": "of x_0, grey levels of 0..255"})
+    rate, error, T = full.progressive_rate_bpd, full.rmse, len(full.rmse)
+    steps = sorted({max(1, round(T * tenth / 10)) for tenth in range(1, 11)}, reverse=True)
+    report.tables[f"Progressive lossy code, {split} (Table 4)"] = [
+        {"reverse steps": k, "rate (bits/dim)": rate[T - k].item(), "distortion (RMSE)": error[T - k].item()}
+        for k in steps
+    ]
+    if output is not None and processes().is_main_process:
+        title = f"Progressive lossy code, {report.num_images} images of {report.dataset}, {split}"
+        name = f"rate_distortion_{split}"
+        plots.save_figure(plots.rate_distortion_figure(rate, error, title), output / f"{name}.png")
+        text = io.StringIO()
+        writer = csv.writer(text)
+        writer.writerow(["t", "rate_bits_per_dim", "rmse_grey_levels", "term_bits_per_dim"])
+        terms = full.terms_bpd.mean(0)
+        writer.writerows(zip(range(T), rate.tolist(), error.tolist(), terms.tolist(), strict=True))
+        write_text(output / f"{name}.csv", text.getvalue())
+        report.pictures.append(f"{name}.png")
+
+
+# ---------------------------------------------------------------------- everything
+
+
+def evaluate(
+    pipe: DDPMPipeline,
+    sets: dict[str, Images],
+    metrics: Sequence[str],
+    *,
+    likelihood_splits: Sequence[str] | None = None,
+    num_samples: int = 50_000,
+    num_images: int | None = None,
+    num_evaluations: int | None = None,
+    batch_size: int = 256,
+    sampler: str = "ddpm",
+    variance_type: str | None = None,
+    timestep_spacing: str | None = None,
+    num_inference_steps: int | None = None,
+    seed: int = 0,
+    features: Sequence[str] = ("inception",),
+    inception_weights: str | Path | None = None,
+    cache_dir: Path | None = None,
+    output: Path | None = None,
+    model_name: str | None = None,
+    progress: bool = False,
+) -> EvaluationReport:
+    """The numbers of the paper's tables for a model, in one report. All processes return the same one.
+
+    Args:
+        pipe: The model.
+        sets: Split to images. Samples are compared with each of them; `train` is what the model was trained on, the
+            first other one is what was held out.
+        metrics: Of `METRICS`.
+        likelihood_splits: Which of `sets` the likelihood is of, the first one's with the plain names; all that are not
+            `train` if left out, else `train`.
+        num_samples: How many samples; 50,000 in the paper.
+        num_images: The first this many images of each split, for the likelihood only.
+        num_evaluations: See `evaluate_likelihood`; `None` for the whole sum.
+        batch_size: Images at a time; changes no number.
+        sampler, variance_type, timestep_spacing, num_inference_steps: See `generation.with_sampler`; for samples only.
+        seed: Of the noise of the likelihood; sample i has the seed `seed + i`.
+        features: What to compare images with, see `features.make_extractor`.
+        inception_weights: See `features.Inception`.
+        cache_dir: Where features of real images are kept.
+        output: A folder for `report.json`, `report.md`, pictures, and unfinished work.
+        model_name: For the report.
+        progress: Show progress bars.
+
+    Raises:
+        ValueError: Anything that does not fit together, in one sentence, before anything takes long.
+    """
+    metrics = list(metrics)
+    cache_dir = default_cache_dir() if cache_dir is None else cache_dir
+    work_dir: Path | None = cache_dir / "work" if output is None else output / "work"
+    here = processes()
+    wanted = [metric for metric in metrics if metric in SAMPLE_METRICS]
+    # Training images come first among the sets, and their likelihood last: the held-out one has the plain names.
+    sets = {split: sets[split] for split in sorted(sets, key=lambda split: split != "train")}
+    held_out = next((split for split in sets if split != "train"), None)
+    if not sets:
+        raise ValueError("no images to evaluate on")
+    if likelihood_splits is None:
+        likelihood_splits = [split for split in sets if split != "train"] or list(sets)
+    extractors = _checked_extractors(pipe, sets, metrics, wanted, num_samples, features, inception_weights)
+    if "rate_distortion" in metrics and num_evaluations is not None:
+        raise ValueError("rate_distortion needs every term of the bound; leave out --num_evaluations")
+    sampling_pipe = with_sampler(pipe, sampler, variance_type, timestep_spacing)
+    if wanted:  # no images, but all that the sampler has to say against its settings
+        no_labels = None if pipe.unet.config.num_class_embeds is None else torch.empty(0, dtype=torch.long)
+        sampling_pipe(seeds=[], class_labels=no_labels, num_inference_steps=num_inference_steps, output_type="pt")
+    if seed < 0:
+        raise ValueError(f"seed must be at least 0, got {seed}")
+    if output is not None:
+        writable_folder(output, "--output")
+    try:
+        writable_folder(cache_dir, "--cache_dir")
+    except ValueError:
+        if wanted:
+            raise
+        work_dir = None if output is None else work_dir  # the likelihood does without, and cannot be resumed
+
+    main_split = likelihood_splits[0] if set(metrics) & set(LIKELIHOOD_METRICS) else next(iter(sets))
+    report = EvaluationReport(sets[main_split].name, main_split, _count(sets[main_split]))
+    report.model = _model_settings(pipe, model_name)
+    if set(metrics) & set(LIKELIHOOD_METRICS):
+        for position, split in enumerate(likelihood_splits):
+            data = first_images(sets[split], num_images)
+            part = evaluate_likelihood(
+                pipe,
+                data,
+                split,
+                num_evaluations=num_evaluations,
+                batch_size=batch_size,
+                seed=seed,
+                progress=progress,
+                work_dir=None if work_dir is None else work_dir / "likelihood",
+                rate_distortion="rate_distortion" in metrics,
+                output=output,
+            )
+            # The first split's numbers have the plain names.
+            ending = f"_{split}" if position else ""
+            report.values |= {name + ending: value for name, value in part.values.items()}
+            report.settings |= {name + ending: value for name, value in part.settings.items()}
+            report.tables |= part.tables
+            report.pictures += part.pictures
+            if not position:
+                report.num_images = part.num_images
+    if wanted and work_dir is not None:
+        real = [
+            real_images(split, images, extractors, cache_dir, batch_size=batch_size, progress=progress)
+            for split, images in sets.items()
+            if not isinstance(images, StreamedImages)
+        ]
+        train = next((entry for entry in real if entry.split == "train"), None)
+        samples = draw_samples(
+            sampling_pipe,
+            num_samples,
+            extractors,
+            work_dir / "samples",
+            seed=seed,
+            batch_size=batch_size,
+            num_inference_steps=num_inference_steps,
+            train=None if train is None else train.images,
+            progress=progress,
+        )
+        report.settings["sampling"] = samples.settings
+        report.settings["features"] = {
+            extractor.name: {"description": extractor.description, "sha256": extractor.fingerprint}
+            for extractor in extractors
+        }
+        if here.is_main_process:
+            device = pipe.device if pipe.device.type == "cuda" else torch.device("cpu")  # float64 is not everywhere
+            add_sample_metrics(report, wanted, samples, real, cache_dir, device)
+            if output is not None:
+                _save_samples(report, samples, output)
+            if "nn" in wanted and train is not None:
+                other = next((entry for entry in real if entry.split == held_out), None)
+                names = [extractor.name for extractor in extractors]
+                found = find_neighbours(samples, train, other, names)
+                add_neighbours(report, found, train, held_out)
+                if output is not None:
+                    _save_neighbours(report, samples, train, found, held_out, output)
+        together = [report]
+        broadcast_object_list(together)
+        report = together[0]
+    if output is not None and here.is_main_process:
+        report.save(output / "report.json")
+        write_text(output / "report.md", as_markdown(report))
+    here.wait_for_everyone()
+    return report
+
+
+def _count(images: Images) -> int:
+    return 0 if isinstance(images, StreamedImages) else len(images)
+
+
+def _checked_extractors(
+    pipe: DDPMPipeline,
+    sets: dict[str, Images],
+    metrics: list[str],
+    wanted: list[str],
+    num_samples: int,
+    features: Sequence[str],
+    inception_weights: str | Path | None,
+) -> list[FeatureExtractor]:
+    """What makes the features, and whether it can: before hours of sampling, not after them.
+
+    Raises:
+        ValueError: It cannot.
+    """
+    if not wanted:
+        return []
+    at_least = {"fid": 2, "kid": 4, "prc": 4, "is": 10, "nn": 1}
+    need, metric = max((at_least[metric], metric) for metric in wanted)
+    if num_samples < need:
+        raise ValueError(f"{metric} needs at least {need} samples, got --num_samples {num_samples}")
+    if "nn" in wanted and "train" not in sets:
+        raise ValueError("nn needs the images that the model was trained on; give the split train")
+    for split, images in sets.items():
+        if isinstance(images, StreamedImages):
+            raise ValueError(f"samples are compared with whole datasets, and {images.name!r} ({split}) is a stream")
+        real = [metric for metric in wanted if metric != "is"]
+        need = max((at_least[metric] for metric in real), default=0)
+        if len(images) < max(2, need):
+            raise ValueError(
+                f"{' and '.join(real or wanted)} needs at least {max(2, need)} real images, and {images.name!r} "
+                f"({split}) has {len(images)}"
+            )
+        if tuple(images.image_shape) != pipe.image_shape:
+            raise ValueError(
+                f"the images of {images.name!r} are {tuple(images.image_shape)} (channels, height, width), and the "
+                f"model makes {pipe.image_shape}"
+            )
+    if "is" in wanted and "inception" not in features:
+        raise ValueError("is is the score of a classifier: it needs --features inception")
+    features = [name for name in features if name]
+    if not features:
+        raise ValueError("--features names nothing to compare images by: inception, pixels, facebook/dinov2-base, ...")
+    extractors = [
+        make_extractor(name, pipe.image_shape, inception_weights, pipe.device) for name in dict.fromkeys(features)
+    ]
+    names = [extractor.name for extractor in extractors]
+    if len(set(names)) < len(names):
+        raise ValueError(f"two --features are called {max(names, key=names.count)!r}; evaluate them one by one")
+    return extractors
+
+
+def _model_settings(pipe: DDPMPipeline, name: str | None) -> dict[str, Any]:
+    """Which model it was: its name, its revision if it is from the Hub, its weights' hash."""
+    found: dict[str, Any] = {
+        "name": name or "a model",
+        "weights_sha256": weights_digest(pipe.unet),
+        "parameters": sum(parameter.numel() for parameter in pipe.unet.parameters()),
+        "image_shape": list(pipe.image_shape),
+    }
+    if name is not None and not Path(name).exists():
+        from huggingface_hub import try_to_load_from_cache
+
+        file = try_to_load_from_cache(name, "model_index.json")
+        if isinstance(file, str) and (revision := re.search(r"snapshots[/\\]([0-9a-f]{40})", file)):
+            found["revision"] = revision[1]
+    return found
+
+
+def _save_samples(report: EvaluationReport, samples: Samples, output: Path) -> None:
+    if samples.first.shape[1] in (1, 3):
+        save_picture(image_grid(samples.first[:64]), output / "samples.png")
+        report.pictures.append("samples.png")
+
+
+def _save_neighbours(
+    report: EvaluationReport,
+    samples: Samples,
+    train: RealImages,
+    found: list[Neighbours],
+    held_out: str | None,
+    output: Path,
+) -> None:
+    """One grid of the first samples and their neighbours, and one plot of distances, for every space."""
+    if samples.first.shape[1] not in (1, 3):
+        return
+    for neighbours in found:
+        rows = min(8, len(samples.first))
+        where = neighbours.indices[:rows]
+        images = train.images.batch(where.flatten())[0].unflatten(0, where.shape)
+        title = f"Samples and their nearest training images ({neighbours.space})"
+        figure = plots.neighbours_figure(samples.first[:rows], images, neighbours.distances[:rows], title)
+        plots.save_figure(figure, output / f"neighbours_{neighbours.space}.png")
+        report.pictures.append(f"neighbours_{neighbours.space}.png")
+        if neighbours.held_out is not None:
+            title = f"How new the samples are ({neighbours.space})"
+            distances = neighbours.distances[:, 0]
+            figure = plots.distances_figure(distances, neighbours.held_out, f"images of {held_out}", title)
+            plots.save_figure(figure, output / f"distances_{neighbours.space}.png")
+            report.pictures.append(f"distances_{neighbours.space}.png")

@@ -1,0 +1,140 @@
+"""Rows that are made batch by batch, by several processes, and kept on disk so that an interrupted run goes on.
+
+```
+folder/
+  00000000.safetensors     one batch: "ids" [n] int64 and the rows that belong to them
+  00000256.safetensors
+```
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from .processes import processes, together
+
+Rows = dict[str, Tensor]
+
+
+def digest(*parts: Any) -> str:
+    """A SHA-256 of JSON values, bytes and tensors, in their order."""
+    total = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, Tensor):
+            plain = part.detach().cpu().contiguous()
+            total.update(f"{plain.dtype}{tuple(plain.shape)}".encode())
+            total.update(plain.reshape(-1).view(torch.uint8).numpy().data)
+        elif isinstance(part, bytes):
+            total.update(part)
+        else:
+            total.update(json.dumps(part, sort_keys=True, default=str).encode())
+        total.update(b"\0")
+    return total.hexdigest()
+
+
+def weights_digest(module: torch.nn.Module) -> str:
+    """A SHA-256 of a network's weights and their names."""
+    return digest(*(part for name, value in sorted(module.state_dict().items()) for part in (name, value)))
+
+
+def write_tensors(path: Path, tensors: Rows) -> None:
+    """Write a safetensors file completely or not at all.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, partial)
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except SafetensorError as error:  # safetensors has its own error for a full disk
+        raise OSError(f"cannot write {path}: {error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_tensors(path: Path) -> Rows | None:
+    """What `write_tensors` wrote; `None` where there is nothing, or nothing that can be read."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError):
+        return None
+
+
+def all_rows(
+    count: int,
+    make: Callable[[list[int]], Rows],
+    *,
+    batch_size: int,
+    folder: Path | None = None,
+    desc: str = "",
+    unit: str = "image",
+    progress: bool = False,
+) -> Rows:
+    """The rows 0..count-1, each made once by some process; every process gets all of them.
+
+    Args:
+        count: How many rows.
+        make: Ids to rows: tensors whose first axis is that of the ids. A row has to depend on its id only.
+        batch_size: Ids at a time, at most: fewer where every process would not get its share otherwise.
+        folder: Where finished batches are kept and found again; its name has to hold all that the rows depend on.
+            Without it they are in memory only.
+        desc, unit, progress: Of the progress bar.
+
+    Raises:
+        ValueError: A batch size below 1, or a folder that the processes do not share.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    here = processes()
+    parts: list[Rows] = [] if folder is None else _kept(folder)
+    done = {i for part in parts for i in part["ids"].tolist()}
+    missing = [i for i in range(count) if i not in done]
+    here.wait_for_everyone()  # nobody writes before everybody has looked, so all agree on what is missing
+    batch_size = max(1, min(batch_size, -(-len(missing) // here.num_processes)))
+    batches = [missing[start : start + batch_size] for start in range(0, len(missing), batch_size)]
+    mine = batches[here.process_index :: here.num_processes]
+    made: list[Rows] = []
+    quiet = not (progress and here.is_main_process and missing)
+    with together(), tqdm(total=sum(map(len, mine)), desc=desc, unit=unit, disable=quiet) as bar:
+        for ids in mine:
+            rows = {"ids": torch.tensor(ids), **{name: value.cpu() for name, value in make(ids).items()}}
+            made.append(rows)
+            if folder is not None:
+                write_tensors(folder / f"{ids[0]:08d}.safetensors", rows)
+            bar.update(len(ids))
+    if here.num_processes > 1:
+        made = gather_object(made) if folder is None else _kept(folder)
+        parts = parts if folder is None else []
+    return _in_order([*parts, *made], count, folder)
+
+
+def _kept(folder: Path) -> list[Rows]:
+    """The batches on disk. Damaged ones are made again."""
+    return [rows for path in sorted(folder.glob("*.safetensors")) if (rows := read_tensors(path)) and "ids" in rows]
+
+
+def _in_order(parts: Sequence[Rows], count: int, folder: Path | None) -> Rows:
+    ids = torch.cat([part["ids"] for part in parts]) if parts else torch.empty(0, dtype=torch.long)
+    place = torch.full((count,), -1)
+    wanted = ids < count
+    place[ids[wanted]] = torch.arange(len(ids))[wanted]
+    if (place < 0).any():
+        raise ValueError(f"{int((place < 0).sum())} of {count} rows are missing; all processes have to share {folder}")
+    names = [name for name in (parts[0] if parts else {}) if name != "ids"]
+    return {name: torch.cat([part[name] for part in parts])[place] for name in names}
