@@ -6,7 +6,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL_NETWORK, make_small_unet
+from conftest import SMALL_NETWORK, gaussian_pipeline, make_small_unet
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from oracles import GaussianData
 from PIL import Image
@@ -123,19 +123,6 @@ def test_no_images(small_pipeline):
     assert small_pipeline(seeds=[]).images == []
     assert small_pipeline(batch_size=0, output_type="np").images.shape == (0, 8, 8, 1)
     assert small_pipeline(batch_size=0, generator=[], output_type="pt", return_dict=False)[0].shape == (0, 1, 8, 8)
-
-
-def gaussian_pipeline(scheduler, data):
-    """A network that knows the best epsilon for independent Gaussian pixels."""
-
-    class Best(UNet2DModel):
-        def forward(self, sample, timestep, class_labels=None, return_dict=True):
-            slope, offset = data.expected_noise(int(timestep))
-            return UNet2DOutput(sample=slope * sample + offset)
-
-    pipe = DDPMPipeline(Best(**SMALL_NETWORK), scheduler)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 BETAS = np.linspace(1e-4, 0.02, 1000)
