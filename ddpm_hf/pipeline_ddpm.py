@@ -106,6 +106,21 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
             kwargs.get("revision"),
         )
 
+    @classmethod
+    def from_pipe(cls, pipeline: Any, **kwargs: Any) -> DDPMPipeline:
+        """This pipeline around another one's network and scheduler, stock's too; the memory is shared.
+
+        Args:
+            pipeline: Any diffusers pipeline of a `unet` and a `scheduler`.
+            kwargs: `unet=` or `scheduler=` instead of its own, `dtype=` (or `torch_dtype=`) to convert to.
+        """
+        dtype = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None)
+        parts = {**pipeline.components, **kwargs}
+        if extra := set(parts) - {"unet", "scheduler"}:
+            raise ValueError(f"a DDPM has a unet and a scheduler, and no {', '.join(sorted(extra))}")
+        made = cls(**parts)
+        return made if dtype is None else made.to(dtype)
+
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of the images."""
@@ -158,7 +173,8 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
             num_inference_steps: Steps of the chain; the scheduler's T by default (1000 in the paper).
             output_type: `pil`, `np` (`[B, H, W, C]` in [0, 1]) or `pt` (`[B, C, H, W]` in [0, 1]).
             return_dict: `False` gives a tuple.
-            seeds: One seed per image, instead of `generator`: image i depends on its own seed only.
+            seeds: One seed per image, instead of `generator`: image i depends on its own seed only. They draw on the
+                pipeline's device; for the CPU's images on a GPU pass CPU generators.
             class_labels: For class-conditional networks: one class for all images, or one per image; by number, or by
                 the name that the network was trained with.
             guidance_scale: Classifier-free guidance (Ho & Salimans 2022): 1 samples the class as it was learned,
@@ -193,8 +209,8 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
         given = None if image is None else images_in_model_range(image, self.image_shape)
         if seeds is None and batch_size is None and given is not None:
             batch_size = len(given)
-        batch_size, generator = draws_of(batch_size, generator, seeds)
         device = self._execution_device
+        batch_size, generator = draws_of(batch_size, generator, seeds, device)
         self._set_timesteps(num_inference_steps)
         start, known = 0, None
         if given is not None:
@@ -262,8 +278,8 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
         if late or len(timesteps.unique()) < len(timesteps):
             what = f"starts from noise at t={int(timesteps[0])}" if late else "comes to the same timestep twice"
             raise ValueError(
-                f"{type(self.scheduler).__name__} {what} with {steps} steps; use timestep_spacing='trailing', or another "
-                "number of steps"
+                f"{type(self.scheduler).__name__} {what} with {steps} steps; use timestep_spacing='trailing', or "
+                "another number of steps"
             )
 
     def _start_of(self, strength: float | None, inpainting: bool) -> int:
@@ -339,7 +355,7 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
         Yields:
             One `DenoisingStep` per step, with x_t and the x_0 predicted from it.
         """
-        batch_size, generator = draws_of(batch_size, generator, seeds)
+        batch_size, generator = draws_of(batch_size, generator, seeds, self._execution_device)
         shape = (batch_size, *self.image_shape)
         x_t = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=torch.float32)
         yield from self.denoise(x_t * self.scheduler.init_noise_sigma, generator, **options)

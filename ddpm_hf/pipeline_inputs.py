@@ -30,7 +30,7 @@ class KnownPixels:
 
 
 def draws_of(
-    batch_size: int | None, generator: Generators, seeds: Iterable[int] | None
+    batch_size: int | None, generator: Generators, seeds: Iterable[int] | None, device: torch.device | str = "cpu"
 ) -> tuple[int, torch.Generator | list[torch.Generator] | None]:
     """How many images, and what their noise is drawn from.
 
@@ -38,6 +38,7 @@ def draws_of(
         batch_size: `None` is one image, or one per seed.
         generator: One for all, one per image, or the global one for `None`.
         seeds: One per image, instead of `generator`.
+        device: Where generators of seeds draw: on the chain's own, no step waits for a copy.
 
     Raises:
         ValueError: A negative number of images, seeds and generators together, or counts that disagree.
@@ -48,7 +49,7 @@ def draws_of(
         seeds = list(seeds)
         if batch_size not in (None, len(seeds)):
             raise ValueError(f"batch_size={batch_size} but {len(seeds)} seeds; leave batch_size out")
-        return len(seeds), [torch.Generator().manual_seed(seed) for seed in seeds]
+        return len(seeds), [torch.Generator(device).manual_seed(seed) for seed in seeds]
     batch_size = 1 if batch_size is None else batch_size
     if batch_size < 0:
         raise ValueError(f"batch_size must not be negative, got {batch_size}")

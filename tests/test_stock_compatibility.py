@@ -143,3 +143,16 @@ def test_no_pickle_is_read(tmp_path, small_pipeline):
         DDPMPipeline.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match="pickle"):
         DDPMPipeline.from_pretrained(tmp_path, use_safetensors=False)
+
+
+def test_from_pipe_takes_stock_pipelines(small_pipeline):
+    parts = {"unet": small_pipeline.unet, "scheduler": diffusers.DDIMScheduler()}
+    for stock in (diffusers.DDIMPipeline(**parts), diffusers.DDPMPipeline(parts["unet"], diffusers.DDPMScheduler())):
+        pipe = DDPMPipeline.from_pipe(stock)
+        assert pipe.unet is small_pipeline.unet
+        assert len(pipe(seeds=[0], num_inference_steps=2).images) == 1
+    assert type(pipe.scheduler) is DDPMScheduler
+    ddim = DDPMPipeline.from_pipe(small_pipeline, scheduler=parts["scheduler"])
+    assert type(ddim.scheduler) is diffusers.DDIMScheduler
+    with pytest.raises(ValueError, match="no vae"):
+        DDPMPipeline.from_pipe(small_pipeline, vae=None)
