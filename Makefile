@@ -6,8 +6,11 @@ INSTALLED := $(VENV)/.installed
 DEMO_CONFIG ?= examples/configs/digits.yaml
 DEMO_DIR ?= runs/digits
 DEMO_FLAGS ?=
+DEMO_DATA ?= --dataset digits
 
-.PHONY: setup demo test style quality docs bench
+BROWSER_FLAGS ?=
+
+.PHONY: setup demo test space-test style quality docs bench
 
 setup: $(INSTALLED)
 
@@ -19,9 +22,16 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/accelerate launch examples/train.py --config $(DEMO_CONFIG) --output_dir $(DEMO_DIR) $(DEMO_FLAGS)
 	$(BIN)/python examples/sample.py $(DEMO_DIR) $(DEMO_DIR)/samples-reloaded.png
+	$(BIN)/ddpm-hf evaluate --model $(DEMO_DIR) $(DEMO_DATA) --metrics rate_distortion,fid,kid,prc,nn --features pixels \
+		--num_images 16 --num_samples 256 --sampler ddim --num_inference_steps 20 --output $(DEMO_DIR)/evaluation
 
 test: setup
 	$(BIN)/python -m pytest
+
+# In a real browser, which has to be there; says how to get it where it is not.
+space-test: setup
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[browser]'
+	$(BIN)/python tests/space_browser.py $(BROWSER_FLAGS)
 
 style: setup
 	$(BIN)/ruff format .
