@@ -86,14 +86,27 @@ class TrainingConfig:
     checkpoints_total_limit: int | None = _flag(None, "how many checkpoints to keep", "output")
     resume_from_checkpoint: str | None = _flag(None, "latest, or a checkpoint's folder", "output")
     save_images_steps: int | None = _flag(None, "updates between sample grids; only at the end if left out", "output")
-    validation_steps: int | None = _flag(
-        None, "updates between held-out bits/dim; only at the end if left out", "output"
-    )
     num_sample_images: int = _flag(64, "images in a sample grid", "output")
-    ddpm_num_inference_steps: int = _flag(1000, "steps of the sampler for the sample grids", "output")
-    sampler: str = _flag("ddpm", "ddpm (Algorithm 2) or ddim, for the sample grids", "output")
-    eval_num_images: int = _flag(1000, "held-out images for bits/dim at the end; 0 leaves it out", "output")
-    eval_num_evaluations: int = _flag(50, "network evaluations per image for bits/dim (stratified)", "output")
+    ddpm_num_inference_steps: int = _flag(1000, "steps of the sampler for sample grids and --eval_metrics", "output")
+    sampler: str = _flag("ddpm", "ddpm (Algorithm 2) or ddim, for sample grids and --eval_metrics", "output")
+    validation_steps: int | None = _flag(
+        None, "updates between evaluations; only at the end if left out", "evaluation"
+    )
+    eval_metrics: str = _flag("nll", "what to measure, of nll (bits/dim), fid, is, kid, prc: nll,fid", "evaluation")
+    eval_num_images: int = _flag(1000, "held-out images for bits/dim; 0 leaves it out", "evaluation")
+    eval_num_evaluations: int = _flag(50, "network evaluations per image for bits/dim (stratified)", "evaluation")
+    eval_num_samples: int = _flag(5000, "samples for fid, is, kid, prc", "evaluation")
+    eval_features: str = _flag(
+        "inception", "what fid, kid and prc compare: inception, pixels, or as ddpm-hf evaluate", "evaluation"
+    )
+    eval_inception_weights: str | None = _flag(
+        None, "torch-fidelity's weights file; its own place if left out", "evaluation"
+    )
+    best_metric: str | None = _flag(
+        None,
+        "keep the model that is best by this number in best/: bits_per_dim, fid_inception_train_float, ...",
+        "evaluation",
+    )
     push_to_hub: bool = _flag(False, "publish the model on the Hub, with every checkpoint and at the end", "hub")
     hub_model_id: str | None = _flag(None, "org/name on the Hub; the output folder's name if left out", "hub")
     hub_private_repo: bool = _flag(True, "false: publish for everybody to see", "hub")
@@ -113,7 +126,7 @@ class TrainingConfig:
             "max_train_steps train_batch_size total_batch_size gradient_accumulation_steps learning_rate "
             "max_grad_norm checkpointing_steps checkpoints_total_limit save_images_steps validation_steps "
             "num_sample_images dataloader_num_workers "
-            "ddpm_num_inference_steps eval_num_evaluations num_cpu_threads"
+            "ddpm_num_inference_steps eval_num_evaluations eval_num_samples num_cpu_threads"
         )
         for name in positive.split():
             value = getattr(self, name)
@@ -131,6 +144,8 @@ class TrainingConfig:
             raise ValueError(f"--value_range takes two rising numbers, for example 0 1, got {self.value_range}")
         if self.hub_model_id is not None and not self.push_to_hub:
             raise ValueError(f"--hub_model_id {self.hub_model_id} needs --push_to_hub")
+        if self.best_metric is not None and self.validation_steps is None:
+            raise ValueError(f"--best_metric {self.best_metric} needs --validation_steps: how often to measure")
         if self.class_dropout and not self.class_conditional:
             raise ValueError(f"--class_dropout {self.class_dropout} needs --class_conditional")
         for name in ("validation_split", "ema_max_decay", "dropout", "class_dropout"):
@@ -172,8 +187,11 @@ class TrainingConfig:
         for name in ("prediction_type", "variance_type"):
             if getattr(self, name) is not None:
                 scheduler[name] = getattr(self, name)
-        if scheduler["variance_type"] in ("learned", "learned_range"):
+        learned = ("learned", "learned_range")
+        if scheduler["variance_type"] in learned:
             unet["out_channels"] = 2 * unet.get("in_channels", 3)
+        elif preset.scheduler["variance_type"] in learned:  # and this run's is not
+            unet["out_channels"] = unet.get("in_channels", 3)
         recipe = dataclasses.replace(preset, **changes, unet=unet, scheduler=scheduler)
         if recipe.loss == "hybrid" and unet.get("out_channels", 3) == unet.get("in_channels", 3):
             raise ValueError("--loss hybrid trains a learned variance; add --variance_type learned_range")
@@ -249,3 +267,37 @@ class TrainingConfig:
         import yaml
 
         path.write_text(yaml.safe_dump(self.public_values(), sort_keys=False))
+
+
+@dataclass(frozen=True)
+class ReproductionConfig:
+    """How `ddpm-hf reproduce` measures what it has trained. Every field is a flag beside those of the training.
+
+    Raises:
+        ValueError: A value is outside its range.
+    """
+
+    num_samples: int = _flag(50_000, "samples for FID and the Inception score, as in the paper", "comparison")
+    num_inference_steps: int | None = _flag(None, "steps of their sampler; all T if left out", "comparison")
+    num_images: int | None = _flag(
+        None, "the first this many held-out images, for bits/dim; all if left out", "comparison"
+    )
+    features: str = _flag("inception", "what FID compares: inception, pixels, or as ddpm-hf evaluate", "comparison")
+    inception_weights: str | None = _flag(
+        None, "torch-fidelity's weights file; its own place if left out", "comparison"
+    )
+    batch_size: int = _flag(256, "images at a time; changes no number", "comparison")
+
+    def __post_init__(self) -> None:
+        for name in ("num_samples", "num_inference_steps", "num_images", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name} must be positive, got {value}")
+
+    def feature_names(self) -> list[str]:
+        """What to compare images by."""
+        return [part.strip() for part in self.features.split(",")]
+
+    def metrics(self) -> list[str]:
+        """The paper's: the Inception score needs Inception."""
+        return ["nll", "rate_distortion", "fid", *(["is"] if "inception" in self.feature_names() else [])]

@@ -218,8 +218,7 @@ def _likelihood_rows(
     labels = pipe.labels_of(data)
     folder = None
     if work_dir is not None:
-        scheduler = dict(pipe.scheduler.config)
-        made_of = [weights_digest(pipe.unet), scheduler, str(pipe.unet.dtype), images_digest(data), seed]
+        made_of = [weights_digest(pipe.unet), pipe.settings, str(pipe.unet.dtype), images_digest(data), seed]
         folder = work_dir / digest(*made_of, num_evaluations, None if labels is None else digest(labels))[:16]
 
     # A bar over few batches would hardly move; each of them has its own then.
@@ -352,7 +351,7 @@ def evaluate(
         raise ValueError("no images to evaluate on")
     if likelihood_splits is None:
         likelihood_splits = [split for split in sets if split != "train"] or list(sets)
-    extractors = _checked_extractors(pipe, sets, metrics, wanted, num_samples, features, inception_weights)
+    extractors = checked_extractors(pipe, sets, metrics, wanted, num_samples, features, inception_weights)
     if "rate_distortion" in metrics and num_evaluations is not None:
         raise ValueError("rate_distortion needs every term of the bound; leave out --num_evaluations")
     sampling_pipe = with_sampler(pipe, sampler, variance_type, timestep_spacing)
@@ -445,7 +444,7 @@ def _count(images: Images) -> int:
     return 0 if isinstance(images, StreamedImages) else len(images)
 
 
-def _checked_extractors(
+def checked_extractors(
     pipe: DDPMPipeline,
     sets: dict[str, Images],
     metrics: list[str],

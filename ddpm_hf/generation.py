@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -24,6 +23,7 @@ from .pipeline_ddpm import DDPMPipeline
 from .presets import nearest
 from .processes import processes, together
 from .scheduling_ddpm import DDPMScheduler
+from .shards import weights_digest
 from .visualize import image_grid, save_picture
 
 # Dynamic thresholding with a largest value of 1 is clipping to [-1, 1], the only kind that the solvers have.
@@ -272,13 +272,10 @@ def _claim(folder: Path, pipe: DDPMPipeline, seeds: Sequence[int], options: dict
     Raises:
         ValueError: It holds images that were made otherwise.
     """
-    digest = hashlib.sha256()
-    for name, value in sorted(pipe.unet.state_dict().items()):
-        digest.update(name.encode() + value.detach().float().cpu().contiguous().numpy().tobytes())
     labels = options.get("class_labels")
     made = {
-        "weights": digest.hexdigest(),
-        "scheduler": json.loads(pipe.scheduler.to_json_string()),
+        "weights": weights_digest(pipe.unet),
+        **json.loads(json.dumps(pipe.settings)),
         "num_inference_steps": pipe.checked_steps(options.get("num_inference_steps")),
         "guidance_scale": options.get("guidance_scale", 1.0),
         "eta": options.get("eta", 0.0),

@@ -25,6 +25,8 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
+from .reports import number
+
 _SECTION = re.compile(r"<!-- ddpm_hf:(\w+) (\w{8}) -->\n(.*?)<!-- /ddpm_hf:\1 -->", re.DOTALL)
 _FRONT = re.compile(r"\A---\n(.*?\n)?---(?:\n|\Z)", re.DOTALL)
 _WEIGHTS = re.compile(r"diffusion_pytorch_model(-\d+-of-\d+)?\.safetensors")
@@ -234,7 +236,8 @@ def _evaluation(facts: CardFacts) -> tuple[list[str], list[EvalResult]]:
         if not _is_number(value):
             continue
         error = entry.get("standard_error")
-        lines.append(f"- {metric}: **{value:.4f}**" + (f" ± {error:.4f}" if _is_number(error) else ""))
+        text, _, error_text = number(value, error if _is_number(error) else math.nan).partition(" ± ")
+        lines.append(f"- {metric}: **{text}**" + (f" ± {error_text}" if error_text else ""))
         results.append(
             EvalResult(
                 task_type="unconditional-image-generation",
@@ -243,7 +246,7 @@ def _evaluation(facts: CardFacts) -> tuple[list[str], list[EvalResult]]:
                 dataset_split=split,
                 metric_type=kind,
                 metric_name=metric,
-                metric_value=round(value, 4),
+                metric_value=float(f"{value:.5g}"),
             )
         )
     if lines:

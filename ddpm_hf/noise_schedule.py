@@ -135,15 +135,18 @@ class Chain:
                 "log_beta_tilde_clipped": np.log(np.append(beta_tilde[:-1], last_variance)),
                 "log_beta": np.log(beta),
                 "log_beta_clipped": np.log(np.append(beta[:-1], last_variance)),
-                # What remains unknown of x_0 moves the posterior's mean, and adds to its variance (Bao et al. 2022,
-                # Theorem 1, with the measured error of x_0 for the one that a perfect network would have).
-                **(
-                    {}
-                    if prediction_error is None
-                    else {"log_optimal": np.log(beta_tilde + c_0**2 * np.maximum(prediction_error[t], 1e-20))}
-                ),
                 "has_previous": np.append(np.ones(len(t) - 1), 0.0),  # 0 for the step to the data: no noise
             }
+            if prediction_error is not None:
+                # What remains unknown of x_0 moves the posterior's mean, and adds to its variance (Bao et al. 2022,
+                # Theorem 1, with the measured error of x_0 for the one that a perfect network would have).
+                optimal = beta_tilde + c_0**2 * np.maximum(prediction_error[t], 1e-20)
+                # When sampling, the last noise is at most one grey level on average, as in their Appendix: it would
+                # stay in the image.
+                last = slice(-2, -1)
+                noise = optimal.copy()
+                noise[last] = np.minimum(noise[last], (2 / 255) ** 2 * math.pi / 2)
+                columns |= {"log_optimal": np.log(optimal), "log_optimal_noise": np.log(noise)}
         self.table = np.full((T, len(columns)), np.nan)
         self.table[t] = np.stack(list(columns.values()), axis=1)
         self.columns = tuple(columns)

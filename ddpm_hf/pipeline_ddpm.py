@@ -122,6 +122,20 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
         return made if dtype is None else made.to(dtype)
 
     @property
+    def settings(self) -> dict[str, Any]:
+        """All that decides, beside the weights, which image a seed gives, as JSON values."""
+
+        def without_notes(config: Any) -> dict[str, Any]:
+            # what diffusers notes for itself (`_use_default_values`, ...) differs from process to process
+            return {k: v for k, v in config.items() if not k.startswith("_") or k == "_prediction_error"}
+
+        return {
+            "unet": without_notes(self.unet.config),
+            "sampler": type(self.scheduler).__name__,
+            "scheduler": without_notes(self.scheduler.config),
+        }
+
+    @property
     def image_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of the images."""
         size = self.unet.config.sample_size

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
@@ -60,6 +60,8 @@ class Preset:
             has the same expectation and less variance.
         loss: `simple` (Eq. 14), `vlb` (Eq. 12 weights) or `hybrid` (Nichol & Dhariwal 2021).
         dataset: What `--dataset` means by default, or `None` where the data must be named.
+        paper: What the paper measured, by the names of an evaluation's numbers: `(value,)`, and for Inception scores
+            `(mean, standard deviation over ten parts)`. Bits/dim are upper bounds.
 
     Raises:
         ValueError: A value is outside its range.
@@ -81,6 +83,7 @@ class Preset:
     timestep_sampling: str = "uniform"
     loss: str = "simple"
     dataset: str | None = None
+    paper: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("total_batch_size", "learning_rate", "max_train_steps", "max_grad_norm"):
@@ -99,8 +102,8 @@ class Preset:
                 raise ValueError(
                     f"preset {self.name!r}: {name} must be one of {', '.join(known)}, got {getattr(self, name)!r}"
                 )
-        object.__setattr__(self, "unet", MappingProxyType(dict(self.unet)))
-        object.__setattr__(self, "scheduler", MappingProxyType(dict(self.scheduler)))
+        for name in ("unet", "scheduler", "paper"):
+            object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
 
 
 # What the official network (models/unet.py) needs of stock's UNet2DModel, where stock's defaults are something else.
@@ -139,8 +142,11 @@ def _network(sample_size: int, widths: tuple[int, ...], attention_resolution: in
     }
 
 
-def _image256(name: str, source: str, steps: int, ch: int = 128, **more: Any) -> Preset:
-    """The 256 x 256 experiments: six resolutions; run_lsun.py 'unet2d16b2c112244': ch_mult=(1, 1, 2, 2, 4, 4)."""
+def _image256(name: str, source: str, steps: int, ch: int = 128, fid: float | None = None, **more: Any) -> Preset:
+    """The 256 x 256 experiments: six resolutions; run_lsun.py 'unet2d16b2c112244': ch_mult=(1, 1, 2, 2, 4, 4).
+
+    FIDs are Table 3's, by the code of StyleGAN2 (Appendix B), which takes whole grey levels.
+    """
     return Preset(
         name=name,
         source=source,
@@ -149,7 +155,37 @@ def _image256(name: str, source: str, steps: int, ch: int = 128, **more: Any) ->
         total_batch_size=64,
         learning_rate=2e-5,
         max_train_steps=steps,
+        paper={} if fid is None else {"fid_inception_train_uint8": (fid,)},
         **more,
+    )
+
+
+def _cifar10(
+    name: str,
+    source: str,
+    paper: Mapping[str, tuple[float, ...]],
+    *,
+    loss: str = "simple",
+    prediction_type: str = "epsilon",
+    variance_type: str = "fixed_large",  # run_cifar.py: model_var_type='fixedlarge'
+) -> Preset:
+    """The CIFAR-10 experiments, which differ in what is predicted, in the loss and in the reverse variance.
+
+    run_cifar.py 'unet2d16b2': ch=128, ch_mult=(1, 2, 2, 2), attn_resolutions=(16,); "35.7 million parameters". A
+    learned variance ("L, learned diagonal") has an output of its own for every value, its logarithm.
+    """
+    outputs = {"out_channels": 6} if variance_type == "learned" else {}
+    return Preset(
+        name=name,
+        source=source,
+        unet=_network(32, (128, 256, 256, 256), 16, dropout=0.1, **outputs),
+        scheduler={**PAPER_PROCESS, "prediction_type": prediction_type, "variance_type": variance_type},
+        total_batch_size=128,
+        learning_rate=2e-4,
+        max_train_steps=800_000,  # Section 4 / Appendix B: "800k steps"
+        loss=loss,
+        dataset="cifar10",
+        paper=paper,
     )
 
 
@@ -181,27 +217,73 @@ _ALL = (
         timestep_sampling="stratified",
         dataset="digits",
     ),
-    Preset(
-        name="cifar10",
-        source="Tables 1 and 2, L_simple; run_cifar.py",
-        # run_cifar.py 'unet2d16b2': ch=128, ch_mult=(1, 2, 2, 2), attn_resolutions=(16,); "35.7 million parameters"
-        unet=_network(32, (128, 256, 256, 256), 16, dropout=0.1),
-        scheduler={**PAPER_PROCESS, "variance_type": "fixed_large"},  # run_cifar.py: model_var_type='fixedlarge'
-        total_batch_size=128,
-        learning_rate=2e-4,
-        max_train_steps=800_000,  # Section 4 / Appendix B: "800k steps"
-        dataset="cifar10",
+    _cifar10(
+        "cifar10",
+        "Tables 1 and 2, L_simple; run_cifar.py",
+        # Table 1, last row, and Table 2; the FID against the test set, rate, distortion and RMSE: Section 4.1 and 4.3;
+        # L_T: Section 4.
+        {
+            "is_inception_float": (9.46, 0.11),
+            "fid_inception_train_float": (3.17,),
+            "fid_inception_test_float": (5.24,),
+            "bits_per_dim": (3.75,),
+            "bits_per_dim_train": (3.72,),
+            "rate_bpd": (1.78,),
+            "distortion_bpd": (1.97,),
+            "rmse": (0.95,),
+            "prior_bpd": (1e-5,),
+        },
+    ),
+    # Table 2: what is predicted, the loss, the reverse variance. Its last row is `cifar10`.
+    _cifar10(
+        "cifar10_ablation_mu_learned",
+        "Table 2: mu_tilde prediction, L, learned diagonal variance",
+        {"is_inception_float": (7.28,), "fid_inception_train_float": (23.69,)},
+        prediction_type="posterior_mean",
+        loss="vlb",
+        variance_type="learned",
+    ),
+    _cifar10(
+        "cifar10_ablation_mu_fixed",
+        "Table 2: mu_tilde prediction, L, fixed isotropic variance",
+        {"is_inception_float": (8.06,), "fid_inception_train_float": (13.22,)},
+        prediction_type="posterior_mean",
+        loss="vlb",
+    ),
+    _cifar10(
+        "cifar10_ablation_mu_mse",
+        "Table 2: mu_tilde prediction, unweighted squared error; without numbers, because training was unstable",
+        {},
+        prediction_type="posterior_mean",
+    ),
+    _cifar10(
+        "cifar10_ablation_epsilon_learned",
+        "Table 2: epsilon prediction, L, learned diagonal variance; without numbers, because training was unstable",
+        {},
+        loss="vlb",
+        variance_type="learned",
+    ),
+    _cifar10(
+        "cifar10_ablation_epsilon_fixed",
+        "Tables 1 and 2: epsilon prediction, L, fixed isotropic variance",
+        {
+            "is_inception_float": (7.67, 0.13),
+            "fid_inception_train_float": (13.51,),
+            "bits_per_dim": (3.70,),
+            "bits_per_dim_train": (3.69,),
+        },
+        loss="vlb",
     ),
     # Update counts from Appendix B; 114 million parameters each.
     _image256("celebahq256", "Figure 1, Appendix B", 500_000),
     # Flips: paper and code disagree (run_lsun.py flips bedrooms by default and has --randflip 0 in its cat command).
     # The paper is followed: bedrooms are not flipped, cats are.
-    _image256("lsun_bedroom256", "Table 3, Appendix B", 2_400_000, random_flip=False),
+    _image256("lsun_bedroom256", "Table 3, Appendix B", 2_400_000, fid=6.36, random_flip=False),
     # "approximately 256 million parameters by increasing filter count": the width 192 is inferred from that count;
     # the released code has only 128.
-    _image256("lsun_bedroom256_large", "Table 3, Appendix B", 1_150_000, ch=192, random_flip=False),
-    _image256("lsun_church256", "Table 3, Appendix B", 1_200_000),
-    _image256("lsun_cat256", "Table 3, Appendix B", 1_800_000),
+    _image256("lsun_bedroom256_large", "Table 3, Appendix B", 1_150_000, ch=192, fid=4.90, random_flip=False),
+    _image256("lsun_church256", "Table 3, Appendix B", 1_200_000, fid=7.89),
+    _image256("lsun_cat256", "Table 3, Appendix B", 1_800_000, fid=19.75),
 )
 
 PRESETS: Mapping[str, Preset] = MappingProxyType({preset.name: preset for preset in _ALL})

@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast, gather_object
 from torch import Tensor
 
 from .configuration import TrainingConfig
-from .data import ImageDataset, Images, StreamedImages
-from .evaluation import EvaluationReport, evaluate_likelihood, first_images
+from .data import Images, StreamedImages
+from .evaluation import EvaluationReport
 from .generation import generate, with_sampler
 from .hub import Push, check_destination
 from .hub_background import BackgroundPush
@@ -29,30 +29,10 @@ from .pipeline_ddpm import DDPMPipeline
 from .presets import Preset
 from .processes import say, together
 from .scheduling_ddpm import DDPMScheduler
-from .training_batches import BatchPlan, load_split
+from .training_batches import BatchPlan
+from .training_evaluation import TrainingEvaluation
 from .unet_2d import UNet2DModel
 from .visualize import image_grid, save_picture
-
-
-def load_held_out(config: TrainingConfig) -> ImageDataset | None:
-    """What bits/dim are measured on, or `None` where nothing is held out or nothing is asked for.
-
-    Raises:
-        ValueError: Something is asked for, and nothing is held out.
-    """
-    if not config.validation_split and "dataset" not in config.images_given():
-        if config.validation_steps:
-            raise ValueError("--validation_steps needs images that are held out; add --validation_split 0.05")
-        return None
-    if not config.eval_num_images:
-        return None
-    held_out = first_images(load_split(config, "validation"), config.eval_num_images)
-    if not len(held_out):
-        raise ValueError(
-            f"--validation_split {config.validation_split} of {held_out.name!r} holds out no image; use a larger "
-            "share, or --eval_num_images 0"
-        )
-    return held_out
 
 
 def precision_name(accelerator: Accelerator) -> str:
@@ -74,7 +54,7 @@ class Publisher:
         unet_config: The network's arguments.
         accelerator: The run's.
         data: The training images.
-        held_out: What numbers are measured on, if there is anything.
+        evaluation: What is measured.
         plan: How an update's images are cut.
         pushes: To the Hub, in the main process of a run that was asked for them.
 
@@ -87,7 +67,7 @@ class Publisher:
     unet_config: dict[str, Any]
     accelerator: Accelerator
     data: Images
-    held_out: ImageDataset | None
+    evaluation: TrainingEvaluation
     plan: BatchPlan
     pushes: BackgroundPush | None = field(default=None, init=False)
 
@@ -133,29 +113,26 @@ class Publisher:
 
     def due(self, step: int) -> bool:
         """Whether there is anything to show after update `step`."""
-        return _due(step, self.config.save_images_steps) or _due(step, self.config.validation_steps)
+        return _due(step, self.config.save_images_steps) or self.evaluation.due(step)
 
-    def watch(self, averaged: dict[str, Tensor], step: int) -> dict[str, float]:
-        """Make what is due after update `step` from the averaged weights.
-
-        Returns:
-            Numbers by name, for the trackers (and whatever else wants to go by them).
-        """
-        pipe = self.pipeline(averaged)
+    def watch(self, averaged: dict[str, Tensor], step: int) -> tuple[DDPMPipeline, EvaluationReport | None]:
+        """Make what is due after update `step` from the averaged weights: the model, and what was measured of it."""
+        pipe = self._shared_pipeline(averaged)
         if _due(step, self.config.save_images_steps):
             self.sample_grid(pipe, f"samples-{step}.png")
-        report = self.evaluate(pipe) if _due(step, self.config.validation_steps) else None
-        return {} if report is None else {name: entry["value"] for name, entry in report.values.items()}
+        return pipe, self.evaluation.measure(pipe) if self.evaluation.due(step) else None
 
     def publish(self, averaged: dict[str, Tensor], step: int) -> DDPMPipeline:
         """Write the pipeline (safetensors), sample grid, report and card into the output folder."""
-        pipe, folder, main = self.pipeline(averaged), self.output_dir, self.accelerator.is_main_process
+        pipe, folder, main = self._shared_pipeline(averaged), self.output_dir, self.accelerator.is_main_process
         with together():
-            if main:
-                self._write_pipeline(pipe)
+            if main:  # another one, because saving writes into its configuration
+                self._write_pipeline(self.pipeline({**averaged, **pipe.unet.state_dict()}))
         say(f"wrote the pipeline to {folder}")
         self.sample_grid(pipe, SAMPLES)
-        report = self.evaluate(pipe)
+        report = self.evaluation.measure(pipe)
+        if report is not None:
+            self.evaluation.keep(pipe, report, step)
         with together():
             if main:
                 if report is not None:
@@ -195,8 +172,19 @@ class Publisher:
         """The averaged weights in a float32 pipeline of their own, apart from the network in training."""
         unet = UNet2DModel(**self.unet_config)
         unet.load_state_dict(averaged)
-        pipe = DDPMPipeline(unet.to(self.accelerator.device), DDPMScheduler(**self.recipe.scheduler))
+        # As it comes back from disk: diffusers notes which values are its defaults, in another order in every process,
+        # and what an evaluation has finished is kept under a hash of the configuration.
+        config = dict(DDPMScheduler(**self.recipe.scheduler).config)
+        config.pop("_use_default_values", None)
+        pipe = DDPMPipeline(unet.to(self.accelerator.device), DDPMScheduler.from_config(config))
         pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    def _shared_pipeline(self, averaged: dict[str, Tensor]) -> DDPMPipeline:
+        """`pipeline`, with the first process's weights in all, for rounding may differ between them."""
+        pipe = self.pipeline(averaged)
+        if self.accelerator.num_processes > 1:
+            broadcast(pipe.unet.state_dict())
         return pipe
 
     def sample_grid(self, pipe: DDPMPipeline, name: str) -> None:
@@ -218,16 +206,6 @@ class Publisher:
                 images = torch.stack([image for _, image in sorted(drawn, key=lambda pair: pair[0])])
                 save_picture(image_grid(images), self.output_dir / name)
         say(f"wrote {self.output_dir / name}")
-
-    def evaluate(self, pipe: DDPMPipeline) -> EvaluationReport | None:
-        """Held-out bits/dim, or `None` where nothing is held out."""
-        if self.held_out is None:
-            return None
-        evaluations = self.config.eval_num_evaluations
-        report = evaluate_likelihood(pipe, self.held_out, "validation", num_evaluations=evaluations)
-        value = report.values["bits_per_dim"]
-        say(f"bits/dim on {report.num_images} held-out images: {value['value']:.3f} +- {value['standard_error']:.3f}")
-        return report
 
     def recipe_for_card(self, step: int) -> dict[str, Any]:
         """What the card lists under "Training"."""

@@ -235,7 +235,8 @@ def draw_samples(
     if labels_rule is not None:
         sampling["class_labels"] = labels_rule
     seen_labels = digest(labels) if labels_rule is not None and labels is not None else None
-    key = digest(weights_digest(pipe.unet), sampling, seen_labels, [extractor.fingerprint for extractor in extractors])
+    fingerprints = [extractor.fingerprint for extractor in extractors]
+    key = digest(weights_digest(pipe.unet), pipe.settings, sampling, seen_labels, fingerprints)
 
     def rows_of(ids: list[int], keep_images: bool) -> dict[str, Tensor]:
         chosen = labels_of(ids)

@@ -487,6 +487,8 @@ class DDPMScheduler(StockDDPMScheduler):
         clip = self.config.clip_sample or self.config.thresholding
         mean, log_variance, x_0 = self._reverse(self._chain, c, timestep, model_output, sample, clip)
 
+        if self.variance_type == OPTIMAL_VARIANCE:
+            log_variance = c["log_optimal_noise"]
         has_previous = c["has_previous"]
         if isinstance(has_previous, Tensor) or has_previous:
             noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)

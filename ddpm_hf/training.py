@@ -52,10 +52,11 @@ from .processes import (
     stop_signals,
     together,
 )
-from .publishing import Publisher, describe, load_held_out, precision_name
+from .publishing import Publisher, describe, precision_name
 from .randomness import derive_seed
 from .scheduling_ddpm import DDPMScheduler
 from .training_batches import Batches, BatchPlan, image_size, load_split
+from .training_evaluation import BEST, HISTORY, TrainingEvaluation
 from .unet_2d import UNet2DModel, parameter_count
 
 # How often the progress bar reads the loss from the device.
@@ -104,14 +105,16 @@ class Trainer:
             self.data = load_split(config, "train")
             if not isinstance(self.data, StreamedImages) and not len(self.data):
                 raise ValueError(f"{self.data.name!r} has no images to train on")
-            held_out = load_held_out(config)
+            self.evaluation = TrainingEvaluation(config, self.data)
             self.unet_config = {**self.recipe.unet, **self._class_config()}
         same_everywhere("has", describe(self.data), "all of them need the same images")
         self.publisher = Publisher(
-            config, self.recipe, self.unet_config, self.accelerator, self.data, held_out, self.plan
+            config, self.recipe, self.unet_config, self.accelerator, self.data, self.evaluation, self.plan
         )
         torch.manual_seed(derive_seed(config.seed, "weights"))
         self.unet = UNet2DModel(**self.unet_config).to(self.device)
+        with together():
+            self.evaluation.check(DDPMPipeline(self.unet, DDPMScheduler(**self.recipe.scheduler)))
         if config.gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
         if config.channels_last:
@@ -179,7 +182,8 @@ class Trainer:
                 f"--output_dir {config.output_dir!r} already holds a run; go on with --resume_from_checkpoint latest, "
                 "or name another folder"
             )
-        written = ("model_index.json", "unet", "scheduler", "README.md", "samples.png", "evaluation.json")
+        pipeline = ("model_index.json", "unet", "scheduler", "README.md")
+        written = (*pipeline, "samples.png", "evaluation.json", BEST, HISTORY)
         if not (self.output_dir / "training_config.yaml").exists():
             for name in written:
                 if (self.output_dir / name).exists():
@@ -274,8 +278,11 @@ class Trainer:
 
     # ------------------------------------------------------------------ the run
 
-    def train(self) -> DDPMPipeline | None:
+    def train(self, end_processes: bool = True) -> DDPMPipeline | None:
         """Train to the last update, then publish the model, its samples, numbers and card in `output_dir`.
+
+        Args:
+            end_processes: Several processes part afterwards; `False` where they have more to do together.
 
         Returns:
             The published pipeline (averaged weights), or `None` where the run was asked to stop: its state is saved.
@@ -295,6 +302,7 @@ class Trainer:
                 if self.accelerator.is_main_process:
                     self._make_output_dir()
                     held.enter_context(only_run_in(self.output_dir))
+                    self.evaluation.begin(self.step)
                     remove_leftovers(self.output_dir)
                     self.config.save(self.output_dir / "training_config.yaml")
             self.publisher.open_hub()
@@ -310,7 +318,11 @@ class Trainer:
                 if self.publisher.pushes is not None:
                     self.publisher.pushes.stop()
                 self.batches.close()
-                self.accelerator.end_training()
+                if end_processes:
+                    self.accelerator.end_training()
+                else:
+                    for tracker in self.accelerator.trackers:
+                        tracker.finish()
 
     def _run_updates(self, stop: dict[str, bool]) -> bool:
         """The updates that are left; whether all were made (`False`: the run was asked to stop)."""
@@ -323,6 +335,8 @@ class Trainer:
         shown = started
         self.model.train()
         with bar:
+            if 0 < self.step < last and self.evaluation.missed(self.step):  # ended between checkpoint and evaluation
+                self._watch(stop)
             while self.step < last:
                 loss, norm = self._update(self.step)
                 self.step += 1
@@ -383,13 +397,17 @@ class Trainer:
     def _watch(self, stop: dict[str, bool]) -> None:
         """What the publisher has to show of the averaged weights after this update; all processes take part.
 
-        A stop signal breaks it off, unless other processes would wait for this one's share. Whatever is to follow from
-        the numbers (keeping the best checkpoint, say) has its place here.
+        A stop signal breaks it off, unless other processes would wait for this one's share; a resumed run makes it
+        then. Keeping the best model is not broken off.
         """
-        if self.publisher.due(self.step):
-            with interruptible(stop) if self.accelerator.num_processes == 1 else nullcontext():
-                if numbers := self.publisher.watch(self._ema_state_dict(), self.step):
-                    self.accelerator.log(numbers, step=self.step)
+        if not self.publisher.due(self.step):
+            return
+        report = None
+        with interruptible(stop) if self.accelerator.num_processes == 1 else nullcontext():
+            pipe, report = self.publisher.watch(self._ema_state_dict(), self.step)
+        if report is not None:
+            self.evaluation.keep(pipe, report, self.step)
+            self.accelerator.log({name: entry["value"] for name, entry in report.values.items()}, step=self.step)
 
     def _introduction(self) -> str:
         config, a = self.config, self.accelerator

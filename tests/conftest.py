@@ -7,7 +7,12 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 # Networks this small gain nothing from threads, and lose much where other processes want the cores. Subprocesses too.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import shutil
+import tempfile
 from pathlib import Path
+
+# Features of real images are kept across evaluations; nobody's own cache is written by tests.
+os.environ["DDPM_HF_CACHE"] = tempfile.mkdtemp(prefix="ddpm-hf-tests-")
 
 import pytest
 import torch
@@ -65,6 +70,10 @@ def small_pipeline(small_unet) -> DDPMPipeline:
     pipe = DDPMPipeline(small_unet, DDPMScheduler(variance_type="fixed_large"))
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(os.environ["DDPM_HF_CACHE"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -264,7 +264,8 @@ class GaussianData:
 
         The chain starts from N(0, 1) and walks `timesteps` down to the data, with the posterior of the subsequence
         (alpha_bar of its own timesteps only) and variance beta_tilde, or beta where `large`, or x_s's own variance
-        given x_t where `optimal`. No clipping. The step to the data adds no noise.
+        given x_t where `optimal` (the last one limited as in Bao et al. 2022). No clipping. The step to the data adds
+        no noise.
         """
         mean, variance, out = 0.0, 1.0, []
         for t, s in zip(timesteps, [*timesteps[1:], -1], strict=True):
@@ -278,6 +279,8 @@ class GaussianData:
             noise = 0.0 if s < 0 else beta if large else beta * (1 - a_s) / (1 - a_t)
             if optimal and s >= 0:
                 noise = self.reverse_variance(t, s)
+                if s == timesteps[-1]:  # the last noise: E|noise| is at most one of 255 grey levels of [-1, 1]
+                    noise = min(noise, (2 / 255 / math.sqrt(2 / math.pi)) ** 2)
             variance = gain**2 * variance + noise
             out.append((mean, variance))
         return out

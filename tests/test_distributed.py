@@ -30,7 +30,7 @@ SETTINGS = {
     "lr_warmup_steps": 2,
     "lr_scheduler": "constant",
     "num_sample_images": 5,
-    "ddpm_num_inference_steps": 3,
+    "ddpm_num_inference_steps": 4,
     "sampler": "ddim",
     "eval_num_images": 5,
     "eval_num_evaluations": 4,

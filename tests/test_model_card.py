@@ -27,6 +27,7 @@ def report() -> dict:
     made.settings["fid_inception_train_float"] = fid
     made.add("is_inception_float", 9.46, 0.05, {"estimator": "50000 samples (float), 10 parts", "num_samples": 50_000})
     made.add("rmse", float("nan"), 0.1, {})
+    made.add("prior_bpd", 1.2345e-5, 1.2e-7, {"estimator": "L_T"})
     made.settings["sampling"] = {"sampler": "ddpm", "num_inference_steps": 1000, "seed": 0}
     made.warnings.append("few samples")
     return dataclasses.asdict(made)
@@ -49,6 +50,7 @@ def test_a_card_says_all_that_a_stranger_wants_to_know():
         "bits_per_dim": 3.7512,
         "fid": 3.1711,
         "inception_score": 9.46,
+        "prior_bpd": 1.2345e-5,
     }
     assert found["bits_per_dim"].metric_name == "bits/dim (10000 images of test, full sum)"
     assert found["fid"].metric_name.startswith("FID (50000 samples (float) against 50000 images of train, inception")
@@ -59,8 +61,9 @@ def test_a_card_says_all_that_a_stranger_wants_to_know():
         "![samples](samples.png)",
         'from diffusers import DDPMPipeline\n\npipe = DDPMPipeline.from_pretrained("org/ddpm-cifar10")',
         'from ddpm_hf import DDPMPipeline\n\npipe = DDPMPipeline.from_pretrained("org/ddpm-cifar10")',
-        "**3.7512** ± 0.0110",
+        "**3.751** ± 0.011",
         "**3.1711**\n",
+        "prior_bpd (10000 images of test, L_T): **1.234e-05** ± 1.2e-07",
         "sampler ddpm, num_inference_steps 1000",
         "Before you compare: few samples",
         "updates: 800000 of 128 images",
@@ -115,7 +118,7 @@ def test_what_a_person_wrote_stays():
     assert "Thanks, Ada." in merged
     assert "fun" in merged
     assert "ho2020ddpm" not in merged
-    assert "**3.7512**" in merged
+    assert "**3.751**" in merged
     assert text_outside(merged) == text_outside(mine)
     data = ModelCard(merged).data.to_dict()
     assert (data["license"], data["co2"], data["library_name"]) == ("mit", 3, "diffusers")
@@ -139,7 +142,8 @@ def test_results_of_other_metrics_stay_and_ours_are_replaced():
     merged, _ = merge_cards(f"---\n{yaml.safe_dump(mine)}---\n", card(report=new))
     results = yaml.safe_load(merged.split("---\n")[1])["model-index"][0]["results"]
     values = sorted((metric["type"], metric["value"]) for result in results for metric in result["metrics"])
-    assert values == [("bits_per_dim", 3.5), ("fid", 3.1711), ("human_rating", 7), ("inception_score", 9.46)]
+    ours = [("bits_per_dim", 3.5), ("fid", 3.1711), ("inception_score", 9.46), ("prior_bpd", 1.2345e-5)]
+    assert values == sorted([*ours, ("human_rating", 7)])
 
 
 def test_cards_that_are_somebody_elses_or_broken():
@@ -155,7 +159,7 @@ def test_cards_that_are_somebody_elses_or_broken():
     odd = "---\nmodel-index: soon\n---\nText.\n"
     assert merge_cards(odd, card()) == (odd, ["front matter"])
     half = card().replace("<!-- /ddpm_hf:evaluation -->", "")  # a person removed an end
-    assert "**3.7512**" in merge_cards(half, card(report=None))[0]
+    assert "**3.751**" in merge_cards(half, card(report=None))[0]
     windows = card(report=None).replace("\n", "\r\n")
     assert merge_cards(windows, card()) == (card(), [])
 
@@ -183,5 +187,5 @@ def test_writing_a_card_again_keeps_edits(tmp_path):
     kept = write_card(tmp_path / "m", CardFacts("m", "digits", report=report()))
     assert kept == ["limits"]
     assert "# Edited" in path.read_text()
-    assert "**3.7512**" in path.read_text()
+    assert "**3.751**" in path.read_text()
     assert json.dumps(sorted(p.name for p in path.parent.iterdir())).count(".partial") == 0

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from ddpm_hf import PRESETS, DDPMScheduler, UNet2DModel, get_preset
+from ddpm_hf import PRESETS, DDPMScheduler, TrainingConfig, UNet2DModel, get_preset
 from ddpm_hf.presets import Preset
 
 PAPER = {
@@ -19,8 +19,21 @@ PAPER = {
 }
 
 
+# Table 2: prediction, loss, variance; Inception score and FID, where training was stable.
+TABLE_2 = {
+    "cifar10_ablation_mu_learned": ("posterior_mean", "vlb", "learned", 7.28, 23.69),
+    "cifar10_ablation_mu_fixed": ("posterior_mean", "vlb", "fixed_large", 8.06, 13.22),
+    "cifar10_ablation_mu_mse": ("posterior_mean", "simple", "fixed_large", None, None),
+    "cifar10_ablation_epsilon_learned": ("epsilon", "vlb", "learned", None, None),
+    "cifar10_ablation_epsilon_fixed": ("epsilon", "vlb", "fixed_large", 7.67, 13.51),
+    "cifar10": ("epsilon", "simple", "fixed_large", 9.46, 3.17),
+}
+ABLATIONS = [name for name in TABLE_2 if name != "cifar10"]
+TABLE_3 = {"lsun_bedroom256": 6.36, "lsun_bedroom256_large": 4.90, "lsun_church256": 7.89, "lsun_cat256": 19.75}
+
+
 def test_there_are_these_presets():
-    assert list(PRESETS) == ["digits", *PAPER]
+    assert set(PRESETS) == {"digits", *PAPER, *TABLE_2}
     assert all(preset.name == name and get_preset(name) is preset for name, preset in PRESETS.items())
 
 
@@ -46,10 +59,45 @@ def test_every_preset_is_the_papers_process(name):
     assert scheduler.betas[0].item() == pytest.approx(1e-4, rel=1e-15)
     assert scheduler.betas[-1].item() == pytest.approx(0.02, rel=1e-15)
     assert scheduler.betas.diff().std() < 1e-15  # a straight line
-    assert scheduler.config.prediction_type == "epsilon"
     assert scheduler.config.clip_sample is True
     # run_cifar.py samples with fixedlarge, the 256x256 scripts with the posterior's variance
-    assert scheduler.config.variance_type == ("fixed_small" if "256" in name else "fixed_large")
+    prediction, _, variance, _, _ = TABLE_2.get(name, ("epsilon", "", "fixed_large", 0, 0))
+    assert scheduler.config.prediction_type == prediction
+    assert scheduler.config.variance_type == ("fixed_small" if "256" in name else variance)
+
+
+@pytest.mark.parametrize("name", TABLE_2)
+def test_the_ablation_is_table_2(name):
+    preset, cifar10 = get_preset(name), get_preset("cifar10")
+    prediction, loss, variance, score, fid = TABLE_2[name]
+    assert (preset.scheduler["prediction_type"], preset.loss) == (prediction, loss)
+    assert preset.scheduler["variance_type"] == variance
+    assert preset.paper.get("is_inception_float", (None,))[0] == score
+    assert preset.paper.get("fid_inception_train_float", (None,))[0] == fid
+    assert ("unstable" in preset.source) == (score is None)
+    same = "total_batch_size learning_rate lr_warmup_steps max_train_steps ema_decay random_flip dataset"
+    assert all(getattr(preset, field) == getattr(cifar10, field) for field in same.split())
+    with torch.device("meta"):
+        unet = UNet2DModel.from_preset(name)
+    assert sum(p.numel() for p in unet.parameters()) == (35_749_766 if variance == "learned" else 35_746_307)
+
+
+def test_the_other_numbers_are_the_papers():
+    assert {name: get_preset(name).paper["fid_inception_train_uint8"][0] for name in TABLE_3} == TABLE_3
+    assert get_preset("cifar10").paper["fid_inception_test_float"] == (5.24,)
+    nll = {name: get_preset(name).paper for name in ("cifar10", "cifar10_ablation_epsilon_fixed")}
+    assert [(paper["bits_per_dim"], paper["bits_per_dim_train"]) for paper in nll.values()] == [
+        ((3.75,), (3.72,)),
+        ((3.70,), (3.69,)),
+    ]
+    assert not get_preset("digits").paper
+
+
+def test_a_run_may_take_another_variance_than_an_ablation():
+    preset = "cifar10_ablation_mu_learned"
+    recipe = TrainingConfig(preset=preset, variance_type="fixed_large").resolved_preset()
+    assert recipe.unet["out_channels"] == 3
+    assert TrainingConfig(preset=preset).resolved_preset().unet["out_channels"] == 6
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -57,12 +105,13 @@ def test_every_preset_makes_a_network(name):
     with torch.device("meta"):
         unet = UNet2DModel.from_preset(name)
     channels = 1 if name == "digits" else 3
-    assert (unet.config.in_channels, unet.config.out_channels) == (channels, channels)
+    outputs = 2 * channels if "learned" in name else channels
+    assert (unet.config.in_channels, unet.config.out_channels) == (channels, outputs)
     for argument, value in get_preset(name).unet.items():
         assert getattr(unet.config, argument) == value
 
 
-@pytest.mark.parametrize("name", PAPER)
+@pytest.mark.parametrize("name", [*PAPER, *ABLATIONS])
 def test_nothing_is_left_to_a_default_that_stock_could_change(name):
     """Where the official network needs another value than stock's, the preset writes it out."""
     preset = get_preset(name)
@@ -94,7 +143,9 @@ def test_presets_cannot_be_changed():
 
 @pytest.mark.parametrize("name", ["cifar", "CIFAR10", "", None, ["cifar10"]])
 def test_an_unknown_preset_is_refused(name):
-    with pytest.raises(ValueError, match=r"unknown preset .*the presets are digits, cifar10, celebahq256"):
+    with pytest.raises(
+        ValueError, match=r"unknown preset .*the presets are digits, cifar10, cifar10_ablation_mu_learned"
+    ):
         get_preset(name)
     with pytest.raises(ValueError, match=r"did you mean 'lsun_cat256'"):
         get_preset("lsun_cats256")

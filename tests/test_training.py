@@ -9,6 +9,7 @@ import shutil
 import signal
 import time
 from functools import partial
+from pathlib import Path
 
 import datasets
 import diffusers
@@ -19,11 +20,23 @@ from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ddpm_hf import DDPMPipeline, DDPMScheduler, Trainer, TrainingConfig, UNet2DModel, training
+from ddpm_hf import (
+    DDPMPipeline,
+    DDPMScheduler,
+    EvaluationReport,
+    Trainer,
+    TrainingConfig,
+    UNet2DModel,
+    training,
+)
+from ddpm_hf.checkpointing import list_checkpoints
+from ddpm_hf.features import make_extractor
+from ddpm_hf.hub_files import published_files
 from ddpm_hf.objectives import simple_loss
 from ddpm_hf.presets import PRESETS
 from ddpm_hf.processes import only_run_in, stop_signals
 from ddpm_hf.training import TrainingError
+from ddpm_hf.training_evaluation import names_of_numbers
 
 QUICK = {
     "preset": "digits",
@@ -32,7 +45,7 @@ QUICK = {
     "lr_warmup_steps": 2,
     "checkpointing_steps": 3,
     "num_sample_images": 4,
-    "ddpm_num_inference_steps": 3,
+    "ddpm_num_inference_steps": 4,
     "sampler": "ddim",
     "eval_num_images": 4,
     "eval_num_evaluations": 4,
@@ -626,3 +639,183 @@ def test_engines_that_pickle_are_refused(tmp_path, monkeypatch, engine):
     monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")  # what `accelerate launch` leaves for the processes
     with pytest.raises(ValueError, match=f"{engine} saves its state with pickle"):
         trainer(tmp_path / "run")
+
+
+# ---------------------------------------------------------------------- evaluation in the loop, and the best model
+
+WATCHED = {"validation_steps": 2, "eval_metrics": "nll,fid,kid,prc", "eval_features": "pixels", "eval_num_samples": 8}
+
+
+def scripted(run: Trainer, monkeypatch, name: str, values: dict[int, float]) -> list[int]:
+    """Let a run measure these values of a number; the updates it measured."""
+    measured = []
+    measure = run.evaluation.measure
+
+    def measure_as_told(pipe):
+        report = measure(pipe)
+        report.values[name]["value"] = values[run.step]
+        measured.append(run.step)
+        return report
+
+    monkeypatch.setattr(run.evaluation, "measure", measure_as_told)
+    return measured
+
+
+def best_weights(folder):
+    return load_file(folder / "best" / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def test_evaluation_in_the_loop_changes_nothing_and_gives_the_promised_numbers(tmp_path):
+    trainer(tmp_path / "plain").train()
+    run = trainer(tmp_path / "watched", best_metric="fd_pixels_validation_float", **WATCHED)
+    run.train()
+    same_files(tmp_path / "plain", tmp_path / "watched", 6)
+    folder = tmp_path / "watched"
+    history = json.loads((folder / "evaluations.json").read_text())
+    assert list(history) == ["2", "4", "6"]
+    final = json.loads((folder / "evaluation.json").read_text())["values"]
+    assert {name: entry["value"] for name, entry in final.items()} == history["6"]
+    extractors = [make_extractor("pixels", (1, 8, 8))]
+    assert set(names_of_numbers(run.evaluation.metrics, extractors, ["train", "validation"])) == set(final)
+    assert not (folder / ".evaluation").exists()
+    # The best one by the numbers on disk, readable by stock, with its own report; the Hub gets none of it.
+    best = min(history, key=lambda step: history[step]["fd_pixels_validation_float"])
+    report = EvaluationReport.load(folder / "best" / "evaluation.json")
+    assert report.model["update"] == int(best)
+    assert {name: entry["value"] for name, entry in report.values.items()} == history[best]
+    stock = diffusers.DDPMPipeline.from_pretrained(folder / "best")
+    assert all(torch.equal(value, best_weights(folder)[name]) for name, value in stock.unet.state_dict().items())
+    assert not any(name.startswith(("best", "evaluations")) for name in published_files(folder))
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "best"),
+    [
+        ("bits_per_dim", {2: 3.0, 4: 2.0, 6: 2.0}, 4),  # the first of two equals
+        ("bits_per_dim", {2: float("nan"), 4: 5.0, 6: float("nan")}, 4),
+        ("precision_pixels_train_uint8", {2: 0.1, 4: 0.3, 6: 0.2}, 4),  # more is better
+    ],
+)
+def test_the_best_model_is_kept(tmp_path, monkeypatch, name, values, best):
+    run = trainer(tmp_path / "run", best_metric=name, checkpointing_steps=2, checkpoints_total_limit=1, **WATCHED)
+    scripted(run, monkeypatch, name, values)
+    averaged = {}
+    keep = run.evaluation.keep
+
+    def noted(pipe, report, step):
+        averaged[step] = {key: value.clone() for key, value in pipe.unet.state_dict().items()}
+        keep(pipe, report, step)
+
+    monkeypatch.setattr(run.evaluation, "keep", noted)
+    run.train()
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["checkpoint-6"]
+    assert all(torch.equal(value, averaged[best][key]) for key, value in best_weights(tmp_path / "run").items())
+    assert EvaluationReport.load(tmp_path / "run" / "best" / "evaluation.json").model["update"] == best
+
+
+class Killed(BaseException):
+    """Nobody catches it, as nobody catches a kill."""
+
+
+@pytest.mark.parametrize("moment", ["measuring", "before the rename", "between the renames", "before it is noted"])
+def test_a_killed_run_keeps_the_same_best_model(tmp_path, monkeypatch, moment):
+    """Killed in the evaluation of update 4, whose checkpoint is there already, so that no update is repeated."""
+    values, name = {2: 3.0, 4: 2.0, 6: 2.5}, "bits_per_dim"
+    options = {"validation_steps": 2, "checkpointing_steps": 2, "best_metric": name}
+    whole = trainer(tmp_path / "whole", **options)
+    assert scripted(whole, monkeypatch, name, values) == []
+    whole.train()
+    run = trainer(tmp_path / "run", **options)
+    scripted(run, monkeypatch, name, values)
+    evaluation, rename = run.evaluation, Path.rename
+
+    def killed(*_):
+        raise Killed
+
+    def rename_or_die(path, target):
+        if run.step == 4 and path.name == ".best.partial":
+            if moment == "before the rename":
+                rename(tmp_path / "run" / ".best.old", tmp_path / "run" / "best")
+            raise Killed
+        return rename(path, target)
+
+    with monkeypatch.context() as patch:
+        if moment == "measuring":
+            measure = evaluation.measure
+            patch.setattr(evaluation, "measure", lambda pipe: killed() if run.step == 4 else measure(pipe))
+        elif moment == "before it is noted":
+            write = evaluation._write_history
+            patch.setattr(evaluation, "_write_history", lambda h: killed() if run.step == 4 else write(h))
+        else:
+            patch.setattr(Path, "rename", rename_or_die)
+        with pytest.raises(Killed):
+            run.train()
+    if moment == "between the renames":
+        assert not (tmp_path / "run" / "best").exists()
+    resumed = trainer(tmp_path / "run", resume_from_checkpoint="latest", **options)
+    assert resumed.step == 4
+    measured = scripted(resumed, monkeypatch, name, values)
+    resumed.train()
+    assert measured == [4, 6]
+    for file in ("unet/diffusion_pytorch_model.safetensors", "model_index.json"):
+        assert (tmp_path / "run" / "best" / file).read_bytes() == (tmp_path / "whole" / "best" / file).read_bytes()
+    history = [json.loads((tmp_path / folder / "evaluations.json").read_text()) for folder in ("whole", "run")]
+    assert history[0] == history[1]
+    assert [history[1][step][name] for step in history[1]] == [3.0, 2.0, 2.5]
+    same_files(tmp_path / "whole", tmp_path / "run", 6)
+
+
+def test_a_stop_signal_in_an_evaluation_and_a_resumed_run_measure_it_once(tmp_path, monkeypatch):
+    run = trainer(tmp_path / "run", validation_steps=3)
+    measure = run.evaluation.measure
+
+    def interrupted(pipe):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return measure(pipe)
+
+    monkeypatch.setattr(run.evaluation, "measure", interrupted)
+    assert run.train() is None
+    assert not (tmp_path / "run" / "evaluations.json").exists()
+    trainer(tmp_path / "run", validation_steps=3, resume_from_checkpoint="latest").train()
+    assert list(json.loads((tmp_path / "run" / "evaluations.json").read_text())) == ["3", "6"]
+
+
+def test_a_best_model_of_another_run_or_another_number_does_not_count(tmp_path, monkeypatch, capsys):
+    options = {"validation_steps": 3, "best_metric": "bits_per_dim"}
+    run = trainer(tmp_path / "run", **options)
+    scripted(run, monkeypatch, "bits_per_dim", {3: 0.5, 6: 1.0})
+    run.train()
+    other = trainer(tmp_path / "run", resume_from_checkpoint="latest", eval_num_images=3, **options)
+    scripted(other, monkeypatch, "bits_per_dim", {6: 2.0})
+    other.train()
+    assert "is chosen anew" in capsys.readouterr().out
+    assert EvaluationReport.load(tmp_path / "run" / "best" / "evaluation.json").model["update"] == 6
+    for checkpoint in list_checkpoints(tmp_path / "run"):
+        shutil.rmtree(checkpoint)  # and so the folder holds a run that begins anew
+    again = trainer(tmp_path / "run", **options)
+    scripted(again, monkeypatch, "bits_per_dim", {3: 4.0, 6: 3.0})
+    again.train()
+    assert EvaluationReport.load(tmp_path / "run" / "best" / "evaluation.json").values["bits_per_dim"]["value"] == 3.0
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"best_metric": "bits_per_dim"}, "--best_metric bits_per_dim needs --validation_steps"),
+        ({"best_metric": "bits_per_dims", "validation_steps": 2}, "did you mean 'bits_per_dim'"),
+        ({"best_metric": "fd_pixels_train_uint8", "validation_steps": 2}, "none of the numbers"),
+        ({"eval_metrics": "nll,fdi"}, "'fdi'.*did you mean 'fid'"),
+        ({"eval_metrics": " ,"}, "names no metric"),
+        ({"eval_metrics": "rate_distortion"}, "for finished models: ddpm-hf evaluate"),
+        ({"eval_metrics": "fid"}, "--eval_inception_weights FILE.*--eval_features pixels"),
+        ({"eval_metrics": "fid", "eval_features": "pixel"}, "unknown --eval_features 'pixel'"),
+        ({"eval_metrics": "fid", "eval_features": "pixels", "eval_num_samples": 1}, "got --eval_num_samples 1"),
+        ({"eval_num_images": 0, "validation_steps": 2}, "nothing to measure"),
+        ({"ddpm_num_inference_steps": 3}, "starts from noise at t=666"),
+    ],
+)
+def test_what_cannot_be_measured_is_said_before_training(tmp_path, monkeypatch, options, words):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    with pytest.raises(ValueError, match=words):
+        trainer(tmp_path / "run", **options)
+    assert not (tmp_path / "run").exists()
