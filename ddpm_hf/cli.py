@@ -289,6 +289,8 @@ def _draw_figure(values: Any) -> int:
         return 0  # one picture, one process
     loaded = _load_pipeline(values.model, values.dtype)
     pipe = with_sampler(loaded, values.sampler, values.variance_type, values.timestep_spacing)
+    if pipe.image_shape[0] not in (1, 3):
+        raise UsageError(f"a figure needs images of 1 or 3 channels, and the model's have {pipe.image_shape[0]}")
     options = {
         "num_inference_steps": values.num_inference_steps,
         "batch_size": values.batch_size,
@@ -679,6 +681,8 @@ def space(arguments: Sequence[str], prog: str | None = None) -> int:
     values = parser.parse_args(list(arguments))
     if values.repo_id is None and values.output is None:
         raise UsageError("give --repo_id org/name to push the Space, or --output FOLDER to write it here")
+    if values.repo_id is not None and values.output is not None:
+        raise UsageError("give either --repo_id to push the Space, or --output to write it here")
     from .hub import quiet_client
     from .space import push_space, write_space
 

@@ -373,10 +373,11 @@ def evaluate(
     report = EvaluationReport(sets[main_split].name, main_split, _count(sets[main_split]))
     report.model = _model_settings(pipe, model_name)
     if set(metrics) & set(LIKELIHOOD_METRICS):
+        bound_pipe = with_sampler(pipe, "ddpm", variance_type)  # the bound is the ancestral process's
         for position, split in enumerate(likelihood_splits):
             data = first_images(sets[split], num_images)
             part = evaluate_likelihood(
-                pipe,
+                bound_pipe,
                 data,
                 split,
                 num_evaluations=num_evaluations,

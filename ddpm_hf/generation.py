@@ -15,7 +15,6 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 from PIL import Image
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -23,7 +22,7 @@ from .pipeline_ddpm import DDPMPipeline
 from .presets import nearest
 from .processes import processes, together
 from .scheduling_ddpm import DDPMScheduler
-from .shards import weights_digest
+from .shards import read_tensors, weights_digest, write_tensors
 from .visualize import image_grid, save_picture
 
 # Dynamic thresholding with a largest value of 1 is clipping to [-1, 1], the only kind that the solvers have.
@@ -36,6 +35,9 @@ _SAMPLERS: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 SAMPLERS = tuple(_SAMPLERS)
 
+# What somebody means who does not mean a folder.
+_OTHER_FILES = (".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".npy", ".zip", ".tar", ".safetensors")
+
 
 def parse_seeds(text: str) -> list[int]:
     """`"0-3,8"` to `[0, 1, 2, 3, 8]`.
@@ -44,11 +46,16 @@ def parse_seeds(text: str) -> list[int]:
         ValueError: Not a list of whole numbers and ranges, or a seed given twice.
     """
     seeds: list[int] = []
+    most, largest = 10_000_000, 2**63 - 1
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()):
             raise ValueError(f"--seeds takes whole numbers and ranges such as 0-63 or 0,5,8-11, got {text!r}")
         low, high = int(first), int(last or first)
+        if high > largest or high - low >= most:
+            raise ValueError(
+                f"--seeds takes numbers up to {largest}, and at most {most} of them, got {part.strip()!r}"
+            )
         if high < low:
             raise ValueError(f"the range {part.strip()!r} of --seeds is empty; write {high}-{low}")
         seeds.extend(range(low, high + 1))
@@ -80,6 +87,8 @@ def with_sampler(
         return pipe
     kind, options = _SAMPLERS[sampler]
     config = pipe.scheduler.config
+    if sampler != "ddpm" and config.prediction_type == "posterior_mean":
+        raise ValueError(f"this network predicts the posterior's mean, which {sampler} cannot use; use ddpm")
     if config.get("clip_sample", True) and sampler in ("dpmsolver++", "unipc"):
         options = {**options, **_SOLVER_CLIPPING}
     if variance_type is not None:
@@ -183,19 +192,23 @@ def write_samples(
     output = Path(output)
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    if output.suffix not in ("", ".png", ".npz"):
+    kind = output.suffix.lower() if output.suffix.lower() in (".png", ".npz") else "folder"
+    if output.suffix.lower() in _OTHER_FILES:
         raise ValueError(f"--output must be a folder, FILE.png or FILE.npz, got {str(output)!r}")
-    if (output.suffix and output.is_dir()) or (not output.suffix and output.is_file()):
+    if output.is_dir() if kind != "folder" else output.is_file():
         raise ValueError(f"--output {str(output)!r} is a {'folder' if output.is_dir() else 'file'}; name another")
-    if output.suffix != ".npz" and pipe.image_shape[0] not in (1, 3):
+    if kind != ".npz" and pipe.image_shape[0] not in (1, 3):
         raise ValueError(f"images of {pipe.image_shape[0]} channels are no PNGs; write --output FILE.npz")
     here = processes()
     # What is drawn so far: the folder itself, or one beside the file that is made of it in the end.
     parts = _Parts(output.with_name(f".{output.name}.parts"))
-    store = parts if output.suffix else _Folder(output)
+    store = _Folder(output) if kind == "folder" else parts
     with together():
+        # All arguments are checked before anything is written.
+        given = {name: options[name] for name in ("num_inference_steps", "guidance_scale", "eta") if name in options}
+        pipe(seeds=[], class_labels=None if options.get("class_labels") is None else [], **given)
         if here.is_main_process:
-            _claim(store.path, pipe, seeds, options)
+            _claim(store, pipe, seeds, options)
     drawn = store.finished()
     missing = [i for i, seed in enumerate(seeds) if seed not in drawn]
     mine = missing[here.process_index :: here.num_processes]
@@ -206,9 +219,9 @@ def write_samples(
     for part, images in generate(pipe, [seeds[i] for i in mine], batch_size=batch_size, **options):
         store.add(part, images)
     here.wait_for_everyone()
-    if output.suffix and here.is_main_process:
+    if kind != "folder" and here.is_main_process:
         images = parts.read(seeds)
-        if output.suffix == ".png":
+        if kind == ".png":
             save_picture(image_grid(images), output)
         else:
             _write_npz(output, images)
@@ -234,7 +247,9 @@ class _Folder:
         return self.path / f"{seed // 1000:05d}" / f"{seed:08d}.png"
 
     def finished(self) -> set[int]:
-        return {int(file.stem) for file in self.path.glob("[0-9]*/[0-9]*.png")}
+        # A crash of the machine may leave a file without content.
+        files = self.path.glob("[0-9]*/[0-9]*.png")
+        return {int(file.stem) for file in files if file.stem.isdecimal() and file.stat().st_size}
 
     def add(self, seeds: Sequence[int], images: Tensor) -> None:
         for seed, image in zip(seeds, images, strict=True):
@@ -248,25 +263,27 @@ class _Parts:
     def __init__(self, path: Path):
         self.path = path
 
-    def _files(self) -> list[Path]:
-        return sorted(self.path.glob("*.safetensors"))
+    def _parts(self) -> list[dict[str, Tensor]]:
+        """What is there and whole."""
+        found = (read_tensors(file) for file in sorted(self.path.glob("*.safetensors")))
+        return [part for part in found if part is not None]
 
     def finished(self) -> set[int]:
-        return {seed for file in self._files() for seed in load_file(file)["seeds"].tolist()}
+        return {seed for part in self._parts() for seed in part["seeds"].tolist()}
 
     def add(self, seeds: Sequence[int], images: Tensor) -> None:
-        partial = self.path / f".{seeds[0]}.partial"
-        save_file({"seeds": torch.tensor(seeds), "images": images.contiguous()}, partial)
-        partial.replace(self.path / f"{seeds[0]}.safetensors")
+        write_tensors(
+            self.path / f"{seeds[0]}.safetensors", {"seeds": torch.tensor(seeds), "images": images.contiguous()}
+        )
 
     def read(self, seeds: Sequence[int]) -> Tensor:
         """The images of these seeds, in their order."""
-        parts = [load_file(file) for file in self._files()]
+        parts = self._parts()
         row_of = {seed: row for row, seed in enumerate(torch.cat([part["seeds"] for part in parts]).tolist())}
         return torch.cat([part["images"] for part in parts])[[row_of[seed] for seed in seeds]]
 
 
-def _claim(folder: Path, pipe: DDPMPipeline, seeds: Sequence[int], options: dict[str, Any]) -> None:
+def _claim(store: _Folder | _Parts, pipe: DDPMPipeline, seeds: Sequence[int], options: dict[str, Any]) -> None:
     """Note in the folder how its images are made, and refuse to mix them with images that were made otherwise.
 
     Raises:
@@ -281,9 +298,13 @@ def _claim(folder: Path, pipe: DDPMPipeline, seeds: Sequence[int], options: dict
         "eta": options.get("eta", 0.0),
         "class_labels": {} if labels is None else {str(seed): c for seed, c in zip(seeds, labels, strict=True)},
     }
+    folder = store.path
     note = folder / "sampling.json"
-    if note.is_file():
-        there = json.loads(note.read_text())
+    if note.is_file() and store.finished():
+        try:
+            there = json.loads(note.read_text())
+        except ValueError:
+            raise ValueError(f"{str(note)!r} is damaged, and its images may be others; remove the folder") from None
         different = [key for key, value in made.items() if key != "class_labels" and there.get(key) != value]
         before = there.get("class_labels", {})
         if bool(before) != bool(made["class_labels"]) or any(

@@ -212,6 +212,7 @@ class Push:
         words = ["ddpm-hf", "push", self.folder, "--repo_id", self.repo_id]
         words += [] if self.private else ["--private", "false"]
         words += ["--license", self.license] if self.license is not None else []
+        words += ["--report", self.report] if self.report is not None else []
         return shlex.join(words)
 
     def run(self, say: Callable[[str], None] = print) -> str:
@@ -222,7 +223,7 @@ class Push:
         staging = make_snapshot(Path(self.folder), with_token.token)
         try:
             if self.report is not None:
-                take_report(Path(self.report), staging)
+                take_report(Path(self.report), staging, with_token.token)
             return with_token.run_from(staging, say)
         finally:
             shutil.rmtree(staging, ignore_errors=True)

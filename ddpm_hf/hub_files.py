@@ -135,11 +135,11 @@ def _take(source: Path, target: Path) -> None:
     shutil.copyfile(source, target)
 
 
-def take_report(report: Path, staging: Path) -> None:
+def take_report(report: Path, staging: Path, token: str | None) -> None:
     """Put another evaluation (a file, or a folder with `report.json`) into a snapshot.
 
     Raises:
-        ValueError: There is none.
+        ValueError: There is none, or it holds an access token.
     """
     path = report / "report.json" if report.is_dir() else report
     try:
@@ -150,7 +150,8 @@ def take_report(report: Path, staging: Path) -> None:
         ) from None
     if not isinstance(content, dict) or not isinstance(content.get("values"), dict):
         raise ValueError(f"{str(path)!r} is no evaluation report")
-    (staging / REPORT).write_text(json.dumps(_without_paths(content), indent=2) + "\n")
+    (staging / REPORT).write_text(json.dumps(content, indent=2) + "\n")
+    _without_secrets(staging / REPORT, token)
 
 
 def _without_secrets(path: Path, token: str | None) -> None:

@@ -193,7 +193,7 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
                 the name that the network was trained with.
             guidance_scale: Classifier-free guidance (Ho & Salimans 2022): 1 samples the class as it was learned,
                 more exaggerates it, at two network evaluations per step. Needs a network trained with class dropout.
-            eta: For DDIM: 0 is deterministic, 1 as random as the ancestral sampler. Other schedulers ignore it.
+            eta: For DDIM: 0 is deterministic, 1 as random as the ancestral sampler.
             image: Start from this image instead of from noise: a PIL image (scaled and cropped to fit), an array
                 `[H, W, C]` or a tensor `[C, H, W]` in [0, 1], or a batch or list of them. Needs `strength` or
                 `mask_image`.
@@ -220,6 +220,7 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
                 names = ", ".join(self._callback_tensor_inputs)
                 raise ValueError(f"callback_on_step_end_tensor_inputs knows {names}, got {name!r}")
         num_inference_steps = self.checked_steps(num_inference_steps)
+        self._step_options(generator, eta)
         given = None if image is None else images_in_model_range(image, self.image_shape)
         if seeds is None and batch_size is None and given is not None:
             batch_size = len(given)
@@ -289,6 +290,12 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
         timesteps, alpha_bar = self.scheduler.timesteps, self.scheduler.alphas_cumprod
         signal, least = alpha_bar[int(timesteps[0])].item() ** 0.5, alpha_bar[-1].item() ** 0.5
         late = signal > max(0.1, 2 * least)
+        T = self.scheduler.config.num_train_timesteps
+        if isinstance(self.scheduler, DDIMScheduler) and (late or (timesteps.diff() != -(T // steps)).any()):
+            raise ValueError(  # its step takes the next timestep to be T // steps below, wherever the chain goes
+                f"stock's DDIM walks {steps} of {T} steps with {self.scheduler.config.timestep_spacing!r} spacing "
+                f"wrongly; use a number of steps that divides {T}"
+            )
         if late or len(timesteps.unique()) < len(timesteps):
             what = f"starts from noise at t={int(timesteps[0])}" if late else "comes to the same timestep twice"
             raise ValueError(
@@ -406,6 +413,10 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
     def _step_options(self, generator: Any, eta: float) -> dict[str, Any]:
         """What the scheduler's `step` takes beyond the usual: deterministic ones take no generator, DDIM an eta."""
         known = inspect.signature(self.scheduler.step).parameters
+        if not 0 <= eta <= 1:
+            raise ValueError(f"eta must be between 0 and 1, got {eta}")
+        if eta and "eta" not in known:
+            raise ValueError(f"eta={eta} is for the ddim sampler; {type(self.scheduler).__name__} has none")
         options: dict[str, Any] = {"generator": generator} if "generator" in known else {}
         if "eta" in known:
             options["eta"] = eta
