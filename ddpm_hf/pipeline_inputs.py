@@ -78,7 +78,7 @@ def images_in_model_range(image: Any, image_shape: tuple[int, int, int]) -> Tens
     if isinstance(image, Image.Image):
         channels, height, width = image_shape
         pixels = read_image(image, ImageFormat(channels, (height, width)))
-        return torch.from_numpy(pixels).float()[None] / 127.5 - 1
+        return torch.tensor(pixels).float()[None] / 127.5 - 1
     if isinstance(image, np.ndarray):
         array = torch.from_numpy(image)
         image = array.movedim(-1, -3) if array.ndim > 2 else array[None]
