@@ -171,16 +171,12 @@ def evaluate_likelihood(
     """
     if not len(data):
         raise ValueError(f"no images to evaluate on in {data.name!r} ({split})")
-    if data.image_shape != pipe.image_shape:
-        raise ValueError(
-            f"the images of {data.name!r} are {data.image_shape} (channels, height, width), and the model "
-            f"makes {pipe.image_shape}"
-        )
+    pipe.check_images_fit(data)
     if rate_distortion and num_evaluations is not None:
         raise ValueError("rate_distortion needs every term of the bound; leave out --num_evaluations")
     report = EvaluationReport(data.name, split, len(data))
     started = time.monotonic()
-    rows = _likelihood_rows(pipe, data, num_evaluations, batch_size, seed, progress, work_dir)
+    rows = likelihood_rows(pipe, data, num_evaluations, batch_size, seed, progress, work_dir)
     total = rows["total"]
     settings: dict[str, Any] = {
         "estimator": "full sum" if num_evaluations is None else f"stratified, {num_evaluations} evaluations per image",
@@ -205,14 +201,14 @@ def _mean(values: Tensor) -> tuple[float, float]:
     return values.mean().item(), error
 
 
-def _likelihood_rows(
+def likelihood_rows(
     pipe: DDPMPipeline,
     data: ImageDataset,
     num_evaluations: int | None,
     batch_size: int,
     seed: int,
     progress: bool,
-    work_dir: Path | None,
+    work_dir: Path | None = None,
 ) -> Rows:
     """One row per image: its bound, the parts of it; in the images' own order, whatever the number of processes."""
     labels = pipe.labels_of(data)
@@ -477,11 +473,7 @@ def checked_extractors(
                 f"{' and '.join(real or wanted)} needs at least {max(2, need)} real images, and {images.name!r} "
                 f"({split}) has {len(images)}"
             )
-        if tuple(images.image_shape) != pipe.image_shape:
-            raise ValueError(
-                f"the images of {images.name!r} are {tuple(images.image_shape)} (channels, height, width), and the "
-                f"model makes {pipe.image_shape}"
-            )
+        pipe.check_images_fit(images)
     if "is" in wanted and "inception" not in features:
         raise ValueError("is is the score of a classifier: it needs --features inception")
     features = [name for name in features if name]

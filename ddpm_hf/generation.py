@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from .pipeline_ddpm import DDPMPipeline
 from .presets import nearest
 from .processes import processes, together
+from .reports import write_text
 from .scheduling_ddpm import DDPMScheduler
 from .shards import read_tensors, weights_digest, write_tensors
 from .visualize import image_grid, save_picture
@@ -203,19 +204,18 @@ def write_samples(
     # What is drawn so far: the folder itself, or one beside the file that is made of it in the end.
     parts = _Parts(output.with_name(f".{output.name}.parts"))
     store = _Folder(output) if kind == "folder" else parts
-    with together():
+    drawn = store.finished()
+    with together():  # so all have looked at what is finished before anybody adds to it
         # All arguments are checked before anything is written.
         given = {name: options[name] for name in ("num_inference_steps", "guidance_scale", "eta") if name in options}
         pipe(seeds=[], class_labels=None if options.get("class_labels") is None else [], **given)
         if here.is_main_process:
-            _claim(store, pipe, seeds, options)
-    drawn = store.finished()
+            _claim(store.path, bool(drawn), pipe, seeds, options)
     missing = [i for i, seed in enumerate(seeds) if seed not in drawn]
     mine = missing[here.process_index :: here.num_processes]
     if (labels := options.get("class_labels")) is not None:
         options["class_labels"] = [labels[i] for i in mine]
     options["progress"] = options.get("progress", False) and here.is_main_process
-    here.wait_for_everyone()  # all have looked at what is finished before anybody adds to it
     for part, images in generate(pipe, [seeds[i] for i in mine], batch_size=batch_size, **options):
         store.add(part, images)
     here.wait_for_everyone()
@@ -283,7 +283,7 @@ class _Parts:
         return torch.cat([part["images"] for part in parts])[[row_of[seed] for seed in seeds]]
 
 
-def _claim(store: _Folder | _Parts, pipe: DDPMPipeline, seeds: Sequence[int], options: dict[str, Any]) -> None:
+def _claim(folder: Path, has_images: bool, pipe: DDPMPipeline, seeds: Sequence[int], options: dict[str, Any]) -> None:
     """Note in the folder how its images are made, and refuse to mix them with images that were made otherwise.
 
     Raises:
@@ -298,9 +298,8 @@ def _claim(store: _Folder | _Parts, pipe: DDPMPipeline, seeds: Sequence[int], op
         "eta": options.get("eta", 0.0),
         "class_labels": {} if labels is None else {str(seed): c for seed, c in zip(seeds, labels, strict=True)},
     }
-    folder = store.path
     note = folder / "sampling.json"
-    if note.is_file() and store.finished():
+    if note.is_file() and has_images:
         try:
             there = json.loads(note.read_text())
         except ValueError:
@@ -317,7 +316,4 @@ def _claim(store: _Folder | _Parts, pipe: DDPMPipeline, seeds: Sequence[int], op
                 "--output, or remove it first"
             )
         made["class_labels"] = {**before, **made["class_labels"]}
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / ".sampling.json.partial"
-    partial.write_text(json.dumps(made, indent=2) + "\n")
-    partial.replace(note)
+    write_text(note, json.dumps(made, indent=2) + "\n")

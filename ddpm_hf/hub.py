@@ -32,8 +32,9 @@ from huggingface_hub.utils import disable_progress_bars, get_session, validate_r
 from huggingface_hub.utils import logging as hub_logging
 
 from .hub_errors import is_passing, sentence
-from .hub_files import CARD, INDEX, REPORT, SAMPLES, make_snapshot, take_report, write_text
+from .hub_files import CARD, INDEX, REPORT, SAMPLES, make_snapshot, take_report
 from .model_card import CardFacts, ModelFacts, check_license, make_card, merge_cards, text_outside
+from .reports import write_text
 
 _WEIGHT_FILES = re.compile(r"[^/]+/.*\.(safetensors|bin|ckpt|msgpack|h5|index\.json)")
 # What a card was when it was pushed last from here, so that an edit on the Hub can be told from one here.

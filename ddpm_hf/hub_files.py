@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from .hub_errors import check_pipeline
 from .model_card import CardFacts, ModelFacts, make_card, merge_cards, public_name
+from .reports import write_text
 
 if TYPE_CHECKING:  # torch and diffusers take seconds, which a push does not need
     from .pipeline_ddpm import DDPMPipeline
@@ -55,13 +56,6 @@ def write_card(folder: str | Path, facts: CardFacts) -> list[str]:
         text, kept = merge_cards(path.read_text(), text)
     write_text(path, text)
     return kept
-
-
-def write_text(path: Path, text: str) -> None:
-    """A file, completely or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    partial.replace(path)
 
 
 def published_files(folder: Path) -> list[str]:

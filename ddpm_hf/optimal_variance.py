@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
-from typing import Any
 
-import torch
-from accelerate.utils import gather_object
 from torch import Tensor
 
-from .image_tensors import ImageDataset, to_model_range
-from .likelihood import bits_per_dim
-from .pipeline_ddpm import DDPMPipeline, evaluating
-from .processes import processes
+from .evaluation import likelihood_rows
+from .image_tensors import ImageDataset
+from .pipeline_ddpm import DDPMPipeline
+from .reports import write_text
 
 
 def prediction_error(
@@ -39,26 +35,8 @@ def prediction_error(
     """
     if not len(data):
         raise ValueError(f"{data.name!r} has no images to measure the network on")
-    if data.image_shape != pipe.image_shape:
-        raise ValueError(
-            f"the images of {data.name!r} are {data.image_shape} (channels, height, width), and the model makes "
-            f"{pipe.image_shape}"
-        )
-    options: dict[str, Any] = {"batch_size": batch_size, "seed": seed}
-    here = processes()
-    mine = range(here.process_index, len(data), here.num_processes)
-    if (labels := pipe.labels_of(data)) is not None:
-        options["class_labels"] = labels[list(mine)].to(pipe.device)
-    rows: list[tuple[int, Tensor]] = []
-    if mine:
-        x_0 = to_model_range(data.images[list(mine)]).to(pipe.device)
-        shown = progress and here.is_main_process
-        with evaluating(pipe.unet):
-            result = bits_per_dim(pipe.unet, pipe.scheduler, x_0, image_ids=mine, progress=shown, **options)
-        rows = list(zip(mine, result.mse.double(), strict=True))
-    # Summed in the images' own order, so that the number of processes does not show in the last digit.
-    everyone = sorted(gather_object(rows), key=lambda row: row[0])
-    return torch.stack([row for _, row in everyone]).mean(0)
+    pipe.check_images_fit(data)
+    return likelihood_rows(pipe, data, None, batch_size, seed, progress)["mse"].double().mean(0)
 
 
 def save_optimal_variance(model: str | Path, pipe: DDPMPipeline, error: Tensor, use: bool = True) -> None:
@@ -74,6 +52,4 @@ def save_optimal_variance(model: str | Path, pipe: DDPMPipeline, error: Tensor, 
     scheduler = type(pipe.scheduler).from_config(config)
     scheduler.set_prediction_error(error)
     path = Path(model) / "scheduler" / "scheduler_config.json"
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(scheduler.to_json_string())
-    os.replace(partial, path)
+    write_text(path, scheduler.to_json_string())

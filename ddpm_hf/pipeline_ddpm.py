@@ -248,12 +248,11 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
             self._checked_labels(class_labels, guidance_scale, 0)
             x_t = torch.empty(shape)
         else:
-            options: dict[str, Any] = {"class_labels": class_labels, "guidance_scale": guidance_scale, "eta": eta}
-            options["num_inference_steps"] = num_inference_steps
+            walking = (self._checked_labels(class_labels, guidance_scale, batch_size), guidance_scale, eta)
             if known is None:
-                steps = self.denoise(x_t, generator, start=start, **options)
+                steps = self._walk(x_t, generator, start, None, *walking)
             else:
-                steps = self._repaint(x_t, generator, known, start, resample_length, resample_times, options)
+                steps = self._repaint(x_t, generator, known, start, resample_length, resample_times, walking)
             total = len(self.scheduler.timesteps) - start
             with self.progress_bar(total=total if known is None else total * resample_times) as bar:
                 for step in steps:
@@ -339,8 +338,21 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
         Yields:
             One `DenoisingStep` per step. Its `prev_sample` may be replaced; the chain goes on from there.
         """
-        labels = self._checked_labels(class_labels, guidance_scale, len(x_t))
         self._set_timesteps(self.checked_steps(num_inference_steps))
+        labels = self._checked_labels(class_labels, guidance_scale, len(x_t))
+        yield from self._walk(x_t, generator, start, stop, labels, guidance_scale, eta)
+
+    def _walk(
+        self,
+        x_t: torch.Tensor,
+        generator: Any,
+        start: int,
+        stop: int | None,
+        labels: torch.Tensor | None,
+        guidance_scale: float,
+        eta: float,
+    ) -> Iterator[DenoisingStep]:
+        """`denoise` over the timesteps that are set."""
         if start and hasattr(self.scheduler, "set_begin_index"):
             self.scheduler.set_begin_index(start)
         extra = self._step_options(generator, eta)
@@ -382,7 +394,7 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
         yield from self.denoise(x_t * self.scheduler.init_noise_sigma, generator, **options)
 
     def _repaint(
-        self, x_t: torch.Tensor, generator: Any, known: KnownPixels, start: int, length: int, times: int, options: Any
+        self, x_t: torch.Tensor, generator: Any, known: KnownPixels, start: int, length: int, times: int, walking: Any
     ) -> Iterator[DenoisingStep]:
         """RePaint (Lugmayr et al. 2022, Algorithm 1): the known pixels come from q(x_{t-1}|x_0), the others from p."""
         if not isinstance(self.scheduler, (DDPMScheduler, DDIMScheduler)):
@@ -401,7 +413,7 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
         for first in range(start, len(timesteps), length):
             last = min(first + length, len(timesteps))
             for again in reversed(range(times)):
-                for step in self.denoise(x_t, generator, start=first, stop=last, **options):
+                for step in self._walk(x_t, generator, first, last, *walking):
                     signal = alpha_bar[step.index + 1]
                     image = noisy(known.image, signal) if signal < 1 else known.image
                     step.prev_sample = torch.where(known.draw, step.prev_sample, image)
@@ -489,11 +501,31 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
             if self.null_class is None:
                 raise ValueError(f"the network is class-conditional, and the images of {data.name!r} have no labels")
             return torch.full((len(data),), self.null_class)
-        known = list(self.unet.config.get("_class_names") or data.class_names or [])
-        names = data.class_names or known
+        return torch.tensor(self.indices_of_classes(data.class_names))[data.labels]
+
+    def indices_of_classes(self, class_names: list[str] | None) -> list[int]:
+        """Where a dataset's classes are among this network's, by their names; as they come where there are none.
+
+        Raises:
+            ValueError: A class that the network does not know.
+        """
+        known = list(self.unet.config.get("_class_names") or class_names or [])
+        names = class_names or known
         if unknown := [name for name in names if name not in known]:
             raise ValueError(f"the network knows no class {unknown[0]!r}; it was trained on {', '.join(known)}")
-        return torch.tensor([known.index(names[label]) for label in data.labels.tolist()])
+        return [known.index(name) for name in names] or list(range(self.unet.config.num_class_embeds))
+
+    def check_images_fit(self, data: Any) -> None:
+        """Images (`data.load_images`) have to be as large as the network's.
+
+        Raises:
+            ValueError: They are not.
+        """
+        if tuple(data.image_shape) != self.image_shape:
+            raise ValueError(
+                f"the images of {data.name!r} are {tuple(data.image_shape)} (channels, height, width), and the model "
+                f"makes {self.image_shape}"
+            )
 
     def _predict(
         self, image: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None, guidance_scale: float

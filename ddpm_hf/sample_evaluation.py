@@ -176,11 +176,7 @@ def _labels_of_samples(
     if classes is None:
         return (lambda ids: None), None
     if labels is not None and len(labels):
-        known = list(pipe.unet.config.get("_class_names") or class_names or [])
-        names = class_names or known
-        if unknown := [name for name in names if name not in known]:
-            raise ValueError(f"the network knows no class {unknown[0]!r}; it was trained on {', '.join(known)}")
-        table = [known.index(name) for name in names] or list(range(classes))
+        table = pipe.indices_of_classes(class_names)
 
         def frequent(ids: list[int]) -> list[int]:
             drawn = (torch.randint(len(labels), (), generator=derived_generator(seed, "class", i)) for i in ids)
