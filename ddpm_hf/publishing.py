@@ -126,8 +126,8 @@ class Publisher:
         """Write the pipeline (safetensors), sample grid, report and card into the output folder."""
         pipe, folder, main = self._shared_pipeline(averaged), self.output_dir, self.accelerator.is_main_process
         with together():
-            if main:  # another one, because saving writes into its configuration
-                self._write_pipeline(self.pipeline({**averaged, **pipe.unet.state_dict()}))
+            if main:
+                self._write_pipeline(pipe)
         say(f"wrote the pipeline to {folder}")
         self.sample_grid(pipe, SAMPLES)
         report = self.evaluation.measure(pipe)
@@ -172,11 +172,7 @@ class Publisher:
         """The averaged weights in a float32 pipeline of their own, apart from the network in training."""
         unet = UNet2DModel(**self.unet_config)
         unet.load_state_dict(averaged)
-        # As it comes back from disk: diffusers notes which values are its defaults, in another order in every process,
-        # and what an evaluation has finished is kept under a hash of the configuration.
-        config = dict(DDPMScheduler(**self.recipe.scheduler).config)
-        config.pop("_use_default_values", None)
-        pipe = DDPMPipeline(unet.to(self.accelerator.device), DDPMScheduler.from_config(config))
+        pipe = DDPMPipeline(unet.to(self.accelerator.device), DDPMScheduler(**self.recipe.scheduler))
         pipe.set_progress_bar_config(disable=True)
         return pipe
 

@@ -79,3 +79,23 @@ def pytest_unconfigure() -> None:
 @pytest.fixture(scope="session")
 def repository_root() -> Path:
     return Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def app(space, tmp_path_factory):
+    """The module's `space` (a written one), started from elsewhere; in the end, that it tried to reach nothing."""
+    from space_server import running
+
+    folder = tmp_path_factory.mktemp("app")
+    with running(space / "app.py", folder, models=None, cwd=folder) as started:
+        yield started
+        assert started.left() == []
+
+
+@pytest.fixture(scope="module")
+def client(app, tmp_path_factory):
+    """A program that calls the app's API."""
+    from gradio_client import Client
+
+    downloads = tmp_path_factory.mktemp("downloads")
+    return Client(app.url, verbose=False, analytics_enabled=False, download_files=downloads)

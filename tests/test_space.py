@@ -12,9 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import FIXTURES
-from gradio_client import Client
 from hub.server import Fault, HubServer
-from space_server import running
 
 from ddpm_hf import cli
 from ddpm_hf.space import GRADIO, SpaceFacts, write_space
@@ -41,21 +39,6 @@ def space(run_folder, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("spaces") / "demo"
     write_space(run_folder, folder)
     return folder
-
-
-@pytest.fixture(scope="module")
-def app(space, tmp_path_factory):
-    """The written Space, started from elsewhere; in the end, that it tried to reach nothing."""
-    folder = tmp_path_factory.mktemp("app")
-    with running(space / "app.py", folder, models=None, cwd=folder) as started:
-        yield started
-        assert started.left() == []
-
-
-@pytest.fixture(scope="module")
-def client(app, tmp_path_factory) -> Client:
-    downloads = tmp_path_factory.mktemp("downloads")
-    return Client(app.url, verbose=False, analytics_enabled=False, download_files=downloads)
 
 
 def front_matter(text: str) -> dict:

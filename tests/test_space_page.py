@@ -13,10 +13,10 @@ import torch
 from conftest import FIXTURES
 from diffusers import DDIMScheduler
 from diffusers import DDPMPipeline as StockDDPMPipeline
-from gradio_client import Client, handle_file
+from gradio_client import handle_file
 from gradio_client.exceptions import AppError
 from PIL import Image
-from space_server import GUARD, environment, running
+from space_server import GUARD, environment
 
 from ddpm_hf import DDPMPipeline
 from ddpm_hf.likelihood import prior_bpd, vb_terms_bpd
@@ -31,21 +31,6 @@ def space(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("spaces") / "demo"
     write_space(MODEL, folder)
     return folder
-
-
-@pytest.fixture(scope="module")
-def app(space, tmp_path_factory):
-    """The written Space, started from elsewhere; in the end, that it tried to reach nothing."""
-    folder = tmp_path_factory.mktemp("app")
-    with running(space / "app.py", folder, models=None, cwd=folder) as started:
-        yield started
-        assert started.left() == []
-
-
-@pytest.fixture(scope="module")
-def client(app, tmp_path_factory) -> Client:
-    downloads = tmp_path_factory.mktemp("downloads")
-    return Client(app.url, verbose=False, analytics_enabled=False, download_files=downloads)
 
 
 def test_images_are_the_pipelines_own(client):
