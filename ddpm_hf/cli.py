@@ -1,4 +1,4 @@
-"""`ddpm-hf train | sample | evaluate | reproduce | convert | push`: flags and YAML in, exit codes out.
+"""`ddpm-hf train | sample | evaluate | reproduce | convert | push ...`: flags and YAML in, exit codes out.
 
 A user's mistake gets one sentence on stderr and exit code 2. Heavy libraries are imported by the command that needs
 them.
@@ -6,117 +6,26 @@ them.
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import os
-import re
 import sys
-import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import yaml
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
 from jsonargparse.typing import PositiveInt
 
+from .command_line import Parser, UsageError, add_flags, add_image_flags, image_source, parse_configs
 from .configuration import ReproductionConfig, TrainingConfig
-
-
-class UsageError(ValueError):
-    """A flag or key that cannot be taken; the message says which and what to write instead."""
-
-
-class _Parser(ArgumentParser):
-    """A parser whose errors are one sentence, without the usage text."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise UsageError(_one_sentence(message, self._flags()))
-
-    def _flags(self) -> list[str]:
-        return [flag for action in self._actions for flag in action.option_strings]
-
-
-def _one_sentence(message: str, flags: list[str]) -> str:
-    """jsonargparse's and argparse's messages, shortened, with the nearest flag for an unknown one."""
-    text = " ".join(message.split())
-    if found := re.search(r"unrecognized arguments: (.*)", text, re.IGNORECASE):
-        first = found[1].split()[0].split("=")[0]
-        if not first.startswith("--"):
-            return f"unexpected argument {first!r}; flags start with --, see --help"
-        close = difflib.get_close_matches(first, flags, n=1)
-        return f"unknown flag {first}" + (f" (did you mean {close[0]}?)" if close else "; see --help")
-    if found := re.search(r'key "(\w+)".*(?:Given|Got) value: (.*)', text):
-        wanted = [_KINDS.get(kind, kind) for kind in re.findall(r"Expected a <class '(\w+)'>", text)]
-        kinds = " or ".join(dict.fromkeys(k for k in wanted if k != "NoneType")) or "another kind of value"
-        return f"--{found[1]} takes {kinds}, got {found[2]!r}"
-    return text
-
-
-_KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
-
-
-def _add_flags(parser: ArgumentParser, config_class: type) -> None:
-    """One flag per dataclass field; booleans may stand without a value, as in diffusers' examples."""
-    hints = typing.get_type_hints(config_class)
-    groups: dict[str, Any] = {}
-    for field in dataclasses.fields(config_class):
-        group = field.metadata["group"]
-        groups.setdefault(group, parser.add_argument_group(group))
-        boolean = hints[field.name] in (bool, bool | None)
-        groups[group].add_argument(
-            f"--{field.name}",
-            type=hints[field.name],
-            default=field.default,
-            help=field.metadata["help"],
-            **({"nargs": "?", "const": True} if boolean else {}),
-        )
-
-
-def check_config_file(path: str, known: Sequence[str]) -> None:
-    """The YAML file exists, is a mapping and has known keys only.
-
-    Raises:
-        UsageError: It does not; an unknown key is named with the nearest known one.
-    """
-    try:
-        content = yaml.safe_load(Path(path).read_text())
-    except OSError as error:
-        raise UsageError(f"cannot read --config {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise UsageError(f"--config {path} must hold keys and values, such as 'preset: digits'")
-    for key in content:
-        if key not in known:
-            close = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else f"; the keys are {', '.join(known)}"
-            raise UsageError(f"unknown key {key!r} in --config {path}{hint}")
 
 
 def training_parser(prog: str | None = None) -> ArgumentParser:
     """The parser of `ddpm-hf train` and `examples/train.py`."""
-    parser = _Parser(allow_abbrev=False, prog=prog, description="Train a DDPM (Ho et al. 2020).")
+    parser = Parser(allow_abbrev=False, prog=prog, description="Train a DDPM (Ho et al. 2020).")
     parser.add_argument("--config", action=ActionConfigFile, help="a YAML file of these flags; the command line wins")
-    _add_flags(parser, TrainingConfig)
+    add_flags(parser, TrainingConfig)
     return parser
-
-
-def _bracket_lists(arguments: Sequence[str]) -> list[str]:
-    """`--resolution 64 96` as `--resolution [64, 96]`, which is how jsonargparse writes a list."""
-    out: list[str] = []
-    rest = list(arguments)
-    while rest:
-        out.append(rest.pop(0))
-        if out[-1] in ("--resolution", "--value_range"):
-            values = []
-            while rest and not rest[0].startswith("--"):
-                values.append(rest.pop(0))
-            if len(values) == 1:
-                out.extend(values)
-            elif values:
-                out.append(f"[{', '.join(values)}]")
-    return out
 
 
 def parse_training_config(arguments: Sequence[str], prog: str | None = None) -> TrainingConfig:
@@ -125,23 +34,7 @@ def parse_training_config(arguments: Sequence[str], prog: str | None = None) -> 
     Raises:
         ValueError: Anything that cannot be taken, in one sentence.
     """
-    return _parse_configs(training_parser(prog), arguments, TrainingConfig)[0]
-
-
-def _parse_configs(parser: ArgumentParser, arguments: Sequence[str], *config_classes: type) -> list[Any]:
-    """Flags, and the YAML files they name, as checked configurations."""
-    arguments = _bracket_lists(arguments)
-    names = [field.name for config_class in config_classes for field in dataclasses.fields(config_class)]
-    for i, argument in enumerate(arguments):
-        if argument == "--config" and i + 1 < len(arguments):
-            check_config_file(arguments[i + 1], names)
-        elif argument.startswith("--config="):
-            check_config_file(argument.partition("=")[2], names)
-    values = parser.parse_args(list(arguments))
-    return [
-        config_class(**{field.name: values[field.name] for field in dataclasses.fields(config_class)})
-        for config_class in config_classes
-    ]
+    return parse_configs(training_parser(prog), arguments, TrainingConfig)[0]
 
 
 def train(arguments: Sequence[str], prog: str | None = None) -> int:
@@ -155,7 +48,7 @@ def train(arguments: Sequence[str], prog: str | None = None) -> int:
 
 def sample(arguments: Sequence[str], prog: str | None = None) -> int:
     """`ddpm-hf sample`."""
-    parser = _Parser(allow_abbrev=False, prog=prog, description="Draw images from a trained model.")
+    parser = Parser(allow_abbrev=False, prog=prog, description="Draw images from a trained model.")
     parser.add_argument("--model", type=str, required=True, help="a pipeline's folder, or its name on the Hub")
     parser.add_argument("--output", type=str, required=True, help="a folder of PNGs, FILE.npz, or FILE.png (a grid)")
     parser.add_argument(
@@ -350,10 +243,9 @@ def _given_images(values: Any, count: int, image_shape: tuple[int, int, int]) ->
 
     channels, height, width = image_shape
     if values.images is None:
-        given = {
-            name: values[name] for name in ("dataset", "dataset_name", "train_data_dir") if values[name] is not None
-        }
-        images = first_images(load_images(**given, channels=channels, resolution=(height, width)), count).images
+        images = first_images(
+            load_images(**image_source(values), channels=channels, resolution=(height, width)), count
+        ).images
         if len(images) < count:
             raise UsageError(f"{len(images)} images are too few for {count // 2} pairs; give fewer --seeds")
         return images
@@ -368,7 +260,7 @@ def _given_images(values: Any, count: int, image_shape: tuple[int, int, int]) ->
 
 def evaluate(arguments: Sequence[str], prog: str | None = None) -> int:
     """`ddpm-hf evaluate`."""
-    parser = _Parser(allow_abbrev=False, prog=prog, description="The numbers of the paper's tables for a model.")
+    parser = Parser(allow_abbrev=False, prog=prog, description="The numbers of the paper's tables for a model.")
     parser.add_argument("--model", type=str | None, default=None, help="a pipeline's folder, or its name on the Hub")
     parser.add_argument(
         "--metrics",
@@ -376,9 +268,7 @@ def evaluate(arguments: Sequence[str], prog: str | None = None) -> int:
         default="nll",
         help="of nll (bits/dim), rate_distortion, fid, is, kid, prc (precision and recall), nn (nearest neighbours)",
     )
-    parser.add_argument("--dataset", type=str | None, default=None, help="a built-in dataset: digits")
-    parser.add_argument("--dataset_name", type=str | None, default=None, help="a dataset by Hub id or local path")
-    parser.add_argument("--train_data_dir", type=str | None, default=None, help="a folder of images")
+    add_image_flags(parser)
     parser.add_argument(
         "--split",
         type=str | None,
@@ -508,16 +398,14 @@ def _compare(paths: Sequence[str]) -> int:
 
 def optimal_variance(arguments: Sequence[str], prog: str | None = None) -> int:
     """`ddpm-hf optimal_variance`."""
-    parser = _Parser(
+    parser = Parser(
         allow_abbrev=False,
         prog=prog,
         description="Measure a network's error on images, for the best variance of the ddpm sampler (Analytic-DPM), "
         "and write it into the model's scheduler.",
     )
     parser.add_argument("--model", type=str, required=True, help="a pipeline's folder; its scheduler is rewritten")
-    parser.add_argument("--dataset", type=str | None, default=None, help="a built-in dataset: digits")
-    parser.add_argument("--dataset_name", type=str | None, default=None, help="a dataset by Hub id or local path")
-    parser.add_argument("--train_data_dir", type=str | None, default=None, help="a folder of images")
+    add_image_flags(parser)
     parser.add_argument("--num_images", type=PositiveInt, default=128, help="how many; each costs T evaluations")
     parser.add_argument("--batch_size", type=PositiveInt, default=256, help="images at a time")
     parser.add_argument("--seed", type=int, default=0, help="seed of the noise")
@@ -538,8 +426,7 @@ def optimal_variance(arguments: Sequence[str], prog: str | None = None) -> int:
     if not values.keep_variance_type and "learned" in pipe.scheduler.config.variance_type:
         raise UsageError("this network predicts its own variance; add --keep_variance_type")
     channels, height, width = pipe.image_shape
-    given = {name: values[name] for name in ("dataset", "dataset_name", "train_data_dir") if values[name] is not None}
-    data = load_images(**given, split="train", channels=channels, resolution=(height, width))
+    data = load_images(**image_source(values), split="train", channels=channels, resolution=(height, width))
     images = first_images(data, values.num_images)
     error = prediction_error(pipe, images, batch_size=values.batch_size, seed=values.seed, progress=True)
     with together():
@@ -553,8 +440,8 @@ def reproduce(arguments: Sequence[str], prog: str | None = None) -> int:
     """`ddpm-hf reproduce`."""
     parser = training_parser(prog)
     parser.description = "An experiment of the paper from start to end: train, sample, measure, compare."
-    _add_flags(parser, ReproductionConfig)
-    config, options = _parse_configs(parser, arguments, TrainingConfig, ReproductionConfig)
+    add_flags(parser, ReproductionConfig)
+    config, options = parse_configs(parser, arguments, TrainingConfig, ReproductionConfig)
     from .processes import processes, say
     from .reproduction import reproduce as reproduce_experiment
 
@@ -573,9 +460,7 @@ def reproduce(arguments: Sequence[str], prog: str | None = None) -> int:
 
 def convert(arguments: Sequence[str], prog: str | None = None) -> int:
     """`ddpm-hf convert`."""
-    parser = _Parser(
-        prog=prog, description="Other people's weights to a stock-readable folder, or ours to TensorFlow."
-    )
+    parser = Parser(prog=prog, description="Other people's weights to a stock-readable folder, or ours to TensorFlow.")
     parser.add_argument(
         "--from",
         type=str | None,
@@ -619,7 +504,7 @@ def convert(arguments: Sequence[str], prog: str | None = None) -> int:
 
 def push(arguments: Sequence[str], prog: str | None = None) -> int:
     """`ddpm-hf push`."""
-    parser = _Parser(allow_abbrev=False, prog=prog, description="Publish a model's folder on the Hub, in one commit.")
+    parser = Parser(allow_abbrev=False, prog=prog, description="Publish a model's folder on the Hub, in one commit.")
     parser.add_argument("run", type=str, help="a run's output folder, or any folder that save_pretrained wrote")
     parser.add_argument("--repo_id", type=str, required=True, help="org/name on the Hub; made if it does not exist")
     parser.add_argument(
@@ -662,7 +547,7 @@ def push(arguments: Sequence[str], prog: str | None = None) -> int:
 
 def space(arguments: Sequence[str], prog: str | None = None) -> int:
     """`ddpm-hf space`."""
-    parser = _Parser(allow_abbrev=False, prog=prog, description="Make a web page (a Space) of a trained model.")
+    parser = Parser(allow_abbrev=False, prog=prog, description="Make a web page (a Space) of a trained model.")
     parser.add_argument("run", type=str, help="a run's output folder, or any folder that save_pretrained wrote")
     parser.add_argument("--repo_id", type=str | None, default=None, help="org/name of the Space; made or renewed")
     parser.add_argument(

@@ -20,6 +20,7 @@ FLOORS = (
         "image_files",
         "hub_errors",
         "reports",
+        "command_line",
     ),
     (
         "scheduling_ddpm",
