@@ -442,7 +442,7 @@ def reproduce(arguments: Sequence[str], prog: str | None = None) -> int:
     parser.description = "An experiment of the paper from start to end: train, sample, measure, compare."
     add_flags(parser, ReproductionConfig)
     config, options = parse_configs(parser, arguments, TrainingConfig, ReproductionConfig)
-    from .processes import processes, say
+    from .processes import say
     from .reproduction import reproduce as reproduce_experiment
 
     try:
@@ -454,7 +454,6 @@ def reproduce(arguments: Sequence[str], prog: str | None = None) -> int:
         say("not finished: the same command goes on from there")
         return 130
     say(f"{found.preset.name}: {found.preset.source}\n\n{found.table()}\n\nwrote {config.output_dir}/reproduction.md")
-    processes().destroy_process_group()
     return 0
 
 
@@ -639,6 +638,15 @@ def run(command: Callable[..., int], arguments: Sequence[str], prog: str) -> int
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    finally:
+        _leave_processes()
+
+
+def _leave_processes() -> None:
+    """Part from sibling processes in order: one that just ends makes PyTorch abort now and then."""
+    distributed = sys.modules.get("torch.distributed")  # else nothing was joined, and importing it takes seconds
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -286,3 +286,180 @@ def test_classes_by_name():
     assert np.array_equal(arrays(pipe, seeds=[0], class_labels="dogs")[0], arrays(pipe, seeds=[0], class_labels=1)[0])
     with pytest.raises(ValueError, match="'cows' is no class"):
         arrays(pipe, seeds=[0], class_labels="cows")
+
+
+def test_no_images(small_pipeline):
+    assert small_pipeline(seeds=[]).images == []
+    assert small_pipeline(batch_size=0, output_type="np").images.shape == (0, 8, 8, 1)
+    assert small_pipeline(batch_size=0, generator=[], output_type="pt", return_dict=False)[0].shape == (0, 1, 8, 8)
+
+
+def gaussian_pipeline(scheduler, data):
+    """A network that knows the best epsilon for independent Gaussian pixels."""
+
+    class Best(UNet2DModel):
+        def forward(self, sample, timestep, class_labels=None, return_dict=True):
+            slope, offset = data.expected_noise(int(timestep))
+            return UNet2DOutput(sample=slope * sample + offset)
+
+    pipe = DDPMPipeline(Best(**SMALL_NETWORK), scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+BETAS = np.linspace(1e-4, 0.02, 1000)
+DATA = GaussianData(mean=0.1, std=0.25, betas=BETAS)
+
+
+@pytest.mark.parametrize("steps", [10, 50, 200])
+def test_images_of_gaussian_data_have_its_moments(steps):
+    """4000 images through the pipeline itself, against the chain's closed form."""
+    pipe = gaussian_pipeline(DDPMScheduler(clip_sample=False), DATA)
+    images = pipe(batch_size=4000, generator=torch.Generator().manual_seed(0), num_inference_steps=steps)
+    x = torch.stack([torch.from_numpy(np.asarray(image, dtype=np.float64)) for image in images.images]) / 127.5 - 1
+    mean, variance = DATA.reverse_moments(pipe.scheduler.timesteps.tolist(), large=False)[-1]
+    n = x.numel()
+    assert abs(x.mean() - mean) < 4 * (variance / n) ** 0.5
+    # Levels are rounded (variance 1/12 of one squared), and the estimate of a variance has its own error.
+    assert abs(x.var() - variance - (1 / 127.5) ** 2 / 12) < 4 * variance * (2 / n) ** 0.5 + 1e-5
+
+
+def test_image_to_image_keeps_what_strength_leaves(small_pipeline):
+    image = np.random.default_rng(0).uniform(size=(2, 8, 8, 1)).astype(np.float32)
+    options = {"num_inference_steps": 20, "output_type": "np", "seeds": [3, 4]}
+    assert np.abs(small_pipeline(image=image, strength=0.0, **options).images - image).max() < 1e-6
+    # The same by hand: noise of the same seed added at the chain's 10th timestep from the end.
+    half = small_pipeline(image=image, strength=0.5, **options).images
+    generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
+    x_0 = torch.from_numpy(image).permute(0, 3, 1, 2) * 2 - 1
+    noise = torch.stack([torch.randn(1, 1, 8, 8, generator=g)[0] for g in generators])
+    scheduler = diffusers.DDPMScheduler(variance_type="fixed_large")
+    scheduler.set_timesteps(20)
+    x = scheduler.add_noise(x_0, noise, scheduler.timesteps[10:11])
+    with torch.no_grad():
+        for t in scheduler.timesteps[10:]:
+            x = scheduler.step(small_pipeline.unet(x, t).sample, t, x, generator=generators).prev_sample
+    assert np.abs(half - (x / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()).max() < 1e-2
+
+
+def test_image_to_image_of_gaussian_data():
+    """Noised to t and brought back, an image keeps the share of itself that x_t still has: a closed form."""
+    pipe = gaussian_pipeline(DDPMScheduler(clip_sample=False), DATA)
+    image = torch.full((3000, 1, 8, 8), 0.7)  # 0.4 in the [-1, 1] scale
+    images = pipe(image=image, strength=0.3, output_type="pt", generator=torch.Generator().manual_seed(0)).images
+    slope, offset = DATA.expected_x_0(299)
+    expected = slope * DATA.alpha_bar[299] ** 0.5 * 0.4 + offset  # E[E[x_0|x_t]] for this x_0
+    found = (images * 2 - 1).mean().item()
+    assert abs(found - expected) < 4 * DATA.std / images.numel() ** 0.5
+    assert abs(expected - DATA.mean) > 0.02  # or the test would see nothing
+
+
+def test_inpainting_keeps_the_known_pixels_and_fits_the_others_to_them(small_pipeline):
+    image = np.random.default_rng(0).uniform(size=(8, 8, 1)).astype(np.float32)
+    mask = np.zeros((8, 8), dtype=bool)
+    mask[2:6, 3:] = True
+    options = {"image": image, "mask_image": mask, "num_inference_steps": 10, "output_type": "np"}
+    options |= {"resample_length": 3, "resample_times": 2}
+    images = small_pipeline(seeds=[0, 1], **options).images
+    assert np.abs(images - image)[:, ~mask].max() < 1e-6
+    assert np.abs(images[0] - images[1])[mask].max() > 0.05
+    assert np.abs(small_pipeline(seeds=[1], **options).images[0] - images[1]).max() < 1e-4
+    with_pil = small_pipeline(
+        seeds=[0, 1],
+        **{**options, "image": Image.fromarray((image[..., 0] * 255).round().astype(np.uint8)), "strength": 0.5},
+    )
+    assert np.abs(with_pil.images - image)[:, ~mask].max() < 1 / 255
+    ddim = DDPMPipeline(small_pipeline.unet, diffusers.DDIMScheduler.from_config(small_pipeline.scheduler.config))
+    assert np.abs(ddim(seeds=[0], **options).images - image)[:, ~mask].max() < 1e-6
+    unipc = diffusers.UniPCMultistepScheduler.from_config(small_pipeline.scheduler.config)
+    with pytest.raises(ValueError, match="ddpm and ddim"):
+        DDPMPipeline(small_pipeline.unet, unipc)(seeds=[0], **options)
+
+
+def test_inpainting_draws_from_the_conditional_distribution():
+    """Two pixels of a correlated Gaussian: given one, the other has a known mean. Resampling brings it there."""
+    rho, std, kept = 0.9, 0.3, 0.5
+    alpha_bar = np.cumprod(1 - BETAS)
+    covariance = std**2 * np.array([[1, rho], [rho, 1]])
+
+    class Correlated(UNet2DModel):
+        def forward(self, sample, timestep, class_labels=None, return_dict=True):
+            a = alpha_bar[int(timestep)]
+            gain = np.sqrt(1 - a) * np.linalg.inv(a * covariance + (1 - a) * np.eye(2))
+            x = sample[:, 0, 0, :2] @ torch.from_numpy(gain).to(sample)
+            out = torch.zeros_like(sample)
+            out[:, 0, 0, :2] = x
+            return UNet2DOutput(sample=out)
+
+    pipe = DDPMPipeline(Correlated(**SMALL_NETWORK), DDPMScheduler(clip_sample=False))
+    pipe.set_progress_bar_config(disable=True)
+    image = torch.full((1, 1, 8, 8), kept / 2 + 0.5)
+    mask = np.zeros((8, 8))
+    mask[0, 1] = 1
+
+    def drawn(times):
+        images = pipe(
+            batch_size=2000, image=image, mask_image=mask, output_type="pt", num_inference_steps=100,
+            generator=torch.Generator().manual_seed(0), resample_times=times,
+        ).images
+        return (images[:, 0, 0, 1] * 2 - 1).mean().item()
+
+    conditional_mean = rho * kept
+    assert abs(drawn(10) - conditional_mean) < abs(drawn(1) - conditional_mean)
+    assert abs(drawn(10) - conditional_mean) < 0.05
+
+
+def test_callbacks_see_and_change_the_chain_and_end_it(small_pipeline):
+    seen = []
+
+    def watch(pipe, step, timestep, tensors):
+        seen.append((step, timestep, sorted(tensors)))
+        if step == 7:
+            pipe._interrupt = True
+        if step == 3:
+            return {"image": torch.zeros_like(tensors["image"])}
+        return {}
+
+    options = {"seeds": [0], "num_inference_steps": 10, "output_type": "np"}
+    changed = small_pipeline(
+        callback_on_step_end=watch,
+        callback_on_step_end_tensor_inputs=["image", "pred_original_sample"],
+        **options,
+    ).images
+    assert [step for step, _, _ in seen] == list(range(8))
+    assert [t for _, t, _ in seen] == list(range(900, 100, -100))
+    assert seen[0][2] == ["image", "pred_original_sample"]
+    # By hand: the remaining four steps from zeros, with the noise that is left of seed 0.
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(5):
+        torch.randn(1, 1, 8, 8, generator=generator)
+    steps = small_pipeline.denoise(torch.zeros(1, 1, 8, 8), [generator], num_inference_steps=10, start=4, stop=8)
+    *_, last = steps
+    assert np.abs(changed - (last.prev_sample / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()).max() < 1e-5
+    small_pipeline(callback_on_step_end=lambda *_: None, **options)  # one that returns nothing, as some do
+
+
+def test_progressive_generation_ends_in_the_image(small_pipeline):
+    steps = list(small_pipeline.progressive(seeds=[5, 6], num_inference_steps=10))
+    assert [step.timestep for step in steps] == list(range(900, -1, -100))
+    assert all(torch.equal(a.prev_sample, b.sample) for a, b in zip(steps, steps[1:], strict=False))
+    image = small_pipeline(seeds=[5, 6], num_inference_steps=10, output_type="pt").images
+    assert torch.equal((steps[-1].prev_sample / 2 + 0.5).clamp(0, 1), image)
+    t = 500
+    a = np.cumprod(1 - BETAS)[t]
+    step = next(step for step in steps if step.timestep == t)
+    with torch.no_grad():
+        eps = small_pipeline.unet(step.sample, t).sample
+    by_hand = ((step.sample - (1 - a) ** 0.5 * eps) / a**0.5).clamp(-1, 1)
+    assert torch.allclose(step.pred_original_sample, by_hand, atol=1e-4)
+
+
+def test_classes_by_name():
+    unet = make_small_unet(num_class_embeds=3, _class_names=["cats", "dogs"], _null_class=2)
+    pipe = DDPMPipeline(unet, DDPMScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    named = arrays(pipe, seeds=[0, 1], class_labels=["dogs", "cats"])
+    assert np.array_equal(named, arrays(pipe, seeds=[0, 1], class_labels=[1, 0]))
+    assert np.array_equal(arrays(pipe, seeds=[0], class_labels="dogs")[0], arrays(pipe, seeds=[0], class_labels=1)[0])
+    with pytest.raises(ValueError, match="'cows' is no class"):
+        arrays(pipe, seeds=[0], class_labels="cows")

@@ -415,6 +415,94 @@ def test_fixed_large_over_few_steps_is_warned_of_once(monkeypatch):
     assert "'fixed_small'" in said[0]
 
 
+def with_optimal_variance(scheduler: DDPMScheduler, data: GaussianData) -> DDPMScheduler:
+    scheduler.set_prediction_error([data.unknown_of_x_0(t) for t in range(1000)])
+    return scheduler
+
+
+@pytest.mark.parametrize("chain", SUBSEQUENCES)
+def test_the_optimal_variance_keeps_gaussian_data_gaussian(chain, feed_noise):
+    """The error of x_0 gives the variance of x_s given x_t, so that the chain has the marginals of q at every step."""
+    feed_noise(UNIT_NOISE)
+    scheduler = with_optimal_variance(make_chain(chain, variance_type="optimal"), DATA)
+    timesteps = scheduler.timesteps.tolist()
+    found = chain_moments(DATA, scheduler, start=DATA.marginal(timesteps[0]))
+    marginals = [DATA.marginal(s) for s in timesteps[1:]]
+    assert moments_error(found[:-1], marginals) < 1e-6 if marginals else True  # the error is kept in seven digits
+    expected = DATA.reverse_moments(timesteps, large=False, optimal=True)
+    assert moments_error(chain_moments(DATA, scheduler), expected) < 1e-6
+    small = make_chain(chain, variance_type="fixed_small")
+    if marginals:
+        assert moments_error(chain_moments(DATA, small, DATA.marginal(timesteps[0]))[:-1], marginals) > 1e-3
+
+
+def test_a_perfect_network_has_the_error_of_analytic_dpm():
+    """Bao et al. 2022: the error follows from E||eps||^2, whose closed form for Gaussian data is known."""
+    for t in (0, 10, 500, 999):
+        a, (slope, offset), (mean, variance) = DATA.alpha_bar[t], DATA.expected_noise(t), DATA.marginal(t)
+        eps_squared = slope**2 * variance + (slope * mean + offset) ** 2
+        assert DATA.unknown_of_x_0(t) == pytest.approx((1 - a) / a * (1 - eps_squared), rel=1e-6)
+
+
+def test_the_optimal_variance_has_the_smallest_bound():
+    """E KL(q || p) in closed form: a variance on either side of the optimal one costs more."""
+    scheduler = with_optimal_variance(DDPMScheduler(variance_type="optimal"), DATA)
+    for t in (1, 5, 50, 400, 999):
+        x = torch.zeros(1, 1, dtype=torch.float64)
+        variance = scheduler.p_mean_variance(x, t, x)[1].item()
+        a_t, a_s = DATA.alpha_bar[t], DATA.alpha_bar[t - 1]
+        gap = a_s * (BETAS[t] / (1 - a_t)) ** 2 * DATA.unknown_of_x_0(t)
+        beta_tilde = BETAS[t] * (1 - a_s) / (1 - a_t)
+
+        def kl(p_variance, gap=gap, q_variance=beta_tilde):
+            return math.log(p_variance / q_variance) + (q_variance + gap) / p_variance - 1
+
+        assert kl(variance) < min(kl(variance * 1.01), kl(variance * 0.99), kl(beta_tilde), kl(BETAS[t]))
+
+
+def test_the_measured_error_is_saved_where_stock_does_not_look(tmp_path, capfd):
+    scheduler = with_optimal_variance(DDPMScheduler(variance_type="optimal", beta_schedule="quad"), DATA)
+    scheduler.save_pretrained(tmp_path)
+    stock = StockDDPMScheduler.from_pretrained(tmp_path)
+    assert stock.config.variance_type == "fixed_small"
+    assert "not expected" not in capfd.readouterr().err
+    again = DDPMScheduler.from_pretrained(tmp_path)
+    assert (again.variance_type, again.config.variance_type) == ("optimal", "optimal")
+    assert np.array_equal(again._chain.table, scheduler._chain.table, equal_nan=True)
+    assert json.loads(again.to_json_string()) == json.loads(scheduler.to_json_string())
+    small = DDPMScheduler.from_config(again.config, variance_type="fixed_small")
+    back = DDPMScheduler.from_config(small.config, variance_type="optimal")
+    assert np.array_equal(back._process.table, scheduler._process.table, equal_nan=True)
+    StockDDPMScheduler.from_config(again.config)
+    stock.save_pretrained(tmp_path / "stock")  # and what stock writes again still has it
+    assert DDPMScheduler.from_pretrained(tmp_path / "stock").variance_type == "optimal"
+
+
+def test_an_unmeasured_optimal_variance_says_what_to_do():
+    scheduler = DDPMScheduler(variance_type="optimal")
+    x = torch.zeros(1, 1, 2, 2)
+    with pytest.raises(ValueError, match="ddpm-hf optimal_variance"):
+        scheduler.step(x, 999, x)
+    for wrong in ([0.1] * 999, [0.1] * 999 + [-1.0], [0.1] * 999 + [float("nan")]):
+        with pytest.raises(ValueError, match="1000 finite numbers"):
+            scheduler.set_prediction_error(wrong)
+
+
+def test_fixed_large_over_few_steps_is_warned_of_once(monkeypatch):
+    monkeypatch.setattr(DDPMScheduler, "_warned_of_fixed_large", False)
+    logger = diffusers_logging.get_logger("ddpm_hf.scheduling_ddpm")
+    said = []
+    monkeypatch.setattr(logger, "warning", said.append)
+    DDPMScheduler(variance_type="fixed_small").set_timesteps(10)
+    DDPMScheduler(variance_type="fixed_large").set_timesteps(1000)
+    assert said == []
+    for _ in range(2):
+        DDPMScheduler(variance_type="fixed_large").set_timesteps(10)
+    assert len(said) == 1
+    assert "'optimal'" in said[0]
+    assert "'fixed_small'" in said[0]
+
+
 @pytest.mark.parametrize("chain", ["full", "leading-10", "trailing-50", "custom"])
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 def test_every_prediction_type_walks_the_same_chain(chain, prediction_type, feed_noise):
