@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import re
 import typing
+from argparse import SUPPRESS
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
 # Where images come from, in flags as in `data.load_images`.
 _IMAGE_SOURCES = {
@@ -25,14 +27,54 @@ class UsageError(ValueError):
     """A flag or key that cannot be taken; the message says which and what to write instead."""
 
 
+def _typed(action: Any) -> list[str]:
+    """An argument's flags, without --name+ by which jsonargparse would add to a list."""
+    return [flag for flag in action.option_strings if not flag.endswith("+")]
+
+
+class _HelpFormatter(DefaultHelpFormatter):
+    """Default values as they are typed, and no types: the placeholder tells numbers from text."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, max_help_position=34, **kwargs)
+
+    def _get_help_string(self, action: Any) -> str:
+        if action.help is None or not action.option_strings or action.nargs == 0:
+            return action.help or ""
+        notes = ["required"] if action.required else []
+        if action.default not in (None, SUPPRESS):  # what stands for None is in the text
+            default = action.default
+            notes.append(f"default: {str(default).lower() if isinstance(default, bool) else default}")
+        return action.help + (f" ({', '.join(notes)})" if notes else "")
+
+    def _format_action_invocation(self, action: Any) -> str:
+        shown = copy.copy(action)
+        shown.option_strings = _typed(action)
+        return super()._format_action_invocation(shown)
+
+    def _get_default_metavar_for_optional(self, action: Any) -> str:
+        kind = str(getattr(action, "_typehint", action.type)).lower()
+        return "N" if "int" in kind else "X" if "float" in kind else "TEXT"
+
+
 class Parser(ArgumentParser):
-    """A parser whose errors are one sentence, without the usage text."""
+    """A parser whose errors are one sentence, without the usage text, and whose flags are written out."""
+
+    def __init__(self, prog: str | None, description: str, arguments: str = "[flags]"):
+        super().__init__(
+            prog=prog,
+            usage=f"%(prog)s {arguments}",
+            description=description,
+            allow_abbrev=False,
+            formatter_class=_HelpFormatter,
+        )
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise UsageError(_one_sentence(message, self._flags()))
+        raise UsageError(_one_sentence(message, self.flags()))
 
-    def _flags(self) -> list[str]:
-        return [flag for action in self._actions for flag in action.option_strings]
+    def flags(self) -> list[str]:
+        """All flags, as they are typed."""
+        return [flag for action in self._actions for flag in _typed(action)]
 
 
 def _one_sentence(message: str, flags: list[str]) -> str:
@@ -44,6 +86,13 @@ def _one_sentence(message: str, flags: list[str]) -> str:
             return f"unexpected argument {first!r}; flags start with --, see --help"
         close = difflib.get_close_matches(first, flags, n=1)
         return f"unknown flag {first}" + (f" (did you mean {close[0]}?)" if close else "; see --help")
+    if found := re.search(r"arguments are required: (.*)", text):
+        missing = [f"--{name}" if f"--{name}" in flags else name.upper() for name in found[1].split(", ")]
+        return f"give {' and '.join(missing)}; see --help"
+    if (found := re.search(r'key "(\w+)"', text)) and "PositiveInt" in text:
+        patterns = (r"Given value: (.*)", r"base 10: '(.*)'", r"PositiveInt: (.*) does not")
+        value = next((match[1] for pattern in patterns if (match := re.search(pattern, text))), "something else")
+        return f"--{found[1]} takes a positive whole number, got {value!r}"
     if found := re.search(r'key "(\w+)".*(?:Given|Got) value: (.*)', text):
         wanted = [_KINDS.get(kind, kind) for kind in re.findall(r"Expected a <class '(\w+)'>", text)]
         kinds = " or ".join(dict.fromkeys(k for k in wanted if k != "NoneType")) or "another kind of value"
@@ -60,7 +109,8 @@ def add_flags(parser: ArgumentParser, config_class: type) -> None:
     groups: dict[str, Any] = {}
     for field in dataclasses.fields(config_class):
         group = field.metadata["group"]
-        groups.setdefault(group, parser.add_argument_group(group))
+        if group not in groups:
+            groups[group] = parser.add_argument_group(group)
         boolean = hints[field.name] in (bool, bool | None)
         groups[group].add_argument(
             f"--{field.name}",
@@ -125,10 +175,10 @@ def parse_configs(parser: ArgumentParser, arguments: Sequence[str], *config_clas
     ]
 
 
-def add_image_flags(parser: ArgumentParser) -> None:
+def add_image_flags(group: Any) -> None:
     """The flags that say where images come from."""
     for name, text in _IMAGE_SOURCES.items():
-        parser.add_argument(f"--{name}", type=str | None, default=None, help=text)
+        group.add_argument(f"--{name}", type=str | None, default=None, help=text)
 
 
 def image_source(values: Any) -> dict[str, Any]:

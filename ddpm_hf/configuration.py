@@ -7,15 +7,61 @@ says".
 from __future__ import annotations
 
 import dataclasses
+import operator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .presets import Preset, get_preset
+from .presets import PRESETS, Preset, get_preset
 
 
-def _flag(default: Any, help: str, group: str, repr: bool = True) -> Any:
-    return field(default=default, metadata={"help": help, "group": group}, repr=repr)
+def paper_value(read: Callable[[Preset], Any]) -> str:
+    """What the paper's experiments (Table 2's ablations aside) have of something, for help texts.
+
+    Args:
+        read: Takes it from a preset.
+    """
+    large = {name for name, preset in PRESETS.items() if preset.unet["sample_size"] == 256}
+    found: dict[str, list[str]] = {}
+    for name, preset in PRESETS.items():
+        if name == "cifar10" or name in large:
+            value = read(preset)
+            text = (
+                str(value).lower() if isinstance(value, bool) else f"{value:g}" if value.__class__ is float else value
+            )
+            found.setdefault(str(text), []).append(name)
+    if len(found) == 1:
+        return f"the paper: {next(iter(found))}"
+    of = {text: "256x256" if set(names) == large else ", ".join(names) for text, names in found.items()}
+    return "the paper: " + "; ".join(f"{text} ({names})" for text, names in of.items())
+
+
+def _flag(
+    default: Any, help: str, group: str, repr: bool = True, paper: str | Callable[[Preset], Any] | None = None
+) -> Any:
+    """A field that is a flag; `paper` names the attribute of a preset that has the paper's value, or takes it."""
+    if isinstance(paper, str):
+        paper = operator.attrgetter(paper)
+    text = help if paper is None else f"{help}; {paper_value(paper)}"
+    return field(default=default, metadata={"help": text, "group": group}, repr=repr)
+
+
+# The titles that `--help` shows flags under.
+_MODEL = "network and diffusion process; what is left out is as in --preset"
+_IMAGES = "images"
+_RECIPE = "recipe; what is left out is as in --preset"
+_OUTPUT = "output and checkpoints"
+_SAMPLES = "samples on the way"
+_EVALUATION = "evaluation on the way"
+_MACHINE = "machine and trackers"
+_HUB = "Hub"
+_COMPARISON = "comparison with the paper"
+
+
+def due(step: int, interval: int | None) -> bool:
+    """Whether what is done every `interval` updates (never for `None`) is due after update `step`."""
+    return interval is not None and step % interval == 0
 
 
 class TrainingError(ValueError):
@@ -30,88 +76,120 @@ class TrainingConfig:
         ValueError: A value is outside its range; the message says which flag, which value and what is possible.
     """
 
-    preset: str = _flag("cifar10", "the paper's experiment that gives network and recipe", "recipe")
-    dataset: str | None = _flag(None, "a built-in dataset: digits", "data")
-    dataset_name: str | None = _flag(None, "a dataset by Hub id or local path", "data")
-    dataset_config_name: str | None = _flag(None, "the configuration of that dataset", "data")
-    train_data_dir: str | None = _flag(None, "a folder of images; subfolders are classes", "data")
-    cache_dir: str | None = _flag(None, "where downloaded datasets are kept", "data")
-    image_column: str | None = _flag(None, "the dataset's column of images; found by itself if left out", "data")
-    label_column: str | None = _flag(None, "the dataset's column of classes; found by itself if left out", "data")
-    resolution: int | list[int] | None = _flag(None, "height and width of the images, or one number for both", "data")
-    center_crop: bool = _flag(True, "crop images of another shape in the middle; false: at random", "data")
-    random_flip: bool | None = _flag(None, "mirror images at random", "data")
-    background: str = _flag("white", "colour under transparent pixels", "data")
-    value_range: list[float] | None = _flag(None, "what .npy arrays call black and white, for example 0 1", "data")
-    on_bad_image: str = _flag("error", "error, or skip: name unreadable images and go on without them", "data")
-    streaming: bool = _flag(False, "read the dataset from end to end, without keeping it", "data")
-    dataloader_num_workers: int = _flag(4, "threads that decode images which do not fit into memory", "data")
-    validation_split: float = _flag(0.0, "share of the images never trained on (digits has its own)", "data")
-    class_conditional: bool = _flag(False, "train on the images' classes", "data")
-    class_dropout: float = _flag(0.0, "share of images trained without their class (for guidance)", "data")
-    output_dir: str = _flag("ddpm-model", "where the model and the checkpoints go", "output")
-    max_train_steps: int | None = _flag(None, "optimizer updates", "recipe")
-    train_batch_size: int | None = _flag(None, "images per process and micro-batch", "recipe")
-    total_batch_size: int | None = _flag(None, "images per update, over processes and accumulation", "recipe")
-    gradient_accumulation_steps: int | None = _flag(
-        None, "micro-batches per update; chosen to reach the total batch size if left out", "recipe"
-    )
-    learning_rate: float | None = _flag(None, "peak learning rate of Adam", "recipe")
-    lr_scheduler: str | None = _flag(None, "constant (the paper), cosine or linear, after the warm-up", "recipe")
-    lr_warmup_steps: int | None = _flag(None, "updates of linear warm-up", "recipe")
-    max_grad_norm: float | None = _flag(None, "gradients of a larger norm are scaled down", "recipe")
-    ema_max_decay: float | None = _flag(None, "decay of the averaged weights", "recipe")
-    dropout: float | None = _flag(None, "dropout in the residual blocks", "recipe")
+    preset: str = _flag("cifar10", f"the experiment that gives network and recipe: {', '.join(PRESETS)}", _MODEL)
+    dropout: float | None = _flag(None, "dropout in the residual blocks", _MODEL, paper=lambda p: p.unet["dropout"])
     prediction_type: str | None = _flag(
-        None, "what the network predicts: epsilon (the paper), sample, v_prediction, posterior_mean", "recipe"
+        None,
+        "what the network predicts: epsilon, sample, v_prediction or posterior_mean",
+        _MODEL,
+        paper=lambda p: p.scheduler["prediction_type"],
     )
     variance_type: str | None = _flag(
-        None, "fixed_small, fixed_large, learned or learned_range (which double the output channels)", "recipe"
+        None,
+        "of the reverse process: fixed_small, fixed_large, learned or learned_range (which double the outputs)",
+        _MODEL,
+        paper=lambda p: p.scheduler["variance_type"],
     )
-    loss: str | None = _flag(None, "simple (Eq. 14), vlb (the bound) or hybrid (learned variance)", "recipe")
-    timestep_sampling: str | None = _flag(None, "uniform (the paper) or stratified over each batch", "recipe")
-    seed: int = _flag(0, "seed of everything random", "recipe")
-    mixed_precision: str | None = _flag(
-        None, "no, fp16 or bf16 for the network; accelerate's setting if left out", "run"
+    class_conditional: bool = _flag(False, "train on the images' classes", _MODEL)
+    class_dropout: float = _flag(0.0, "share of images trained without their class (for guidance)", _MODEL)
+    dataset: str | None = _flag(None, "a built-in dataset: digits", _IMAGES)
+    dataset_name: str | None = _flag(None, "a dataset by Hub id or local path", _IMAGES)
+    dataset_config_name: str | None = _flag(None, "the configuration of that dataset", _IMAGES)
+    train_data_dir: str | None = _flag(None, "a folder of images; subfolders are classes", _IMAGES)
+    cache_dir: str | None = _flag(None, "where downloaded datasets are kept; default: as datasets has it", _IMAGES)
+    image_column: str | None = _flag(None, "the dataset's column of images; found by itself if left out", _IMAGES)
+    label_column: str | None = _flag(None, "the dataset's column of classes; found by itself if left out", _IMAGES)
+    resolution: int | list[int] | None = _flag(
+        None,
+        "height and width of the images, or one number for both; default: the preset's",
+        _IMAGES,
+        paper=lambda p: p.unet["sample_size"],
     )
-    num_cpu_threads: int | None = _flag(
-        None, "CPU threads per process; the cores are shared out evenly if left out", "run"
+    center_crop: bool = _flag(True, "crop images of another shape in the middle; false: at random", _IMAGES)
+    random_flip: bool | None = _flag(
+        None, "mirror images at random; default: as the preset says", _IMAGES, paper="random_flip"
     )
-    compile: bool = _flag(False, "torch.compile the network", "run")
-    channels_last: bool = _flag(False, "channels_last memory layout", "run")
-    gradient_checkpointing: bool = _flag(False, "trade time for memory", "run")
-    report_to: str | None = _flag(None, "trackers by accelerate: tensorboard, wandb, ...", "run")
-    logging_dir: str = _flag("logs", "where trackers write, inside the output folder", "run")
-    checkpointing_steps: int = _flag(5000, "updates between checkpoints", "output")
-    checkpoints_total_limit: int | None = _flag(None, "how many checkpoints to keep", "output")
-    resume_from_checkpoint: str | None = _flag(None, "latest, or a checkpoint's folder", "output")
-    save_images_steps: int | None = _flag(None, "updates between sample grids; only at the end if left out", "output")
-    num_sample_images: int = _flag(64, "images in a sample grid", "output")
-    ddpm_num_inference_steps: int = _flag(1000, "steps of the sampler for sample grids and --eval_metrics", "output")
-    sampler: str = _flag("ddpm", "ddpm (Algorithm 2) or ddim, for sample grids and --eval_metrics", "output")
-    validation_steps: int | None = _flag(
-        None, "updates between evaluations; only at the end if left out", "evaluation"
+    background: str = _flag("white", "colour under transparent pixels", _IMAGES)
+    value_range: list[float] | None = _flag(None, "what .npy arrays call black and white, for example 0 1", _IMAGES)
+    on_bad_image: str = _flag("error", "error, or skip: name unreadable images and go on without them", _IMAGES)
+    streaming: bool = _flag(False, "read the dataset from end to end, without keeping it", _IMAGES)
+    dataloader_num_workers: int = _flag(4, "threads that decode images which do not fit into memory", _IMAGES)
+    validation_split: float = _flag(0.0, "share of the images never trained on (digits has its own)", _IMAGES)
+    max_train_steps: int | None = _flag(None, "optimizer updates", _RECIPE, paper="max_train_steps")
+    train_batch_size: int | None = _flag(
+        None, "images per process and micro-batch; chosen to reach the total batch size if left out", _RECIPE
     )
-    eval_metrics: str = _flag("nll", "what to measure, of nll (bits/dim), fid, is, kid, prc: nll,fid", "evaluation")
-    eval_num_images: int = _flag(1000, "held-out images for bits/dim; 0 leaves it out", "evaluation")
-    eval_num_evaluations: int = _flag(50, "network evaluations per image for bits/dim (stratified)", "evaluation")
-    eval_num_samples: int = _flag(5000, "samples for fid, is, kid, prc", "evaluation")
+    total_batch_size: int | None = _flag(
+        None, "images per update, over processes and accumulation", _RECIPE, paper="total_batch_size"
+    )
+    gradient_accumulation_steps: int | None = _flag(
+        None, "micro-batches per update; chosen to reach the total batch size if left out", _RECIPE
+    )
+    learning_rate: float | None = _flag(None, "peak learning rate of Adam", _RECIPE, paper="learning_rate")
+    lr_scheduler: str | None = _flag(
+        None, "constant, cosine or linear, after the warm-up", _RECIPE, paper="lr_scheduler"
+    )
+    lr_warmup_steps: int | None = _flag(None, "updates of linear warm-up", _RECIPE, paper="lr_warmup_steps")
+    max_grad_norm: float | None = _flag(
+        None, "gradients of a larger norm are scaled down", _RECIPE, paper="max_grad_norm"
+    )
+    ema_max_decay: float | None = _flag(None, "decay of the averaged weights (EMA)", _RECIPE, paper="ema_decay")
+    loss: str | None = _flag(
+        None, "simple (Eq. 14), vlb (the bound) or hybrid (learned variance)", _RECIPE, paper="loss"
+    )
+    timestep_sampling: str | None = _flag(
+        None, "uniform, or stratified over each batch", _RECIPE, paper="timestep_sampling"
+    )
+    seed: int = _flag(0, "seed of everything random", _RECIPE)
+    output_dir: str = _flag("ddpm-model", "where the model and the checkpoints go", _OUTPUT)
+    checkpointing_steps: int = _flag(5000, "updates between checkpoints", _OUTPUT)
+    checkpoints_total_limit: int | None = _flag(None, "how many checkpoints to keep; all if left out", _OUTPUT)
+    resume_from_checkpoint: str | None = _flag(
+        None, "latest, or a checkpoint's folder; starts anew if left out", _OUTPUT
+    )
+    save_images_steps: int | None = _flag(
+        None, "updates between grids of samples; only at the end if left out", _SAMPLES
+    )
+    num_sample_images: int = _flag(64, "images in a grid", _SAMPLES)
+    ddpm_num_inference_steps: int = _flag(
+        1000,
+        "steps of the sampler, for grids and --eval_metrics",
+        _SAMPLES,
+        paper=lambda p: p.scheduler["num_train_timesteps"],
+    )
+    sampler: str = _flag("ddpm", "ddpm (Algorithm 2; the paper) or ddim, for grids and --eval_metrics", _SAMPLES)
+    validation_steps: int | None = _flag(None, "updates between evaluations; only at the end if left out", _EVALUATION)
+    eval_metrics: str = _flag("nll", "what to measure, of nll (bits/dim), fid, is, kid, prc: nll,fid", _EVALUATION)
+    eval_num_images: int = _flag(1000, "held-out images for bits/dim; 0 leaves it out", _EVALUATION)
+    eval_num_evaluations: int = _flag(50, "network evaluations per image for bits/dim (stratified)", _EVALUATION)
+    eval_num_samples: int = _flag(5000, "samples for fid, is, kid, prc; the paper, at the end: 50000", _EVALUATION)
     eval_features: str = _flag(
-        "inception", "what fid, kid and prc compare: inception, pixels, or as ddpm-hf evaluate", "evaluation"
+        "inception", "what fid, kid and prc compare: inception, pixels, or as ddpm-hf evaluate", _EVALUATION
     )
     eval_inception_weights: str | None = _flag(
-        None, "torch-fidelity's weights file; its own place if left out", "evaluation"
+        None, "torch-fidelity's weights file; its own place if left out", _EVALUATION
     )
     best_metric: str | None = _flag(
         None,
         "keep the model that is best by this number in best/: bits_per_dim, fid_inception_train_float, ...",
-        "evaluation",
+        _EVALUATION,
     )
-    push_to_hub: bool = _flag(False, "publish the model on the Hub, with every checkpoint and at the end", "hub")
-    hub_model_id: str | None = _flag(None, "org/name on the Hub; the output folder's name if left out", "hub")
-    hub_private_repo: bool = _flag(True, "false: publish for everybody to see", "hub")
-    hub_token: str | None = _flag(None, "better: 'hf auth login' or HF_TOKEN; never saved", "hub", repr=False)
-    license: str | None = _flag(None, "of the model, for its card, such as apache-2.0", "hub")
+    mixed_precision: str | None = _flag(
+        None, "no, fp16 or bf16 for the network; accelerate's setting if left out", _MACHINE
+    )
+    num_cpu_threads: int | None = _flag(
+        None, "CPU threads per process; the cores are shared out evenly if left out", _MACHINE
+    )
+    compile: bool = _flag(False, "torch.compile the network", _MACHINE)
+    channels_last: bool = _flag(False, "channels_last memory layout", _MACHINE)
+    gradient_checkpointing: bool = _flag(False, "trade time for memory", _MACHINE)
+    report_to: str | None = _flag(None, "trackers by accelerate: tensorboard, wandb, ...; default: none", _MACHINE)
+    logging_dir: str = _flag("logs", "where trackers write, inside the output folder", _MACHINE)
+    push_to_hub: bool = _flag(False, "publish the model on the Hub, with every checkpoint and at the end", _HUB)
+    hub_model_id: str | None = _flag(None, "org/name on the Hub; the output folder's name if left out", _HUB)
+    hub_private_repo: bool = _flag(True, "false: publish for everybody to see", _HUB)
+    hub_token: str | None = _flag(None, "better: 'hf auth login' or HF_TOKEN; never saved", _HUB, repr=False)
+    license: str | None = _flag(None, "of the model, for its card, such as apache-2.0", _HUB)
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():  # what Python callers write naturally
@@ -277,16 +355,18 @@ class ReproductionConfig:
         ValueError: A value is outside its range.
     """
 
-    num_samples: int = _flag(50_000, "samples for FID and the Inception score, as in the paper", "comparison")
-    num_inference_steps: int | None = _flag(None, "steps of their sampler; all T if left out", "comparison")
+    num_samples: int = _flag(50_000, "samples for FID and the Inception score, as in the paper", _COMPARISON)
+    num_inference_steps: int | None = _flag(
+        None, "steps of their sampler; all T if left out, as in the paper", _COMPARISON
+    )
     num_images: int | None = _flag(
-        None, "the first this many held-out images, for bits/dim; all if left out", "comparison"
+        None, "the first this many held-out images, for bits/dim; all if left out", _COMPARISON
     )
-    features: str = _flag("inception", "what FID compares: inception, pixels, or as ddpm-hf evaluate", "comparison")
+    features: str = _flag("inception", "what FID compares: inception, pixels, or as ddpm-hf evaluate", _COMPARISON)
     inception_weights: str | None = _flag(
-        None, "torch-fidelity's weights file; its own place if left out", "comparison"
+        None, "torch-fidelity's weights file; its own place if left out", _COMPARISON
     )
-    batch_size: int = _flag(256, "images at a time; changes no number", "comparison")
+    batch_size: int = _flag(256, "images at a time; changes no number", _COMPARISON)
 
     def __post_init__(self) -> None:
         for name in ("num_samples", "num_inference_steps", "num_images", "batch_size"):

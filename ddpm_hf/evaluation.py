@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import math
-import os
 import re
 import time
 from collections.abc import Sequence
@@ -23,7 +22,7 @@ from .generation import with_sampler
 from .likelihood import LikelihoodResult, bits_per_dim, stratified_bits_per_dim
 from .pipeline_ddpm import DDPMPipeline, evaluating
 from .presets import nearest
-from .processes import processes
+from .processes import default_cache_dir, processes
 from .reports import EvaluationReport, as_markdown, writable_folder, write_text
 from .sample_evaluation import (
     Neighbours,
@@ -42,7 +41,6 @@ from .visualize import image_grid, save_picture
 __all__ = [
     "METRICS",
     "EvaluationReport",
-    "default_cache_dir",
     "evaluate",
     "evaluate_likelihood",
     "first_images",
@@ -53,11 +51,6 @@ __all__ = [
 LIKELIHOOD_METRICS = ("nll", "rate_distortion")
 SAMPLE_METRICS = ("fid", "is", "kid", "prc", "nn")
 METRICS = LIKELIHOOD_METRICS + SAMPLE_METRICS
-
-
-def default_cache_dir() -> Path:
-    """Where features of real images are kept: `$DDPM_HF_CACHE`, or `~/.cache/ddpm_hf`."""
-    return Path(os.environ.get("DDPM_HF_CACHE") or Path.home() / ".cache" / "ddpm_hf")
 
 
 def parse_metrics(text: str) -> list[str]:
@@ -186,6 +179,7 @@ def evaluate_likelihood(
         "seed": seed,
         "seconds": round(time.monotonic() - started, 2),
         "scheduler": {key: value for key, value in pipe.scheduler.config.items() if not key.startswith("_")},
+        "dtype": pipe.settings["dtype"],
     }
     sampling_error = math.sqrt(rows["sampling_variance"].sum().item()) / len(total)
     report.add("bits_per_dim", *_mean(total), settings, sampling_standard_error=sampling_error)
@@ -214,7 +208,7 @@ def likelihood_rows(
     labels = pipe.labels_of(data)
     folder = None
     if work_dir is not None:
-        made_of = [weights_digest(pipe.unet), pipe.settings, str(pipe.unet.dtype), images_digest(data), seed]
+        made_of = [weights_digest(pipe.unet), pipe.settings, images_digest(data), seed]
         folder = work_dir / digest(*made_of, num_evaluations, None if labels is None else digest(labels))[:16]
 
     # A bar over few batches would hardly move; each of them has its own then.
@@ -227,7 +221,7 @@ def likelihood_rows(
         if labels is not None:
             common["class_labels"] = labels[ids].to(pipe.device)
         if num_evaluations is None:
-            full = bits_per_dim(pipe.unet, pipe.scheduler, x_0, **common)
+            full = bits_per_dim(pipe.network, pipe.scheduler, x_0, **common)
             total, prior = full.total_bpd.double(), full.prior_bpd.double()
             variance = torch.zeros(len(ids), dtype=torch.float64)
             return {
@@ -237,7 +231,7 @@ def likelihood_rows(
                 "terms": full.terms_bpd,
                 "mse": full.mse,
             }
-        few = stratified_bits_per_dim(pipe.unet, pipe.scheduler, x_0, num_evaluations=num_evaluations, **common)
+        few = stratified_bits_per_dim(pipe.network, pipe.scheduler, x_0, num_evaluations=num_evaluations, **common)
         return {"total": few.total_bpd, "prior": few.prior_bpd, "sampling_variance": few.sampling_variance}
 
     with evaluating(pipe.unet):
@@ -302,6 +296,8 @@ def evaluate(
     variance_type: str | None = None,
     timestep_spacing: str | None = None,
     num_inference_steps: int | None = None,
+    eta: float = 0.0,
+    guidance_scale: float = 1.0,
     seed: int = 0,
     features: Sequence[str] = ("inception",),
     inception_weights: str | Path | None = None,
@@ -324,6 +320,7 @@ def evaluate(
         num_evaluations: See `evaluate_likelihood`; `None` for the whole sum.
         batch_size: Images at a time; changes no number.
         sampler, variance_type, timestep_spacing, num_inference_steps: See `generation.with_sampler`; for samples only.
+        eta, guidance_scale: See `DDPMPipeline`; for samples only.
         seed: Of the noise of the likelihood; sample i has the seed `seed + i`.
         features: What to compare images with, see `features.make_extractor`.
         inception_weights: See `features.Inception`.
@@ -353,7 +350,14 @@ def evaluate(
     sampling_pipe = with_sampler(pipe, sampler, variance_type, timestep_spacing)
     if wanted:  # no images, but all that the sampler has to say against its settings
         no_labels = None if pipe.unet.config.num_class_embeds is None else torch.empty(0, dtype=torch.long)
-        sampling_pipe(seeds=[], class_labels=no_labels, num_inference_steps=num_inference_steps, output_type="pt")
+        sampling_pipe(
+            seeds=[],
+            class_labels=no_labels,
+            num_inference_steps=num_inference_steps,
+            eta=eta,
+            guidance_scale=guidance_scale,
+            output_type="pt",
+        )
     if seed < 0:
         raise ValueError(f"seed must be at least 0, got {seed}")
     if output is not None:
@@ -407,6 +411,8 @@ def evaluate(
             seed=seed,
             batch_size=batch_size,
             num_inference_steps=num_inference_steps,
+            eta=eta,
+            guidance_scale=guidance_scale,
             train=None if train is None else train.images,
             progress=progress,
         )

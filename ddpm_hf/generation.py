@@ -19,11 +19,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .pipeline_ddpm import DDPMPipeline
+from .pipeline_inputs import one_per_image
 from .presets import nearest
 from .processes import processes, together
 from .reports import write_text
 from .scheduling_ddpm import DDPMScheduler
-from .shards import read_tensors, weights_digest, write_tensors
+from .shards import digest, read_tensors, weights_digest, write_tensors
 from .visualize import image_grid, save_picture
 
 # Dynamic thresholding with a largest value of 1 is clipping to [-1, 1], the only kind that the solvers have.
@@ -103,7 +104,9 @@ def with_sampler(
         options = {**options, "variance_type": variance_type}
     if timestep_spacing is not None:
         options = {**options, "timestep_spacing": timestep_spacing}
-    return DDPMPipeline(pipe.unet, kind.from_config(config, **options))
+    made = DDPMPipeline(pipe.unet, kind.from_config(config, **options))
+    made.network = pipe.network
+    return made
 
 
 def generate(
@@ -117,6 +120,11 @@ def generate(
     class_labels: Sequence[int] | None = None,
     guidance_scale: float = 1.0,
     eta: float = 0.0,
+    image: Tensor | None = None,
+    mask_image: Tensor | None = None,
+    strength: float | None = None,
+    resample_length: int = 10,
+    resample_times: int = 10,
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Draw one image per seed, batch by batch.
 
@@ -128,7 +136,8 @@ def generate(
         progress: One progress bar over all steps of all batches.
         desc: Its label.
         class_labels: One per seed, for class-conditional networks.
-        guidance_scale, eta: See `DDPMPipeline`.
+        guidance_scale, eta, strength, resample_length, resample_times: See `DDPMPipeline`.
+        image, mask_image: Start from these, `[n, C, H, W]` uint8 and `[n, 1, H, W]` bool; one, or one per seed.
 
     Yields:
         The seeds of a batch, and its images, `[B, C, H, W]` uint8.
@@ -137,6 +146,10 @@ def generate(
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     steps = pipe.checked_steps(num_inference_steps)  # before a progress bar is shown
     pipe.set_progress_bar_config(disable=True)
+    if strength is not None:
+        steps = round(steps * strength)
+    if mask_image is not None:
+        steps *= resample_times
     batches = [list(seeds[start : start + batch_size]) for start in range(0, len(seeds), batch_size)]
     with tqdm(total=len(batches) * steps, desc=desc, unit="step", disable=not progress) as bar:
 
@@ -144,17 +157,28 @@ def generate(
             bar.update()
 
         for i, part in enumerate(batches):
+            rows = slice(i * batch_size, (i + 1) * batch_size)
             (images,) = pipe(
                 seeds=part,
                 num_inference_steps=num_inference_steps,
                 output_type="pt",
                 return_dict=False,
-                class_labels=None if class_labels is None else list(class_labels[i * batch_size :][: len(part)]),
+                class_labels=None if class_labels is None else list(class_labels[rows]),
                 guidance_scale=guidance_scale,
                 eta=eta,
+                image=_share(image, rows),
+                mask_image=_share(mask_image, rows),
+                strength=strength,
+                resample_length=resample_length,
+                resample_times=resample_times,
                 callback_on_step_end=advance,
             )
             yield part, (images * 255).round().to(torch.uint8).cpu()
+
+
+def _share(values: Tensor | None, rows: slice | list[int]) -> Tensor | None:
+    """Those of some seeds, of one for all seeds or one per seed."""
+    return values if values is None or len(values) == 1 else values[rows]
 
 
 def class_sequence(pipe: DDPMPipeline, text: str | None, count: int) -> list[int] | None:
@@ -207,7 +231,10 @@ def write_samples(
     drawn = store.finished()
     with together():  # so all have looked at what is finished before anybody adds to it
         # All arguments are checked before anything is written.
-        given = {name: options[name] for name in ("num_inference_steps", "guidance_scale", "eta") if name in options}
+        given = {name: value for name, value in options.items() if name not in ("progress", "desc", "class_labels")}
+        for name in ("image", "mask_image"):
+            if given.get(name) is not None:
+                given[name] = one_per_image(given[name], len(seeds), name)[:1]
         pipe(seeds=[], class_labels=None if options.get("class_labels") is None else [], **given)
         if here.is_main_process:
             _claim(store.path, bool(drawn), pipe, seeds, options)
@@ -215,6 +242,8 @@ def write_samples(
     mine = missing[here.process_index :: here.num_processes]
     if (labels := options.get("class_labels")) is not None:
         options["class_labels"] = [labels[i] for i in mine]
+    for name in ("image", "mask_image"):
+        options[name] = _share(options.get(name), mine)
     options["progress"] = options.get("progress", False) and here.is_main_process
     for part, images in generate(pipe, [seeds[i] for i in mine], batch_size=batch_size, **options):
         store.add(part, images)
@@ -289,31 +318,45 @@ def _claim(folder: Path, has_images: bool, pipe: DDPMPipeline, seeds: Sequence[i
     Raises:
         ValueError: It holds images that were made otherwise.
     """
-    labels = options.get("class_labels")
+    inpainting = options.get("mask_image") is not None
     made = {
         "weights": weights_digest(pipe.unet),
         **json.loads(json.dumps(pipe.settings)),
         "num_inference_steps": pipe.checked_steps(options.get("num_inference_steps")),
         "guidance_scale": options.get("guidance_scale", 1.0),
         "eta": options.get("eta", 0.0),
-        "class_labels": {} if labels is None else {str(seed): c for seed, c in zip(seeds, labels, strict=True)},
+        "strength": options.get("strength"),
+        "resample_length": options.get("resample_length", 10) if inpainting else None,
+        "resample_times": options.get("resample_times", 10) if inpainting else None,
     }
+    # What each image has of its own, by its seed.
+    own: dict[str, dict[str, Any]] = {"class_labels": _by_seed(seeds, options.get("class_labels"))}
+    for name in ("image", "mask_image"):
+        pixels = options.get(name)
+        own[name] = _by_seed(seeds, None if pixels is None else [digest(one)[:16] for one in pixels])
     note = folder / "sampling.json"
     if note.is_file() and has_images:
         try:
             there = json.loads(note.read_text())
         except ValueError:
             raise ValueError(f"{str(note)!r} is damaged, and its images may be others; remove the folder") from None
-        different = [key for key, value in made.items() if key != "class_labels" and there.get(key) != value]
-        before = there.get("class_labels", {})
-        if bool(before) != bool(made["class_labels"]) or any(
-            before.get(seed, c) != c for seed, c in made["class_labels"].items()
-        ):
-            different.append("class_labels")
+        different = [key for key, value in made.items() if there.get(key) != value]
+        for name, now in own.items():
+            before = there.get(name, {})
+            if bool(before) != bool(now) or any(before.get(seed, value) != value for seed, value in now.items()):
+                different.append(name)
+            own[name] = {**before, **now}
         if different:
             raise ValueError(
                 f"{str(folder)!r} holds images that were made with other {' and '.join(different)}; name another "
                 "--output, or remove it first"
             )
-        made["class_labels"] = {**before, **made["class_labels"]}
+    made |= own
     write_text(note, json.dumps(made, indent=2) + "\n")
+
+
+def _by_seed(seeds: Sequence[int], values: Sequence[Any] | None) -> dict[str, Any]:
+    if values is None:
+        return {}
+    values = list(values) * len(seeds) if len(values) == 1 else values  # one for all
+    return {str(seed): value for seed, value in zip(seeds, values, strict=True)}

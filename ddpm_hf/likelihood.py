@@ -146,7 +146,8 @@ def _evaluate(
 ) -> tuple[Tensor, Tensor]:
     """The bound's terms `[B]` and the squared errors `[B]` of the predicted x_0, for one draw of x_t."""
     x_t = scheduler.add_noise(x_0, noise.to(x_0), t)
-    output = unet(x_t, t, **model_kwargs).sample.to(x_0.dtype)
+    seen = x_t.to(getattr(unet, "dtype", x_t.dtype))  # a network in bf16; the bound's own arithmetic is x_0's
+    output = unet(seen, t, **model_kwargs).sample.to(x_0.dtype)
     term, pred_x_0 = _terms(scheduler, output, x_0, x_t, t, clip_denoised, cdf)
     return term, mean_flat((pred_x_0 - x_0).square())
 
@@ -226,7 +227,7 @@ def bits_per_dim(
             streams = _streams(seed, ids[start : start + len(batch)])
             labels = _rows_of(model_kwargs, rows, n)
             for step in range(T):
-                t = torch.full((len(batch),), step, device=batch.device)
+                t = torch.tensor(step, device=batch.device)
                 noise = torch.stack([torch.randn(batch.shape[1:], generator=g, dtype=x_0.dtype) for g in streams])
                 term, error = _evaluate(unet, scheduler, batch, t, noise, clip_denoised, cdf, labels)
                 terms[rows, step], mse[rows, step] = term.float().cpu(), error.float().cpu()
@@ -277,7 +278,7 @@ def stratified_bits_per_dim(
     Args:
         num_evaluations: K, even, 2..2T.
         seed: Seed of all draws.
-        others: See `bits_per_dim`.
+        unet, scheduler, x_0, batch_size, clip_denoised, cdf, progress, model_kwargs: See `bits_per_dim`.
 
     Returns:
         A `LikelihoodEstimate`, on the CPU.

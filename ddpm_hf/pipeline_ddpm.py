@@ -69,6 +69,19 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
         if type(scheduler) is StockDDPMScheduler:
             scheduler = DDPMScheduler.from_config(scheduler.config)
         super().__init__(unet=unet, scheduler=scheduler)
+        self._network: Any = None
+
+    @property
+    def network(self) -> Any:
+        """What evaluates the network: `unet`, or what `inference.optimize_for_inference` made of it."""
+        made = self._network
+        if made is None or made.unet is not self.unet or made.device != self.unet.device:
+            return self.unet
+        return made
+
+    @network.setter
+    def network(self, network: Any) -> None:
+        self._network = None if network is self.unet else network
 
     @classmethod
     def load_config(cls, *args: Any, **kwargs: Any) -> Any:
@@ -131,6 +144,7 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
 
         return {
             "unet": without_notes(self.unet.config),
+            "dtype": str(self.network.dtype).removeprefix("torch."),
             "sampler": type(self.scheduler).__name__,
             "scheduler": without_notes(self.scheduler.config),
         }
@@ -232,6 +246,7 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
             given = one_per_image(given, batch_size, "image").to(device)
             start = self._start_of(strength, mask_image is not None)
             if mask_image is not None:
+                self._check_repaint(resample_length, resample_times)
                 known = KnownPixels(given, mask_of(mask_image, self.image_shape, batch_size).to(device))
         elif strength is not None or mask_image is not None:
             raise ValueError("strength and mask_image go with an image; pass image=")
@@ -358,11 +373,12 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
         extra = self._step_options(generator, eta)
         timesteps = self.scheduler.timesteps
         on_device = timesteps.to(x_t.device)  # once, so that no step waits for the device
-        dtype = self.unet.dtype  # once: it is looked up in all of the parameters
+        network = self.network
+        dtype = network.dtype  # once: it is looked up in all of the parameters
         with evaluating(self.unet):
             for index in range(start, len(timesteps) if stop is None else min(stop, len(timesteps))):
                 seen = self.scheduler.scale_model_input(x_t, timesteps[index]).to(dtype)
-                output = self._predict(seen, on_device[index], labels, guidance_scale).float()
+                output = self._predict(network, seen, on_device[index], labels, guidance_scale).float()
                 if not isinstance(self.scheduler, DDPMScheduler):
                     output = output[:, : x_t.shape[1]]  # a learned variance is for the ancestral sampler only
                 made = self.scheduler.step(output, timesteps[index], x_t, **extra)
@@ -393,14 +409,16 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
         x_t = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=torch.float32)
         yield from self.denoise(x_t * self.scheduler.init_noise_sigma, generator, **options)
 
-    def _repaint(
-        self, x_t: torch.Tensor, generator: Any, known: KnownPixels, start: int, length: int, times: int, walking: Any
-    ) -> Iterator[DenoisingStep]:
-        """RePaint (Lugmayr et al. 2022, Algorithm 1): the known pixels come from q(x_{t-1}|x_0), the others from p."""
+    def _check_repaint(self, length: int, times: int) -> None:
         if not isinstance(self.scheduler, (DDPMScheduler, DDIMScheduler)):
             raise ValueError(f"mask_image works with the ddpm and ddim samplers, not {type(self.scheduler).__name__}")
         if length < 1 or times < 1:
             raise ValueError(f"resample_length and resample_times must be at least 1, got {length} and {times}")
+
+    def _repaint(
+        self, x_t: torch.Tensor, generator: Any, known: KnownPixels, start: int, length: int, times: int, walking: Any
+    ) -> Iterator[DenoisingStep]:
+        """RePaint (Lugmayr et al. 2022, Algorithm 1): the known pixels come from q(x_{t-1}|x_0), the others from p."""
         # alpha_bar at every point of the chain; the data, at its end, has 1
         timesteps = self.scheduler.timesteps
         alpha_bar = [*self.scheduler.alphas_cumprod[timesteps.cpu()].tolist(), 1.0]
@@ -528,13 +546,13 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
             )
 
     def _predict(
-        self, image: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None, guidance_scale: float
+        self, network: Any, image: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None, guidance_scale: float
     ) -> torch.Tensor:
         """The network's output, guided away from "no class" where a guidance scale asks for it."""
         if labels is None or guidance_scale == 1:
-            return self.unet(image, t, class_labels=labels).sample
+            return network(image, t, class_labels=labels).sample
         nothing = torch.full_like(labels, self.unet.config["_null_class"])
-        both = self.unet(torch.cat([image, image]), t, class_labels=torch.cat([labels, nothing])).sample
+        both = network(torch.cat([image, image]), t, class_labels=torch.cat([labels, nothing])).sample
         with_class, without = both.chunk(2)
         guided = without + guidance_scale * (with_class - without)
         channels = image.shape[1]  # a learned variance is not guided

@@ -102,8 +102,8 @@ def mask_of(mask: Any, image_shape: tuple[int, int, int], batch_size: int) -> Te
     """`[B, 1, H, W]` bool, true where the mask is white (above one half).
 
     Args:
-        mask: A PIL image, or an array or tensor `[H, W]`, `[1, H, W]` or `[N, 1, H, W]`, uint8, bool or in [0, 1]; or
-            a list of them.
+        mask: A PIL image (scaled and cropped to fit), or an array or tensor `[H, W]`, `[1, H, W]` or `[N, 1, H, W]`,
+            uint8, bool or in [0, 1]; or a list of them.
         image_shape: Channels, height and width of the network's images.
         batch_size: B; one mask serves all images.
 
@@ -114,7 +114,7 @@ def mask_of(mask: Any, image_shape: tuple[int, int, int], batch_size: int) -> Te
         return one_per_image(torch.cat([mask_of(one, image_shape, 1) for one in mask]), batch_size, "mask_image")
     _, height, width = image_shape
     if isinstance(mask, Image.Image):
-        mask = np.asarray(mask.convert("L").resize((width, height), Image.Resampling.NEAREST))
+        mask = read_image(mask, ImageFormat(1, (height, width)))  # as the image, or it would cover something else
     values = torch.as_tensor(mask)
     if values.shape[-2:] != (height, width) or values.ndim > 4 or (values.ndim > 2 and values.shape[-3] != 1):
         raise ValueError(

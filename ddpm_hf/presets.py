@@ -287,6 +287,7 @@ _ALL = (
 )
 
 PRESETS: Mapping[str, Preset] = MappingProxyType({preset.name: preset for preset in _ALL})
+"""Every `Preset` by its name."""
 
 
 def get_preset(name: str) -> Preset:

@@ -21,6 +21,11 @@ from accelerate.utils import DistributedType, gather_object
 from tqdm.auto import tqdm
 
 
+def default_cache_dir() -> Path:
+    """Where is kept what is costly to find out again: `$DDPM_HF_CACHE`, or `~/.cache/ddpm_hf`."""
+    return Path(os.environ.get("DDPM_HF_CACHE") or Path.home() / ".cache" / "ddpm_hf")
+
+
 def cpu_only() -> bool:
     """Whether there is no accelerator. accelerate joins CPU processes together only if it is told so."""
     return not torch.accelerator.is_available()

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast, gather_object
 from torch import Tensor
 
-from .configuration import TrainingConfig
+from .configuration import TrainingConfig, due
 from .data import Images, StreamedImages
 from .evaluation import EvaluationReport
 from .generation import generate, with_sampler
@@ -113,12 +113,12 @@ class Publisher:
 
     def due(self, step: int) -> bool:
         """Whether there is anything to show after update `step`."""
-        return _due(step, self.config.save_images_steps) or self.evaluation.due(step)
+        return due(step, self.config.save_images_steps) or self.evaluation.due(step)
 
     def watch(self, averaged: dict[str, Tensor], step: int) -> tuple[DDPMPipeline, EvaluationReport | None]:
         """Make what is due after update `step` from the averaged weights: the model, and what was measured of it."""
         pipe = self._shared_pipeline(averaged)
-        if _due(step, self.config.save_images_steps):
+        if due(step, self.config.save_images_steps):
             self.sample_grid(pipe, f"samples-{step}.png")
         return pipe, self.evaluation.measure(pipe) if self.evaluation.due(step) else None
 
@@ -221,10 +221,6 @@ class Publisher:
             "precision": precision_name(self.accelerator),
             "hardware": f"{self.accelerator.num_processes} x {_device_name(self.accelerator.device)}",
         }
-
-
-def _due(step: int, interval: int | None) -> bool:
-    return interval is not None and step % interval == 0
 
 
 def _device_name(device: torch.device) -> str:

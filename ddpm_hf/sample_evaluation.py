@@ -197,6 +197,8 @@ def draw_samples(
     seed: int = 0,
     batch_size: int = 256,
     num_inference_steps: int | None = None,
+    eta: float = 0.0,
+    guidance_scale: float = 1.0,
     train: ImageSet | None = None,
     progress: bool = False,
 ) -> Samples:
@@ -210,6 +212,7 @@ def draw_samples(
         seed: Of the first sample.
         batch_size: Images at a time; does not change them.
         num_inference_steps: Of the sampler; the chain's T by default.
+        eta, guidance_scale: See `DDPMPipeline`.
         train: The training images, whose class frequencies a class-conditional network is sampled with.
         progress: Show a progress bar.
 
@@ -224,9 +227,11 @@ def draw_samples(
     sampling: dict[str, Any] = {
         "sampler": type(pipe.scheduler).__name__,
         "num_inference_steps": steps,
+        "eta": eta,
+        "guidance_scale": guidance_scale,
         "seed": seed,
         "scheduler": {key: value for key, value in pipe.scheduler.config.items() if not key.startswith("_")},
-        "dtype": str(pipe.unet.dtype).removeprefix("torch."),
+        "dtype": pipe.settings["dtype"],
     }
     if labels_rule is not None:
         sampling["class_labels"] = labels_rule
@@ -241,6 +246,8 @@ def draw_samples(
         (drawn,) = pipe(
             seeds=[seed + i for i in ids],
             num_inference_steps=num_inference_steps,
+            eta=eta,
+            guidance_scale=guidance_scale,
             output_type="pt",
             return_dict=False,
             **options,

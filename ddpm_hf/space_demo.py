@@ -278,7 +278,7 @@ class Demo:
         Args:
             seed_a, seed_b: Two whole numbers.
             share: t / T, 0 to 1: how much of the two is forgotten before they are mixed.
-            others: See `sample`.
+            model, steps, sampler, label, guidance: See `sample`.
 
         Yields:
             The figure, `None` until it is there, and what is being done.

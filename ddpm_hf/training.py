@@ -33,7 +33,7 @@ from .checkpointing import (
     training_state,
     whole,
 )
-from .configuration import TrainingConfig, TrainingError
+from .configuration import TrainingConfig, TrainingError, due
 from .data import StreamedImages, flip_images, to_model_range
 from .objectives import OBJECTIVES
 from .pipeline_ddpm import DDPMPipeline
@@ -57,7 +57,7 @@ from .randomness import derive_seed
 from .scheduling_ddpm import DDPMScheduler
 from .training_batches import Batches, BatchPlan, image_size, load_split
 from .training_evaluation import BEST, HISTORY, TrainingEvaluation
-from .unet_2d import UNet2DModel, parameter_count
+from .unet_2d import UNet2DModel, parameter_count, use_plain_attention
 
 # How often the progress bar reads the loss from the device.
 _SECONDS_BETWEEN_READINGS = 1.0
@@ -115,6 +115,8 @@ class Trainer:
         self.unet = UNet2DModel(**self.unet_config).to(self.device)
         with together():
             self.evaluation.check(DDPMPipeline(self.unet, DDPMScheduler(**self.recipe.scheduler)))
+        if self.device.type == "cpu":
+            use_plain_attention(self.unet)
         if config.gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
         if config.channels_last:
@@ -345,7 +347,7 @@ class Trainer:
                 if now - shown > _SECONDS_BETWEEN_READINGS or self.step == last:
                     self._show(bar, loss, norm, (self.step - first) * self.plan.total / (now - started))
                     shown = now
-                saved = self._due(config.checkpointing_steps) or self.step == last
+                saved = due(self.step, config.checkpointing_steps) or self.step == last
                 if saved:
                     self._save()
                 if self.step < last:
@@ -378,9 +380,6 @@ class Trainer:
             f"stopped after update {self.step}{remark}; go on with --resume_from_checkpoint latest "
             f"--output_dir {self.config.output_dir}"
         )
-
-    def _due(self, interval: int | None) -> bool:
-        return interval is not None and self.step % interval == 0
 
     def _make_output_dir(self) -> None:
         try:
@@ -448,7 +447,7 @@ class Trainer:
     def _all_agree_to_stop(self, stop: dict[str, bool]) -> bool:
         if self.accelerator.num_processes == 1:
             return stop["requested"]
-        if self.step % _UPDATES_BETWEEN_CHECKS and not self._due(self.config.checkpointing_steps):
+        if self.step % _UPDATES_BETWEEN_CHECKS and not due(self.step, self.config.checkpointing_steps):
             return False  # asking the others waits for the device
         flag = torch.tensor(float(stop["requested"]), device=self.device)
         return self.accelerator.reduce(flag, reduction="sum").item() > 0

@@ -26,7 +26,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 
 from .checkpointing import write_directory
-from .configuration import TrainingConfig
+from .configuration import TrainingConfig, due
 from .data import Images
 from .evaluation import (
     METRICS,
@@ -184,7 +184,7 @@ class TrainingEvaluation:
 
     def due(self, step: int) -> bool:
         """Whether update `step` is to be measured."""
-        return self.config.validation_steps is not None and step % self.config.validation_steps == 0
+        return due(step, self.config.validation_steps)
 
     def measure(self, pipe: DDPMPipeline) -> EvaluationReport | None:
         """The numbers of a model, the same in every process; `None` where there is nothing to measure."""

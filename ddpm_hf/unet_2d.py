@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from diffusers.configuration_utils import register_to_config
-from diffusers.models.attention_processor import Attention
+from diffusers.models.attention_processor import Attention, AttnProcessor
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.unets.unet_2d import UNet2DModel as StockUNet2DModel
 from diffusers.models.unets.unet_2d import UNet2DOutput
@@ -40,8 +40,7 @@ class UNet2DModel(PortableConfigMixin, StockUNet2DModel):
       nearly 0. Nothing is drawn where weights are about to be loaded.
     - Sizes that cannot be halved often enough are refused with a sentence instead of failing inside.
 
-    Args:
-        See `diffusers.UNet2DModel`.
+    Its arguments are those of `diffusers.UNet2DModel`.
 
     Raises:
         ValueError: Blocks, widths or sample size that do not fit together.
@@ -168,6 +167,16 @@ class UNet2DModel(PortableConfigMixin, StockUNet2DModel):
                 f"{len(sample)}"
             )
         return super().forward(sample, timestep, class_labels, return_dict)
+
+
+def use_plain_attention(network: nn.Module) -> None:
+    """Attention as two matrix products: on CPUs faster than PyTorch's fused kernel at the paper's 16 x 16 positions.
+
+    The results differ by rounding only. Nothing is changed that is saved.
+    """
+    for module in network.modules():
+        if isinstance(module, Attention):
+            module.set_processor(AttnProcessor())
 
 
 def parameter_count(unet: torch.nn.Module) -> int:

@@ -21,6 +21,8 @@ FLOORS = (
         "hub_errors",
         "reports",
         "command_line",
+        "command_completion",
+        "winograd",
     ),
     (
         "scheduling_ddpm",
@@ -45,12 +47,15 @@ FLOORS = (
         "features",
         "evaluation_plots",
     ),
-    ("data", "generation", "figures", "hub_files", "convert", "sample_evaluation"),
+    ("data", "generation", "figures", "hub_files", "convert", "sample_evaluation", "inference"),
     ("evaluation", "training_batches", "hub", "space_demo"),
     ("hub_background", "optimal_variance", "training_evaluation", "space", "space_page"),
     ("publishing",),
     ("training",),
     ("reproduction",),
+    ("command_train", "command_model", "command_convert", "command_publish"),
+    ("command_figure", "command_evaluate"),
+    ("command_sample",),
     ("cli",),
 )
 FLOOR_OF = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}

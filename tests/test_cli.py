@@ -1,6 +1,7 @@
 """The command line: every mistake gets one sentence on stderr and exit code 2, and loses nothing."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -9,7 +10,9 @@ import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from PIL import Image
 
-from ddpm_hf import cli
+from ddpm_hf import PRESETS, DDPMPipeline, cli
+from ddpm_hf.data import load_digits
+from ddpm_hf.generation import with_sampler
 
 
 def config_file(tmp_path, text):
@@ -42,11 +45,19 @@ def test_boolean_flags_stand_alone_or_take_a_value():
     assert cli.parse_training_config(["--random_flip", "false"]).random_flip is False
 
 
-def test_all_example_configs_are_valid(repository_root):
-    files = sorted((repository_root / "examples" / "configs").glob("*.yaml"))
-    assert files
-    for path in files:
-        assert cli.parse_training_config(["--config", str(path)]).preset == path.stem
+def test_every_preset_has_a_configuration_that_changes_nothing_of_it(repository_root):
+    """The ablations share a file: one preset in it is in force, the others stand beside it as comments."""
+    found = []
+    for path in sorted((repository_root / "examples" / "configs").glob("*.yaml")):
+        named = re.findall(r"^(?:# )?preset: (\w+)", path.read_text(), re.MULTILINE)
+        for name in named:
+            config = cli.parse_training_config(["--config", str(path), "--preset", name])
+            assert config.resolved_preset() == PRESETS[name]
+            assert config.images_given()
+        assert cli.parse_training_config(["--config", str(path)]).preset == named[0]
+        assert named == [path.stem] or all(name.startswith(path.stem) for name in named)
+        found += named
+    assert sorted(found) == sorted(PRESETS)
 
 
 @pytest.mark.parametrize(
@@ -106,6 +117,7 @@ def test_other_mistakes(tmp_path, capsys, small_pipeline):
     small_pipeline.save_pretrained(tmp_path / "model")
     model = ["--model", str(tmp_path / "model")]
     out = ["--output", str(tmp_path / "out")]
+    pixels = ["--features", "pixels"]
     for arguments, word in [
         (["smaple"], "did you mean sample?"),
         (["sample", *model], "output"),
@@ -120,7 +132,19 @@ def test_other_mistakes(tmp_path, capsys, small_pipeline):
         (["sample", *model, "--output", str(tmp_path / "x.gif")], "x.gif"),
         (["evaluate", *model, "--metrics", "fid2", "--dataset", "digits"], "'fid2'"),
         (["evaluate", *model], "exactly one"),
-        (["evaluate", *model, "--dataset", "digits", "--num_images", "-1"], "num_images"),
+        (["evaluate", *model, "--dataset", "digits", "--num_images", "-1"], "--num_images takes a positive whole"),
+        (["evaluate", *model, "--num_samples", "x"], "--num_samples takes a positive whole number, got 'x'"),
+        (["evaluate", *model, "--dataset", "digits", "--metrics", "fid", *pixels, "--eta", "0.5"], "ddim"),
+        (
+            ["evaluate", *model, "--dataset", "digits", "--metrics", "fid", *pixels, "--guidance_scale", "2"],
+            "this one is not",
+        ),
+        (["evaluate", *model, "--dataset", "digits", "--dtype", "half"], "'half'"),
+        (
+            ["sample", *model, *out, "--optimize", "fast"],
+            "--optimize must be one of auto, yes, no, compile, got 'fast'",
+        ),
+        (["push"], "give RUN and --repo_id"),
         (["convert", "--to", "official_tf", "--checkpoint", str(tmp_path / "no"), *out], "no folder"),
         (["sample", *model, *out, "--class_labels", "cats"], "not class-conditional"),
         (["evaluate", *model, "--dataset", "digits", "--split", "test"], "validation"),
@@ -146,13 +170,93 @@ def test_exit_code_of_the_script(repository_root, tmp_path):
 
 def test_help_and_version(capsys):
     assert cli.main(["--help"]) == 0
-    assert "evaluate" in capsys.readouterr().out
+    help_text = capsys.readouterr().out
+    assert list(cli.PARSERS) == list(cli.COMMANDS)
+    assert sorted(re.findall(r"^  (\w+)  ", help_text, re.MULTILINE)) == sorted(cli.COMMANDS)
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("0.")
+
+
+@pytest.mark.parametrize("command", cli.PARSERS)
+def test_every_flag_has_a_text_a_group_and_its_default(capsys, command):
     with pytest.raises(SystemExit) as exit_:
-        cli.main(["train", "--help"])
+        cli.main([command, "--help"])
     assert exit_.value.code == 0
-    assert "--learning_rate" in capsys.readouterr().out
+    shown = unwrapped(capsys.readouterr().out)
+    parser = cli.PARSERS[command](f"ddpm-hf {command}")
+    assert unwrapped(parser.format_help()) == shown  # the parser that the command itself uses
+    flags = [action for action in parser._actions if action.dest != "help"]
+    titles = {action.dest: group.title for group in parser._action_groups for action in group._group_actions}
+    assert len(flags) > 5
+    for action in flags:
+        assert action.help, action.dest
+        assert titles[action.dest] not in (None, "options", "positional arguments"), action.dest
+        assert unwrapped(f"{titles[action.dest]}:") in shown
+        notes = ["required"] if action.required else []
+        if action.default is not None and action.nargs != 0 and not action.required:
+            notes = [f"default: {str(action.default).lower() if action.default in (True, False) else action.default}"]
+        if not action.option_strings:
+            notes = []  # a word that always has to be there
+        text = action.help + "".join(f" ({note})" for note in notes)
+        assert unwrapped(text) in shown
+
+
+def unwrapped(text: str) -> str:
+    """Without spaces and line ends, which are where the terminal's width has them."""
+    return "".join(text.split())
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [  # Section 4 and Appendix B; the output variance and the warm-up are the official code's
+        ("learning_rate", "0.0002 (cifar10); 2e-05 (256x256)"),
+        ("total_batch_size", "128 (cifar10); 64 (256x256)"),
+        ("ema_max_decay", "0.9999"),
+        ("dropout", "0.1 (cifar10); 0 (256x256)"),
+        ("lr_warmup_steps", "5000"),
+        ("max_grad_norm", "1"),
+        ("loss", "simple"),
+        ("prediction_type", "epsilon"),
+        ("variance_type", "fixed_large (cifar10); fixed_small (256x256)"),
+        ("ddpm_num_inference_steps", "1000"),
+        (
+            "max_train_steps",
+            "800000 (cifar10); 500000 (celebahq256); 2400000 (lsun_bedroom256); 1150000 (lsun_bedroom256_large); "
+            "1200000 (lsun_church256); 1800000 (lsun_cat256)",
+        ),
+        (
+            "random_flip",
+            "true (cifar10, celebahq256, lsun_church256, lsun_cat256); false (lsun_bedroom256, lsun_bedroom256_large)",
+        ),
+    ],
+)
+def test_help_has_the_papers_values(flag, value):
+    helps = {action.dest: action.help for action in cli.training_parser("x")._actions}
+    assert helps[flag].endswith(f"; the paper: {value}")
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("s", {"sample", "space"}),
+        ("", {*cli.COMMANDS, "--help", "--version"}),
+        ("sample --se", {"--seeds"}),
+        ("sample --seeds 0-3 --num_inf", {"--num_inference_steps"}),
+        ("train --reso", {"--resolution"}),
+        ("push --pri", {"--private"}),
+        ("sample --model ", set()),  # left to bash, which knows files
+        ("smaple --", set()),
+    ],
+)
+def test_bash_completes_commands_and_flags(capsys, typed, offered):
+    assert cli.main(["--bash_completion"]) == 0
+    script = capsys.readouterr().out
+    words = ["ddpm-hf", *typed.split(" ")]
+    ask = f"COMP_WORDS=({' '.join(word or repr('') for word in words)}); COMP_CWORD={len(words) - 1}\n"
+    ask += f"_ddpm_hf ddpm-hf '{words[-1]}' '{words[-2]}'\nprintf '%s\\n' \"${{COMPREPLY[@]}}\""
+    done = subprocess.run(["bash", "-c", f"{script}\n{ask}"], check=True, capture_output=True, text=True)
+    assert done.stderr == ""
+    assert set(done.stdout.split()) == offered
 
 
 def test_an_unexpected_error_keeps_its_traceback(monkeypatch):
@@ -177,3 +281,145 @@ def test_sample_and_evaluate_from_the_command_line(tmp_path, capsys, small_pipel
     assert cli.main(["evaluate", *model, "--dataset", "digits", *few, "--output", str(report)]) == 0
     assert "bits/dim on 4 images" in capsys.readouterr().out
     assert json.loads(report.read_text())["num_images"] == 4
+
+
+# ---------------------------------------------------------------------- from given images
+
+
+@pytest.fixture
+def given(tmp_path, small_pipeline):
+    """A model, four images, a mask of the right half, and the start of a command."""
+    small_pipeline.save_pretrained(tmp_path / "model")
+    for i in range(4):
+        Image.fromarray(load_digits("train").images[i, 0].numpy()).save(tmp_path / f"{i}.png")
+    mask = np.zeros((8, 8), np.uint8)
+    mask[:, 4:] = 255
+    Image.fromarray(mask).save(tmp_path / "right.png")
+    Image.fromarray(255 - mask).save(tmp_path / "left.png")
+    return tmp_path
+
+
+def sample(given, text: str) -> int:
+    start = f"sample --model {given}/model --sampler ddim --num_inference_steps 10 "
+    return cli.main((start + text.replace("{}", str(given))).split())
+
+
+def opened(given, *names: str) -> list[Image.Image]:
+    return [Image.open(given / f"{name}.png") for name in names]
+
+
+def by_hand(given, **options) -> np.ndarray:
+    pipe = with_sampler(DDPMPipeline.from_pretrained(given / "model"), "ddim")
+    pipe.set_progress_bar_config(disable=True)
+    images = pipe(num_inference_steps=10, **options).images
+    return np.stack([np.asarray(image) for image in images])[..., None]
+
+
+def test_image_to_image_is_the_pipelines(given):
+    assert sample(given, "--image {}/0.png --strength 0.5 --seeds 3,7,8 --batch_size 2 --output {}/a.npz") == 0
+    expected = by_hand(given, image=opened(given, "0"), strength=0.5, seeds=[3, 7, 8])
+    assert np.array_equal(np.load(given / "a.npz")["arr_0"], expected)
+    assert sample(given, "--image {}/0.png --strength 0 --seeds 3 --output {}/same.npz") == 0
+    assert np.array_equal(np.load(given / "same.npz")["arr_0"][0, ..., 0], np.asarray(*opened(given, "0")))
+
+
+def test_several_images_are_taken_in_turn(given):
+    assert sample(given, "--image {}/0.png {}/1.png --strength 0.6 --seeds 0-4 --batch_size 3 --output {}/a.npz") == 0
+    images = opened(given, "0", "1", "0", "1", "0")
+    assert np.array_equal(
+        np.load(given / "a.npz")["arr_0"], by_hand(given, image=images, strength=0.6, seeds=range(5))
+    )
+    assert sample(given, "--image {}/0.png {}/1.png {}/2.png --strength 0.6 --output {}/b.npz") == 0
+    images = opened(given, "0", "1", "2")
+    assert np.array_equal(
+        np.load(given / "b.npz")["arr_0"], by_hand(given, image=images, strength=0.6, seeds=range(3))
+    )
+
+
+def test_inpainting_is_the_pipelines_and_keeps_what_is_known(given):
+    flags = "--mask_image {}/right.png {}/left.png --resample_length 3 --resample_times 2 --batch_size 1"
+    assert sample(given, f"--image {{}}/0.png {{}}/1.png {flags} --output {{}}/a.npz") == 0
+    found = np.load(given / "a.npz")["arr_0"]
+    images, masks = opened(given, "0", "1"), opened(given, "right", "left")
+    expected = by_hand(given, image=images, mask_image=masks, seeds=[0, 1], resample_length=3, resample_times=2)
+    assert np.array_equal(found, expected)
+    for row, image, mask in zip(found[..., 0], images, masks, strict=True):
+        known = np.asarray(mask) == 0
+        assert np.array_equal(row[known], np.asarray(image)[known])
+        assert not np.array_equal(row[~known], np.asarray(image)[~known])
+
+
+def test_a_mask_is_scaled_and_cropped_as_its_image_is(given):
+    """Both with margins that the crop removes."""
+    for name, margin in (("0", 99), ("right", 0)):
+        wide = np.pad(np.asarray(*opened(given, name)), ((0, 0), (8, 8)), constant_values=margin)
+        Image.fromarray(wide).save(given / f"wide_{name}.png")
+    for name in ("", "wide_"):
+        files = f"--image {{}}/{name}0.png --mask_image {{}}/{name}right.png --output {{}}/{name}a.npz"
+        assert sample(given, f"{files} --resample_times 1 --seeds 0,1") == 0
+    assert np.array_equal(np.load(given / "wide_a.npz")["arr_0"], np.load(given / "a.npz")["arr_0"])
+    image, mask = opened(given, "wide_0", "wide_right")
+    expected = by_hand(given, image=image, mask_image=mask, resample_times=1, seeds=[0, 1])
+    assert np.array_equal(np.load(given / "a.npz")["arr_0"], expected)
+
+
+@pytest.mark.parametrize(
+    ("other", "what"),
+    [
+        ("--image {}/0.png {}/2.png --strength 0.5", "image"),
+        ("--image {}/1.png {}/0.png --strength 0.5", "image"),
+        ("--image {}/0.png {}/1.png --strength 0.6", "strength"),
+        ("--image {}/0.png {}/1.png --strength 0.5 --mask_image {}/left.png", "mask_image"),
+        ("--seeds 0-1", "image"),
+    ],
+)
+def test_images_from_other_images_are_not_mixed(given, capsys, other, what):
+    command = "--image {}/0.png {}/1.png --strength 0.5 --output {}/out"
+    assert sample(given, command) == 0
+    assert sample(given, f"{command} --seeds 0-3") == 0  # more of the same
+    assert "wrote 2 images" in capsys.readouterr().out.splitlines()[-1]
+    before = {path: path.read_bytes() for path in (given / "out").rglob("*.*")}
+    assert sample(given, f"{other} --output {{}}/out") == 2
+    sentence = capsys.readouterr().err.splitlines()[-1]
+    assert "images that were made with other" in sentence
+    assert what in sentence
+    assert {path: path.read_bytes() for path in (given / "out").rglob("*.*")} == before
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("--image {}/0.png", "needs --strength"),
+        ("--strength 0.5", "--strength goes with --image"),
+        ("--mask_image {}/left.png", "--mask_image goes with --image"),
+        ("--image {}/0.png --strength 0.5 --resample_times 3", "--resample_times goes with --mask_image"),
+        ("--image {}/0.png --mask_image {}/left.png --resample_length 0", "positive whole number, got '0'"),
+        ("--image {}/0.png --strength 1.5", "between 0 and 1, got 1.5"),
+        ("--image {}/0.png --strength half", "a number, got 'half'"),
+        ("--image {}/9.png --strength 0.5", "cannot read --image"),
+        ("--image {}/0.png --mask_image {}/model/model_index.json", "cannot read --mask_image"),
+        ("--image {}/0.png {}/1.png --strength 0.5 --seeds 0", "2 images, and there are 1 --seeds"),
+        ("--image {}/0.png --mask_image {}/left.png {}/right.png", "2 files for 1 of --image"),
+        ("--image {}/0.png --strength 0.5 --figure progressive", "--image does not go with --figure"),
+    ],
+)
+def test_given_images_that_cannot_be_used_are_refused_before_anything_is_written(given, capsys, text, words):
+    before = sorted(given.iterdir())
+    assert sample(given, f"{text} --output {{}}/out.png") == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert len(err.splitlines()) == 1, err
+    assert words in err
+    assert sorted(given.iterdir()) == before
+
+
+def test_a_network_computed_in_another_way_makes_the_same_images(tmp_path, capsys, small_pipeline):
+    small_pipeline.save_pretrained(tmp_path / "model")
+    made = {}
+    for word in ("no", "auto", "yes"):
+        arguments = ["sample", "--model", str(tmp_path / "model"), "--output", str(tmp_path / f"{word}.npz")]
+        assert cli.main([*arguments, "--seeds", "0-3", "--num_inference_steps", "10", "--optimize", word]) == 0
+        assert ("network: fp32" in capsys.readouterr().out) == (word == "yes")
+        made[word] = np.load(tmp_path / f"{word}.npz")["arr_0"].astype(int)
+    assert np.array_equal(made["auto"], made["no"])  # too short a run to time anything
+    assert np.abs(made["yes"] - made["no"]).max() <= 1

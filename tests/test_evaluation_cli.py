@@ -9,11 +9,14 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import FIXTURES
+from conftest import FIXTURES, make_small_unet
 from inception import save_random_inception
 from PIL import Image
 
-from ddpm_hf import DDPMPipeline, EvaluationReport, cli
+from ddpm_hf import DDPMPipeline, DDPMScheduler, EvaluationReport, cli
+from ddpm_hf.data import load_digits
+from ddpm_hf.generation import with_sampler
+from ddpm_hf.visualize import image_grid
 
 MODEL = ["--model", str(FIXTURES / "digits_model")]
 SMALL = ["--sampler", "ddim", "--num_inference_steps", "5", "--num_samples", "24", "--features", "pixels"]
@@ -191,3 +194,54 @@ def test_threads_of_this_process_are_left_alone():
     before = torch.get_num_threads()
     assert evaluate("--dataset", "digits", "--num_images", "1", "--num_evaluations", "2") == 0
     assert torch.get_num_threads() == before
+
+
+def test_other_settings_are_drawn_anew_and_recorded(tmp_path, monkeypatch):
+    """Noise of ddim, and a network in bf16: the grid is what the pipeline draws with them; nothing is reused."""
+    calls: list[int] = []
+    original = DDPMPipeline.__call__
+
+    def spy(self, *args, **kwargs):
+        calls.extend(kwargs["seeds"])
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(DDPMPipeline, "__call__", spy)
+    out = tmp_path / "evaluation"
+    flags = ["--dataset", "digits", "--metrics", "fid,nll", "--num_images", "4", "--num_evaluations", "4", *SMALL]
+    found = {}
+    for eta, dtype in (("0", "float32"), ("1", "float32"), ("1", "float32"), ("1", "bfloat16")):
+        before = len(calls)
+        assert evaluate(*flags, "--eta", eta, "--dtype", dtype, "--output", str(out)) == 0
+        assert len(calls) - before == (0 if (eta, dtype) in found else 24)
+        report = found[eta, dtype] = EvaluationReport.load(out)
+        assert (report.settings["sampling"]["eta"], report.settings["sampling"]["dtype"]) == (float(eta), dtype)
+        assert report.settings["bits_per_dim"]["dtype"] == dtype
+        pipe = with_sampler(
+            DDPMPipeline.from_pretrained(FIXTURES / "digits_model", dtype=getattr(torch, dtype)), "ddim"
+        )
+        drawn = original(pipe, seeds=range(24), num_inference_steps=5, eta=float(eta), output_type="pt").images
+        expected = np.asarray(image_grid((drawn * 255).round().byte()))
+        assert np.array_equal(np.asarray(Image.open(out / "samples.png")), expected)
+    full, half = (values_of(found["1", dtype]) for dtype in ("float32", "bfloat16"))
+    assert half["bits_per_dim"] != full["bits_per_dim"]
+    assert half["bits_per_dim"] == pytest.approx(full["bits_per_dim"], rel=0.02)  # eight bits of mantissa
+
+
+def test_guidance_is_recorded_and_used(tmp_path, monkeypatch):
+    names = load_digits("train").class_names
+    unet = make_small_unet(num_class_embeds=11, _class_names=names, _null_class=10)
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "model")
+    scales = []
+    original = DDPMPipeline.__call__
+
+    def spy(self, *args, **kwargs):
+        scales.extend([kwargs["guidance_scale"]] * len(kwargs["seeds"]))
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(DDPMPipeline, "__call__", spy)
+    flags = ["--model", str(tmp_path / "model"), "--dataset", "digits", "--metrics", "fid", *SMALL]
+    for scale in ("1", "3"):
+        assert cli.main(["evaluate", *flags, "--guidance_scale", scale, "--output", str(tmp_path / "out")]) == 0
+        report = EvaluationReport.load(tmp_path / "out")
+        assert report.settings["sampling"]["guidance_scale"] == float(scale)
+    assert scales == [1.0] * 24 + [3.0] * 24

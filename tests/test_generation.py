@@ -13,6 +13,7 @@ from PIL import Image
 
 import ddpm_hf.generation as generation
 from ddpm_hf import DDPMPipeline, DDPMScheduler
+from ddpm_hf.data import load_digits
 from ddpm_hf.generation import class_sequence, generate, parse_seeds, with_sampler, write_samples
 
 
@@ -267,3 +268,20 @@ def test_a_file_without_content_is_drawn_again_and_strangers_are_left_alone(tmp_
     (tmp_path / "v1.0" / "sampling.json").write_text("{")
     with pytest.raises(ValueError, match=r"sampling\.json' is damaged"):
         write_samples(small_pipeline, [0, 2], tmp_path / "v1.0", **options)
+
+
+def test_each_seed_keeps_its_own_image_when_a_run_goes_on(tmp_path, small_pipeline):
+    """Some are there, the others are drawn: every one from its own image and mask."""
+    pipe, digits = with_sampler(small_pipeline, "ddim"), load_digits("train").images
+    masks = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0)) > 0.5
+    options = {"num_inference_steps": 5, "resample_times": 1}
+    rows = [0, 2]
+    write_samples(pipe, rows, tmp_path / "out", image=digits[rows], mask_image=masks[rows], **options)
+    assert write_samples(pipe, range(4), tmp_path / "out", image=digits[:4], mask_image=masks, **options) == 2
+    for seed in range(4):
+        expected = pipe(seeds=[seed], image=digits[seed], mask_image=masks[seed], **options).images[0]
+        found = np.asarray(Image.open(tmp_path / "out" / "00000" / f"{seed:08d}.png"))
+        assert np.array_equal(found, np.asarray(expected))
+    with pytest.raises(ValueError, match="got 3 of image for 4 images"):
+        write_samples(pipe, range(4), tmp_path / "other", image=digits[:3], strength=0.5)
+    assert not (tmp_path / "other").exists()

@@ -124,9 +124,7 @@ def test_other_schedulers_swap_in(small_pipeline, name):
 
     def images(pipe, **options):
         generator = torch.Generator().manual_seed(0)
-        return pipe(
-            batch_size=2, generator=generator, num_inference_steps=10, output_type="np", **options
-        ).images
+        return pipe(batch_size=2, generator=generator, num_inference_steps=10, output_type="np", **options).images
 
     ours = images(pipe)
     assert np.isfinite(ours).all()

@@ -1,0 +1,136 @@
+"""Which model a command works with and how it is sampled: the flags, and what they name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .command_line import Parser, UsageError
+from .configuration import paper_value
+
+# Network evaluations from which on `--optimize auto` times the ways to make them, which takes about twenty.
+_LONG_RUN = 5000
+
+
+def add_sampler_flags(parser: Parser) -> None:
+    """How samples are drawn; the numbers and images of two commands with the same flags belong together."""
+    group = parser.add_argument_group("sampling")
+    group.add_argument(
+        "--sampler", type=str, default="ddpm", help="ddpm (Algorithm 2; the paper), ddim, dpmsolver++ or unipc"
+    )
+    group.add_argument(
+        "--num_inference_steps",
+        type=int | None,
+        default=None,
+        help=f"sampler steps; default: T; {paper_value(lambda p: p.scheduler['num_train_timesteps'])}",
+    )
+    group.add_argument(
+        "--variance_type",
+        type=str | None,
+        default=None,
+        help="of ddpm, instead of the model's: fixed_small, fixed_large, or optimal after ddpm-hf optimal_variance; "
+        + paper_value(lambda p: p.scheduler["variance_type"]),
+    )
+    group.add_argument(
+        "--timestep_spacing",
+        type=str | None,
+        default=None,
+        help="which timesteps a short chain takes: leading, linspace or trailing; default: the model's",
+    )
+    group.add_argument("--eta", type=float, default=0.0, help="noise of ddim: 0 none, 1 as much as ddpm")
+    group.add_argument(
+        "--guidance_scale", type=float, default=1.0, help="1: classes as learned; more exaggerates them"
+    )
+    group.add_argument(
+        "--dtype",
+        type=str,
+        default="float32",
+        help="the network's: float32, bfloat16 or float16 (GPU); not the chain's",
+    )
+    group.add_argument(
+        "--optimize",
+        type=str,
+        default="auto",
+        help="how the network is computed: no (stock's way), yes (time a few ways once per machine and take the "
+        "fastest: images differ by rounding only), compile (torch.compile among them), auto (yes for long runs)",
+    )
+
+
+def load_pipeline(model: str, dtype: str = "float32") -> Any:
+    """The `DDPMPipeline` in a folder or on the Hub, on this process's device.
+
+    Raises:
+        UsageError: There is none.
+    """
+    import torch
+    from diffusers.utils import logging
+
+    from .pipeline_ddpm import DDPMPipeline
+    from .processes import processes
+
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise UsageError(f"--dtype must be float32, bfloat16 or float16, got {dtype!r}")
+    logging.disable_progress_bar()  # loading takes no time worth a bar
+    if Path(model).exists() and not (Path(model) / "model_index.json").is_file():
+        raise UsageError(f"--model {model} holds no pipeline: there is no model_index.json in it")
+    try:
+        return DDPMPipeline.from_pretrained(model, dtype=getattr(torch, dtype)).to(processes().device)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"cannot load --model {model}: {str(error).strip().splitlines()[0]}") from error
+
+
+def optimize(pipe: Any, values: Any, evaluations: int) -> None:
+    """Let the network be computed as `--optimize` says, and say what was chosen.
+
+    Args:
+        pipe: The pipeline.
+        values: The flags.
+        evaluations: About how many evaluations of the network follow, of a batch each.
+
+    Raises:
+        UsageError: Another word than those of the flag.
+    """
+    words = ("auto", "yes", "no", "compile")
+    if values.optimize not in words:
+        raise UsageError(f"--optimize must be one of {', '.join(words)}, got {values.optimize!r}")
+    if values.optimize == "no" or (values.optimize == "auto" and evaluations < _LONG_RUN):
+        return
+    from .inference import optimize_for_inference
+    from .processes import say
+
+    chosen = optimize_for_inference(pipe, compile=values.optimize == "compile", batch_size=values.batch_size)
+    say(f"network: {chosen}")
+
+
+def load_sampling_pipeline(values: Any) -> Any:
+    """The model with the sampler that the flags name.
+
+    Raises:
+        ValueError: No such model or sampler.
+    """
+    from .generation import with_sampler
+
+    loaded = load_pipeline(values.model, values.dtype)
+    return with_sampler(loaded, values.sampler, values.variance_type, values.timestep_spacing)
+
+
+def read_images(flag: str, names: Sequence[str], image_shape: tuple[int, int, int]) -> Any:
+    """Image files, scaled and cropped to fit, as `[N, C, H, W]` uint8.
+
+    Raises:
+        UsageError: One cannot be read.
+    """
+    import numpy as np
+    import torch
+
+    from .image_files import ImageFormat, read_image
+
+    channels, height, width = image_shape
+    pixels = []
+    for name in names:
+        try:
+            pixels.append(read_image(Path(name), ImageFormat(channels, (height, width))))
+        except ValueError as error:
+            raise UsageError(f"cannot read --{flag} {name}: {error}") from error
+    return torch.from_numpy(np.stack(pixels))
