@@ -47,4 +47,4 @@ docs: setup
 	@echo "open runs/site/index.html"
 
 bench: setup
-	$(BIN)/python benchmarks/digits_quality.py $(DEMO_DIR)
+	$(BIN)/python benchmarks/speed.py --output runs/speed

@@ -1,7 +1,6 @@
 """Measuring two ways of doing the same thing side by side, and saying no more than was seen."""
 
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -25,7 +24,7 @@ class Row:
         stock, ours: Seconds of every round, or megabytes.
         unit: Of both.
         gflop: Of one round, where the work is a network's.
-        fp16: Whether the peak to compare with is bf16's.
+        low_precision: Whether the peak to compare with is bf16's.
     """
 
     what: str
@@ -77,14 +76,15 @@ def matrix_product_peak(dtype: torch.dtype) -> float:
 
 
 def peak_memory(script: str, *arguments: str) -> float:
-    """MB that a process of its own had in memory at most, less what it had when `ready()` was called."""
+    """MB that a process of its own had in memory at most; the script prints them last."""
     out = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, check=True)
     return float(out.stdout.split()[-1])
 
 
 def high_water_mark() -> float:
-    """MB that this process had in memory at most so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    """MB that this process had in memory at most so far (Linux; `getrusage` would count its parent's, too)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
 
 
 def table(rows: list[Row], peaks: dict[str, float]) -> str:

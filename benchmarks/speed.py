@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import torch
 from diffusers import DDPMScheduler as StockScheduler
@@ -24,6 +25,7 @@ from PIL import Image
 from stock_example import StockTraining, endless, sample, transform
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.tensorboard import SummaryWriter
 
 from ddpm_hf import DDPMPipeline, DDPMScheduler, Trainer, TrainingConfig, UNet2DModel
 from ddpm_hf.data import load_images, to_model_range
@@ -109,22 +111,14 @@ def trainer_of(folder: str, **values: Any) -> Trainer:
     return Trainer(TrainingConfig(output_dir=folder, report_to=None, **values))
 
 
-class Pictures(Dataset):
-    """PIL images through the stock example's transforms."""
-
-    def __init__(self, images: list[Image.Image], size: int, channels: int):
-        self.images, self.transform = images, transform(size, channels)
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> torch.Tensor:
-        return self.transform(self.images[index])
-
-
-def pictures(data: Any) -> list[Image.Image]:
+def as_the_example_loads(data: Any) -> datasets.Dataset:
+    """A table of PNGs, decoded and transformed whenever an image is asked for."""
+    _, channels, size, _ = data.images.shape
     arrays = data.images.permute(0, 2, 3, 1).numpy()
-    return [Image.fromarray(a[..., 0] if a.shape[2] == 1 else a) for a in arrays]
+    pictures = [Image.fromarray(a[..., 0] if channels == 1 else a) for a in arrays]
+    made = datasets.Dataset.from_dict({"image": pictures}, datasets.Features({"image": datasets.Image()}))
+    change = transform(size, channels)
+    return made.with_transform(lambda rows: {"input": [change(image) for image in rows["image"]]})
 
 
 def training(
@@ -137,15 +131,16 @@ def training(
     recipe = trainer.recipe
     scheduler = StockScheduler(**get_preset(preset).scheduler)
     stock_side = StockTraining(unet, scheduler, recipe.learning_rate, recipe.lr_warmup_steps)
-    size, channels = unet.config.sample_size, unet.config.in_channels
-    loader = DataLoader(Pictures(pictures(trainer.data), size, channels), batch_size=batch, shuffle=True)
-    batches = endless(loader)
+    batches = endless(DataLoader(as_the_example_loads(trainer.data), batch_size=batch, shuffle=True))
+    log = SummaryWriter(folder / "log")
     losses: dict[str, list[float]] = {"stock": [], "ours": []}
     trainer.model.train()
 
     def stock() -> None:
         for _ in range(updates):
-            losses["stock"].append(stock_side.update(next(batches)))
+            losses["stock"].append(stock_side.update(next(batches)["input"]))
+            for name, value in (("loss", losses["stock"][-1]), ("lr", stock_side.lr.get_last_lr()[0])):
+                log.add_scalar(name, value, len(losses["stock"]))
 
     def ours() -> None:
         for _ in range(updates):
@@ -155,6 +150,7 @@ def training(
 
     interleaved(row, stock, ours, rounds)
     trainer.batches.close()
+    log.close()
     each = updates * (batch if per_image else 1)
     row.stock, row.ours = ([seconds / each for seconds in side] for side in (row.stock, row.ours))
     means = [np.mean(losses[side][-updates:]) for side in ("stock", "ours")]

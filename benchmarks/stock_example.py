@@ -52,7 +52,7 @@ class StockTraining:
         return loss.detach().item()
 
 
-def endless(loader: torch.utils.data.DataLoader) -> Iterator[torch.Tensor]:
+def endless(loader: torch.utils.data.DataLoader) -> Iterator[dict[str, torch.Tensor]]:
     """Batch after batch, epoch after epoch."""
     while True:
         yield from loader

@@ -10,7 +10,7 @@ from typing import Any
 from jsonargparse.typing import PositiveInt
 
 from .command_line import Parser, UsageError, add_image_flags, image_source
-from .command_model import add_sampler_flags, load_pipeline, optimize
+from .command_model import add_sampler_flags, load_pipeline, optimizer
 
 
 def evaluate_parser(prog: str | None = None) -> Parser:
@@ -109,11 +109,8 @@ def evaluate(arguments: Sequence[str], prog: str | None = None) -> int:
         resolution=(height, width),
     )
     chosen = None if values.split is None else sorted(sets, key=lambda split: split == "train")  # held out comes first
-    optimize(
-        pipe,
-        values,
-        _evaluations(pipe, values, metrics, sum(len(images) for images in sets.values() if isinstance(images, Sized))),
-    )
+    num_images = sum(len(images) for images in sets.values() if isinstance(images, Sized))
+    prepare = optimizer(values, _evaluations(pipe, values, metrics, num_images))
     try:
         report = evaluate_model(
             pipe,
@@ -137,6 +134,7 @@ def evaluate(arguments: Sequence[str], prog: str | None = None) -> int:
             output=None if output is None or output.suffix == ".json" else output,
             model_name=values.model,
             progress=True,
+            prepare=prepare,
         )
     except KeyboardInterrupt:
         print("finished batches are kept: the same command goes on from there", file=sys.stderr)

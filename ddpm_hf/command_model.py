@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,11 +80,10 @@ def load_pipeline(model: str, dtype: str = "float32") -> Any:
         raise UsageError(f"cannot load --model {model}: {str(error).strip().splitlines()[0]}") from error
 
 
-def optimize(pipe: Any, values: Any, evaluations: int) -> None:
-    """Let the network be computed as `--optimize` says, and say what was chosen.
+def optimizer(values: Any, evaluations: int) -> Callable[[Any], None] | None:
+    """What lets a pipeline's network be computed as `--optimize` says, and says what was chosen; `None` for nothing.
 
     Args:
-        pipe: The pipeline.
         values: The flags.
         evaluations: About how many evaluations of the network follow, of a batch each.
 
@@ -95,12 +94,16 @@ def optimize(pipe: Any, values: Any, evaluations: int) -> None:
     if values.optimize not in words:
         raise UsageError(f"--optimize must be one of {', '.join(words)}, got {values.optimize!r}")
     if values.optimize == "no" or (values.optimize == "auto" and evaluations < _LONG_RUN):
-        return
-    from .inference import optimize_for_inference
-    from .processes import say
+        return None
 
-    chosen = optimize_for_inference(pipe, compile=values.optimize == "compile", batch_size=values.batch_size)
-    say(f"network: {chosen}")
+    def optimize(pipe: Any) -> None:
+        from .inference import optimize_for_inference
+        from .processes import say
+
+        chosen = optimize_for_inference(pipe, compile=values.optimize == "compile", batch_size=values.batch_size)
+        say(f"network: {chosen}")
+
+    return optimize
 
 
 def load_sampling_pipeline(values: Any) -> Any:

@@ -9,7 +9,7 @@ from jsonargparse.typing import PositiveInt
 
 from .command_figure import add_figure_flags, draw_figure, wants_figure
 from .command_line import Parser, UsageError
-from .command_model import add_sampler_flags, load_sampling_pipeline, optimize, read_images
+from .command_model import add_sampler_flags, load_sampling_pipeline, optimizer, read_images
 
 # What only goes with given images, and what it goes with.
 _GOES_WITH = {
@@ -93,7 +93,8 @@ def sample(arguments: Sequence[str], prog: str | None = None) -> int:
     seeds = parse_seeds(default if values.seeds is None else values.seeds)
     pipe = load_sampling_pipeline(values)
     batches = -(-len(seeds) // max(values.batch_size, 1))
-    optimize(pipe, values, batches * (values.num_inference_steps or pipe.scheduler.config.num_train_timesteps))
+    evaluations = batches * (values.num_inference_steps or pipe.scheduler.config.num_train_timesteps)
+    prepare = optimizer(values, evaluations)
     drawn = write_samples(
         pipe,
         seeds,
@@ -104,6 +105,7 @@ def sample(arguments: Sequence[str], prog: str | None = None) -> int:
         class_labels=class_sequence(pipe, values.class_labels, len(seeds)),
         guidance_scale=values.guidance_scale,
         eta=values.eta,
+        prepare=prepare,
         **_given_images(values, len(seeds), pipe.image_shape),
     )
     say(

@@ -97,7 +97,7 @@ def bound_term(
 
     Args:
         x_0: `[B, C, H, W]` in [-1, 1].
-        t: `[B]`, counted from 0 as in the code (the paper's t is one more).
+        t: 0-d or `[B]`, counted from 0 as in the code (the paper's t is one more).
         q_mean, q_log_variance: The posterior q(x_{t-1} | x_t, x_0); broadcast with `x_0`.
         p_mean, p_log_variance: The model's p(x_{t-1} | x_t); broadcast with `x_0`.
         cdf: See `discretized_gaussian_log_likelihood`.
@@ -105,8 +105,14 @@ def bound_term(
     Returns:
         `[B]`, bits/dim.
     """
-    kl = mean_flat(normal_kl(q_mean, q_log_variance, p_mean, p_log_variance).expand_as(x_0))
-    decoder_nll = -mean_flat(
-        discretized_gaussian_log_likelihood(x_0, p_mean, 0.5 * p_log_variance, cdf=cdf).expand_as(x_0)
-    )
-    return nats_to_bits(torch.where(t == 0, decoder_nll, kl))
+
+    def kl() -> Tensor:
+        return mean_flat(normal_kl(q_mean, q_log_variance, p_mean, p_log_variance).expand_as(x_0))
+
+    def decoder_nll() -> Tensor:
+        log_likelihood = discretized_gaussian_log_likelihood(x_0, p_mean, 0.5 * p_log_variance, cdf=cdf)
+        return -mean_flat(log_likelihood.expand_as(x_0))
+
+    if t.ndim == 0 and t.device.type == "cpu":  # known here, so that only one of them is wanted
+        return nats_to_bits(decoder_nll() if t == 0 else kl())
+    return nats_to_bits(torch.where(t == 0, decoder_nll(), kl()))

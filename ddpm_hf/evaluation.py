@@ -7,7 +7,7 @@ import io
 import math
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -305,6 +305,7 @@ def evaluate(
     output: Path | None = None,
     model_name: str | None = None,
     progress: bool = False,
+    prepare: Callable[[DDPMPipeline], Any] | None = None,
 ) -> EvaluationReport:
     """The numbers of the paper's tables for a model, in one report. All processes return the same one.
 
@@ -328,6 +329,7 @@ def evaluate(
         output: A folder for `report.json`, `report.md`, pictures, and unfinished work.
         model_name: For the report.
         progress: Show progress bars.
+        prepare: See `generation.write_samples`.
 
     Raises:
         ValueError: Anything that does not fit together, in one sentence, before anything takes long.
@@ -369,6 +371,9 @@ def evaluate(
             raise
         work_dir = None if output is None else work_dir  # the likelihood does without, and cannot be resumed
 
+    if prepare is not None:
+        prepare(pipe)
+        sampling_pipe.network = pipe.network
     main_split = likelihood_splits[0] if set(metrics) & set(LIKELIHOOD_METRICS) else next(iter(sets))
     report = EvaluationReport(sets[main_split].name, main_split, _count(sets[main_split]))
     report.model = _model_settings(pipe, model_name)

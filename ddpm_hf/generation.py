@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -194,7 +194,13 @@ def class_sequence(pipe: DDPMPipeline, text: str | None, count: int) -> list[int
 
 
 def write_samples(
-    pipe: DDPMPipeline, seeds: Sequence[int], output: str | Path, *, batch_size: int = 64, **options: Any
+    pipe: DDPMPipeline,
+    seeds: Sequence[int],
+    output: str | Path,
+    *,
+    batch_size: int = 64,
+    prepare: Callable[[DDPMPipeline], Any] | None = None,
+    **options: Any,
 ) -> int:
     """Draw one image per seed into files, which appear complete or not at all.
 
@@ -207,6 +213,8 @@ def write_samples(
         output: `FILE.png` for one grid, `FILE.npz` for one uint8 array `arr_0` of shape `[N, H, W, C]` in the order of
             the seeds (what FID tools read), else a folder of `<thousand>/<seed>.png`.
         batch_size, options: See `generate`.
+        prepare: Called with the pipeline on every process when all is checked, for what takes time, such as
+            `inference.optimize_for_inference`.
 
     Returns:
         How many images were drawn now, by all processes together.
@@ -238,6 +246,8 @@ def write_samples(
         pipe(seeds=[], class_labels=None if options.get("class_labels") is None else [], **given)
         if here.is_main_process:
             _claim(store.path, bool(drawn), pipe, seeds, options)
+    if prepare is not None:
+        prepare(pipe)
     missing = [i for i, seed in enumerate(seeds) if seed not in drawn]
     mine = missing[here.process_index :: here.num_processes]
     if (labels := options.get("class_labels")) is not None:

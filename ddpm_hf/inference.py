@@ -11,7 +11,7 @@ import json
 import platform
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -94,10 +94,8 @@ class InferenceNetwork:
         self._network: Callable[..., UNet2DOutput] = network
         self._compiled_batch = 0
         if execution.compiled:
-            on_cpu = unet.device.type == "cpu"
-            # freezing: weights are constants, packed once; CUDA graphs: no launch per kernel
-            how: dict[str, Any] = {"options": {"freezing": True}} if on_cpu else {"mode": "reduce-overhead"}
-            self._network = torch.compile(network, dynamic=False, **how)
+            mode = None if unet.device.type == "cpu" else "reduce-overhead"  # CUDA graphs: no launch per kernel
+            self._network = torch.compile(network, dynamic=False, mode=mode)
 
     @torch.no_grad()
     def __call__(
@@ -117,10 +115,19 @@ class InferenceNetwork:
             sample = _filled(sample, missing)
             class_labels = class_labels if class_labels is None else _filled(class_labels, missing)
             timestep = timestep if self._time.one_for_all else _filled(timestep, missing)
-        made = self._network(sample, timestep, class_labels).sample[:n]
+        with self._freezing():
+            made = self._network(sample, timestep, class_labels).sample[:n]
         if self.execution.compiled and made.device.type != "cpu":
             made = made.clone()  # CUDA graphs write the next output to the same place
         return UNet2DOutput(sample=made) if return_dict else (made,)
+
+    def _freezing(self) -> AbstractContextManager[Any]:
+        """While it is compiled, on a CPU: the weights are constants, which are packed once for the processor."""
+        if not self.execution.compiled or self.device.type != "cpu":
+            return nullcontext()
+        from torch._inductor import config  # takes a second, and a compiler, which others do without
+
+        return config.patch(freezing=True)
 
 
 def _filled(tensor: Tensor, missing: int) -> Tensor:

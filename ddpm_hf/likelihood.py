@@ -200,7 +200,7 @@ def bits_per_dim(
     """The whole bound: every one of the T terms for every image, T network evaluations per image.
 
     Args:
-        unet: Called as `unet(x_t, t).sample`; put it in evaluation mode.
+        unet: Called as `unet(x_t, t).sample` with a 0-d t; put it in evaluation mode.
         scheduler: Gives q, p and T.
         x_0: `[N, C, H, W]`, grey levels scaled to [-1, 1], on the network's device.
         batch_size: Images per network evaluation; any value gives the same draws.

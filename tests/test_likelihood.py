@@ -242,8 +242,8 @@ def test_bits_per_dim_equals_a_slow_implementation(variance_type, clip):
     # The noise of every x_t, from what the network saw
     noise = np.zeros((20, *x_0.shape))
     for x_t, t in unet.seen:
-        a = data.alpha_bar[t[0]]
-        noise[t[0]] = (x_t.double().numpy() - math.sqrt(a) * x_0.double().numpy()) / math.sqrt(1 - a)
+        a = data.alpha_bar[int(t)]
+        noise[int(t)] = (x_t.double().numpy() - math.sqrt(a) * x_0.double().numpy()) / math.sqrt(1 - a)
     assert len(unet.seen) == 20
 
     def predict(x_t, t):
