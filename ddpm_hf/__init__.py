@@ -6,7 +6,7 @@ Names are imported when they are first used, so `import ddpm_hf` costs next to n
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 
 _WHERE = {
     "DDPMPipeline": "pipeline_ddpm",
