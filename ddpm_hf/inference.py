@@ -6,7 +6,6 @@ Nothing of it is saved with a model. `docs/speed.md` has the measurements, and w
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import platform
 import time
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 from .pipeline_ddpm import DDPMPipeline
 from .processes import default_cache_dir, processes
 from .reports import write_text
+from .shards import digest
 from .unet_2d import UNet2DModel, use_plain_attention
 from .winograd import WinogradConv2d
 
@@ -241,32 +241,32 @@ def optimize_for_inference(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    if execution is None:
-        if precision is None:
-            precision = {dtype: name for name, dtype in PRECISIONS.items()}.get(pipe.unet.dtype, "fp32")
-        execution = _choice(pipe, Execution(precision), compile, batch_size)
-    pipe.network = InferenceNetwork(pipe.unet, execution)
-    return execution
+    if execution is not None:
+        pipe.network = InferenceNetwork(pipe.unet, execution)
+        return execution
+    if precision is None:
+        precision = {dtype: name for name, dtype in PRECISIONS.items()}.get(pipe.unet.dtype, "fp32")
+    pipe.network = _fastest(pipe, Execution(precision), compile, batch_size)
+    return pipe.network.execution
 
 
-def _choice(pipe: DDPMPipeline, plain: Execution, compile: bool, batch_size: int) -> Execution:
-    """The kept choice, or a new one, the first process's for all."""
-    unet = pipe.unet
-    key = _fingerprint(unet, plain.precision, compile)
+def _fastest(pipe: DDPMPipeline, plain: Execution, compile: bool, batch_size: int) -> InferenceNetwork:
+    """The network computed as was chosen before, or as is chosen now, by the first process for all."""
+    key = _fingerprint(pipe, plain.precision, compile)
     found: list[Any] = [None]
-    kept = _kept()
     with suppress(KeyError, TypeError, ValueError):  # not there, or another version's
-        found[0] = asdict(Execution(**kept[key]))
+        found[0] = asdict(Execution(**_kept()[key]))
     broadcast_object_list(found)
-    if found[0] is None:
-        candidates = _candidates(unet, plain, compile)
-        seconds = _seconds(unet, candidates, pipe.image_shape, batch_size)
-        best = min(candidates, key=lambda c: seconds[c])
-        found[0] = asdict(best if seconds[best] < _WORTH_IT * seconds[candidates[0]] else candidates[0])
-        broadcast_object_list(found)
-        if processes().is_main_process:
-            _keep({**_kept(), key: found[0]})
-    return Execution(**found[0])
+    if found[0] is not None:
+        return InferenceNetwork(pipe.unet, Execution(**found[0]))
+    networks = {way: InferenceNetwork(pipe.unet, way) for way in _candidates(pipe.unet, plain, compile)}
+    seconds = _seconds(networks, pipe.image_shape, batch_size)
+    best = min(seconds, key=lambda way: seconds[way])
+    chosen: list[Any] = [asdict(best if seconds[best] < _WORTH_IT * seconds[plain] else plain)]
+    broadcast_object_list(chosen)
+    if processes().is_main_process:
+        _keep({**_kept(), key: chosen[0]})
+    return networks[Execution(**chosen[0])]
 
 
 def _candidates(unet: UNet2DModel, plain: Execution, compile: bool) -> list[Execution]:
@@ -281,15 +281,15 @@ def _candidates(unet: UNet2DModel, plain: Execution, compile: bool) -> list[Exec
 
 
 def _seconds(
-    unet: UNet2DModel, candidates: list[Execution], image_shape: tuple[int, int, int], batch_size: int
+    networks: dict[Execution, InferenceNetwork], image_shape: tuple[int, int, int], batch_size: int
 ) -> dict[Execution, float]:
     """The shortest of a few evaluations of each, in turns, so that what else the machine does meets all of them."""
+    unet = next(iter(networks.values())).unet
     labels = None
     if unet.config.num_class_embeds is not None:
         labels = torch.zeros(batch_size, dtype=torch.long, device=unet.device)
     x = torch.randn(batch_size, *image_shape, generator=torch.Generator().manual_seed(0)).to(unet.device)
-    networks = {c: InferenceNetwork(unet, c) for c in candidates}
-    seconds = dict.fromkeys(candidates, float("inf"))
+    seconds = dict.fromkeys(networks, float("inf"))
     for round_ in range(_ROUNDS + 1):
         for candidate, network in networks.items():
             start = time.perf_counter()
@@ -301,17 +301,16 @@ def _seconds(
     return seconds
 
 
-def _fingerprint(unet: UNet2DModel, precision: str, compile: bool) -> str:
+def _fingerprint(pipe: DDPMPipeline, precision: str, compile: bool) -> str:
     """What the choice depends on: the machine, the versions, the kind of network, but not its weights."""
-    device = unet.device
+    device = pipe.unet.device
     machine = platform.processor() or platform.machine()
     if device.type == "cpu" and (info := Path("/proc/cpuinfo")).is_file():
         machine = next((line for line in info.read_text().splitlines() if line.startswith("model name")), machine)
     elif device.type == "cuda":
         machine = torch.cuda.get_device_name(device)
-    network = {name: value for name, value in unet.config.items() if not name.startswith("_")}
-    facts = [machine, torch.get_num_threads(), torch.__version__, network, precision, compile]
-    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]
+    network = pipe.settings["unet"]
+    return digest(machine, torch.get_num_threads(), torch.__version__, network, precision, compile)[:32]
 
 
 def _file() -> Path:

@@ -116,7 +116,7 @@ def test_images_are_stocks_to_one_level(way):
 
 
 def seconds_that_favour(way: Execution):
-    return lambda unet, candidates, *_: {c: 0.5 if c == way else 1.0 for c in candidates}
+    return lambda candidates, *_: {c: 0.5 if c == way else 1.0 for c in candidates}
 
 
 def test_the_fastest_way_is_taken_and_kept_for_the_machine_and_the_network(monkeypatch, tmp_path):
@@ -130,7 +130,7 @@ def test_the_fastest_way_is_taken_and_kept_for_the_machine_and_the_network(monke
     assert optimize_for_inference(DDPMPipeline(network(), DDPMScheduler())) == winner  # not timed again
     assert optimize_for_inference(DDPMPipeline(network(act_fn="relu"), DDPMScheduler())) != winner
     assert optimize_for_inference(pipe, precision="bf16") == Execution("bf16", channels_last=True)
-    monkeypatch.setattr(inference, "_seconds", lambda unet, candidates, *_: dict.fromkeys(candidates, 1.0))
+    monkeypatch.setattr(inference, "_seconds", lambda candidates, *_: dict.fromkeys(candidates, 1.0))
     (tmp_path / "executions.json").write_text("{")  # a damaged file is no reason to stop
     assert optimize_for_inference(pipe) == Execution()  # nothing gained: stock's layout
     assert json.loads((tmp_path / "executions.json").read_text())
