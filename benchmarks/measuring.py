@@ -1,5 +1,6 @@
 """Measuring two ways of doing the same thing side by side, and saying no more than was seen."""
 
+import ctypes
 import json
 import subprocess
 import sys
@@ -11,6 +12,11 @@ from statistics import median
 from typing import Any
 
 import torch
+
+from ddpm_hf.machine import keep_freed_memory
+
+# mallopt(3), glibc's malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
 
 
 @dataclass
@@ -52,10 +58,21 @@ class Row:
         return f"{middle:.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
 
 
+def as_glibc_does() -> None:
+    """Take `keep_freed_memory` back, for stock's side: glibc's thresholds at the largest that it adapts them to."""
+    mallopt = ctypes.CDLL(None).mallopt
+    for parameter, value in ((_M_MMAP_MAX, 65536), (_M_MMAP_THRESHOLD, 32 << 20), (_M_TRIM_THRESHOLD, 64 << 20)):
+        mallopt(parameter, value)
+
+
 def interleaved(row: Row, stock: Callable[[], Any], ours: Callable[[], Any], rounds: int) -> Row:
     """A B A B ...; the first round warms up and is not counted."""
     for round_ in range(rounds + 1):
         for run, seconds in ((stock, row.stock), (ours, row.ours)):
+            if run is ours:
+                keep_freed_memory()
+            else:
+                as_glibc_does()
             start = time.perf_counter()
             run()
             if round_:

@@ -25,7 +25,6 @@ from PIL import Image
 from stock_example import StockTraining, endless, sample, transform
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
-from torch.utils.tensorboard import SummaryWriter
 
 from ddpm_hf import DDPMPipeline, DDPMScheduler, Trainer, TrainingConfig, UNet2DModel
 from ddpm_hf.data import load_images, to_model_range
@@ -125,6 +124,8 @@ def training(
     row: Row, folder: Path, preset: str, batch: int, updates: int, rounds: int, per_image: bool, **values: Any
 ) -> Row:
     """`updates` updates of the trainer, data and all, beside those of the stock example on the same network."""
+    from torch.utils.tensorboard import SummaryWriter  # more memory than a network: not where that is measured
+
     trainer = trainer_of(str(folder), preset=preset, train_batch_size=batch, mixed_precision="bf16", **values)
     unet = StockUNet2DModel(**{k: v for k, v in trainer.unet.config.items() if not k.startswith("_")})
     unet.load_state_dict(trainer.unet.state_dict())

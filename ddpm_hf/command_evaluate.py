@@ -96,7 +96,7 @@ def evaluate(arguments: Sequence[str], prog: str | None = None) -> int:
     end_with_the_launcher()
     here = processes()
     set_cpu_threads(None, here.num_processes)
-    pipe = load_pipeline(values.model, values.dtype)
+    pipe = load_pipeline(values.model, values.dtype, values.tf32)
     channels, height, width = pipe.image_shape
     sets = load_splits(
         None if values.split is None else [part.strip() for part in values.split.split(",")],

@@ -180,6 +180,7 @@ class TrainingConfig:
     num_cpu_threads: int | None = _flag(
         None, "CPU threads per process; the cores are shared out evenly if left out", _MACHINE
     )
+    tf32: bool = _flag(False, "NVIDIA GPUs: faster float32 products with 10 bits of mantissa", _MACHINE)
     compile: bool = _flag(False, "torch.compile the network", _MACHINE)
     channels_last: bool = _flag(False, "channels_last memory layout", _MACHINE)
     gradient_checkpointing: bool = _flag(False, "trade time for memory", _MACHINE)

@@ -22,12 +22,13 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
 
+from .machine import keep_freed_memory
 from .pipeline_ddpm import DDPMPipeline
 from .processes import default_cache_dir, processes
 from .reports import write_text
 from .shards import digest
 from .unet_2d import UNet2DModel, use_plain_attention
-from .winograd import WinogradConv2d
+from .winograd import WinogradConv2d, Workspace
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -89,8 +90,9 @@ class InferenceNetwork:
             nn.Module.to(network, self.dtype)  # diffusers' own warns of what does not concern this network
         self._time = network.time_proj = _TimeProjection(network.time_proj)
         if unet.device.type == "cpu":
+            keep_freed_memory()
             use_plain_attention(network)
-            _rearrange(network, execution)
+            _rearrange(network, execution, Workspace())
         self._network: Callable[..., UNet2DOutput] = network
         self._compiled_batch = 0
         if execution.compiled:
@@ -194,19 +196,19 @@ class _PointwiseConv2d(nn.Module):
         return F.linear(x.permute(0, 2, 3, 1), self.conv.weight[:, :, 0, 0], self.conv.bias).permute(0, 3, 1, 2)
 
 
-def _rearrange(module: nn.Module, execution: Execution) -> None:
+def _rearrange(module: nn.Module, execution: Execution, workspace: Workspace) -> None:
     """Put faster modules with the same weights in place of stock's."""
     for name, child in module.named_children():
         made: nn.Module = child
         if _ResidualBlock.fits(child):
             made = _ResidualBlock(child)
         elif execution.winograd and WinogradConv2d.fits(child):
-            made = WinogradConv2d(child)
+            made = WinogradConv2d(child, workspace)
         elif execution.channels_last and _PointwiseConv2d.fits(child):
             made = _PointwiseConv2d(child)
         setattr(module, name, made)
         if not isinstance(made, (WinogradConv2d, _PointwiseConv2d)):
-            _rearrange(made, execution)
+            _rearrange(made, execution, workspace)
 
 
 # ---------------------------------------------------------------------- the choice

@@ -35,6 +35,7 @@ from .checkpointing import (
 )
 from .configuration import TrainingConfig, TrainingError, due
 from .data import StreamedImages, flip_images, to_model_range
+from .machine import keep_freed_memory, to_device, use_tf32
 from .objectives import OBJECTIVES
 from .pipeline_ddpm import DDPMPipeline
 from .processes import (
@@ -95,6 +96,8 @@ class Trainer:
         if self.device.type == "cpu":
             local = int(os.environ.get("LOCAL_WORLD_SIZE", self.accelerator.num_processes))
             set_cpu_threads(config.num_cpu_threads, local)
+            keep_freed_memory()
+        use_tf32(config.tf32)
         micro, accumulation, _ = config.batch_plan(self.accelerator.num_processes)
         self.plan = BatchPlan(micro, accumulation, self.accelerator.process_index, self.accelerator.num_processes)
 
@@ -230,15 +233,15 @@ class Trainer:
             if self.config.class_conditional:
                 assert labels is not None
                 labels = torch.where(draws["drop_class"][rows], self.unet.config.get("_null_class") or 0, labels)
-                options["class_labels"] = labels.to(self.device, non_blocking=True)
+                options["class_labels"] = to_device(labels, self.device)
             torch.manual_seed(derive_seed(self.config.seed, "dropout", step, micro, accelerator.process_index))
             last = micro == self.plan.accumulation - 1
             with nullcontext() if last else accelerator.no_sync(self.model):
                 losses = objective(
                     self.model,
                     self.scheduler,
-                    to_model_range(images.to(self.device, non_blocking=True)),
-                    draws["t"][rows].to(self.device, non_blocking=True),
+                    to_model_range(to_device(images, self.device)),
+                    to_device(draws["t"][rows], self.device),
                     draws["noise"][rows],
                     **options,
                 )

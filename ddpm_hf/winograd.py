@@ -9,6 +9,7 @@ than in a plain one, and are not served.
 
 from __future__ import annotations
 
+import math
 from typing import TypeGuard
 
 import torch
@@ -24,25 +25,48 @@ _A = [[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8
 # Tiles at a time: enough for the matrix products to be worth their weights, and few enough to stay in the cache.
 _MOST_TILES = 256
 
+# Below it little is saved, and the widest layers of a network, which work there, would need the most memory.
+_SMALLEST = 8
+
+
+class Workspace:
+    """Memory that the layers of a network use in turn.
+
+    Memory of this size goes back to the system whenever it is freed, and to be given it again, page by page, can take
+    as long as a third of the convolution.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[str, Tensor] = {}
+
+    def take(self, name: str, like: Tensor, *shape: int) -> Tensor:
+        """A tensor with anything in it, until the same name is asked for again."""
+        size = math.prod(shape)
+        if name not in self._held or self._held[name].numel() < size:
+            self._held[name] = like.new_empty(size)
+        return self._held[name][:size].view(shape)
+
 
 class WinogradConv2d(nn.Module):
     """A 3 x 3 convolution with stride 1 and padding 1, for inference in float32.
 
-    Sizes that are no multiples of 4, and other dtypes, go to the plain convolution.
+    Sizes below 8 or no multiples of 4, and other dtypes, go to the plain convolution.
 
     Args:
-        conv: The plain convolution; its weights are shared, and a transformed copy four times their size is kept.
+        conv: The plain convolution; its weights are shared, and from the first use on a transformed copy, four times
+            their size, is kept.
+        workspace: Shared with other layers that are not computed at the same time; its own by default.
 
     Raises:
         ValueError: A convolution of another kind.
     """
 
-    weight: Tensor
     bias: Tensor
+    weight_to_tiles: Tensor
     to_tiles: Tensor
     from_tiles: Tensor
 
-    def __init__(self, conv: nn.Conv2d):
+    def __init__(self, conv: nn.Conv2d, workspace: Workspace | None = None):
         super().__init__()
         if not self.fits(conv):
             raise ValueError(
@@ -50,13 +74,14 @@ class WinogradConv2d(nn.Module):
                 f"got {conv}"
             )
         self.conv = conv
-        A, B, G = (torch.tensor(m, dtype=torch.float64, device=conv.weight.device) for m in (_A, _B, _G))
-        transformed = torch.einsum("ia,ocab,jb->ijco", G, conv.weight.detach().double(), G)
+        self.workspace = workspace or Workspace()
+        self.weight: Tensor | None = None
+        A, B, G = (torch.tensor(m, dtype=torch.float64) for m in (_A, _B, _G))
         bias = torch.zeros(conv.out_channels) if conv.bias is None else conv.bias.detach()
         for name, value in {
-            "weight": transformed.reshape(36, conv.in_channels, conv.out_channels),
             "bias": bias,
-            "to_tiles": torch.kron(B, B),  # both sides of B' d B at once, for a tile as a column of 36
+            "weight_to_tiles": torch.kron(G, G),  # both sides of G g G' at once, for a kernel as a column of 9
+            "to_tiles": torch.kron(B, B),  # the same of B' d B, for a tile as a column of 36
             "from_tiles": torch.kron(A, A),
         }.items():
             self.register_buffer(name, value.to(conv.weight).contiguous(), persistent=False)
@@ -71,25 +96,39 @@ class WinogradConv2d(nn.Module):
             and min(module.in_channels, module.out_channels) >= 32
         )
 
+    @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
         """`[B, C, H, W]` to `[B, O, H, W]`, as the plain convolution but for rounding."""
         b, channels, height, width = x.shape
-        if height % 4 or width % 4 or x.dtype != torch.float32:
+        if height % 4 or width % 4 or min(height, width) < _SMALLEST or x.dtype != torch.float32:
             return self.conv(x)
+        if self.weight is None:
+            self.weight = self._transformed_weight()
         h, w, out_channels = height // 4, width // 4, len(self.bias)
-        at_a_time = max(1, min(_MOST_TILES, max(channels, out_channels)) // (h * w))
+        at_a_time = max(1, min(b, min(_MOST_TILES, max(channels, out_channels)) // (h * w)))
         made = x.new_empty(b, height, width, out_channels)
-        padded = x.new_zeros(min(at_a_time, b), height + 2, width + 2, channels)
-        image, row, column, one = padded.stride()
+        take = self.workspace.take
         for start in range(0, b, at_a_time):
             part = x[start : start + at_a_time].permute(0, 2, 3, 1)
             n = len(part)
-            padded[:n, 1:-1, 1:-1] = part
+            padded = take("padded", x, n, height + 2, width + 2, channels).zero_()
+            padded[:, 1:-1, 1:-1] = part
+            image, row, column, one = padded.stride()
             # overlapping tiles of 6 x 6, a tile's places first
             tiles = padded.as_strided((6, 6, n, h, w, channels), (row, column, image, 4 * row, 4 * column, one))
-            tiles = self.to_tiles @ tiles.reshape(36, -1)
-            products = torch.bmm(tiles.view(36, -1, channels), self.weight)
-            outputs = (self.from_tiles @ products.view(36, -1)).view(4, 4, n, h, w, out_channels)
+            columns = take("a", x, *tiles.shape).copy_(tiles).view(36, -1)
+            transformed = torch.mm(self.to_tiles, columns, out=take("b", x, *columns.shape))
+            products = take("a", x, 36, n * h * w, out_channels)
+            torch.bmm(transformed.view(36, -1, channels), self.weight, out=products)
+            outputs = take("b", x, 16, n * h * w * out_channels)
+            torch.mm(self.from_tiles, products.view(36, -1), out=outputs)
             place = made[start : start + n].view(n, h, 4, w, 4, out_channels).permute(2, 4, 0, 1, 3, 5)
-            torch.add(outputs, self.bias, out=place)
+            torch.add(outputs.view(place.shape), self.bias, out=place)
         return made.permute(0, 3, 1, 2)
+
+    def _transformed_weight(self) -> Tensor:
+        """`[36, C, O]`. In place of temporaries, which would stay with the process as holes in its memory."""
+        taps = self.conv.weight.detach().permute(2, 3, 1, 0).reshape(9, -1)
+        made = taps.new_empty(36, self.conv.in_channels, self.conv.out_channels)
+        torch.mm(self.weight_to_tiles, taps, out=made.view(36, -1))
+        return made

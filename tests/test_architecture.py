@@ -23,6 +23,7 @@ FLOORS = (
         "command_line",
         "command_completion",
         "winograd",
+        "machine",
     ),
     (
         "scheduling_ddpm",
