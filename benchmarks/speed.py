@@ -7,6 +7,7 @@ minutes.
 """
 
 import argparse
+import os
 import subprocess
 import sys
 import tempfile
@@ -83,11 +84,11 @@ def sampling(
             made["ours"] = step.prev_sample
 
     row.gflop = gflop_of(unet, x.shape)
+    used = " ".join(name for name in ("channels_last", "winograd", "compiled") if getattr(chosen, name))
+    row.what += f" ({precision}{' ' + used if used else ''})"
     interleaved(row, stock, ours, rounds)
     row.stock, row.ours = ([seconds / steps for seconds in side] for side in (row.stock, row.ours))
     row.low_precision = precision != "fp32"
-    used = " ".join(name for name in ("channels_last", "winograd", "compiled") if getattr(chosen, name))
-    row.what += f" ({precision}{' ' + used if used else ''})"
     if precision == "fp32":
         apart = (grey_levels(made["ours"]) - grey_levels(made["stock"])).abs().max().item()
         row.check = f"images differ by {apart:.0f} level(s) at most"
@@ -228,7 +229,7 @@ def image_rows(folder: Path, rounds: int) -> list[Row]:
 
 
 def start_rows(rounds: int) -> list[Row]:
-    """Seconds of a fresh process, less what Python itself takes for the import."""
+    """Seconds of a fresh process, beside one that imports diffusers or does nothing."""
     rows = []
     for what, target, command in (
         ("`import ddpm_hf`", "<= 0.1 s", [sys.executable, "-c", "import ddpm_hf"]),
@@ -311,28 +312,32 @@ def main() -> None:
     if arguments.memory:
         memory_of(arguments.memory)
         return
+    if torch.accelerator.is_available():
+        parser.error("this measures CPUs; hide the accelerator, with CUDA_VISIBLE_DEVICES= or the like")
     compile, rounds = not arguments.no_compile, arguments.rounds
     peaks = {"fp32": matrix_product_peak(torch.float32), "bf16": matrix_product_peak(torch.bfloat16)}
     print("matrix products:", {name: f"{peak:.0f} GFLOP/s" for name, peak in peaks.items()}, flush=True)
 
+    os.environ["DDPM_HF_CACHE"] = tempfile.mkdtemp()  # no choice of another day's
     rows: list[Row] = []
-    groups: dict[str, Callable[[], Any]] = {}
 
     def cifar_sampling() -> None:
-        row = sampling(Row("sampling, CIFAR-10 network, batch 16, a step", ">= 2.3"), cifar10(), 16, 2, rounds, "bf16")
+        what = "sampling, CIFAR-10 network, batch 16, a step"
+        row = sampling(Row(what, ">= 2.3"), cifar10(), 16, 2, rounds, "bf16", compile)
         distances = [digits_distance(Execution(p), arguments.num_samples) for p in ("fp32", "bf16")]
         row.check = f"digits: Frechet distance {distances[1]:.2f}, in float32 {distances[0]:.2f}"
         rows.append(row)
-        what = Row("sampling, CIFAR-10 network, batch 16, a step", ">= 1.2")
-        rows.append(sampling(what, cifar10(), 16, 2, rounds, "fp32"))
+        rows.append(sampling(Row(what, ">= 1.2"), cifar10(), 16, 2, rounds, "fp32"))
 
     def digits_sampling() -> None:
         pipe = DDPMPipeline.from_pretrained(DIGITS)
-        for precision, compiled in (("bf16", compile), ("fp32", compile)):
-            row = Row("sampling, digits network, batch 64, a step", ">= 2")
-            rows.append(sampling(row, pipe, 64, 50, rounds, precision, compiled))
+        low, full = (Row("sampling, digits network, batch 64, a step", ">= 2") for _ in range(2))
+        rows.extend(
+            sampling(row, pipe, 64, 50, rounds, precision, compile)
+            for row, precision in ((low, "bf16"), (full, "fp32"))
+        )
         distances = [digits_distance(Execution(p), arguments.num_samples) for p in ("fp32", "bf16")]
-        rows[-2].check = f"Frechet distance {distances[1]:.2f}, in float32 {distances[0]:.2f}"
+        low.check = f"Frechet distance {distances[1]:.2f}, in float32 {distances[0]:.2f}"
 
     def trainings() -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -352,7 +357,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             rows.extend(image_rows(Path(folder), rounds))
 
-    groups = {
+    groups: dict[str, Callable[[], Any]] = {
         "cifar10": cifar_sampling,
         "digits": digits_sampling,
         "training": trainings,

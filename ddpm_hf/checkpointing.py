@@ -21,6 +21,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -75,12 +76,12 @@ def restore_training_state(
     set_optimizer_state_dict(model, optimizer, whole_state, options=options)
 
 
-def whole(tensor: Tensor) -> Tensor:
+def gather_shards(tensor: Tensor) -> Tensor:
     """A tensor gathered from its shards, if it has any; all processes have to call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def share_of(tensor: Tensor, like: Tensor) -> Tensor:
+def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
     """This process's share of a whole tensor, sharded as `like`; on the device of `like`."""
     if isinstance(like, DTensor):
         return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
@@ -100,7 +101,7 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_directory(target: Path, fill: Any) -> None:
+def write_directory(target: Path, fill: Callable[[Path], Any]) -> None:
     """Make the directory `target` from what `fill(folder)` writes, atomically: it appears complete or not at all.
 
     Raises:
@@ -135,15 +136,22 @@ def write_directory(target: Path, fill: Any) -> None:
 
 def remove_directory(path: Path) -> None:
     """Remove a directory so that a kill does not leave half of it under its name."""
-    doomed = path.with_name(f".{path.name}.old")
+    doomed = path.with_name(f".{path.name}.removed")
     shutil.rmtree(doomed, ignore_errors=True)
     path.rename(doomed)
     shutil.rmtree(doomed)
 
 
 def remove_leftovers(output_dir: Path) -> None:
-    """Remove what killed writes and removals have left of directories that never came to be, or are gone."""
-    for pattern in (".*.partial", ".*.old"):
+    """Remove what killed writes and removals have left; what was there before a write that broke off comes back.
+
+    Not what a push has taken of a folder (`hub_files.make_snapshot`): it may be going on.
+    """
+    for old in output_dir.glob(".*.old"):  # the one before, where a kill came between two renames
+        target = old.with_name(old.name.removeprefix(".").removesuffix(".old"))
+        if not target.exists():
+            old.rename(target)
+    for pattern in (".*.partial", ".*.old", ".*.removed"):
         for path in output_dir.glob(pattern):
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
@@ -172,9 +180,9 @@ def save_checkpoint(
         for name, content in tensors.items():
             plain = {key: value.detach().contiguous().cpu() for key, value in content.items()}
             save_file(plain, folder / f"{name}.safetensors")
-        (folder / STATE_FILE).write_text(json.dumps({"step": step, **state}, indent=1))
+        (folder / STATE_FILE).write_text(json.dumps({"step": step, **state}, indent=1), encoding="utf-8")
         manifest = {file.name: {"sha256": _sha256(file), "size": file.stat().st_size} for file in folder.iterdir()}
-        (folder / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1))
+        (folder / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
     try:
         write_directory(target, fill)
@@ -195,8 +203,12 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
     """The checkpoints of a run, oldest first."""
     if not output_dir.is_dir():
         return []
-    found = [(int(m[1]), path) for path in output_dir.iterdir() if (m := _NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found)]
+    return sorted((path for path in output_dir.iterdir() if _NAME.fullmatch(path.name)), key=checkpoint_step)
+
+
+def checkpoint_step(path: Path) -> int:
+    """The update that a checkpoint of a run is called after."""
+    return int(path.name.split("-")[1])
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
@@ -209,16 +221,21 @@ def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str,
         raise CheckpointError(f"{str(path)!r} is not a complete checkpoint: it has no {MANIFEST_FILE}")
     damaged = f"the checkpoint {str(path)!r} is damaged"
     try:
-        manifest = json.loads((path / MANIFEST_FILE).read_text())
+        manifest = json.loads((path / MANIFEST_FILE).read_text(encoding="utf-8"))
         for name, recorded in manifest.items():
             file = path / name
             if not file.is_file():
                 raise CheckpointError(f"{damaged}: {name} is missing")
             if file.stat().st_size != recorded["size"] or _sha256(file) != recorded["sha256"]:
                 raise CheckpointError(f"{damaged}: {name} does not match its checksum")
-        state = json.loads((path / STATE_FILE).read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError, TypeError, FileNotFoundError):
+    except CheckpointError:
+        raise
+    except (ValueError, KeyError, AttributeError, TypeError):
         raise CheckpointError(f"{damaged}: {MANIFEST_FILE} is not readable") from None
+    try:
+        state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+    except (ValueError, FileNotFoundError):  # it is not in the manifest, or was not JSON when that was written
+        raise CheckpointError(f"{damaged}: {STATE_FILE} is not readable") from None
     tensors = {Path(name).stem: load_file(path / name) for name in manifest if name.endswith(".safetensors")}
     return tensors, state
 

@@ -57,7 +57,7 @@ making a model:
 using and measuring it:
   sample            images: from noise, from given images, the paper's figures
   evaluate          the paper's numbers: bits/dim, FID, IS, KID, neighbours, ...
-  optimal_variance  measure it once, for better samples in few steps
+  optimal_variance  measure the best variance once, for better samples in few steps
 
 showing it:
   push              publish it on the Hub
@@ -71,6 +71,8 @@ eval "$(ddpm-hf --bash_completion)" lets bash complete commands and flags."""
 def run(command: Callable[..., int], arguments: Sequence[str], prog: str) -> int:
     """Run one command; a user's mistake becomes one sentence on stderr and exit code 2, Ctrl-C exit code 130.
 
+    So does a device whose memory is too small for what was asked.
+
     The environment variable DDPM_HF_TRACEBACK=1 shows where the sentence came from.
     """
     try:
@@ -81,10 +83,19 @@ def run(command: Callable[..., int], arguments: Sequence[str], prog: str) -> int
     except (ValueError, ArgumentError, OSError) as error:
         if os.environ.get("DDPM_HF_TRACEBACK"):
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return _told(" ".join(str(error).split()))
+    except RuntimeError as error:  # by its name, as importing torch takes seconds
+        if type(error).__name__ != "OutOfMemoryError" or os.environ.get("DDPM_HF_TRACEBACK"):
+            raise
+        return _told("too little memory on the device; give a smaller --batch_size (training: --train_batch_size)")
     finally:
         _leave_processes()
+
+
+def _told(sentence: str) -> int:
+    """Print what is wrong; the exit code."""
+    print(f"error: {sentence}", file=sys.stderr)
+    return 2
 
 
 def _leave_processes() -> None:

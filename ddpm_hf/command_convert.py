@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from .command_line import Parser, UsageError
 from .configuration import paper_value
@@ -21,7 +22,12 @@ def convert_parser(prog: str | None = None) -> Parser:
     group.add_argument(
         "--to", type=str | None, default=None, help="official_tf: write our weights for the official code"
     )
-    group.add_argument("--checkpoint", type=str, required=True, help="the file; for TensorFlow without its ending")
+    group.add_argument(
+        "--checkpoint",
+        type=str,
+        required=True,
+        help="the file (TensorFlow: without its ending); with --to, a model's folder or checkpoint-N",
+    )
     group.add_argument("--output", type=str, required=True, help="the folder to make")
     group.add_argument("--no_ema", action="store_true", help="take the raw weights instead of the averaged ones")
     group = parser.add_argument_group("model, where the file does not say")
@@ -48,22 +54,23 @@ def convert(arguments: Sequence[str], prog: str | None = None) -> int:
     if (values["from"] is None) == (values["to"] is None):
         raise UsageError("give either --from FORMAT (to ours) or --to official_tf (from ours)")
     from . import convert as conversion
+    from .unet_2d import parameter_count
 
+    options: dict[str, Any] = {
+        "sample_size": values["sample_size"],
+        "preset": values["preset"],
+        "ema": not values["no_ema"],
+        "num_heads": values["num_heads"],
+        "variance_type": values["variance_type"],
+    }
     if values["to"] is not None:
         if values["to"] != "official_tf":
             raise UsageError(f"--to knows official_tf, got {values['to']!r}")
+        if given := conversion.options_given(**options):
+            raise UsageError(f"--to official_tf takes no {', '.join(given)}: the model's folder says it; leave it out")
         print(f"wrote {conversion.convert_to_official(values['checkpoint'], values['output'])}")
         return 0
-    pipe = conversion.convert(
-        values["from"],
-        values["checkpoint"],
-        values["output"],
-        sample_size=values["sample_size"],
-        preset=values["preset"],
-        ema=not values["no_ema"],
-        num_heads=values["num_heads"],
-        variance_type=values["variance_type"],
-    )
-    count = sum(p.numel() for p in pipe.unet.parameters())
-    print(f"wrote {values['output']}: {count:,} parameters, variance {pipe.scheduler.config.variance_type}")
+    pipe = conversion.convert(values["from"], values["checkpoint"], values["output"], **options)
+    count, variance = parameter_count(pipe.unet), pipe.scheduler.config.variance_type
+    print(f"wrote {values['output']}: {count:,} parameters, variance {variance}")
     return 0

@@ -9,8 +9,8 @@ from typing import Any
 
 from jsonargparse.typing import PositiveInt
 
-from .command_line import Parser, UsageError, add_image_flags, image_source
-from .command_model import add_sampler_flags, load_pipeline, optimizer
+from .command_line import Parser, UsageError, add_image_flags, image_arguments
+from .command_model import add_sampler_flags, check_optimize, inference_optimization, load_pipeline
 
 
 def evaluate_parser(prog: str | None = None) -> Parser:
@@ -22,10 +22,11 @@ def evaluate_parser(prog: str | None = None) -> Parser:
         "--metrics",
         type=str,
         default="nll",
-        help="of nll (bits/dim), rate_distortion, fid, is, kid, prc (precision and recall), nn (nearest neighbours)",
+        help="comma-separated: nll (bits/dim), rate_distortion, fid, is, kid, prc (precision and recall), nn (nearest "
+        "neighbours)",
     )
     group.add_argument("--batch_size", type=PositiveInt, default=256, help="images at a time; changes no number")
-    group.add_argument("--seed", type=int, default=0, help="of the noise, and of the first sample")
+    group.add_argument("--seed", type=int, default=0, help="of the likelihood's noise; sample i has the seed SEED + i")
     group.add_argument(
         "--compare", type=str, nargs="+", default=None, help="only print reports side by side: A.json B.json"
     )
@@ -38,7 +39,7 @@ def evaluate_parser(prog: str | None = None) -> Parser:
         help="train, validation, test, or several: train,test; left out: the likelihood of held-out images, and "
         "samples beside training and held-out images",
     )
-    group.add_argument("--validation_split", type=float, default=0.0, help="as in training: what was held out")
+    group.add_argument("--validation_split", type=float, default=0.0, help="the share that was held out in training")
     group = parser.add_argument_group("likelihood (nll, rate_distortion)")
     group.add_argument(
         "--num_images", type=PositiveInt | None, default=None, help="the first this many images; all if left out"
@@ -51,7 +52,7 @@ def evaluate_parser(prog: str | None = None) -> Parser:
     )
     add_sampler_flags(parser)
     group = parser.add_argument_group("comparison of samples (fid, is, kid, prc, nn)")
-    group.add_argument("--num_samples", type=PositiveInt, default=50_000, help="how many; the paper: 50000")
+    group.add_argument("--num_samples", type=PositiveInt, default=50_000, help="samples to draw; the paper: 50000")
     group.add_argument(
         "--features",
         type=str,
@@ -60,7 +61,10 @@ def evaluate_parser(prog: str | None = None) -> Parser:
         "facebook/dinov2-base, or several of them: inception,pixels",
     )
     group.add_argument(
-        "--inception_weights", type=str | None, default=None, help="torch-fidelity's weights file; default: its place"
+        "--inception_weights",
+        type=str | None,
+        default=None,
+        help="torch-fidelity's weights file; default: where it keeps them",
     )
     group = parser.add_argument_group("output")
     group.add_argument(
@@ -79,6 +83,9 @@ def evaluate(arguments: Sequence[str], prog: str | None = None) -> int:
     """`ddpm-hf evaluate`."""
     values = evaluate_parser(prog).parse_args(list(arguments))
     if values.compare is not None:
+        for name in ("model", "output", "dataset", "dataset_name", "train_data_dir"):
+            if values[name] is not None:
+                raise UsageError(f"--compare only reads reports: leave out --{name}")
         return _compare(values.compare)
     if values.model is None:
         raise UsageError("give the model as --model FOLDER_OR_NAME, or reports as --compare A.json B.json")
@@ -87,30 +94,28 @@ def evaluate(arguments: Sequence[str], prog: str | None = None) -> int:
         raise UsageError(f"--output {values.output} is a file; name a folder, or FILE.json")
     from .evaluation import LIKELIHOOD_METRICS, load_splits, parse_metrics
     from .evaluation import evaluate as evaluate_model
-    from .processes import default_cache_dir, end_with_the_launcher, processes, set_cpu_threads
+    from .processes import processes, start_process
     from .reports import writable_folder
 
+    check_optimize(values.optimize)
     metrics = parse_metrics(values.metrics)
     if output is not None and output.suffix == ".json":
         writable_folder(output.parent, "--output")
-    end_with_the_launcher()
+    start_process()
     here = processes()
-    set_cpu_threads(None, here.num_processes)
     pipe = load_pipeline(values.model, values.dtype, values.tf32)
     channels, height, width = pipe.image_shape
     sets = load_splits(
         None if values.split is None else [part.strip() for part in values.split.split(",")],
         bool(set(metrics) - set(LIKELIHOOD_METRICS)),
-        dataset=values.dataset,
-        dataset_name=values.dataset_name,
-        train_data_dir=values.train_data_dir,
+        **image_arguments(values),
         validation_split=values.validation_split,
         channels=channels,
         resolution=(height, width),
     )
     chosen = None if values.split is None else sorted(sets, key=lambda split: split == "train")  # held out comes first
     num_images = sum(len(images) for images in sets.values() if isinstance(images, Sized))
-    prepare = optimizer(values, _evaluations(pipe, values, metrics, num_images))
+    prepare = inference_optimization(values, _evaluations(pipe, values, metrics, num_images))
     try:
         report = evaluate_model(
             pipe,
@@ -130,7 +135,7 @@ def evaluate(arguments: Sequence[str], prog: str | None = None) -> int:
             seed=values.seed,
             features=[part.strip() for part in values.features.split(",")],
             inception_weights=values.inception_weights,
-            cache_dir=default_cache_dir() if values.cache_dir is None else Path(values.cache_dir),
+            cache_dir=None if values.cache_dir is None else Path(values.cache_dir),
             output=None if output is None or output.suffix == ".json" else output,
             model_name=values.model,
             progress=True,
@@ -153,10 +158,10 @@ def _evaluations(pipe: Any, values: Any, metrics: Sequence[str], num_images: int
     from .evaluation import LIKELIHOOD_METRICS
 
     T = pipe.scheduler.config.num_train_timesteps
-    images = min(values.num_images or num_images, num_images) * (values.num_evaluations or T)
-    samples = values.num_samples * (values.num_inference_steps or T)
-    likelihood, samples_too = set(metrics) & set(LIKELIHOOD_METRICS), set(metrics) - set(LIKELIHOOD_METRICS)
-    return (bool(likelihood) * images + bool(samples_too) * samples) // values.batch_size
+    for_likelihoods = min(values.num_images or num_images, num_images) * (values.num_evaluations or T)
+    for_samples = values.num_samples * (values.num_inference_steps or T)
+    likelihoods, samples = set(metrics) & set(LIKELIHOOD_METRICS), set(metrics) - set(LIKELIHOOD_METRICS)
+    return (bool(likelihoods) * for_likelihoods + bool(samples) * for_samples) // values.batch_size
 
 
 def _print_report(report: Any) -> None:
@@ -210,15 +215,16 @@ def optimal_variance(arguments: Sequence[str], prog: str | None = None) -> int:
     from .data import load_images
     from .evaluation import first_images
     from .optimal_variance import prediction_error, save_optimal_variance
-    from .processes import processes, say, together
+    from .processes import processes, say, start_process, together
 
     if not Path(values.model).is_dir():
         raise UsageError(f"--model {values.model!r} must be a folder on this machine: its scheduler is rewritten")
+    start_process()
     pipe = load_pipeline(values.model)
-    if not values.keep_variance_type and "learned" in pipe.scheduler.config.variance_type:
+    if not values.keep_variance_type and "learned" in (pipe.scheduler.config.get("variance_type") or ""):
         raise UsageError("this network predicts its own variance; add --keep_variance_type")
     channels, height, width = pipe.image_shape
-    data = load_images(**image_source(values), split="train", channels=channels, resolution=(height, width))
+    data = load_images(**image_arguments(values), split="train", channels=channels, resolution=(height, width))
     images = first_images(data, values.num_images)
     error = prediction_error(pipe, images, batch_size=values.batch_size, seed=values.seed, progress=True)
     with together():

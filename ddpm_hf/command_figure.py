@@ -5,16 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .command_line import Parser, UsageError, image_source
-from .command_model import load_sampling_pipeline, read_images
+from .command_line import IMAGE_SOURCES, Parser, UsageError, add_image_flags, image_arguments
+from .command_model import check_optimize, inference_optimization, load_sampling_pipeline, read_images
 
 # What only some figures take, and which do.
 _FIGURE_FLAGS = {
     "animation": ("progressive",),
-    "images": ("interpolation", "coarse_to_fine"),
-    "dataset": ("interpolation", "coarse_to_fine"),
-    "dataset_name": ("interpolation", "coarse_to_fine"),
-    "train_data_dir": ("interpolation", "coarse_to_fine"),
+    **dict.fromkeys(("images", *IMAGE_SOURCES), ("interpolation", "coarse_to_fine")),
     "t": ("interpolation",),
 }
 
@@ -30,11 +27,13 @@ def add_figure_flags(parser: Parser) -> None:
     )
     group.add_argument("--animation", type=str | None, default=None, help="progressive too: FILE.gif, .webp or .png")
     group.add_argument(
-        "--images", type=str, nargs="+", default=None, help="to interpolate between: A.png B.png, or several pairs"
+        "--images",
+        type=str,
+        nargs="+",
+        default=None,
+        help="to interpolate between: A.png B.png, or several pairs; or the first images of a dataset:",
     )
-    group.add_argument("--dataset", type=str | None, default=None, help="instead: the first images of digits")
-    group.add_argument("--dataset_name", type=str | None, default=None, help="of a dataset by Hub id or local path")
-    group.add_argument("--train_data_dir", type=str | None, default=None, help="of a folder")
+    add_image_flags(group)
     group.add_argument(
         "--t",
         type=int | None,
@@ -60,6 +59,7 @@ def draw_figure(values: Any) -> int:
     from .processes import processes
     from .visualize import animation_format, check_writable, save_animation, save_picture
 
+    check_optimize(values.optimize)
     figure = values.figure
     if figure not in figures.FIGURES:
         raise UsageError(
@@ -99,6 +99,10 @@ def draw_figure(values: Any) -> int:
     if values.animation is not None:
         check_writable(values.animation)
 
+    T = pipe.scheduler.config.num_train_timesteps
+    batches = -(-len(seeds) // values.batch_size)
+    if (prepare := inference_optimization(values, batches * (values.num_inference_steps or T))) is not None:
+        prepare(pipe)
     made: Any
     if given is None:
         draw = figures.progressive_generation if figure == "progressive" else figures.shared_latents
@@ -121,7 +125,7 @@ def _check_pairs(values: Any, seeds: int) -> None:
     Raises:
         UsageError: They are not.
     """
-    sources = [name for name in ("images", "dataset", "dataset_name", "train_data_dir") if values[name] is not None]
+    sources = [name for name in ("images", *IMAGE_SOURCES) if values[name] is not None]
     if len(sources) != 1:
         raise UsageError(
             f"--figure {values.figure} needs images to interpolate between: give --images A.png B.png, or exactly one "
@@ -142,7 +146,7 @@ def _given_images(values: Any, count: int, image_shape: tuple[int, int, int]) ->
     if values.images is not None:
         return read_images("images", values.images, image_shape)
     channels, height, width = image_shape
-    source = load_images(**image_source(values), channels=channels, resolution=(height, width))
+    source = load_images(**image_arguments(values), channels=channels, resolution=(height, width))
     images = first_images(source, count).images
     if len(images) < count:
         raise UsageError(f"{len(images)} images are too few for {count // 2} pairs; give fewer --seeds")

@@ -16,10 +16,19 @@ import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
 # Where images come from, in flags as in `data.load_images`.
-_IMAGE_SOURCES = {
+IMAGE_SOURCES = {
     "dataset": "a built-in dataset: digits",
     "dataset_name": "a dataset by Hub id or local path",
     "train_data_dir": "a folder of images",
+}
+# How their images are read, as `data.load_images` calls it where that differs.
+_READING = {
+    "dataset_config_name": "the configuration of --dataset_name",
+    "image_column": "its column of images; found by itself if left out",
+    "label_column": "its column of classes; found by itself if left out",
+    "background": "colour under transparent pixels; default: white",
+    "array_layout": "HWC or CHW, for .npy arrays whose shape fits both",
+    "on_bad_image": "error (default), or skip: name unreadable images and go on without them",
 }
 
 
@@ -176,11 +185,19 @@ def parse_configs(parser: ArgumentParser, arguments: Sequence[str], *config_clas
 
 
 def add_image_flags(group: Any) -> None:
-    """The flags that say where images come from."""
-    for name, text in _IMAGE_SOURCES.items():
+    """The flags that say where images come from and how they are read, as in training."""
+    for name, text in (IMAGE_SOURCES | _READING).items():
         group.add_argument(f"--{name}", type=str | None, default=None, help=text)
+    group.add_argument(
+        "--value_range", type=float, nargs=2, default=None, help="what .npy arrays call black and white, such as 0 1"
+    )
 
 
-def image_source(values: Any) -> dict[str, Any]:
-    """Those of them that were given."""
-    return {name: values[name] for name in _IMAGE_SOURCES if values[name] is not None}
+def image_arguments(values: Any) -> dict[str, Any]:
+    """Those of them that were given, as arguments of `data.load_images`."""
+    given = {name: values[name] for name in (*IMAGE_SOURCES, *_READING) if values[name] is not None}
+    if "dataset_config_name" in given:
+        given["config_name"] = given.pop("dataset_config_name")
+    if values.value_range is not None:
+        given["value_range"] = tuple(values.value_range)
+    return given

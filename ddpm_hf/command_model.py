@@ -40,7 +40,10 @@ def add_sampler_flags(parser: Parser) -> None:
     )
     group.add_argument("--eta", type=float, default=0.0, help="noise of ddim: 0 none, 1 as much as ddpm")
     group.add_argument(
-        "--guidance_scale", type=float, default=1.0, help="1: classes as learned; more exaggerates them"
+        "--guidance_scale",
+        type=float,
+        default=1.0,
+        help="classifier-free guidance; 1: none, more exaggerates the class",
     )
     group.add_argument(
         "--dtype",
@@ -87,22 +90,29 @@ def load_pipeline(model: str, dtype: str = "float32", tf32: bool = False) -> Any
     try:
         return DDPMPipeline.from_pretrained(model, dtype=getattr(torch, dtype)).to(processes().device)
     except (OSError, ValueError) as error:
-        raise UsageError(f"cannot load --model {model}: {str(error).strip().splitlines()[0]}") from error
+        raise UsageError(
+            f"cannot load --model {model}: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
+        ) from error
 
 
-def optimizer(values: Any, evaluations: int) -> Callable[[Any], None] | None:
-    """What lets a pipeline's network be computed as `--optimize` says, and says what was chosen; `None` for nothing.
-
-    Args:
-        values: The flags.
-        evaluations: About how many evaluations of the network follow, of a batch each.
+def check_optimize(word: str) -> None:
+    """`--optimize`, before anything is loaded.
 
     Raises:
         UsageError: Another word than those of the flag.
     """
     words = ("auto", "yes", "no", "compile")
-    if values.optimize not in words:
-        raise UsageError(f"--optimize must be one of {', '.join(words)}, got {values.optimize!r}")
+    if word not in words:
+        raise UsageError(f"--optimize must be one of {', '.join(words)}, got {word!r}")
+
+
+def inference_optimization(values: Any, evaluations: int) -> Callable[[Any], None] | None:
+    """A function that makes a pipeline's network faster as `--optimize` says, and says how; `None` for nothing.
+
+    Args:
+        values: The flags.
+        evaluations: About how many evaluations of the network follow, of a batch each.
+    """
     if values.optimize == "no" or (values.optimize == "auto" and evaluations < _LONG_RUN):
         return None
 

@@ -25,9 +25,9 @@ def push_parser(prog: str | None = None) -> Parser:
     return parser
 
 
-def _add_hub_flags(group: Any, private: str) -> None:
+def _add_hub_flags(group: Any, private_help: str) -> None:
     names = ("--private", "--hub_private_repo")
-    group.add_argument(*names, type=bool, nargs="?", const=True, default=True, help=private)
+    group.add_argument(*names, type=bool, nargs="?", const=True, default=True, help=private_help)
     group.add_argument(
         "--token",
         "--hub_token",

@@ -9,7 +9,13 @@ from jsonargparse.typing import PositiveInt
 
 from .command_figure import add_figure_flags, draw_figure, wants_figure
 from .command_line import Parser, UsageError
-from .command_model import add_sampler_flags, load_sampling_pipeline, optimizer, read_images
+from .command_model import (
+    add_sampler_flags,
+    check_optimize,
+    inference_optimization,
+    load_sampling_pipeline,
+    read_images,
+)
 
 # What only goes with given images, and what it goes with.
 _GOES_WITH = {
@@ -35,7 +41,7 @@ def sample_parser(prog: str | None = None) -> Parser:
     group.add_argument(
         "--class_labels", type=str | None, default=None, help="classes by name or number, in turn: cats,dogs or 0,1"
     )
-    group.add_argument("--batch_size", type=int, default=64, help="images at a time; does not change them")
+    group.add_argument("--batch_size", type=PositiveInt, default=64, help="images at a time; does not change them")
     add_sampler_flags(parser)
     group = parser.add_argument_group("from given images: image to image, inpainting")
     group.add_argument(
@@ -62,13 +68,13 @@ def sample_parser(prog: str | None = None) -> Parser:
         "--resample_length",
         type=PositiveInt | None,
         default=None,
-        help="with a mask (RePaint): every so many steps go back as many; default: 10",
+        help="RePaint's jump length: go back this many steps after as many; default: 10",
     )
     group.add_argument(
         "--resample_times",
         type=PositiveInt | None,
         default=None,
-        help="and walk each stretch so often; 1: never go back; default: 10",
+        help="how often each stretch is sampled; 1: no going back; default: 10",
     )
     add_figure_flags(parser)
     return parser
@@ -87,14 +93,16 @@ def sample(arguments: Sequence[str], prog: str | None = None) -> int:
     if values.image is not None and values.strength is None and values.mask_image is None:
         raise UsageError("--image needs --strength (the share of the chain to go back, 0 to 1) or --mask_image FILE")
     from .generation import class_sequence, parse_seeds, write_samples
-    from .processes import say
+    from .processes import say, start_process
 
+    check_optimize(values.optimize)
+    start_process()
     default = "0-15" if values.image is None or len(values.image) == 1 else f"0-{len(values.image) - 1}"
     seeds = parse_seeds(default if values.seeds is None else values.seeds)
     pipe = load_sampling_pipeline(values)
-    batches = -(-len(seeds) // max(values.batch_size, 1))
+    batches = -(-len(seeds) // values.batch_size)
     evaluations = batches * (values.num_inference_steps or pipe.scheduler.config.num_train_timesteps)
-    prepare = optimizer(values, evaluations)
+    prepare = inference_optimization(values, evaluations)
     drawn = write_samples(
         pipe,
         seeds,

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .presets import PRESETS, Preset, get_preset
+from .reports import write_text
 
 
 def paper_value(read: Callable[[Preset], Any]) -> str:
@@ -111,6 +112,7 @@ class TrainingConfig:
     )
     background: str = _flag("white", "colour under transparent pixels", _IMAGES)
     value_range: list[float] | None = _flag(None, "what .npy arrays call black and white, for example 0 1", _IMAGES)
+    array_layout: str | None = _flag(None, "HWC or CHW, for .npy arrays whose shape fits both", _IMAGES)
     on_bad_image: str = _flag("error", "error, or skip: name unreadable images and go on without them", _IMAGES)
     streaming: bool = _flag(False, "read the dataset from end to end, without keeping it", _IMAGES)
     dataloader_num_workers: int = _flag(4, "threads that decode images which do not fit into memory", _IMAGES)
@@ -204,14 +206,14 @@ class TrainingConfig:
         positive = (
             "max_train_steps train_batch_size total_batch_size gradient_accumulation_steps learning_rate "
             "max_grad_norm checkpointing_steps checkpoints_total_limit save_images_steps validation_steps "
-            "num_sample_images dataloader_num_workers "
+            "num_sample_images "
             "ddpm_num_inference_steps eval_num_evaluations eval_num_samples num_cpu_threads"
         )
         for name in positive.split():
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"--{name} must be positive, got {value}")
-        for name in ("lr_warmup_steps", "eval_num_images"):
+        for name in ("lr_warmup_steps", "eval_num_images", "dataloader_num_workers"):
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise ValueError(f"--{name} must not be negative, got {value}")
@@ -238,6 +240,7 @@ class TrainingConfig:
             "mixed_precision": ("no", "fp16", "bf16"),
             "sampler": ("ddpm", "ddim"),
             "on_bad_image": ("error", "skip"),
+            "array_layout": ("HWC", "CHW"),
         }
         for name, known in choices.items():
             value = getattr(self, name)
@@ -272,6 +275,11 @@ class TrainingConfig:
         elif preset.scheduler["variance_type"] in learned:  # and this run's is not
             unet["out_channels"] = unet.get("in_channels", 3)
         recipe = dataclasses.replace(preset, **changes, unet=unet, scheduler=scheduler)
+        if scheduler["variance_type"] in learned and recipe.loss == "simple":
+            raise ValueError(
+                f"--loss simple does not train the variance of --variance_type {scheduler['variance_type']}; add "
+                "--loss hybrid or vlb, or take a fixed variance"
+            )
         if recipe.loss == "hybrid" and unet.get("out_channels", 3) == unet.get("in_channels", 3):
             raise ValueError("--loss hybrid trains a learned variance; add --variance_type learned_range")
         return recipe
@@ -304,6 +312,8 @@ class TrainingConfig:
             "config_name": self.dataset_config_name,
             "cache_dir": self.cache_dir,
         }
+        if self.array_layout is not None:
+            options["array_layout"] = self.array_layout
         if self.value_range is not None:
             options["value_range"] = tuple(self.value_range)
         return options
@@ -337,15 +347,19 @@ class TrainingConfig:
             return per_process, total // known, total
         return total // known, accumulation or 1, total
 
+    def inference_steps(self, num_train_timesteps: int) -> int:
+        """Steps of the sampler: a chain has no more than its T."""
+        return min(self.ddpm_num_inference_steps, num_train_timesteps)
+
     def public_values(self) -> dict[str, Any]:
         """All of it but the access token, for files and trackers."""
         return {name: value for name, value in dataclasses.asdict(self).items() if name != "hub_token"}
 
     def save(self, path: Path) -> None:
-        """Write the run's configuration as YAML that `--config` reads."""
+        """Write the run's configuration as YAML that `--config` reads, completely or not at all."""
         import yaml
 
-        path.write_text(yaml.safe_dump(self.public_values(), sort_keys=False))
+        write_text(path, yaml.safe_dump(self.public_values(), sort_keys=False))
 
 
 @dataclass(frozen=True)

@@ -11,29 +11,26 @@ made:
 | `improved_diffusion` | `ema_*.pt` and `model*.pt` of openai/improved-diffusion, where `UNet2DModel` has its like |
 | `diffusers` | stock repositories, old ones too: flat layout, legacy attention keys, `.bin` weights |
 
-PyTorch files are read with `weights_only=True`: nothing in them is executed.
+PyTorch files are read by `weight_files.py`: nothing in them is executed.
 """
 
 from __future__ import annotations
 
 import json
-import pickle
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from .checkpointing import write_directory
+from .checkpointing import MANIFEST_FILE, load_checkpoint, write_directory
 from .pipeline_ddpm import DDPMPipeline
 from .presets import OFFICIAL_NETWORK, PAPER_PROCESS, get_preset
 from .scheduling_ddpm import DDPMScheduler
 from .unet_2d import UNet2DModel
+from .weight_files import read_weights
 from .weight_names import (
     ConversionError,
     Tensors,
@@ -71,22 +68,10 @@ FORMATS = (*_TRAITS, "diffusers")
 
 def _read_pytorch(path: Path) -> Any:
     """What a PyTorch or safetensors file holds, without executing anything in it."""
-    if not path.is_file():
-        raise ConversionError(f"there is no file {str(path)!r}")
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if "weights_only" in str(error).lower() or "unsupported" in str(error).lower():
-            raise ConversionError(
-                f"{str(path)!r} holds more than tensors and would run code when loaded; it is refused. Save its state "
-                "dict alone (torch.save(model.state_dict(), ...) or safetensors) with the code that it came from"
-            ) from None
-        raise ConversionError(f"{str(path)!r} is not a PyTorch checkpoint, or is damaged") from None
-    except (RuntimeError, EOFError, SafetensorError, ValueError, KeyError, OSError, UnicodeDecodeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
-        raise ConversionError(f"{str(path)!r} is not a PyTorch checkpoint, or is damaged ({reason})") from None
+        return read_weights(path)
+    except ValueError as error:
+        raise ConversionError(str(error)) from None
 
 
 def _tensors_in(path: Path, content: Any) -> Tensors:
@@ -108,13 +93,18 @@ def _tensorflow() -> Any:
 
 def _read_official_tf(path: Path, ema: bool) -> Tensors:
     """The official variables, by their canonical names and in PyTorch's layout."""
+    nothing = ConversionError(
+        f"there is no TensorFlow checkpoint at {str(path)!r}; give the path without ending, as in model.ckpt-790000, "
+        "beside which lie .index and .data files"
+    )
+    prefix: str | None = str(path).removesuffix(".index")
+    if not (any(path.glob("*.index")) if path.is_dir() else Path(f"{prefix}.index").is_file()):
+        raise nothing  # said before TensorFlow is imported, which takes seconds, or is not there
     tf = _tensorflow()
-    prefix = tf.train.latest_checkpoint(str(path)) if path.is_dir() else str(path).removesuffix(".index")
-    if prefix is None or not Path(f"{prefix}.index").is_file():
-        raise ConversionError(
-            f"there is no TensorFlow checkpoint at {str(path)!r}; give the path without ending, as in "
-            "model.ckpt-790000, beside which lie .index and .data files"
-        )
+    if path.is_dir():
+        prefix = tf.train.latest_checkpoint(str(path))
+        if prefix is None or not Path(f"{prefix}.index").is_file():
+            raise nothing
     try:
         reader = tf.train.load_checkpoint(prefix)
         names = [name for name in reader.get_variable_to_shape_map() if name.startswith("model/")]
@@ -150,7 +140,8 @@ def _read_pytorch_ddpm(path: Path, ema: bool) -> Tensors:
     if isinstance(content, dict) and ("ema_model" in content or "net_model" in content):
         key = "ema_model" if ema else "net_model"
         if key not in content:
-            raise ConversionError(f"{str(path)!r} has no {key}" + ("; take the raw weights with --no_ema" * ema))
+            way_out = "; take the raw weights with --no_ema" if ema else ""
+            raise ConversionError(f"{str(path)!r} has no {key}{way_out}")
         content = content[key]
     return canonical_from_pytorch_ddpm(_tensors_in(path, content))
 
@@ -171,32 +162,59 @@ _READERS: dict[str, Callable[[Path, bool], Tensors]] = {
 }
 
 
-def _to_unet(tensors: Tensors, arguments: dict[str, Any], what: str) -> UNet2DModel:
-    """A network with these weights; every tensor must find its place and every place its tensor."""
-    unet = UNet2DModel(**arguments)
+def _load_weights(unet: UNet2DModel, tensors: Tensors, key_of: Callable[[str], str], file: Path, network: str) -> None:
+    """Give a network its weights; every tensor must find its place and every place its tensor.
+
+    Args:
+        unet: Gets them.
+        tensors: By the names in `file`.
+        key_of: Such a name to the network's key.
+        file: Where they come from, for messages.
+        network: Which network it is, for messages.
+
+    Raises:
+        ConversionError: A tensor without a place or of another shape, or a place without a tensor; names it.
+    """
     wanted = unet.state_dict()
-    levels = len(arguments["block_out_channels"])
     state: Tensors = {}
     for name, value in tensors.items():
-        key = our_key(name, levels)
+        key = key_of(name)
         if key not in wanted:
-            raise ConversionError(f"{what}: {name} has no place in the network that its other tensors describe")
+            raise ConversionError(f"{str(file)!r}: {name} has no place in {network}")
         target = wanted[key].shape
-        squeezed = [n for n in value.shape if n != 1]
-        if squeezed == [n for n in target if n != 1]:  # 1x1 convolutions and matrices are the same numbers
-            value = value.reshape(target)
+        if [n for n in value.shape if n != 1] == [n for n in target if n != 1]:
+            value = value.reshape(target)  # 1x1 convolutions and matrices are the same numbers
         if value.shape != target:
             raise ConversionError(
-                f"{what}: {name} has shape {tuple(tensors[name].shape)}, and {key} needs {tuple(target)}"
+                f"{str(file)!r}: {name} has shape {tuple(value.shape)}, and {network} asks for {tuple(target)} ({key})"
             )
         state[key] = value.to(wanted[key].dtype)
     if missing := sorted(wanted.keys() - state.keys()):
-        raise ConversionError(f"{what}: nothing found for {missing[0]} and {len(missing) - 1} other tensors")
+        others = len(missing) - 1
+        more = f" and {others} other tensor{'s' if others > 1 else ''}" if others else ""
+        raise ConversionError(f"{str(file)!r}: nothing found for {missing[0]}{more}")
     unet.load_state_dict(state)
-    return unet
 
 
 # ---------------------------------------------------------------------- whole conversions
+
+
+def options_given(
+    sample_size: int | None = None,
+    preset: str | None = None,
+    ema: bool = True,
+    num_heads: int = 1,
+    variance_type: str | None = None,
+) -> list[str]:
+    """The flags of those options of `load_foreign` that are not left as they are."""
+    flags = {
+        "--sample_size": sample_size is not None,
+        "--preset": preset is not None,
+        "--no_ema": not ema,
+        "--num_heads": num_heads != 1,
+        "--variance_type": variance_type is not None,
+    }
+    return [flag for flag, given in flags.items() if given]
 
 
 def load_foreign(
@@ -211,7 +229,8 @@ def load_foreign(
 ) -> DDPMPipeline:
     """A pipeline from somebody else's checkpoint.
 
-    The architecture is inferred from the names and shapes of the tensors.
+    The architecture is inferred from the names and shapes of the tensors; a `diffusers` repository says it, and
+    everything else, itself, so that only the first two arguments are for it.
 
     Args:
         from_format: One of `FORMATS`.
@@ -226,12 +245,14 @@ def load_foreign(
 
     Raises:
         ConversionError: The file is missing, damaged, of another format, or does not fit.
-        ValueError: Unknown format or preset, or no sample size.
+        ValueError: Unknown format or preset, no sample size, or what the format does not take.
     """
     if from_format not in FORMATS:
         raise ValueError(f"unknown format {from_format!r}; it must be one of {', '.join(FORMATS)}")
     path = Path(checkpoint)
     if from_format == "diffusers":
+        if given := options_given(sample_size, preset, ema, num_heads, variance_type):
+            raise ValueError(f"--from diffusers takes no {', '.join(given)}: the repository says it; leave it out")
         return _load_diffusers(path)
     process = dict(get_preset(preset).scheduler) if preset else dict(PAPER_PROCESS)
     if preset and sample_size is None:
@@ -258,11 +279,35 @@ def load_foreign(
         variance_type = "learned_range" if from_format == "improved_diffusion" else "learned"
     if variance_type is None:
         variance_type = process.get("variance_type") or ("fixed_small" if sample_size >= 256 else "fixed_large")
-    unet = _to_unet(tensors, {**arguments, "sample_size": sample_size}, str(path))
+    unet = UNet2DModel(**arguments, sample_size=sample_size)
+    levels = len(arguments["block_out_channels"])
+    network = "the network that its other tensors describe"
+    _load_weights(unet, tensors, lambda name: our_key(name, levels), path, network)
     return DDPMPipeline(unet.eval(), DDPMScheduler(**{**process, "variance_type": variance_type}))
 
 
 _LEGACY_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def _current_key(name: str) -> str:
+    """A key as diffusers writes it now, of one that may be its legacy attention's."""
+    parts = name.split(".")
+    return ".".join(_LEGACY_ATTENTION.get(part, part) for part in parts) if "attentions" in parts else name
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    """A component's configuration.
+
+    Raises:
+        ConversionError: It is not readable.
+    """
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise ConversionError(f"{str(file)!r} is not readable as JSON") from None
+    if not isinstance(config, dict):
+        raise ConversionError(f"{str(file)!r} holds no configuration")
+    return config
 
 
 def _load_diffusers(folder: Path) -> DDPMPipeline:
@@ -274,10 +319,7 @@ def _load_diffusers(folder: Path) -> DDPMPipeline:
     config_file = unet_dir / "config.json"
     if not config_file.is_file():
         raise ConversionError(f"{str(folder)!r} holds no diffusers network: there is no {config_file}")
-    try:
-        config = json.loads(config_file.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        raise ConversionError(f"{str(config_file)!r} is not readable as JSON") from None
+    config = _read_config(config_file)
     if config.get("_class_name") not in (None, "UNet2DModel"):
         raise ConversionError(f"{str(folder)!r} holds a {config['_class_name']}, which is no DDPM network")
     stem = unet_dir / "diffusion_pytorch_model"
@@ -285,22 +327,8 @@ def _load_diffusers(folder: Path) -> DDPMPipeline:
     if file is None:
         raise ConversionError(f"{str(unet_dir)!r} has neither {stem.name}.safetensors nor {stem.name}.bin")
     unet = UNet2DModel.from_config(config)
-    wanted = unet.state_dict()
-    state: Tensors = {}
-    for name, value in _tensors_in(file, _read_pytorch(file)).items():
-        parts = name.split(".")
-        key = ".".join(_LEGACY_ATTENTION.get(part, part) for part in parts) if "attentions" in parts else name
-        if key not in wanted:
-            raise ConversionError(f"{str(file)!r}: {name} has no place in the network of {config_file.name}")
-        if value.shape != wanted[key].shape:
-            raise ConversionError(
-                f"{str(file)!r}: {name} has shape {tuple(value.shape)}, and {config_file.name} asks for "
-                f"{tuple(wanted[key].shape)}"
-            )
-        state[key] = value
-    if missing := sorted(wanted.keys() - state.keys()):
-        raise ConversionError(f"{str(file)!r}: nothing found for {missing[0]} and {len(missing) - 1} other tensors")
-    unet.load_state_dict(state)
+    tensors = _tensors_in(file, _read_pytorch(file))
+    _load_weights(unet, tensors, _current_key, file, f"the network of {config_file.name}")
     if not (scheduler_dir / "scheduler_config.json").is_file():
         raise ConversionError(f"{str(scheduler_dir)!r} has no scheduler_config.json")
     return DDPMPipeline(unet.eval(), DDPMScheduler.from_pretrained(scheduler_dir))
@@ -377,19 +405,22 @@ def convert_to_official(model: str | Path, output: str | Path, global_step: int 
     Raises:
         ValueError: The model cannot be read or is not the official network, or `output` is in use.
     """
-    tf = _tensorflow()
     output, model = _free_place(output), Path(model)
     if not model.is_dir():
         raise ConversionError(f"there is no folder {str(model)!r}")
-    if (model / "ema.safetensors").is_file():
+    if any((model / name).is_file() for name in (MANIFEST_FILE, "ema.safetensors")):
         config = model.parent / "unet" / "config.json"
         if not config.is_file():
             raise ConversionError(f"{str(model)!r} belongs to an unfinished run: there is no {config}")
-        unet = UNet2DModel.from_config(json.loads(config.read_text()))
-        raw, ema = (to_official(unet, load_file(model / f"{name}.safetensors")) for name in ("model", "ema"))
-        global_step = json.loads((model / "state.json").read_text())["step"]
+        unet = UNet2DModel.from_config(_read_config(config))
+        tensors, state = load_checkpoint(model)
+        if not {"model", "ema"} <= tensors.keys():
+            raise ConversionError(f"{str(model)!r} is no training checkpoint: it has no raw and averaged weights")
+        raw, ema = (to_official(unet, tensors[name]) for name in ("model", "ema"))
+        global_step = state["step"]
     else:
         raw = ema = to_official(DDPMPipeline.from_pretrained(model).unet)
+    tf = _tensorflow()  # now that everything else is right: it takes seconds
     variables: dict[str, Any] = {**raw, **{f"{name}{EMA_SUFFIX}": value for name, value in ema.items()}}
     variables["global_step"] = np.int64(global_step)
     name = f"model.ckpt-{global_step}"
@@ -402,7 +433,8 @@ def convert_to_official(model: str | Path, output: str | Path, global_step: int 
             shape_and_slices=[""] * len(names),
             tensors=[tf.constant(variables[n]) for n in names],
         )
-        (folder / "checkpoint").write_text(f'model_checkpoint_path: "{name}"\nall_model_checkpoint_paths: "{name}"\n')
+        listed = f'model_checkpoint_path: "{name}"\nall_model_checkpoint_paths: "{name}"\n'
+        (folder / "checkpoint").write_text(listed, encoding="utf-8")
 
     write_directory(output, fill)
     return output / name

@@ -75,21 +75,21 @@ class LazyImageDataset:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def batch(self, indices: Tensor, crop_seeds: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def batch(self, indices: Tensor, seeds_of_crops: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """The images `[n, C, H, W]` at `indices` and their labels `[n]`.
 
         Args:
             indices: `[n]` int64, in any order, also repeated.
-            crop_seeds: `[n]` int64, one number for each image that says where to crop it (see `crop_seeds`), if the
-                dataset crops at random; from the centre where it is `None`.
+            seeds_of_crops: `[n]` int64, one number for each image that says where to crop it (see `crop_seeds`), if
+                the dataset crops at random; from the centre where it is `None`.
 
         Raises:
             ValueError: Images that cannot be read, each of them named.
         """
         wanted = indices.tolist()
         seeds: list[int | None] = [None] * len(wanted)
-        if crop_seeds is not None and self._reading.crop == "random":
-            seeds = crop_seeds.tolist()
+        if seeds_of_crops is not None and self._reading.crop == "random":
+            seeds = seeds_of_crops.tolist()
         decoded = self._decode(wanted, seeds)
         refuse_bad(
             [
@@ -143,20 +143,27 @@ def _load(source: Source, rows: Tensor, reading: Reading) -> ImageDataset | Lazy
     elif reading.crop == "random":
         raise ValueError("crop 'random' needs to know the size to crop to; choose one with --resolution")
     good, images = _decode_all(source, rows, reading)
-    if reading.crop == "random":
+    if images is None:
         # Decoded nevertheless: what cannot be read is better known before training than in the middle of it.
         return LazyImageDataset(source, good, reading)
     labels = None if source.labels is None else source.labels[good]
     return ImageDataset(images, labels, source.name, source.class_names)
 
 
-def _decode_all(source: Source, rows: Tensor, reading: Reading) -> tuple[Tensor, Tensor]:
-    """The rows that can be read, and their images `[N, C, H, W]`."""
+def _decode_all(source: Source, rows: Tensor, reading: Reading) -> tuple[Tensor, Tensor | None]:
+    """The rows that can be read, and their images `[N, C, H, W]`; no images where they are cropped at random.
+
+    Raises:
+        ValueError: Images that cannot be read, or (without a resolution) of different sizes, or more than fit.
+    """
     channels, resolution = reading.form.channels, reading.form.resolution
-    images = None if resolution is None else np.empty((len(rows), channels, *resolution), dtype=np.uint8)
+    images = None
+    if resolution is not None and reading.crop == "center":
+        images = np.empty((len(rows), channels, *resolution), dtype=np.uint8)
     good: list[int] = []
     bad: list[tuple[str, ValueError]] = []
     arrays: list[np.ndarray] = []  # only where the size is not known beforehand
+    num_bytes = 0  # of these
     # The bar appears only where there is something to wait for.
     with tqdm(total=len(rows), desc=f"reading {source.name}", unit="image", delay=2, leave=False) as bar:
         for chunk in rows.split(_CHUNK):
@@ -166,10 +173,18 @@ def _decode_all(source: Source, rows: Tensor, reading: Reading) -> tuple[Tensor,
                 if isinstance(pixels, ValueError):
                     bad.append((source.where(row), pixels))
                     continue
-                if images is None:
-                    arrays.append(pixels)
-                elif reading.crop == "center":
+                if images is not None:
                     images[len(good)] = pixels
+                elif resolution is None:
+                    arrays.append(pixels)
+                    num_bytes += pixels.nbytes
+                    if num_bytes > reading.memory_limit_bytes:
+                        height, width = pixels.shape[1:]
+                        raise ValueError(
+                            f"the images of {source.name} do not fit into {reading.memory_limit_bytes:,} bytes, and "
+                            "only those of one known size can be decoded as needed; choose one size with --resolution "
+                            f"(the last one read has {height}x{width})"
+                        )
                 good.append(row)
             bar.update(len(wanted))
     if bad and reading.on_bad_image == "error":
@@ -178,13 +193,13 @@ def _decode_all(source: Source, rows: Tensor, reading: Reading) -> tuple[Tensor,
         reading.report(f"left out {where}: {error}")
     if bad and not good:
         raise ValueError(f"none of the {len(rows)} images of {source.name} can be read; the first: {bad[0][1]}")
-    if images is None:
+    if resolution is None:
         sizes = {array.shape[1:] for array in arrays}
         if len(sizes) > 1:
             few = ", ".join(f"{h}x{w}" for h, w in sorted(sizes)[:4])
             raise ValueError(f"the images have {len(sizes)} different sizes ({few} ...); choose one with --resolution")
         images = np.stack(arrays) if arrays else np.empty((0, channels, 0, 0), dtype=np.uint8)
-    return torch.tensor(good, dtype=torch.long), torch.from_numpy(images[: len(good)])
+    return torch.tensor(good, dtype=torch.long), None if images is None else torch.from_numpy(images[: len(good)])
 
 
 # ---------------------------------------------------------------------- the sources by themselves
@@ -311,7 +326,8 @@ def load_images(
             - `on_bad_image` ("error"): or "skip"; either way every bad image is named.
             - `value_range`: the values that become 0 and 255, for arrays.
             - `array_layout`: "HWC" or "CHW", for arrays whose shape fits both.
-            - `memory_limit_bytes` (4 GiB): images that take more as uint8 are decoded as needed.
+            - `memory_limit_bytes` (4 GiB): images that take more as uint8 are decoded as needed; for that `resolution`
+              has to be given.
             - `num_workers` (4): threads that decode.
             - `shuffle_buffer` (4096): so many images of a stream are mixed at any time.
             - `report`: is called with each warning; `warnings.warn` if it is not given.
@@ -354,7 +370,9 @@ def load_images(
     name = dataset_name or train_data_dir
     assert name is not None
     if streaming:
-        keep = partial(belongs, held_out_share=validation_split, validation=split == "validation")
+        keep = None
+        if validation_split or split == "validation":
+            keep = partial(belongs, held_out_share=validation_split, validation=split == "validation")
         return open_stream(name, config_name, image_column, label_column, reading, keep)
     if source is None:
         source = open_rows(name, "train", config_name, cache_dir, image_column, label_column, reading.report)

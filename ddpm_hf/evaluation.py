@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import math
 import re
-import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
-from torch import Tensor
 
 from . import evaluation_plots as plots
-from .data import ImageDataset, Images, StreamedImages, load_hub_dataset, load_images, to_model_range
+from .data import ImageDataset, Images, StreamedImages, load_hub_dataset, load_images
 from .features import FeatureExtractor, make_extractor
-from .generation import with_sampler
-from .likelihood import LikelihoodResult, bits_per_dim, stratified_bits_per_dim
-from .pipeline_ddpm import DDPMPipeline, evaluating
+from .generation import check_sampler, with_sampler
+from .likelihood_evaluation import evaluate_likelihood
+from .pipeline_ddpm import DDPMPipeline
 from .presets import nearest
-from .processes import default_cache_dir, processes
+from .processes import default_cache_dir, processes, together
 from .reports import EvaluationReport, as_markdown, writable_folder, write_text
 from .sample_evaluation import (
     Neighbours,
@@ -32,10 +28,10 @@ from .sample_evaluation import (
     add_sample_metrics,
     draw_samples,
     find_neighbours,
-    images_digest,
     real_images,
 )
-from .shards import Rows, all_rows, digest, weights_digest
+from .shards import weights_digest
+from .unet_2d import parameter_count
 from .visualize import image_grid, save_picture
 
 __all__ = [
@@ -94,7 +90,8 @@ def load_splits(
     given: dict[str, Any] = {name: value for name, value in source.items() if value is not None}
 
     def load(split: str) -> Images:
-        if "dataset_name" in given and split not in ("train", "validation" if validation_split else "train"):
+        cut_off = split == "train" or (split == "validation" and bool(validation_split))
+        if "dataset_name" in given and not cut_off:
             return load_hub_dataset(given["dataset_name"], split, **options)
         if split == "validation" and not validation_split and "train_data_dir" in given:
             raise ValueError("a folder has no validation images of its own; say with --validation_split how many")
@@ -119,7 +116,11 @@ def load_splits(
 
 
 def first_images(data: Images, count: int | None) -> ImageDataset:
-    """The first `count` images (all for `None`) in memory."""
+    """The first `count` images (all for `None`) in memory.
+
+    Raises:
+        ValueError: All images of a stream.
+    """
     if isinstance(data, StreamedImages):
         if count is None:
             raise ValueError(f"{data.name!r} is a stream: say how many images to take")
@@ -127,159 +128,6 @@ def first_images(data: Images, count: int | None) -> ImageDataset:
     rows = torch.arange(len(data) if count is None else min(count, len(data)))
     images, labels = data.batch(rows)
     return ImageDataset(images, labels, data.name, data.class_names)
-
-
-# ---------------------------------------------------------------------- likelihood
-
-
-def evaluate_likelihood(
-    pipe: DDPMPipeline,
-    data: ImageDataset,
-    split: str,
-    *,
-    num_evaluations: int | None = 50,
-    batch_size: int = 256,
-    seed: int = 0,
-    progress: bool = False,
-    work_dir: Path | None = None,
-    rate_distortion: bool = False,
-    output: Path | None = None,
-) -> EvaluationReport:
-    """Bits/dim of images under the model (the variational bound, Eq. 5).
-
-    Under `accelerate launch` every process evaluates a share of the images, and all return the same report.
-
-    Args:
-        pipe: The model.
-        data: The images; they must have the network's size and channels.
-        split: Their name in the report.
-        num_evaluations: Network evaluations per image for the stratified estimate, or `None` for the whole sum.
-        batch_size, seed, progress: See `likelihood.bits_per_dim`.
-        work_dir: Where finished batches are kept, so that an interrupted evaluation goes on from there.
-        rate_distortion: Also rate, distortion, L_T and the progressive lossy code (Section 4.3, Table 4, Figure 5).
-        output: The folder for the pictures of the latter.
-
-    Raises:
-        ValueError: No images, images that do not fit the network, or rate and distortion from an estimate.
-    """
-    if not len(data):
-        raise ValueError(f"no images to evaluate on in {data.name!r} ({split})")
-    pipe.check_images_fit(data)
-    if rate_distortion and num_evaluations is not None:
-        raise ValueError("rate_distortion needs every term of the bound; leave out --num_evaluations")
-    report = EvaluationReport(data.name, split, len(data))
-    started = time.monotonic()
-    rows = likelihood_rows(pipe, data, num_evaluations, batch_size, seed, progress, work_dir)
-    total = rows["total"]
-    settings: dict[str, Any] = {
-        "estimator": "full sum" if num_evaluations is None else f"stratified, {num_evaluations} evaluations per image",
-        "decoder": "tanh approximation of the official code",
-        "split": split,
-        "num_images": len(data),
-        "seed": seed,
-        "seconds": round(time.monotonic() - started, 2),
-        "scheduler": {key: value for key, value in pipe.scheduler.config.items() if not key.startswith("_")},
-        "dtype": pipe.settings["dtype"],
-    }
-    sampling_error = math.sqrt(rows["sampling_variance"].sum().item()) / len(total)
-    report.add("bits_per_dim", *_mean(total), settings, sampling_standard_error=sampling_error)
-    if rate_distortion:
-        full = LikelihoodResult(rows["total"], rows["prior"], rows["terms"].double(), rows["mse"].double())
-        _add_rate_distortion(report, full, split, settings, output)
-    return report
-
-
-def _mean(values: Tensor) -> tuple[float, float]:
-    """Mean and standard error, which is NaN for one image."""
-    error = (values.std() / len(values) ** 0.5).item() if len(values) > 1 else math.nan
-    return values.mean().item(), error
-
-
-def likelihood_rows(
-    pipe: DDPMPipeline,
-    data: ImageDataset,
-    num_evaluations: int | None,
-    batch_size: int,
-    seed: int,
-    progress: bool,
-    work_dir: Path | None = None,
-) -> Rows:
-    """One row per image: its bound, the parts of it; in the images' own order, whatever the number of processes."""
-    labels = pipe.labels_of(data)
-    folder = None
-    if work_dir is not None:
-        made_of = [weights_digest(pipe.unet), pipe.settings, images_digest(data), seed]
-        folder = work_dir / digest(*made_of, num_evaluations, None if labels is None else digest(labels))[:16]
-
-    # A bar over few batches would hardly move; each of them has its own then.
-    inner_bars = progress and processes().is_main_process and len(data) <= 4 * batch_size
-
-    def rows_of(ids: list[int]) -> Rows:
-        x_0 = to_model_range(data.images[ids]).to(pipe.device)
-        common: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "image_ids": ids}
-        common["progress"] = inner_bars
-        if labels is not None:
-            common["class_labels"] = labels[ids].to(pipe.device)
-        if num_evaluations is None:
-            full = bits_per_dim(pipe.network, pipe.scheduler, x_0, **common)
-            total, prior = full.total_bpd.double(), full.prior_bpd.double()
-            variance = torch.zeros(len(ids), dtype=torch.float64)
-            return {
-                "total": total,
-                "prior": prior,
-                "sampling_variance": variance,
-                "terms": full.terms_bpd,
-                "mse": full.mse,
-            }
-        few = stratified_bits_per_dim(pipe.network, pipe.scheduler, x_0, num_evaluations=num_evaluations, **common)
-        return {"total": few.total_bpd, "prior": few.prior_bpd, "sampling_variance": few.sampling_variance}
-
-    with evaluating(pipe.unet):
-        return all_rows(
-            len(data),
-            rows_of,
-            batch_size=batch_size,
-            folder=folder,
-            desc="bits/dim",
-            progress=progress and not inner_bars,
-        )
-
-
-def _add_rate_distortion(
-    report: EvaluationReport, full: LikelihoodResult, split: str, settings: dict[str, Any], output: Path | None
-) -> None:
-    """Rate, distortion and L_T into the report; Table 4; Figure 5 and its numbers beside it."""
-    for name, values in (
-        ("rate", full.rate_bpd.double()),
-        ("distortion", full.distortion_bpd),
-        ("prior", full.prior_bpd),
-    ):
-        meaning = {"rate": "L_1 + ... + L_T", "distortion": "L_0", "prior": "L_T"}[name]
-        report.add(f"{name}_bpd", *_mean(values), {**settings, "estimator": f"{meaning}, {settings['estimator']}"})
-    mse, mse_error = _mean(full.mse[:, 0])
-    rmse = 127.5 * math.sqrt(mse)
-    rmse_error = 127.5 * mse_error / (2 * math.sqrt(mse)) if mse > 0 else math.nan
-    report.add("rmse", rmse, rmse_error, {**settings, "estimator": "of x_0, grey levels of 0..255"})
-    rate, error, T = full.progressive_rate_bpd, full.rmse, len(full.rmse)
-    steps = sorted({max(1, round(T * tenth / 10)) for tenth in range(1, 11)}, reverse=True)
-    report.tables[f"Progressive lossy code, {split} (Table 4)"] = [
-        {"reverse steps": k, "rate (bits/dim)": rate[T - k].item(), "distortion (RMSE)": error[T - k].item()}
-        for k in steps
-    ]
-    if output is not None and processes().is_main_process:
-        title = f"Progressive lossy code, {report.num_images} images of {report.dataset}, {split}"
-        name = f"rate_distortion_{split}"
-        plots.save_figure(plots.rate_distortion_figure(rate, error, title), output / f"{name}.png")
-        text = io.StringIO()
-        writer = csv.writer(text)
-        writer.writerow(["t", "rate_bits_per_dim", "rmse_grey_levels", "term_bits_per_dim"])
-        terms = full.terms_bpd.mean(0)
-        writer.writerows(zip(range(T), rate.tolist(), error.tolist(), terms.tolist(), strict=True))
-        write_text(output / f"{name}.csv", text.getvalue())
-        report.pictures.append(f"{name}.png")
-
-
-# ---------------------------------------------------------------------- everything
 
 
 def evaluate(
@@ -346,26 +194,18 @@ def evaluate(
         raise ValueError("no images to evaluate on")
     if likelihood_splits is None:
         likelihood_splits = [split for split in sets if split != "train"] or list(sets)
-    extractors = checked_extractors(pipe, sets, metrics, wanted, num_samples, features, inception_weights)
+    extractors = checked_extractors(pipe, sets, wanted, num_samples, features, inception_weights)
     if "rate_distortion" in metrics and num_evaluations is not None:
         raise ValueError("rate_distortion needs every term of the bound; leave out --num_evaluations")
     sampling_pipe = with_sampler(pipe, sampler, variance_type, timestep_spacing)
-    if wanted:  # no images, but all that the sampler has to say against its settings
-        no_labels = None if pipe.unet.config.num_class_embeds is None else torch.empty(0, dtype=torch.long)
-        sampling_pipe(
-            seeds=[],
-            class_labels=no_labels,
-            num_inference_steps=num_inference_steps,
-            eta=eta,
-            guidance_scale=guidance_scale,
-            output_type="pt",
-        )
+    if wanted:
+        check_sampler(sampling_pipe, num_inference_steps=num_inference_steps, eta=eta, guidance_scale=guidance_scale)
     if seed < 0:
         raise ValueError(f"seed must be at least 0, got {seed}")
     if output is not None:
         writable_folder(output, "--output")
     try:
-        writable_folder(cache_dir, "--cache_dir")
+        writable_folder(cache_dir, "$DDPM_HF_CACHE" if cache_dir == default_cache_dir() else "--cache_dir")
     except ValueError:
         if wanted:
             raise
@@ -426,21 +266,24 @@ def evaluate(
             extractor.name: {"description": extractor.description, "sha256": extractor.fingerprint}
             for extractor in extractors
         }
-        if here.is_main_process:
-            device = pipe.device if pipe.device.type == "cuda" else torch.device("cpu")  # float64 is not everywhere
-            add_sample_metrics(report, wanted, samples, real, cache_dir, device)
-            if output is not None:
-                _save_samples(report, samples, output)
-            if "nn" in wanted and train is not None:
-                other = next((entry for entry in real if entry.split == held_out), None)
-                names = [extractor.name for extractor in extractors]
-                found = find_neighbours(samples, train, other, names)
-                add_neighbours(report, found, train, held_out)
+        with together():
+            if here.is_main_process:
+                device = (
+                    pipe.device if pipe.device.type == "cuda" else torch.device("cpu")
+                )  # float64 is not everywhere
+                add_sample_metrics(report, wanted, samples, real, cache_dir, device)
                 if output is not None:
-                    _save_neighbours(report, samples, train, found, held_out, output)
-        together = [report]
-        broadcast_object_list(together)
-        report = together[0]
+                    _save_samples(report, samples, output)
+                if "nn" in wanted and train is not None:
+                    other = next((entry for entry in real if entry.split == held_out), None)
+                    names = [extractor.name for extractor in extractors]
+                    found = find_neighbours(samples, train, other, names)
+                    add_neighbours(report, found, train, held_out)
+                    if output is not None:
+                        _save_neighbours(report, samples, train, found, held_out, output)
+        shared = [report]
+        broadcast_object_list(shared)
+        report = shared[0]
     if output is not None and here.is_main_process:
         report.save(output / "report.json")
         write_text(output / "report.md", as_markdown(report))
@@ -455,8 +298,7 @@ def _count(images: Images) -> int:
 def checked_extractors(
     pipe: DDPMPipeline,
     sets: dict[str, Images],
-    metrics: list[str],
-    wanted: list[str],
+    wanted: Sequence[str],
     num_samples: int,
     features: Sequence[str],
     inception_weights: str | Path | None,
@@ -504,13 +346,16 @@ def _model_settings(pipe: DDPMPipeline, name: str | None) -> dict[str, Any]:
     found: dict[str, Any] = {
         "name": name or "a model",
         "weights_sha256": weights_digest(pipe.unet),
-        "parameters": sum(parameter.numel() for parameter in pipe.unet.parameters()),
+        "parameters": parameter_count(pipe.unet),
         "image_shape": list(pipe.image_shape),
     }
     if name is not None and not Path(name).exists():
         from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub.errors import HFValidationError
 
-        file = try_to_load_from_cache(name, "model_index.json")
+        file = None
+        with suppress(HFValidationError):  # a name that is no repository's
+            file = try_to_load_from_cache(name, "model_index.json")
         if isinstance(file, str) and (revision := re.search(r"snapshots[/\\]([0-9a-f]{40})", file)):
             found["revision"] = revision[1]
     return found

@@ -7,17 +7,19 @@ for reports and a hash of its weights and preprocessing.
 from __future__ import annotations
 
 import os
-import pickle
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from .shards import Rows, digest, weights_digest
+from .weight_files import read_weights
 
 # More pixels than this have no covariance that is worth computing (or fits into memory).
 _MOST_PIXELS = 4096
+# Names of features that vision models cannot have.
+_RESERVED = ("inception", "pixels")
 
 
 class FeatureExtractor(Protocol):
@@ -92,7 +94,7 @@ class Inception:
                 "--features inception needs torch-fidelity: pip install 'ddpm-hf[eval]' (or use --features pixels)"
             ) from None
         file = _usual_inception_file(fidelity.URL_INCEPTION_V3) if weights is None else Path(weights)
-        state = _read_weights(file)
+        state = read_weights(file)
         # The constructor would unpickle the file without restrictions; it gets the tensors instead of a download.
         download, fidelity.load_state_dict_from_url = fidelity.load_state_dict_from_url, lambda *_, **__: state
         try:
@@ -143,24 +145,6 @@ def _usual_inception_file(url: str) -> Path:
     return file
 
 
-def _read_weights(file: Path) -> Any:
-    """The tensors of a file, by name. A pickle that holds anything else is refused."""
-    try:
-        if file.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(file)
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ValueError(f"there is no file {str(file)!r} of Inception weights") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError) as error:
-        raise ValueError(f"{str(file)!r} cannot be read as weights: {_first_line(error)}") from None
-    except Exception as error:  # safetensors' own error is no subclass of these
-        if type(error).__name__ != "SafetensorError":
-            raise
-        raise ValueError(f"{str(file)!r} cannot be read as weights: {_first_line(error)}") from None
-
-
 class VisionModel:
     """A vision network from transformers: DINOv2, CLIP and others, with the image processor that belongs to it.
 
@@ -172,12 +156,18 @@ class VisionModel:
         device: Where to run it.
 
     Raises:
-        ValueError: It cannot be loaded, or is no vision network.
+        ValueError: It cannot be loaded, is no vision network, or has a name that stands for other features here.
     """
 
     takes_floats = False
 
     def __init__(self, model: str, device: torch.device | str = "cpu"):
+        self.name = model.rstrip("/").rsplit("/", 1)[-1]
+        if self.name in _RESERVED:
+            raise ValueError(
+                f"--features {model}: numbers and caches would go by the name {self.name!r}, which this package's own "
+                "features have; copy the model into a folder of another name"
+            )
         from transformers import AutoImageProcessor, AutoModel
         from transformers.utils import logging
 
@@ -187,7 +177,6 @@ class VisionModel:
             net = AutoModel.from_pretrained(model, use_safetensors=True)
         except (OSError, ValueError, KeyError) as error:
             raise ValueError(f"cannot load --features {model}: {_first_line(error)}") from error
-        self.name = model.rstrip("/").rsplit("/", 1)[-1]
         self._net = net.eval().requires_grad_(False).to(device)
         settings = self._processor.to_dict()
         self.fingerprint = digest("transformers, pooled", weights_digest(net), settings)

@@ -4,7 +4,7 @@
 Each function samples and returns its images, in the [-1, 1] scale and on the CPU; `draw()` of what it returns makes
 the labelled picture. `t` counts diffusion steps as in the paper: T is pure noise and 0 the data, so t = 500 is 499 in
 `scheduler.timesteps`. Where the chain has fewer steps, t becomes the nearest one that it has, and the label says so.
-All noise comes from seeds, so a figure is the same again, whatever the batch size.
+All noise comes from seeds, so a figure is the same again on the same device, whatever the batch size.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .class_labels import ClassLabels
 from .image_tensors import to_uint8
-from .pipeline_ddpm import ClassLabels, DDPMPipeline
+from .pipeline_ddpm import DDPMPipeline
 from .pipeline_inputs import images_in_model_range
 from .randomness import derived_generator
 from .scheduling_ddpm import DDPMScheduler
@@ -221,8 +222,8 @@ def progressive_generation(
         walker.bar.total = len(batches) * steps
         for rows in batches:
             x_ts, x_0s = [], []
-            options = walker.options([labels[row] for row in rows])
-            for step in pipe.progressive(seeds=[seeds[row] for row in rows], **options):
+            step_options = walker.options([labels[row] for row in rows])
+            for step in pipe.progressive(seeds=[seeds[row] for row in rows], **step_options):
                 if step.pred_original_sample is None:
                     name = type(pipe.scheduler).__name__
                     raise ValueError(f"{name} does not tell which x_0 it predicts; use the sampler ddpm or ddim")
@@ -292,7 +293,7 @@ def shared_latents(
     indices = walker.indices_of([round(walker.T * share / 4) for share in (4, 3, 2, 1)] if ts is None else ts)
     starts = [index for index in indices for _ in seeds[1:]]
     generators = [torch.Generator().manual_seed(seed) for _ in indices for seed in seeds[1:]]
-    stop = max(1, *indices)  # one step even for t = T, to be told x_T
+    stop = max(1, *indices)  # `progressive` tells x_T only with its first step
     chain: dict[int, Tensor] = {}
     with walker.bar:
         walker.bar.total = stop + walker.steps(starts)
@@ -383,8 +384,8 @@ def interpolate(
 ) -> Interpolation:
     """Images between two images (Section 4.3, Fig. 8): both are diffused to t, mixed, and decoded.
 
-    x_t, x'_t ~ q(x_t|x_0) and the noise of the reverse chain are the same for every lambda of a pair. At lambda = 0
-    the whole chain's result is that of `pipe(image=image_a, strength=t / T, seeds=seeds)`.
+    x_t, x'_t ~ q(x_t|x_0) and the noise of the reverse chain are the same for every lambda of a pair. On the CPU and
+    with all T steps, the result at lambda = 0 is that of `pipe(image=image_a, strength=t / T, seeds=seeds)`.
 
     Args:
         pipe: Network and sampler.

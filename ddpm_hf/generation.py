@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .pipeline_ddpm import DDPMPipeline
+from .pipeline_ddpm import DDPMPipeline, without_bar
 from .pipeline_inputs import one_per_image
 from .presets import nearest
 from .processes import processes, together
@@ -37,7 +37,7 @@ _SAMPLERS: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 SAMPLERS = tuple(_SAMPLERS)
 
-# What somebody means who does not mean a folder.
+# Suffixes of files that cannot be written; without this check they would become folders.
 _OTHER_FILES = (".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".npy", ".zip", ".tar", ".safetensors")
 
 
@@ -48,7 +48,7 @@ def parse_seeds(text: str) -> list[int]:
         ValueError: Not a list of whole numbers and ranges, or a seed given twice.
     """
     seeds: list[int] = []
-    most, largest = 10_000_000, 2**63 - 1
+    most, largest = 10_000_000, 2**63 - 1  # a list of more would fill the memory before anything is said
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()):
@@ -72,7 +72,7 @@ def with_sampler(
     """The same network with another sampler.
 
     Args:
-        pipe: The network, and the `DDPMScheduler` that it was trained with.
+        pipe: The network, with the scheduler that it was trained with; another one's betas and settings are kept.
         sampler: `ddpm` (Algorithm 2), `ddim` (Song et al. 2021), `dpmsolver++` (Lu et al. 2022) or `unipc` (Zhao et
             al. 2023); all clip the predicted x_0 if the pipeline's scheduler does.
         variance_type: For `ddpm`: another variance than the pipeline's, of those that need no other network.
@@ -85,21 +85,21 @@ def with_sampler(
         raise ValueError(
             f"unknown sampler {sampler!r}{nearest(sampler, SAMPLERS)}; it must be one of {', '.join(SAMPLERS)}"
         )
-    if sampler == "ddpm" and not (variance_type or timestep_spacing):
+    if sampler == "ddpm" and isinstance(pipe.scheduler, DDPMScheduler) and not (variance_type or timestep_spacing):
         return pipe
     kind, options = _SAMPLERS[sampler]
     config = pipe.scheduler.config
-    if sampler != "ddpm" and config.prediction_type == "posterior_mean":
+    if sampler != "ddpm" and config.get("prediction_type") == "posterior_mean":
         raise ValueError(f"this network predicts the posterior's mean, which {sampler} cannot use; use ddpm")
     if config.get("clip_sample", True) and sampler in ("dpmsolver++", "unipc"):
         options = {**options, **_SOLVER_CLIPPING}
     if variance_type is not None:
         if sampler != "ddpm":
             raise ValueError(f"variance_type={variance_type!r} is for the ddpm sampler, {sampler} has none")
-        if variance_type != config.variance_type and "learned" in f"{variance_type} {config.variance_type}":
+        trained = config.get("variance_type") or "fixed_small"
+        if variance_type != trained and "learned" in f"{variance_type} {trained}":
             raise ValueError(
-                f"variance_type={variance_type!r} does not go with this network, whose variance is "
-                f"{config.variance_type!r}"
+                f"variance_type={variance_type!r} does not go with this network, whose variance is {trained!r}"
             )
         options = {**options, "variance_type": variance_type}
     if timestep_spacing is not None:
@@ -107,6 +107,22 @@ def with_sampler(
     made = DDPMPipeline(pipe.unet, kind.from_config(config, **options))
     made.network = pipe.network
     return made
+
+
+def check_sampler(pipe: DDPMPipeline, **options: Any) -> None:
+    """Hear all that a pipeline has to say against its settings, without drawing anything.
+
+    Args:
+        pipe: Network and sampler.
+        options: See `DDPMPipeline`; without `class_labels`.
+
+    Raises:
+        ValueError: One of them does not go with the others, the network or the sampler.
+    """
+    no_labels = None if pipe.classes.count is None else torch.empty(0, dtype=torch.long)
+    pipe(seeds=[], class_labels=no_labels, output_type="pt", **options)
+    if isinstance(pipe.scheduler, DDPMScheduler):
+        pipe.scheduler.check_variance()
 
 
 def generate(
@@ -141,11 +157,14 @@ def generate(
 
     Yields:
         The seeds of a batch, and its images, `[B, C, H, W]` uint8.
+
+    Raises:
+        ValueError: No batch, counts that disagree, or what `DDPMPipeline` refuses.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    _check_labels(class_labels, seeds)
     steps = pipe.checked_steps(num_inference_steps)  # before a progress bar is shown
-    pipe.set_progress_bar_config(disable=True)
     if strength is not None:
         steps = round(steps * strength)
     if mask_image is not None:
@@ -158,22 +177,28 @@ def generate(
 
         for i, part in enumerate(batches):
             rows = slice(i * batch_size, (i + 1) * batch_size)
-            (images,) = pipe(
-                seeds=part,
-                num_inference_steps=num_inference_steps,
-                output_type="pt",
-                return_dict=False,
-                class_labels=None if class_labels is None else list(class_labels[rows]),
-                guidance_scale=guidance_scale,
-                eta=eta,
-                image=_share(image, rows),
-                mask_image=_share(mask_image, rows),
-                strength=strength,
-                resample_length=resample_length,
-                resample_times=resample_times,
-                callback_on_step_end=advance,
-            )
+            with without_bar(pipe):
+                (images,) = pipe(
+                    seeds=part,
+                    num_inference_steps=num_inference_steps,
+                    output_type="pt",
+                    return_dict=False,
+                    class_labels=None if class_labels is None else list(class_labels[rows]),
+                    guidance_scale=guidance_scale,
+                    eta=eta,
+                    image=_share(image, rows),
+                    mask_image=_share(mask_image, rows),
+                    strength=strength,
+                    resample_length=resample_length,
+                    resample_times=resample_times,
+                    callback_on_step_end=advance,
+                )
             yield part, (images * 255).round().to(torch.uint8).cpu()
+
+
+def _check_labels(class_labels: Sequence[int] | None, seeds: Sequence[int]) -> None:
+    if class_labels is not None and len(class_labels) != len(seeds):
+        raise ValueError(f"got {len(class_labels)} class_labels for {len(seeds)} seeds; give one per seed")
 
 
 def _share(values: Tensor | None, rows: slice | list[int]) -> Tensor | None:
@@ -189,7 +214,7 @@ def class_sequence(pipe: DDPMPipeline, text: str | None, count: int) -> list[int
     """
     if text is None:
         return None
-    chosen = [pipe.class_index(part.strip()) for part in text.split(",")]
+    chosen = [pipe.classes.index(part.strip()) for part in text.split(",")]
     return [chosen[i % len(chosen)] for i in range(count)]
 
 
@@ -243,7 +268,10 @@ def write_samples(
         for name in ("image", "mask_image"):
             if given.get(name) is not None:
                 given[name] = one_per_image(given[name], len(seeds), name)[:1]
-        pipe(seeds=[], class_labels=None if options.get("class_labels") is None else [], **given)
+        _check_labels(options.get("class_labels"), seeds)
+        if options.get("class_labels") is None:
+            pipe.classes.checked(None, options.get("guidance_scale", 1.0), 0)
+        check_sampler(pipe, **given)
         if here.is_main_process:
             _claim(store.path, bool(drawn), pipe, seeds, options)
     if prepare is not None:
@@ -258,14 +286,14 @@ def write_samples(
     for part, images in generate(pipe, [seeds[i] for i in mine], batch_size=batch_size, **options):
         store.add(part, images)
     here.wait_for_everyone()
-    if kind != "folder" and here.is_main_process:
-        images = parts.read(seeds)
-        if kind == ".png":
-            save_picture(image_grid(images), output)
-        else:
-            _write_npz(output, images)
-        shutil.rmtree(parts.path)
-    here.wait_for_everyone()
+    with together():
+        if kind != "folder" and here.is_main_process:
+            images = parts.read(seeds)
+            if kind == ".png":
+                save_picture(image_grid(images), output)
+            else:
+                _write_npz(output, images)
+            shutil.rmtree(parts.path)
     return len(missing)
 
 
@@ -319,6 +347,10 @@ class _Parts:
         """The images of these seeds, in their order."""
         parts = self._parts()
         row_of = {seed: row for row, seed in enumerate(torch.cat([part["seeds"] for part in parts]).tolist())}
+        if missing := [seed for seed in seeds if seed not in row_of]:
+            raise ValueError(
+                f"the image of seed {missing[0]} is not in {str(self.path)!r}; all processes have to share this folder"
+            )
         return torch.cat([part["images"] for part in parts])[[row_of[seed] for seed in seeds]]
 
 
@@ -345,9 +377,13 @@ def _claim(folder: Path, has_images: bool, pipe: DDPMPipeline, seeds: Sequence[i
         pixels = options.get(name)
         own[name] = _by_seed(seeds, None if pixels is None else [digest(one)[:16] for one in pixels])
     note = folder / "sampling.json"
+    if has_images and not note.is_file():
+        raise ValueError(
+            f"{str(folder)!r} holds images, and no sampling.json that says how they were made; name another --output"
+        )
     if note.is_file() and has_images:
         try:
-            there = json.loads(note.read_text())
+            there = json.loads(note.read_text(encoding="utf-8"))
         except ValueError:
             raise ValueError(f"{str(note)!r} is damaged, and its images may be others; remove the folder") from None
         different = [key for key, value in made.items() if there.get(key) != value]

@@ -32,9 +32,9 @@ from huggingface_hub.utils import disable_progress_bars, get_session, validate_r
 from huggingface_hub.utils import logging as hub_logging
 
 from .hub_errors import is_passing, sentence
-from .hub_files import CARD, INDEX, REPORT, SAMPLES, make_snapshot, take_report
+from .hub_files import CARD, INDEX, REPORT, SAMPLES, make_snapshot, read_card, take_report
 from .model_card import CardFacts, ModelFacts, check_license, make_card, merge_cards, text_outside
-from .reports import write_text
+from .reports import EvaluationReport, write_text
 
 _WEIGHT_FILES = re.compile(r"[^/]+/.*\.(safetensors|bin|ckpt|msgpack|h5|index\.json)")
 # What a card was when it was pushed last from here, so that an edit on the Hub can be told from one here.
@@ -231,23 +231,27 @@ class Push:
 
     def run_from(self, staging: Path, say: Callable[[str], None]) -> str:
         """`run`, of what `make_snapshot` made of the folder before; the token must be known."""
-        card = (staging / CARD).read_text() if (staging / CARD).exists() else None
+        card = read_card(staging / CARD) if (staging / CARD).exists() else None
+        report = EvaluationReport.load(staging / REPORT) if (staging / REPORT).exists() else None
+        numbers = None if report is None else dataclasses.asdict(report)
+        say_once = _SayOnce(say)
 
         def attempt() -> str:
             get_session().timeout = self.timeout  # the client itself would wait for ever
-            return self._once(staging, card, once)
+            return self._attempt(staging, card, numbers, say_once)
 
-        once = _Once(say)
         return retried(attempt, self.repo_id, self.attempts, say)
 
-    def _once(self, staging: Path, own_card: str | None, say: Callable[[str], None]) -> str:
+    def _attempt(
+        self, staging: Path, own_card: str | None, report: dict[str, Any] | None, say: Callable[[str], None]
+    ) -> str:
         assert self.token is not None
         to = open_destination(self.repo_id, self.private, self.token)
         say(f"pushing {_megabytes(staging)} to {to}")
         if not self.private and to.private:
             say(f"{to.repo_id} is private and stays so; its settings on the Hub can change that")
-        card, is_own = self._card(staging, own_card, to, say)
-        (staging / CARD).write_text(card)
+        card, is_own = self._card(staging, own_card, report, to, say)
+        (staging / CARD).write_text(card, encoding="utf-8")
         names = sorted(path.relative_to(staging).as_posix() for path in staging.rglob("*") if path.is_file())
         parts = {name.split("/")[0] for name in names if "/" in name}
         stale = [
@@ -274,9 +278,15 @@ class Push:
             say(f"pushed to {to}")
         return f"{constants.ENDPOINT}/{to.repo_id}/commit/{commit.oid}"
 
-    def _card(self, staging: Path, own: str | None, to: Destination, say: Callable[[str], None]) -> tuple[str, bool]:
+    def _card(
+        self,
+        staging: Path,
+        own: str | None,
+        report: dict[str, Any] | None,
+        to: Destination,
+        say: Callable[[str], None],
+    ) -> tuple[str, bool]:
         """The card to publish, and whether it is the folder's own, rather than one that was edited on the Hub."""
-        report = json.loads((staging / REPORT).read_text()) if (staging / REPORT).exists() else None
         samples = sorted(path.name for path in staging.glob("samples*"))
         sample = SAMPLES if SAMPLES in samples else next(reversed(samples), None)
         facts = CardFacts(to.repo_id, report=report, sample=sample, license=self.license)
@@ -320,7 +330,7 @@ def push(folder: str | Path, repo_id: str, say: Callable[[str], None] = print, *
     return Push(str(folder), repo_id, **options).run(say)
 
 
-class _Once:
+class _SayOnce:
     """Says every line once, however often it is tried."""
 
     def __init__(self, say: Callable[[str], None]):
@@ -358,7 +368,7 @@ def _remote_text(to: Destination, name: str, token: str | None) -> str:
     """A file of the repository, kept out of the cache: there it would make half of a model."""
     with tempfile.TemporaryDirectory() as folder:
         path = hf_hub_download(to.repo_id, name, revision=to.head, token=token, local_dir=folder)
-        return Path(path).read_text()
+        return Path(path).read_text(encoding="utf-8")
 
 
 def _sha256(text: str) -> str:
@@ -367,14 +377,14 @@ def _sha256(text: str) -> str:
 
 def _pushed_card(folder: Path, repo_id: str) -> str | None:
     try:
-        return json.loads((folder / _RECORD).read_text()).get(repo_id)
+        return json.loads((folder / _RECORD).read_text(encoding="utf-8")).get(repo_id)
     except (OSError, ValueError, AttributeError):
         return None
 
 
 def _record_card(folder: Path, repo_id: str, digest: str | None) -> None:
     try:
-        have = json.loads((folder / _RECORD).read_text())
+        have = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         have = {}
     with suppress(OSError):  # without it, the next push takes what is on the Hub for edited there

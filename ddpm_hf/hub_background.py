@@ -93,7 +93,7 @@ class BackgroundPush:
     def _start(self, staging: Path, commit_message: str) -> None:
         job = dataclasses.asdict(self.push) | {"commit_message": commit_message, "staging": str(staging)}
         self._staging = staging
-        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  (closed when the process has ended)
+        self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115  (closed when the process has ended)
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "ddpm_hf.hub"],

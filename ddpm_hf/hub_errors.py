@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, TypeVar
 
 from huggingface_hub import constants, hf_hub_download, model_info
 from huggingface_hub.errors import (
+    DisabledRepoError,
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
@@ -68,10 +70,12 @@ def sentence(error: BaseException, name: str, revision: str | None = None) -> st
         return f"{name!r} is neither a folder here nor a repository's name, such as org/name"
     for cause in causes:
         if isinstance(cause, HfHubHTTPError):
+            if isinstance(cause, DisabledRepoError):
+                return f"the repository {name!r} was disabled by the Hub"
             if cause.response.status_code == 401:
                 return "the Hub does not know this token; log in with 'hf auth login', or set HF_TOKEN"
             if cause.response.status_code == 403:
-                return f"this token may not write to {name!r}; it needs the permission 'write' there"
+                return f"this token may not write to {name!r}, or not read it; it needs the permission there"
             said = (cause.server_message or "").strip().splitlines()
             return f"the Hub answered {cause.response.status_code}" + (f": {said[0]}" if said else "")
     # The first cause: what is behind it only repeats it in other libraries' words.
@@ -104,11 +108,13 @@ def check_pipeline(name: str | os.PathLike[str], **options: Any) -> None:
     else:
         path = _index_of(name, options)
     try:
-        index = json.loads(path.read_text())
+        index = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
-        raise ValueError(f"the {_INDEX} of {name!r} is not JSON; download or save it again") from None
+        index = None
+    if not isinstance(index, dict):
+        raise ValueError(f"the {_INDEX} of {name!r} is not a JSON object; download or save it again")
     parts = {key: value for key, value in index.items() if isinstance(value, list) and not key.startswith("_")}
-    parts = {key: value for key, value in parts.items() if value[-1] is not None and key not in options}
+    parts = {key: value for key, value in parts.items() if value and value[-1] is not None and key not in options}
     unet = parts.get("unet", [None, "UNet2DModel"])[-1]
     missing = {"unet", "scheduler"} - {*parts, *options}
     if missing or not {*parts} <= {"unet", "scheduler"} or unet != "UNet2DModel":
@@ -169,7 +175,7 @@ def patiently(
                 "no file named" in str(error) and not Path(name).is_dir()
             ):
                 text = f"the copy of {name!r} in the cache is incomplete: its download broke off; load it once online"
-            elif "Could not find the necessary `safetensors` weights" in str(error):
+            elif re.search(r"Could not find the necessary `safetensors`|no file named \S+\.safetensors", str(error)):
                 text = f"{name!r} has no safetensors weights, and no others are read here"
             elif is_passing(error) or any(isinstance(cause, _HUB_ERRORS) for cause in causes):
                 text = sentence(error, name, revision)

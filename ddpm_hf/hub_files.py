@@ -13,12 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 from .hub_errors import check_pipeline
 from .model_card import CardFacts, ModelFacts, make_card, merge_cards, public_name
-from .reports import write_text
+from .reports import EvaluationReport, report_file, write_text
 
 if TYPE_CHECKING:  # torch and diffusers take seconds, which a push does not need
     from .pipeline_ddpm import DDPMPipeline
 
 CARD, REPORT, SAMPLES, INDEX = "README.md", "evaluation.json", "samples.png", "model_index.json"
+# What a push takes of a folder. Not ".partial": a run that starts removes what others have left under that name, and a
+# push of the same folder may be going on, in the background or in another terminal.
+_SNAPSHOT = (".push-", ".snapshot")
 _EXTRAS = (CARD, REPORT, "LICENSE", "samples*.png", "samples*.gif")
 _COMPONENT_FILES = ("config.json", "scheduler_config.json", "*.safetensors", "*.safetensors.index.json")
 _TOKEN = re.compile(rb"hf_[A-Za-z0-9]{30,}")
@@ -29,18 +32,35 @@ _ONE_DAY = 86_400.0
 def write_pipeline(pipe: DDPMPipeline, folder: Path) -> None:
     """Save a pipeline into a run's folder, beside its checkpoints.
 
-    All of it is written and flushed elsewhere first; then each file and subfolder takes its predecessor's place.
+    All of it is written and flushed elsewhere first; then each file and subfolder takes its predecessor's place: a
+    file in one step, a subfolder in two renames. After a kill between these two that part is missing until the run
+    goes on, whose `checkpointing.remove_leftovers` puts the old one back; after one between two parts an old one is
+    beside a new one, until the run has written them again.
     """
     from .checkpointing import write_directory
 
-    staging = folder / ".pipeline"
+    staging = folder / ".pipeline.partial"
     write_directory(staging, pipe.save_pretrained)
     for entry in sorted(staging.iterdir()):
-        target = folder / entry.name
+        target, old = folder / entry.name, folder / f".{entry.name}.old"
         if target.is_dir():
-            shutil.rmtree(target)
+            shutil.rmtree(old, ignore_errors=True)  # by a kill before
+            target.rename(old)
         entry.replace(target)
+        shutil.rmtree(old, ignore_errors=True)
     staging.rmdir()
+
+
+def read_card(path: Path) -> str:
+    """The text of a card, as a person may have saved it.
+
+    Raises:
+        ValueError: It is in another encoding than UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path.name} is not a text in UTF-8; save it again in that encoding, or remove it") from None
 
 
 def write_card(folder: str | Path, facts: CardFacts) -> list[str]:
@@ -48,12 +68,16 @@ def write_card(folder: str | Path, facts: CardFacts) -> list[str]:
 
     Returns:
         The sections that were left as they are because a person edited them.
+
+    Raises:
+        OSError, KeyError: The folder is not a saved DDPM.
+        ValueError: The card that is there cannot be read.
     """
     path = Path(folder) / CARD
     text = make_card(ModelFacts.read(Path(folder)), facts)
     kept: list[str] = []
     if path.exists():
-        text, kept = merge_cards(path.read_text(), text)
+        text, kept = merge_cards(read_card(path), text)
     write_text(path, text)
     return kept
 
@@ -67,7 +91,7 @@ def published_files(folder: Path) -> list[str]:
         OSError, ValueError: There is no DDPM in it.
     """
     check_pipeline(folder)
-    index = json.loads((folder / INDEX).read_text())
+    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
     parts = [name for name, value in index.items() if isinstance(value, list) and (folder / name).is_dir()]
     patterns = [INDEX, *_EXTRAS, *(f"{part}/{pattern}" for part in parts for pattern in _COMPONENT_FILES)]
     found = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
@@ -84,11 +108,12 @@ def make_snapshot(folder: Path, token: str | None = None) -> Path:
     Raises:
         OSError, ValueError: There is no DDPM in the folder, or a file holds an access token.
     """
-    for left in folder.glob(".push-*.partial"):  # by a push that was killed
+    prefix, suffix = _SNAPSHOT
+    for left in folder.glob(f"{prefix}*{suffix}"):  # by a push that was killed
         if time.time() - left.stat().st_mtime > _ONE_DAY:
             shutil.rmtree(left, ignore_errors=True)
     try:  # beside the weights, which then need not be copied
-        staging = Path(tempfile.mkdtemp(prefix=".push-", suffix=".partial", dir=folder))
+        staging = Path(tempfile.mkdtemp(prefix=prefix, suffix=suffix, dir=folder))
     except OSError:
         staging = Path(tempfile.mkdtemp(prefix="ddpm-hf-push-"))
     try:
@@ -133,18 +158,10 @@ def take_report(report: Path, staging: Path, token: str | None) -> None:
     """Put another evaluation (a file, or a folder with `report.json`) into a snapshot.
 
     Raises:
-        ValueError: There is none, or it holds an access token.
+        ValueError: It is not a report, or it holds an access token.
     """
-    path = report / "report.json" if report.is_dir() else report
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
-        raise ValueError(
-            f"there is no evaluation report in {str(report)!r}; ddpm-hf evaluate --output makes one"
-        ) from None
-    if not isinstance(content, dict) or not isinstance(content.get("values"), dict):
-        raise ValueError(f"{str(path)!r} is no evaluation report")
-    (staging / REPORT).write_text(json.dumps(content, indent=2) + "\n")
+    EvaluationReport.load(report)
+    shutil.copyfile(report_file(report), staging / REPORT)  # with what this version of the package does not know
     _without_secrets(staging / REPORT, token)
 
 
@@ -157,12 +174,16 @@ def _without_secrets(path: Path, token: str | None) -> None:
         value = json.loads(data)
         cleaned = _without_paths(value)
         if cleaned != value:
-            path.write_text(json.dumps(cleaned, indent=2) + "\n")
+            path.write_text(json.dumps(cleaned, indent=2) + "\n", encoding="utf-8")
 
 
 def _without_paths(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _without_paths(entry) for key, entry in value.items() if key != "_name_or_path"}
+        return {
+            key: entry if key == "_class_names" else _without_paths(entry)  # a class may be called "/m/0cmf2"
+            for key, entry in value.items()
+            if key != "_name_or_path"
+        }
     if isinstance(value, list):
         return [_without_paths(entry) for entry in value]
     return public_name(value) if isinstance(value, str) else value

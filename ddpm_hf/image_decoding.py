@@ -1,4 +1,4 @@
-"""Many images decoded at once, by the settings of their dataset: in threads, in order, and the bad ones named.
+"""Decoding many images with a dataset's settings: in threads, results in order, every unreadable image named.
 
 What becomes of each single image is in `image_files.py`.
 """
@@ -81,7 +81,11 @@ def reading_of(
     report: Callable[[str], None] | None = None,
     **options: Any,
 ) -> Reading:
-    """A [`Reading`] from the arguments of `load_images`."""
+    """A [`Reading`] from the arguments of `load_images`.
+
+    Raises:
+        ValueError: A setting that has no meaning; says which values have one.
+    """
     resolution = None if resolution is None else (int(resolution[0]), int(resolution[1]))
     form = ImageFormat(channels, resolution, background, value_range, array_layout)
     return Reading(form, report=report or _warn, **options)

@@ -77,24 +77,54 @@ class ImageFormat:
 # ---------------------------------------------------------------------- image files
 
 
-def read_image(source: Path | bytes | Image.Image, form: ImageFormat, crop_seed: int | None = None) -> np.ndarray:
-    """One image file, its bytes, or an image that is open already, as uint8 `[C, H, W]`.
+def read_bytes(source: Path | bytes | str) -> bytes:
+    """The encoded bytes of an image file.
 
     Args:
-        source: Where the image is.
+        source: The file, its bytes, or its URL as `datasets` writes it: `hf://...`, `zip://a.png::images.zip`.
+
+    Raises:
+        ConnectionError: The server of a URL cannot be reached.
+        OSError, ValueError: It cannot be read; also in the other errors of `fsspec`, which knows many kinds of URLs.
+    """
+    if isinstance(source, bytes):
+        return source
+    if isinstance(source, Path):
+        return source.read_bytes()
+    from datasets.utils.file_utils import xopen
+
+    try:
+        with xopen(source, "rb") as file:
+            return file.read()
+    except ConnectionError as error:
+        raise ConnectionError(f"cannot read {source}: {error}") from error
+    except FileNotFoundError:  # which fsspec may say with a part of the name alone, or without
+        raise FileNotFoundError(f"there is no {source}") from None
+
+
+def read_image(
+    source: Path | bytes | str | Image.Image, form: ImageFormat, crop_seed: int | None = None
+) -> np.ndarray:
+    """One image file, its bytes, its URL, or an image that is open already, as uint8 `[C, H, W]`.
+
+    Args:
+        source: Where the image is; see `read_bytes`.
         form: What to make of it.
         crop_seed: Crop at a random place, which depends on this number only; from the centre if `None`.
 
     Raises:
         ValueError: It cannot be read, or not be made into that; the reason, without the file's name.
+        ConnectionError: The server of a URL cannot be reached.
     """
     try:
+        if isinstance(source, str):
+            source = read_bytes(source)
         if isinstance(source, Image.Image):
             return _pixels(source, form, crop_seed)
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             return _pixels(image, form, crop_seed)
-    except MemoryError:
-        raise  # the machine's fault, not the file's
+    except (MemoryError, ConnectionError):
+        raise  # the fault of the machine or of the network, not the file's
     except UnidentifiedImageError:
         raise ValueError(_what_it_is_instead(source)) from None
     except Exception as error:
@@ -119,7 +149,7 @@ def decode_image(
     return read_image(image, ImageFormat(channels, resolution, background, value_range), crop_seed)
 
 
-def _what_it_is_instead(source: Path | bytes | Image.Image) -> str:
+def _what_it_is_instead(source: Path | bytes | str | Image.Image) -> str:
     if isinstance(source, Path):
         with source.open("rb") as file:
             start = file.read(12)

@@ -144,7 +144,12 @@ def _label_first_folders(source: Source, root: Path, parents: list[Path]) -> Non
 
 
 def open_folder(folder: Path, reading: Reading) -> Source | None:
-    """What is in a folder; `None` for parquet files, which `datasets` reads."""
+    """What is in a folder; `None` for parquet files, which `datasets` reads.
+
+    Raises:
+        ValueError: There is no such folder, no images are in it or several kinds of files, it is of a kind that is not
+            read, or its arrays cannot be read.
+    """
     shown = repr(str(folder))
     if folder.is_file():
         return _open_single_file(folder, reading)
@@ -277,7 +282,12 @@ def open_rows(
     label_column: str | None,
     report: Callable[[str], None],
 ) -> Source:
-    """The images and labels of one split of a table of `datasets`; see `load_images` for the arguments."""
+    """The images and labels of one split of a table of `datasets`; see `load_images` for the arguments.
+
+    Raises:
+        ValueError: The dataset cannot be loaded, has no images or no such columns, or images without a label in the
+            column that was asked for.
+    """
     import datasets
 
     data = open_table(name, split, config_name, cache_dir, streaming=False)

@@ -33,7 +33,20 @@ def open_table(name: str, split: str, config_name: str | None, cache_dir: str | 
 def choose_columns(
     name: str, features: Any, image_column: str | None, label_column: str | None, report: Callable[[str], None]
 ) -> tuple[str, str | None]:
-    """(image column, label column or `None`): those asked for, or the first that will do."""
+    """Which columns are read: those asked for, or the first that will do.
+
+    Args:
+        name: The dataset's, for messages.
+        features: Its columns and their types, as `datasets` gives them.
+        image_column, label_column: Those asked for, or `None`.
+        report: Is called with a warning where several would do.
+
+    Returns:
+        The image column, and the label column or `None` where there is none.
+
+    Raises:
+        ValueError: A column that is asked for is not there or of another type, or there are no images.
+    """
     import datasets
 
     columns = ", ".join(features)
@@ -80,8 +93,12 @@ def _is_label(feature: Any) -> bool:
     return isinstance(feature, datasets.Value) and feature.dtype.startswith(("int", "uint", "string", "large_string"))
 
 
-def bytes_or_path(value: dict[str, Any] | None) -> bytes | Path:
-    """An image as `datasets` gives it when it does not decode."""
-    if value is None:
+def bytes_or_path(value: dict[str, Any] | None) -> bytes | Path | str:
+    """An image as `datasets` gives it when it does not decode, for `read_image`: its bytes, its file, or its URL."""
+    if value is None or (value["bytes"] is None and value["path"] is None):
         return b""  # a missing image: read_image says that it is empty
-    return value["bytes"] if value["bytes"] is not None else Path(value["path"])
+    if value["bytes"] is not None:
+        return value["bytes"]
+    path = value["path"]
+    # Streams name files where they are (hf://..., zip://...::...); a Path would make one slash of two.
+    return path if "://" in path else Path(path)

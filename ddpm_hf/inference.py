@@ -1,4 +1,4 @@
-"""A network made ready for sampling and likelihoods: the same function, computed sooner.
+"""A network prepared for sampling and likelihoods: the same function, computed faster.
 
 Nothing of it is saved with a model. `docs/speed.md` has the measurements, and what did not help.
 """
@@ -22,6 +22,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
 
+from . import __version__
 from .machine import keep_freed_memory
 from .pipeline_ddpm import DDPMPipeline
 from .processes import default_cache_dir, processes
@@ -32,9 +33,9 @@ from .winograd import WinogradConv2d, Workspace
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-# What is not stock's way rounds otherwise, so it has to be worth it.
+# Other ways than stock's round differently, so they have to be at least 5 % faster.
 _WORTH_IT = 0.95
-_ROUNDS = 4
+_ROUNDS = 4  # the fastest of four is hardly disturbed by what else the machine does
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class Execution:
 class InferenceNetwork:
     """A `UNet2DModel` in evaluation mode and without gradients, called as before and computed as an `Execution` says.
 
-    In fp32 the weights are shared, but for those that are transformed; make a new one after changing them.
+    Weights that need no conversion are shared; make a new one after changing or converting them. One thread at a time.
 
     Args:
         unet: The network.
@@ -83,6 +84,7 @@ class InferenceNetwork:
         self.execution = execution
         self.dtype = PRECISIONS[execution.precision]
         self.device = unet.device
+        self.made_from = unet.device, unet.dtype
         self.config = unet.config
         shared = {id(tensor): tensor for tensor in (*unet.parameters(), *unet.buffers())}
         network = copy.deepcopy(unet, shared if self.dtype == unet.dtype else None).eval()
@@ -257,7 +259,7 @@ def _fastest(pipe: DDPMPipeline, plain: Execution, compile: bool, batch_size: in
     key = _fingerprint(pipe, plain.precision, compile)
     found: list[Any] = [None]
     with suppress(KeyError, TypeError, ValueError):  # not there, or another version's
-        found[0] = asdict(Execution(**_kept()[key]))
+        found[0] = asdict(Execution(**_read_choices()[key]))
     broadcast_object_list(found)
     if found[0] is not None:
         return InferenceNetwork(pipe.unet, Execution(**found[0]))
@@ -267,7 +269,7 @@ def _fastest(pipe: DDPMPipeline, plain: Execution, compile: bool, batch_size: in
     chosen: list[Any] = [asdict(best if seconds[best] < _WORTH_IT * seconds[plain] else plain)]
     broadcast_object_list(chosen)
     if processes().is_main_process:
-        _keep({**_kept(), key: chosen[0]})
+        _write_choices({**_read_choices(), key: chosen[0]})
     return networks[Execution(**chosen[0])]
 
 
@@ -312,21 +314,21 @@ def _fingerprint(pipe: DDPMPipeline, precision: str, compile: bool) -> str:
     elif device.type == "cuda":
         machine = torch.cuda.get_device_name(device)
     network = pipe.settings["unet"]
-    return digest(machine, torch.get_num_threads(), torch.__version__, network, precision, compile)[:32]
+    return digest(machine, torch.get_num_threads(), torch.__version__, __version__, network, precision, compile)[:32]
 
 
-def _file() -> Path:
+def _choices_file() -> Path:
     return default_cache_dir() / "executions.json"
 
 
-def _kept() -> dict[str, Any]:
+def _read_choices() -> dict[str, Any]:
     try:
-        found = json.loads(_file().read_text())
+        found = json.loads(_choices_file().read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
 
 
-def _keep(choices: dict[str, Any]) -> None:
+def _write_choices(choices: dict[str, Any]) -> None:
     with suppress(OSError):  # timed again next time
-        write_text(_file(), json.dumps(choices, indent=2) + "\n")
+        write_text(_choices_file(), json.dumps(choices, indent=2) + "\n")

@@ -3,7 +3,7 @@
 Features `[N, D]` -> statistics (mean and a factor of the covariance) -> Frechet distance; features -> KID, precision
 and recall, neighbours; class logits -> Inception score. torch-fidelity computes KID and distances in float32 and the
 root of the covariances' product by eigenvalues, which loses digits where they are singular, so all of it is done here;
-its protocols (subsets, seeds, splits, neighbourhoods) are kept.
+its protocols (subsets, seeds, parts, neighbourhoods) are kept.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def inception_score(logits: Tensor, splits: int = 10) -> tuple[Estimate, float]:
 
     Args:
         logits: `[N, classes]` of a classifier, without biases in the official code.
-        splits: As in the official code; samples are taken in their order.
+        splits: Parts as in the official code; unlike torch-fidelity's, samples are not shuffled before.
 
     Returns:
         The score, and the standard deviation over the parts, which is what papers print after +-.
@@ -129,7 +129,8 @@ def inception_score(logits: Tensor, splits: int = 10) -> tuple[Estimate, float]:
     x = _checked(logits, splits, "the Inception score")
     log_p = x.log_softmax(1)
     scores = []
-    for part in torch.tensor_split(log_p, splits):
+    for i in range(splits):
+        part = log_p[i * len(x) // splits : (i + 1) * len(x) // splits]
         log_marginal = part.exp().mean(0).log()
         # A class that no image of the part has any probability of adds nothing: 0 log 0 = 0.
         terms = torch.where(part.exp() > 0, part.exp() * (part - log_marginal), 0.0)
@@ -192,6 +193,8 @@ def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
 
 def _within_radius(points: Tensor, centres: Tensor, radii: Tensor) -> float:
     """The share of points that lie in the ball around any of the centres."""
+    # `<=` and not `<`, as in Eq. 1 and the code (precision_recall.py) of Kynkaanniemi et al.: where images are there
+    # several times, radii of 0 are right, and a copy of such an image is inside.
     inside = [(_squared_distances(part, centres) <= radii).any(1) for part in points.split(_ROWS)]
     return torch.cat(inside).double().mean().item()
 

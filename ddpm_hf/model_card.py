@@ -20,6 +20,7 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PureWindowsPath
+from types import NoneType
 from typing import Any
 
 import yaml
@@ -97,8 +98,8 @@ class ModelFacts:
         Raises:
             OSError, KeyError: The folder is not a saved DDPM.
         """
-        unet = json.loads((folder / "unet" / "config.json").read_text())
-        scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+        unet = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8"))
+        scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
         size = unet["sample_size"]
         height, width = size if isinstance(size, list) else (size, size)
         weights = [path for path in sorted((folder / "unet").iterdir()) if _WEIGHTS.fullmatch(path.name)]
@@ -294,15 +295,15 @@ def merge_cards(
         The card, and the names of what was kept although it is generated: a person edited it.
     """
     front, body = _split(person)
-    new_front, new_body = _split(generated)
+    new_body = _split(generated)[1]
     sections = {found[1]: found[3] for found in _SECTION.finditer(new_body) if found[1] in only}
     kept: list[str] = []
 
     told = next((found[3] for found in _SECTION.finditer(body) if found[1] == "evaluation"), "")
     try:
-        before = yaml.safe_load(front) or {}
-        after = _merge_front(before, yaml.safe_load(new_front), told if "evaluation" in sections else None)
-    except (yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError):  # it is not what the Hub takes either
+        before = front_matter(person)
+        after = _merge_front(before, front_matter(generated), told if "evaluation" in sections else None)
+    except (AttributeError, KeyError, TypeError, ValueError):  # it is not what the Hub takes either
         kept.append("front matter")
     else:
         if license is not None:
@@ -328,6 +329,21 @@ def merge_cards(
 def text_outside(card: str) -> str:
     """What of a card is not generated."""
     return _SECTION.sub(lambda found: f"[{found[1]}]", _split(card)[1]).strip()
+
+
+def front_matter(card: str) -> dict[str, Any]:
+    """The keys that stand above a card's text; empty where none do.
+
+    Raises:
+        ValueError: What stands there is not YAML, or no keys and values.
+    """
+    try:
+        front = yaml.safe_load(_split(card)[0])
+    except yaml.YAMLError as error:
+        raise ValueError("the front matter of the card is not YAML") from error
+    if not isinstance(front, (dict, NoneType)):
+        raise ValueError("the front matter of the card has no keys and values")
+    return front or {}
 
 
 def _split(card: str) -> tuple[str, str]:

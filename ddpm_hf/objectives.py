@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .distributions import bound_term, mean_flat
+from .distributions import mean_flat
+from .likelihood import vb_terms_bpd
 from .scheduling_ddpm import LEARNED_VARIANCES, DDPMScheduler
 
 # Nichol & Dhariwal 2021, Section 3.1: "L_hybrid = L_simple + lambda L_vlb", lambda = 0.001
@@ -35,12 +36,6 @@ def _squared_error(
 ) -> Tensor:
     prediction, _ = scheduler.split_output(model_output, x_t)
     return mean_flat((scheduler.get_target(x_0, noise, t) - prediction).square())
-
-
-def _bound(scheduler: DDPMScheduler, model_output: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-    q_mean, _, q_log_variance = scheduler.q_posterior(x_0, x_t, t)
-    p_mean, _, p_log_variance, _ = scheduler.p_mean_variance(model_output, t, x_t, clip_denoised=False)
-    return bound_term(x_0, torch.as_tensor(t, device=x_0.device), q_mean, q_log_variance, p_mean, p_log_variance)
 
 
 def simple_loss(
@@ -64,7 +59,7 @@ def variational_bound_loss(
     is the bound.
     """
     x_t, output = _predict(unet, scheduler, x_0, t, noise, model_kwargs)
-    return _bound(scheduler, output, x_0, x_t, t)
+    return vb_terms_bpd(scheduler, output, x_0, x_t, t, clip_denoised=False)
 
 
 def hybrid_loss(
@@ -84,9 +79,10 @@ def hybrid_loss(
             "variance_type='learned_range' with twice the output channels, or loss 'simple'"
         )
     x_t, output = _predict(unet, scheduler, x_0, t, noise, model_kwargs)
-    prediction, raw_variance = output.chunk(2, dim=1)
+    prediction, raw_variance = scheduler.split_output(output, x_t)
+    assert raw_variance is not None
     frozen = torch.cat([prediction.detach(), raw_variance], dim=1)
-    bound = scheduler.config.num_train_timesteps * _bound(scheduler, frozen, x_0, x_t, t)
+    bound = scheduler.config.num_train_timesteps * vb_terms_bpd(scheduler, frozen, x_0, x_t, t, clip_denoised=False)
     return _squared_error(scheduler, output, x_0, x_t, t, noise) + HYBRID_WEIGHT * bound
 
 

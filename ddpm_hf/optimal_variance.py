@@ -6,8 +6,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from .evaluation import likelihood_rows
 from .image_tensors import ImageDataset
+from .likelihood_evaluation import likelihood_rows
 from .pipeline_ddpm import DDPMPipeline
 from .reports import write_text
 
@@ -17,21 +17,21 @@ def prediction_error(
 ) -> Tensor:
     """How far the network's predicted x_0 is off at every t: what `DDPMScheduler.set_prediction_error` takes.
 
-    The paper estimates E||eps||^2 and infers this error from it, which holds for a perfect network. Measured directly
+    Bao et al. estimate E||eps||^2 and infer this error from it, which holds for a perfect network. Measured directly
     it is right for the network at hand and for a clipped x_0, and its own error is smaller where eps is nearly known.
     It costs T network evaluations per image. Under `accelerate launch` every process takes a share of the images, and
     all return the same numbers.
 
     Args:
         pipe: The model; its scheduler is a `DDPMScheduler`.
-        data: Images that the model was trained on or for; a hundred do.
+        data: Images that the model was trained on or for; about a hundred are enough.
         batch_size, seed, progress: See `likelihood.bits_per_dim`.
 
     Returns:
         `[T]` float64: E (x_0 - predicted x_0)^2 per pixel, in the [-1, 1] scale.
 
     Raises:
-        ValueError: No images, images of another shape, or a class-conditional network without labels.
+        ValueError: No images, images of another shape, a class-conditional network without labels, another scheduler.
     """
     if not len(data):
         raise ValueError(f"{data.name!r} has no images to measure the network on")

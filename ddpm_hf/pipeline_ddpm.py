@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -15,18 +16,19 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler as StockDDPMScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin  # noqa: F401  (looked up here by name, see load_config)
+from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 
+from .class_labels import Classes, ClassLabels
 from .hub_errors import check_pipeline, patiently
-from .image_tensors import ImageDataset
-from .pipeline_inputs import KnownPixels, draws_of, images_in_model_range, mask_of, one_per_image
+from .pipeline_inputs import KnownPixels, count_and_generators, images_in_model_range, mask_of, one_per_image
 from .scheduling_ddpm import DDPMScheduler
 from .unet_2d import PortableConfigMixin, UNet2DModel
 
+logger = logging.get_logger(__name__)
+
 # What stock repositories name, and our class of the same name that opens it.
 _OURS = {("diffusers", "UNet2DModel"), ("diffusers", "DDPMScheduler")}
-
-ClassLabels = int | str | Iterable[int | str] | torch.Tensor | None
 
 
 @dataclass
@@ -37,7 +39,7 @@ class DenoisingStep:
         index: Its place in `scheduler.timesteps`.
         timestep: t, from T-1 to 0.
         sample: x_t, `[B, C, H, W]`, in the [-1, 1] scale.
-        pred_original_sample: The x_0 predicted from it (Eq. 15), or `None` where the scheduler keeps it to itself.
+        pred_original_sample: The x_0 predicted from it (Eq. 15), or `None` where the scheduler does not return it.
         prev_sample: x_{t-1}; the chain goes on from what stands here.
     """
 
@@ -46,6 +48,10 @@ class DenoisingStep:
     sample: torch.Tensor
     pred_original_sample: torch.Tensor | None
     prev_sample: torch.Tensor
+
+
+# From x_t over some of the timesteps: `walk(x_t, start, stop)`.
+Walk = Callable[[torch.Tensor, int, int | None], Iterator[DenoisingStep]]
 
 
 class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
@@ -75,7 +81,7 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
     def network(self) -> Any:
         """What evaluates the network: `unet`, or what `inference.optimize_for_inference` made of it."""
         made = self._network
-        if made is None or made.unet is not self.unet or made.device != self.unet.device:
+        if made is None or made.unet is not self.unet or made.made_from != (self.unet.device, self.unet.dtype):
             return self.unet
         return made
 
@@ -109,8 +115,9 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
             OSError: It is not there, may not be read, or broke off.
             ValueError: It is no DDPM, or `use_safetensors=False` was asked for.
         """
-        if kwargs.setdefault("use_safetensors", True) is False:
+        if kwargs.get("use_safetensors") is False:
             raise ValueError("use_safetensors=False would read a pickle; convert the repository to safetensors first")
+        kwargs["use_safetensors"] = True  # for None, diffusers would fall back to pickles
         check_pipeline(pretrained_model_name_or_path, **kwargs)
         load = super().from_pretrained
         return patiently(
@@ -121,11 +128,15 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
 
     @classmethod
     def from_pipe(cls, pipeline: Any, **kwargs: Any) -> DDPMPipeline:
-        """This pipeline around another one's network and scheduler, stock's too; the memory is shared.
+        """This pipeline around another one's network and scheduler, stock's too; both pipelines share them.
 
         Args:
             pipeline: Any diffusers pipeline of a `unet` and a `scheduler`.
-            kwargs: `unet=` or `scheduler=` instead of its own, `dtype=` (or `torch_dtype=`) to convert to.
+            kwargs: `unet=` or `scheduler=` instead of its own; `dtype=` (or `torch_dtype=`), which converts the shared
+                network.
+
+        Raises:
+            ValueError: It has other components than these two.
         """
         dtype = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None)
         parts = {**pipeline.components, **kwargs}
@@ -151,8 +162,14 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of the images."""
+        """Channels, height and width of the images.
+
+        Raises:
+            ValueError: The network has no `sample_size`.
+        """
         size = self.unet.config.sample_size
+        if size is None:
+            raise ValueError("the network's configuration has no sample_size; set it to the images' size")
         height, width = size if isinstance(size, (tuple, list)) else (size, size)
         return self.unet.config.in_channels, height, width
 
@@ -229,17 +246,19 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
         """
         if output_type not in ("pil", "np", "pt"):
             raise ValueError(f"output_type must be 'pil', 'np' or 'pt', got {output_type!r}")
+        if output_type == "pil" and self.image_shape[0] not in (1, 3):
+            raise ValueError(f"images of {self.image_shape[0]} channels are no pictures; use output_type='np' or 'pt'")
         for name in callback_on_step_end_tensor_inputs:
             if name not in self._callback_tensor_inputs:
                 names = ", ".join(self._callback_tensor_inputs)
                 raise ValueError(f"callback_on_step_end_tensor_inputs knows {names}, got {name!r}")
         num_inference_steps = self.checked_steps(num_inference_steps)
-        self._step_options(generator, eta)
+        self._check_eta(eta)
         given = None if image is None else images_in_model_range(image, self.image_shape)
         if seeds is None and batch_size is None and given is not None:
             batch_size = len(given)
         device = self._execution_device
-        batch_size, generator = draws_of(batch_size, generator, seeds, device)
+        batch_size, generator = count_and_generators(batch_size, generator, seeds, device)
         self._set_timesteps(num_inference_steps)
         start, known = 0, None
         if given is not None:
@@ -259,15 +278,14 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
             x_t = x_t * self.scheduler.init_noise_sigma
 
         self._interrupt = False
+        walk = self._walking(class_labels, guidance_scale, eta, generator, batch_size)
         if x_t is None:
-            self._checked_labels(class_labels, guidance_scale, 0)
             x_t = torch.empty(shape)
         else:
-            walking = (self._checked_labels(class_labels, guidance_scale, batch_size), guidance_scale, eta)
             if known is None:
-                steps = self._walk(x_t, generator, start, None, *walking)
+                steps = walk(x_t, start, None)
             else:
-                steps = self._repaint(x_t, generator, known, start, resample_length, resample_times, walking)
+                steps = self._repaint(x_t, walk, generator, known, start, resample_length, resample_times)
             total = len(self.scheduler.timesteps) - start
             with self.progress_bar(total=total if known is None else total * resample_times) as bar:
                 for step in steps:
@@ -280,11 +298,12 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
                     bar.update()
                     if self._interrupt:
                         break
-        images = self._as_output(x_t, output_type)
+        images = self.as_output(x_t, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _as_output(self, x_0: torch.Tensor, output_type: str) -> Any:
+    def as_output(self, x_0: torch.Tensor, output_type: str) -> Any:
+        """`[B, C, H, W]` in the [-1, 1] scale as `pil`, `np` or `pt`, see `__call__`."""
         images = (x_0 / 2 + 0.5).clamp(0, 1)
         if output_type == "pt":
             return images
@@ -299,22 +318,30 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
                 part of the image.
         """
         self.scheduler.set_timesteps(steps)
-        if isinstance(self.scheduler, DDPMScheduler):
-            return
         timesteps, alpha_bar = self.scheduler.timesteps, self.scheduler.alphas_cumprod
         signal, least = alpha_bar[int(timesteps[0])].item() ** 0.5, alpha_bar[-1].item() ** 0.5
         late = signal > max(0.1, 2 * least)
         T = self.scheduler.config.num_train_timesteps
-        if isinstance(self.scheduler, DDIMScheduler) and (late or (timesteps.diff() != -(T // steps)).any()):
-            raise ValueError(  # its step takes the next timestep to be T // steps below, wherever the chain goes
-                f"stock's DDIM walks {steps} of {T} steps with {self.scheduler.config.timestep_spacing!r} spacing "
-                f"wrongly; use a number of steps that divides {T}"
-            )
-        if late or len(timesteps.unique()) < len(timesteps):
+        if isinstance(self.scheduler, DDPMScheduler):
+            if late:  # as stock does it, so it is not refused
+                logger.warning(
+                    f"{steps} steps start from pure noise at t={int(timesteps[0])}, where the network expects a part "
+                    "of the image; better: timestep_spacing='trailing'"
+                )
+            return
+        # PNDM and second-order solvers evaluate some timesteps twice on purpose.
+        once = getattr(self.scheduler, "order", 1) == 1 and "PNDM" not in type(self.scheduler).__name__
+        if late or (once and len(timesteps.unique()) < len(timesteps)):
             what = f"starts from noise at t={int(timesteps[0])}" if late else "comes to the same timestep twice"
             raise ValueError(
                 f"{type(self.scheduler).__name__} {what} with {steps} steps; use timestep_spacing='trailing', or "
                 "another number of steps"
+            )
+        if isinstance(self.scheduler, DDIMScheduler) and (timesteps.diff() != -(T // steps)).any():
+            raise ValueError(
+                f"stock's DDIM takes each of {steps} steps to be {T // steps} of the {T} timesteps long, and with "
+                f"{self.scheduler.config.timestep_spacing!r} spacing they are not; use 'leading' or 'trailing' "
+                f"spacing and a number of steps that divides {T}"
             )
 
     def _start_of(self, strength: float | None, inpainting: bool) -> int:
@@ -352,17 +379,34 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
 
         Yields:
             One `DenoisingStep` per step. Its `prev_sample` may be replaced; the chain goes on from there.
+
+        Raises:
+            ValueError: As `__call__`, but with the first step.
         """
         self._set_timesteps(self.checked_steps(num_inference_steps))
-        labels = self._checked_labels(class_labels, guidance_scale, len(x_t))
-        yield from self._walk(x_t, generator, start, stop, labels, guidance_scale, eta)
+        yield from self._walking(class_labels, guidance_scale, eta, generator, len(x_t))(x_t, start, stop)
+
+    def _walking(
+        self, class_labels: ClassLabels, guidance_scale: float, eta: float, generator: Any, batch_size: int
+    ) -> Walk:
+        """What takes steps down the chain, with all that is the same in every stretch of it checked."""
+        self._check_eta(eta)
+        labels = self.classes.checked(class_labels, guidance_scale, batch_size)
+        return partial(
+            self._walk,
+            generator=generator,
+            labels=None if labels is None else labels.to(self._execution_device),
+            guidance_scale=guidance_scale,
+            eta=eta,
+        )
 
     def _walk(
         self,
         x_t: torch.Tensor,
-        generator: Any,
         start: int,
         stop: int | None,
+        *,
+        generator: Any,
         labels: torch.Tensor | None,
         guidance_scale: float,
         eta: float,
@@ -404,7 +448,7 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
         Yields:
             One `DenoisingStep` per step, with x_t and the x_0 predicted from it.
         """
-        batch_size, generator = draws_of(batch_size, generator, seeds, self._execution_device)
+        batch_size, generator = count_and_generators(batch_size, generator, seeds, self._execution_device)
         shape = (batch_size, *self.image_shape)
         x_t = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=torch.float32)
         yield from self.denoise(x_t * self.scheduler.init_noise_sigma, generator, **options)
@@ -416,7 +460,7 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
             raise ValueError(f"resample_length and resample_times must be at least 1, got {length} and {times}")
 
     def _repaint(
-        self, x_t: torch.Tensor, generator: Any, known: KnownPixels, start: int, length: int, times: int, walking: Any
+        self, x_t: torch.Tensor, walk: Walk, generator: Any, known: KnownPixels, start: int, length: int, times: int
     ) -> Iterator[DenoisingStep]:
         """RePaint (Lugmayr et al. 2022, Algorithm 1): the known pixels come from q(x_{t-1}|x_0), the others from p."""
         # alpha_bar at every point of the chain; the data, at its end, has 1
@@ -431,7 +475,7 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
         for first in range(start, len(timesteps), length):
             last = min(first + length, len(timesteps))
             for again in reversed(range(times)):
-                for step in self._walk(x_t, generator, first, last, *walking):
+                for step in walk(x_t, first, last):
                     signal = alpha_bar[step.index + 1]
                     image = noisy(known.image, signal) if signal < 1 else known.image
                     step.prev_sample = torch.where(known.draw, step.prev_sample, image)
@@ -440,13 +484,15 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
                 if again:
                     x_t = noisy(x_t, alpha_bar[first] / alpha_bar[last])
 
+    def _check_eta(self, eta: float) -> None:
+        if not 0 <= eta <= 1:
+            raise ValueError(f"eta must be between 0 and 1, got {eta}")
+        if eta and "eta" not in inspect.signature(self.scheduler.step).parameters:
+            raise ValueError(f"eta={eta} is for the ddim sampler; {type(self.scheduler).__name__} has none")
+
     def _step_options(self, generator: Any, eta: float) -> dict[str, Any]:
         """What the scheduler's `step` takes beyond the usual: deterministic ones take no generator, DDIM an eta."""
         known = inspect.signature(self.scheduler.step).parameters
-        if not 0 <= eta <= 1:
-            raise ValueError(f"eta must be between 0 and 1, got {eta}")
-        if eta and "eta" not in known:
-            raise ValueError(f"eta={eta} is for the ddim sampler; {type(self.scheduler).__name__} has none")
         options: dict[str, Any] = {"generator": generator} if "generator" in known else {}
         if "eta" in known:
             options["eta"] = eta
@@ -456,82 +502,9 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
         return options
 
     @property
-    def null_class(self) -> int | None:
-        """The label that stands for "no class" in a network trained with class dropout, else `None`."""
-        return self.unet.config.get("_null_class")
-
-    def _checked_labels(self, class_labels: Any, guidance_scale: float, batch_size: int) -> torch.Tensor | None:
-        """`[B]` class indices on the device, or `None` for an unconditional network."""
-        classes = self.unet.config.num_class_embeds
-        if classes is None:
-            if class_labels is not None or guidance_scale != 1:
-                raise ValueError("class_labels and guidance_scale are for class-conditional networks; this one is not")
-            return None
-        if guidance_scale != 1 and self.null_class is None:
-            raise ValueError(
-                f"guidance_scale={guidance_scale} needs a network trained with class dropout, and this one was not"
-            )
-        if class_labels is None:
-            if self.null_class is None:
-                raise ValueError(f"this network is class-conditional: give class_labels, 0..{classes - 1}")
-            class_labels = self.null_class
-        if not isinstance(class_labels, torch.Tensor):
-            one = isinstance(class_labels, (int, str))
-            indices = [self.class_index(label) for label in ([class_labels] if one else class_labels)]
-            class_labels = torch.tensor(indices[0] if one else indices, dtype=torch.long)
-        labels = class_labels.long()
-        if labels.ndim == 0:
-            labels = labels.expand(batch_size)
-        if labels.shape != (batch_size,):
-            raise ValueError(f"got {labels.numel()} class_labels for {batch_size} images; give one, or one per image")
-        if len(labels) and (labels.min() < 0 or labels.max() >= classes):
-            wrong = int(labels.min() if labels.min() < 0 else labels.max())
-            raise ValueError(f"class label {wrong} is outside 0..{classes - 1}")
-        return labels.to(self._execution_device)
-
-    def class_index(self, label: int | str) -> int:
-        """The index of a class, given by name or number.
-
-        Raises:
-            ValueError: The network has no such class.
-        """
-        names, classes = list(self.unet.config.get("_class_names") or []), self.unet.config.num_class_embeds or 0
-        if label in names:
-            return names.index(label)
-        if isinstance(label, str) and label.isdecimal():
-            label = int(label)
-        if isinstance(label, str) or not 0 <= int(label) < classes:
-            have = ", ".join(names) or (f"0..{classes - 1}" if classes else "none: it is not class-conditional")
-            raise ValueError(f"class {label!r} is no class of this network; it has {have}")
-        return int(label)
-
-    def labels_of(self, data: ImageDataset) -> torch.Tensor | None:
-        """The images' classes as this network numbers them, `[N]`, or `None` for an unconditional network.
-
-        Images without labels have "no class" where the network knows it.
-
-        Raises:
-            ValueError: A class that the network does not know, or no labels where it needs them.
-        """
-        if self.unet.config.num_class_embeds is None:
-            return None
-        if data.labels is None:
-            if self.null_class is None:
-                raise ValueError(f"the network is class-conditional, and the images of {data.name!r} have no labels")
-            return torch.full((len(data),), self.null_class)
-        return torch.tensor(self.indices_of_classes(data.class_names))[data.labels]
-
-    def indices_of_classes(self, class_names: list[str] | None) -> list[int]:
-        """Where a dataset's classes are among this network's, by their names; as they come where there are none.
-
-        Raises:
-            ValueError: A class that the network does not know.
-        """
-        known = list(self.unet.config.get("_class_names") or class_names or [])
-        names = class_names or known
-        if unknown := [name for name in names if name not in known]:
-            raise ValueError(f"the network knows no class {unknown[0]!r}; it was trained on {', '.join(known)}")
-        return [known.index(name) for name in names] or list(range(self.unet.config.num_class_embeds))
+    def classes(self) -> Classes:
+        """What the network knows of classes."""
+        return Classes.of(self.unet.config)
 
     def check_images_fit(self, data: Any) -> None:
         """Images (`data.load_images`) have to be as large as the network's.
@@ -551,7 +524,9 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
         """The network's output, guided away from "no class" where a guidance scale asks for it."""
         if labels is None or guidance_scale == 1:
             return network(image, t, class_labels=labels).sample
-        nothing = torch.full_like(labels, self.unet.config["_null_class"])
+        null = self.classes.null
+        assert null is not None  # or the guidance scale was refused
+        nothing = torch.full_like(labels, null)
         both = network(torch.cat([image, image]), t, class_labels=torch.cat([labels, nothing])).sample
         with_class, without = both.chunk(2)
         guided = without + guidance_scale * (with_class - without)
@@ -568,3 +543,14 @@ def evaluating(module: torch.nn.Module) -> Iterator[None]:
         yield
     finally:
         module.train(was_training)
+
+
+@contextmanager
+def without_bar(pipe: DDPMPipeline) -> Iterator[None]:
+    """The pipeline shows no progress bar inside, and does afterwards what it did before."""
+    before = getattr(pipe, "_progress_bar_config", {})
+    pipe.set_progress_bar_config(**{**before, "disable": True})
+    try:
+        yield
+    finally:
+        pipe.set_progress_bar_config(**before)

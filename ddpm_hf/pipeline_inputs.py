@@ -29,7 +29,7 @@ class KnownPixels:
     draw: Tensor
 
 
-def draws_of(
+def count_and_generators(
     batch_size: int | None, generator: Generators, seeds: Iterable[int] | None, device: torch.device | str = "cpu"
 ) -> tuple[int, torch.Generator | list[torch.Generator] | None]:
     """How many images, and what their noise is drawn from.
@@ -80,7 +80,7 @@ def images_in_model_range(image: Any, image_shape: tuple[int, int, int]) -> Tens
         pixels = read_image(image, ImageFormat(channels, (height, width)))
         return torch.tensor(pixels).float()[None] / 127.5 - 1
     if isinstance(image, np.ndarray):
-        array = torch.from_numpy(image)
+        array = torch.from_numpy(np.array(image))  # a copy: PIL's arrays are read-only, of which PyTorch warns
         image = array.movedim(-1, -3) if array.ndim > 2 else array[None]
     if not isinstance(image, Tensor):
         raise ValueError(f"image must be a PIL image, an array or a tensor, got {type(image).__name__}")
@@ -111,15 +111,24 @@ def mask_of(mask: Any, image_shape: tuple[int, int, int], batch_size: int) -> Te
         ValueError: Another size or number of masks.
     """
     if isinstance(mask, (list, tuple)):
+        if not mask:
+            raise ValueError("mask_image is an empty list; give one mask, or one per image")
         return one_per_image(torch.cat([mask_of(one, image_shape, 1) for one in mask]), batch_size, "mask_image")
     _, height, width = image_shape
     if isinstance(mask, Image.Image):
         mask = read_image(mask, ImageFormat(1, (height, width)))  # as the image, or it would cover something else
-    values = torch.as_tensor(mask)
+    values = torch.tensor(mask) if isinstance(mask, np.ndarray) else torch.as_tensor(mask)
     if values.shape[-2:] != (height, width) or values.ndim > 4 or (values.ndim > 2 and values.shape[-3] != 1):
         raise ValueError(
             f"mask_image has shape {tuple(values.shape)}, and the network's images are {height} x {width}"
         )
+    if values.dtype not in (torch.uint8, torch.bool) and values.numel() and not 0 <= values.min() <= values.max() <= 1:
+        raise ValueError(
+            f"mask_image must be uint8, bool or lie in [0, 1], got {values.dtype} from {values.min().item():g} to "
+            f"{values.max().item():g}"
+        )
+    if values.dtype == torch.uint8 and values.numel() and 0 < values.max() <= 1:
+        raise ValueError("mask_image is uint8 with values up to 1; white is 255, or give it as bool")
     half = 127.5 if values.dtype == torch.uint8 else 0.5
     return one_per_image(values.reshape(-1, 1, height, width) > half, batch_size, "mask_image")
 

@@ -52,9 +52,9 @@ def together() -> Iterator[None]:
     failed: Exception | None = None
     try:
         yield
-    except (ValueError, OSError) as error:
+    except Exception as error:
         failed = error
-    sentences = gather_object([None if failed is None else str(failed)])
+    sentences = gather_object([None if failed is None else str(failed) or type(failed).__name__])
     if failed is not None:
         raise failed
     for index, sentence in enumerate(sentences):
@@ -120,14 +120,23 @@ def lonely_launch() -> bool:
     return asked and not any(name in os.environ for name in ("LOCAL_RANK", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE"))
 
 
+def start_process() -> None:
+    """What a command does first: it ends with its launcher, and takes its share of the machine's cores."""
+    end_with_the_launcher()
+    here = processes()
+    if here.device.type == "cpu":
+        set_cpu_threads(None, here.num_processes)
+
+
 def set_cpu_threads(wanted: int | None, num_processes: int) -> None:
     """Use all cores: launchers start every process with one thread unless they are told otherwise.
 
     Args:
         wanted: Threads of this process, or `None`: an even share of the cores if a launcher started it, else what
             `OMP_NUM_THREADS` or PyTorch says.
-        num_processes: On this machine.
+        num_processes: All of them; launchers say how many are on this machine.
     """
+    num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", num_processes))
     if wanted is None and _launched():
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         physical = psutil.cpu_count(logical=False) or cores  # a core's second thread only gets in the way
@@ -169,10 +178,12 @@ def only_run_in(folder: Path) -> Iterator[None]:
     with (folder / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise ValueError(
                 f"another run is writing into {str(folder)!r}; wait for it, or name another folder"
             ) from None
+        except OSError:
+            pass  # this file system has no locks
         yield
 
 
@@ -188,8 +199,8 @@ class StopRequested(BaseException):
 @contextmanager
 def interruptible(stop: dict[str, bool]) -> Iterator[None]:
     """What runs inside is broken off by a stop signal, instead of holding it up; only for what can be thrown away."""
-    stop["interruptible"] = True
     try:
+        stop["interruptible"] = True
         yield
     except StopRequested:
         pass
@@ -221,4 +232,4 @@ def stop_signals() -> Iterator[dict[str, bool]]:
         yield stop
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)

@@ -24,7 +24,7 @@ from .generation import generate, with_sampler
 from .hub import Push, check_destination
 from .hub_background import BackgroundPush
 from .hub_files import CARD, REPORT, SAMPLES, write_card, write_pipeline
-from .model_card import CardFacts, check_license
+from .model_card import CardFacts, check_license, public_name
 from .pipeline_ddpm import DDPMPipeline
 from .presets import Preset
 from .processes import say, together
@@ -40,9 +40,9 @@ def precision_name(accelerator: Accelerator) -> str:
     return {"no": "float32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
 
 
-def describe(data: Images) -> str:
-    """How many images of what."""
-    return f"{'a stream' if isinstance(data, StreamedImages) else f'{len(data)} images'} of {data.name}"
+def describe_images(data: Images, name: str | None = None) -> str:
+    """How many images of what; `name` for readers who are not to see where on this machine they are."""
+    return f"{'a stream' if isinstance(data, StreamedImages) else f'{len(data)} images'} of {name or data.name}"
 
 
 @dataclass
@@ -101,7 +101,7 @@ class Publisher:
         try:
             self._write_pipeline(self.pipeline(averaged))
             self._write_card(step, None)
-        except OSError as error:  # the run goes on without
+        except (OSError, ValueError) as error:  # the disk refuses, or a card cannot be read: the run goes on without
             say(f"not published after update {step}: {error}")
         else:
             self.pushes.offer(f"After update {step}")
@@ -157,7 +157,7 @@ class Publisher:
             folder,
             CardFacts(
                 name=folder.resolve().name,
-                dataset=self.data.name,
+                dataset=public_name(self.data.name),
                 dataset_id=on_hub if on_hub is not None and not Path(on_hub).exists() else None,
                 recipe=self.recipe_for_card(step),
                 report=dataclasses.asdict(report) if report is not None else None,
@@ -191,7 +191,7 @@ class Publisher:
         batches = generate(
             with_sampler(pipe, config.sampler),
             seeds,
-            num_inference_steps=min(config.ddpm_num_inference_steps, pipe.scheduler.config.num_train_timesteps),
+            num_inference_steps=config.inference_steps(pipe.scheduler.config.num_train_timesteps),
             class_labels=[seed % len(classes) for seed in seeds] if classes else None,
         )
         drawn = gather_object(
@@ -205,9 +205,9 @@ class Publisher:
 
     def recipe_for_card(self, step: int) -> dict[str, Any]:
         """What the card lists under "Training"."""
-        recipe = self.recipe
+        recipe, images = self.recipe, describe_images(self.data, public_name(self.data.name))
         return {
-            "images": describe(self.data) + (", random flips" if recipe.random_flip else ""),
+            "images": images + (", random flips" if recipe.random_flip else ""),
             "updates": f"{step} of {self.plan.total} images, seed {self.config.seed}",
             "optimizer": f"Adam(0.9, 0.999), learning rate {recipe.learning_rate:g} after {recipe.lr_warmup_steps} "
             f"warm-up updates, then {recipe.lr_scheduler}, gradient norm at most {recipe.max_grad_norm:g}",

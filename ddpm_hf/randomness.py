@@ -6,6 +6,7 @@ A run that is resumed, split over processes or sampled in other batches draws th
 from __future__ import annotations
 
 import hashlib
+import operator
 
 import torch
 
@@ -16,8 +17,12 @@ def derive_seed(seed: int, *what: int | str) -> int:
     Args:
         seed: The run's seed.
         what: The purpose and its indices, for example `("noise", update)`.
+
+    Raises:
+        TypeError: An index that is no whole number.
     """
-    digest = hashlib.blake2b(repr((int(seed), *what)).encode(), digest_size=8).digest()
+    key = (int(seed), *(part if isinstance(part, str) else operator.index(part) for part in what))
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 

@@ -11,6 +11,7 @@ import platform
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 # Settings that may differ between two runs whose numbers are the same.
@@ -59,18 +60,18 @@ class EvaluationReport:
 
     def save(self, path: str | Path) -> None:
         """Write the report as JSON, completely or not at all."""
-        write_text(Path(path), json.dumps(_finite(dataclasses.asdict(self)), indent=2) + "\n")
+        write_text(Path(path), json.dumps(finite(dataclasses.asdict(self)), indent=2) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> EvaluationReport:
-        """Read a report that `save` wrote; a folder's `report.json` for a folder.
+        """Read a report that `save` wrote; a folder's `report.json` for a folder. Errors that it lacks are NaN.
 
         Raises:
             ValueError: There is none, or the file is something else.
         """
-        file = Path(path) / "report.json" if Path(path).is_dir() else Path(path)
+        file = report_file(path)
         try:
-            content = json.loads(file.read_text())
+            content = json.loads(file.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise ValueError(f"there is no report {str(file)!r}") from None
         except ValueError:
@@ -79,8 +80,11 @@ class EvaluationReport:
         required = {"dataset", "split", "num_images", "values"}
         if not isinstance(content, dict) or not required <= content.keys():
             raise ValueError(f"{str(file)!r} is not a report of ddpm-hf evaluate")
+        if wrong := _wrong_part(content):
+            raise ValueError(f"{str(file)!r} is not a report of ddpm-hf evaluate: {wrong}")
         report = cls(**{key: value for key, value in content.items() if key in known})
         for value in report.values.values():
+            value.setdefault("standard_error", math.nan)
             value.update({key: math.nan for key, number in value.items() if number is None})
         return report
 
@@ -88,6 +92,25 @@ class EvaluationReport:
         """One number, with its error and how it was made (`estimator` in words, and what else there is to say)."""
         self.values[name] = {"value": value, "standard_error": standard_error, **more}
         self.settings[name] = settings
+
+
+def report_file(path: str | Path) -> Path:
+    """The file of a report that is given by its file or by its folder."""
+    return Path(path) / "report.json" if Path(path).is_dir() else Path(path)
+
+
+def _wrong_part(content: dict[str, Any]) -> str:
+    """What of a report's content pages and comparisons could not use; nothing if all is well."""
+    values, settings = content["values"], content.get("settings", {})
+    if not isinstance(values, dict) or not isinstance(settings, dict):
+        return "its values and settings must have names"
+    for name, entry in values.items():
+        numbers = [entry.get("value", "none"), entry.get("standard_error")] if isinstance(entry, dict) else [entry]
+        if not isinstance(entry, dict) or any(not isinstance(x, (int, float, NoneType)) for x in numbers):
+            return f"{name!r} must have a number or null as its 'value'"
+        if not isinstance(settings.get(name, {}), dict):
+            return f"the settings of {name!r} must have names"
+    return ""
 
 
 def writable_folder(folder: Path, flag: str) -> None:
@@ -105,20 +128,25 @@ def writable_folder(folder: Path, flag: str) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file completely or not at all."""
+    """Write a file, in UTF-8, completely or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
+    partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
 
 
-def _finite(content: Any) -> Any:
-    """JSON has no NaN and no infinity."""
+def finite(content: Any) -> Any:
+    """The same with `None` for NaN and infinities, which JSON does not have."""
     if isinstance(content, dict):
-        return {key: _finite(value) for key, value in content.items()}
+        return {key: finite(value) for key, value in content.items()}
     if isinstance(content, (list, tuple)):
-        return [_finite(value) for value in content]
+        return [finite(value) for value in content]
     return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
+def plain(content: Any) -> Any:
+    """As it comes back from JSON: tuples are lists, keys are strings, what JSON does not know is its text."""
+    return json.loads(json.dumps(content, default=str))
 
 
 def number(value: float, standard_error: float = math.nan) -> str:
@@ -174,7 +202,7 @@ def as_markdown(report: EvaluationReport) -> str:
         "settings": {key: value for key, value in report.settings.items() if key not in report.values},
         "versions": report.versions,
     }
-    parts += ["## Settings", f"```json\n{json.dumps(_finite(everything), indent=2)}\n```"]
+    parts += ["## Settings", f"```json\n{json.dumps(finite(everything), indent=2)}\n```"]
     return "\n\n".join(parts) + "\n"
 
 

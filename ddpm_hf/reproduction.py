@@ -32,12 +32,12 @@ from .model_card import public_name
 from .pipeline_ddpm import DDPMPipeline
 from .presets import Preset, get_preset
 from .processes import end_with_the_launcher, only_run_in, processes, say, set_cpu_threads, together
-from .reports import number, table, write_text
+from .reports import finite, number, plain, table, write_text
 from .sample_evaluation import PAPER_SAMPLES
 from .scheduling_ddpm import DDPMScheduler
 from .shards import weights_digest
 from .training import Trainer
-from .training_batches import image_size
+from .training_batches import image_arguments
 from .training_evaluation import check_sampling
 
 # Table 4, CIFAR-10 test set: reverse process steps (T - t + 1) to rate in bits/dim and distortion as RMSE of 0..255.
@@ -94,8 +94,10 @@ class Reproduction:
             parts += ["## Before you compare", "\n".join(f"- {warning}" for warning in report.warnings)]
         if self.table_4:
             head = list(self.table_4[0])
-            cells = [["-" if row[key] is None else f"{row[key]:.5f}" for key in head] for row in self.table_4]
-            cells = [[str(int(row[head[0]] or 0)), *line[1:]] for row, line in zip(self.table_4, cells, strict=True)]
+            cells = [
+                [f"{row[head[0]]:.0f}", *("-" if row[key] is None else f"{row[key]:.5f}" for key in head[1:])]
+                for row in self.table_4
+            ]
             parts += [f"## Progressive lossy code, {report.split} (Table 4)", table([head, *cells], texts=())]
         parts.append(f"More in [{FOLDER}/report.md]({FOLDER}/report.md).")
         return "\n\n".join(parts) + "\n"
@@ -113,26 +115,18 @@ class Reproduction:
 
     def as_json(self) -> str:
         """The same as data."""
-        rows = [
-            {**row, "ours": None if row["ours"] is None else {k: _finite(x) for k, x in row["ours"].items()}}
-            for row in self.rows
-        ]
         content = {
             "preset": self.preset.name,
             "source": self.preset.source,
             "dataset": public_name(self.report.dataset),
-            "rows": rows,
+            "rows": self.rows,
             "differences": self.differences,
             "warnings": self.report.warnings,
             "table_4": self.table_4,
             "model": self.report.model,
             "versions": self.report.versions,
         }
-        return json.dumps(content, indent=2) + "\n"
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+        return json.dumps(finite(content), indent=2) + "\n"
 
 
 def reproduce(config: TrainingConfig, options: ReproductionConfig) -> Reproduction | None:
@@ -176,7 +170,7 @@ def _stages(folder: Path) -> dict[str, Any]:
     found: list[Any] = [{}]
     if processes().is_main_process:
         try:
-            content = json.loads((folder / FOLDER / STAGES).read_text())
+            content = json.loads((folder / FOLDER / STAGES).read_text(encoding="utf-8"))
             found = [content if isinstance(content, dict) else {}]
         except (OSError, ValueError):
             pass
@@ -191,13 +185,8 @@ def _finish(folder: Path, stage: str, content: dict[str, Any]) -> None:
             write_text(folder / FOLDER / STAGES, json.dumps(stages, indent=1) + "\n")
 
 
-def _plain(content: Any) -> Any:
-    """As it comes back from JSON."""
-    return json.loads(json.dumps(content, default=str))
-
-
 def _training_settings(config: TrainingConfig) -> dict[str, Any]:
-    return _plain({key: value for key, value in config.public_values().items() if key not in _INCIDENTAL})
+    return plain({key: value for key, value in config.public_values().items() if key not in _INCIDENTAL})
 
 
 def _trained(config: TrainingConfig) -> DDPMPipeline | None:
@@ -257,20 +246,10 @@ def _sampling(config: TrainingConfig, options: ReproductionConfig) -> dict[str, 
 
 def _load_sets(config: TrainingConfig) -> dict[str, Images]:
     """The training images and the held-out ones, as they are: cropped in the middle, not flipped."""
-    recipe, image_options = config.resolved_preset(), config.image_options()
-    if "crop" in image_options:
-        image_options["crop"] = "center"
-    if image_options.pop("streaming", False):
+    arguments = image_arguments(config, center=True)
+    if arguments.pop("streaming", False):
         raise ValueError("reproduce compares samples with whole datasets; leave out --streaming")
-    return load_splits(
-        None,
-        True,
-        **config.images_given(),
-        validation_split=config.validation_split,
-        channels=recipe.unet.get("in_channels", 3),
-        resolution=image_size(recipe),
-        **image_options,
-    )
+    return load_splits(None, True, **arguments)
 
 
 def _measured(
@@ -278,7 +257,7 @@ def _measured(
 ) -> tuple[EvaluationReport, dict[str, int]]:
     """Our numbers, and how many images each split has."""
     folder, here = Path(config.output_dir), processes()
-    settings = _plain(
+    settings = plain(
         {
             "weights": weights_digest(pipe.unet),
             "images": [config.images_given(), config.image_options(), config.validation_split],
@@ -330,7 +309,10 @@ def compare_with_paper(
     if recipe.max_train_steps < preset.max_train_steps:
         updates = [f"{recipe.max_train_steps:,} of {preset.max_train_steps:,} updates"]
     differences = _differences(preset, recipe)
-    if preset.dataset is not None and preset.dataset not in report.dataset.lower():
+    # Of a name on the Hub or a path: cifar10, uoft-cs/cifar10 and /data/CIFAR10 are the same images, cifar100 is not.
+    # LSUN and CelebA-HQ have no such name: their presets say nothing of a dataset, and nothing is said of theirs.
+    images = public_name(report.dataset).lower().split("/")[-1]
+    if preset.dataset not in (None, images):
         differences.insert(0, f"images of {public_name(report.dataset)} instead of {preset.dataset}")
     rows = []
     for name in [*preset.paper, *(key for key in report.values if key not in preset.paper)]:
@@ -384,9 +366,9 @@ def _table_4(preset: Preset, report: EvaluationReport) -> list[dict[str, float |
         {
             "reverse steps": steps,
             "rate (bits/dim), paper": rate,
-            "ours": ours[steps]["rate (bits/dim)"] if steps in ours else None,
+            "rate (bits/dim), ours": ours[steps]["rate (bits/dim)"] if steps in ours else None,
             "RMSE, paper": rmse,
-            "our RMSE": ours[steps]["distortion (RMSE)"] if steps in ours else None,
+            "RMSE, ours": ours[steps]["distortion (RMSE)"] if steps in ours else None,
         }
         for steps, (rate, rmse) in PAPER_TABLE_4.items()
     ]

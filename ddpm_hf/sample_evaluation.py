@@ -1,7 +1,7 @@
 """Samples of a model beside real images: FID, IS, KID, precision and recall, nearest neighbours.
 
-Samples and real images become features batch by batch, in any number of processes; images are not kept, but for the
-first ones. What is finished is on disk, so an interrupted evaluation goes on, and real images are seen once only.
+Samples and real images are turned into features batch by batch, in any number of processes. Only the first samples are
+kept as images. Every finished batch is on disk, so an interrupted evaluation goes on, and real images are read once.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from .metrics import (
     nearest_neighbours,
     precision_recall,
 )
-from .pipeline_ddpm import DDPMPipeline
-from .processes import processes
+from .pipeline_ddpm import DDPMPipeline, without_bar
+from .processes import processes, together
 from .randomness import derived_generator
 from .reports import EvaluationReport
-from .shards import all_rows, digest, read_tensors, weights_digest, write_tensors
+from .shards import all_rows, digest, images_digest, read_tensors, weights_digest, write_tensors
 
 # What the paper's FID, IS and KID are computed from.
 PAPER_SAMPLES = 50_000
@@ -112,11 +112,6 @@ class Neighbours:
     memorisation: Memorisation | None
 
 
-def images_digest(images: ImageSet, batch_size: int = 512) -> str:
-    """A SHA-256 of the pixels of all images, in their order."""
-    return digest(*(digest(images.batch(rows)[0]) for rows in torch.arange(len(images)).split(batch_size)))
-
-
 def real_images(
     split: str,
     images: ImageSet,
@@ -135,7 +130,10 @@ def real_images(
     """
     if len(images) < 2:
         raise ValueError(f"samples are compared with real images, and {images.name!r} ({split}) has {len(images)}")
-    content = [images_digest(images) if processes().is_main_process else ""]
+    content = [""]
+    with together():
+        if processes().is_main_process:
+            content[0] = images_digest(images)
     broadcast_object_list(content)
     found, keys = {}, {}
     for extractor in extractors:
@@ -172,20 +170,20 @@ def _labels_of_samples(
     pipe: DDPMPipeline, labels: Tensor | None, class_names: list[str] | None, seed: int
 ) -> tuple[Any, str | None]:
     """Ids of samples to their class labels, and that rule in words."""
-    classes = pipe.unet.config.num_class_embeds
-    if classes is None:
+    classes = pipe.classes
+    if classes.count is None:
         return (lambda ids: None), None
     if labels is not None and len(labels):
-        table = pipe.indices_of_classes(class_names)
+        table = classes.of_names(class_names)
 
         def frequent(ids: list[int]) -> list[int]:
             drawn = (torch.randint(len(labels), (), generator=derived_generator(seed, "class", i)) for i in ids)
             return [table[int(labels[int(j)])] for j in drawn]
 
         return frequent, "drawn with the frequencies of the training images"
-    if pipe.null_class is not None:
-        return (lambda ids: [pipe.null_class] * len(ids)), "none: the label that stands for no class"
-    return (lambda ids: [i % classes for i in ids]), f"in turn, 0..{classes - 1}"
+    if classes.null is not None:
+        return (lambda ids: [classes.null] * len(ids)), "none: the label that stands for no class"
+    return (lambda ids: [i % classes.count for i in ids]), f"in turn, 0..{classes.count - 1}"
 
 
 def draw_samples(
@@ -235,23 +233,25 @@ def draw_samples(
     }
     if labels_rule is not None:
         sampling["class_labels"] = labels_rule
-    seen_labels = digest(labels) if labels_rule is not None and labels is not None else None
+    seen_labels = None
+    if labels_rule is not None and labels is not None:
+        seen_labels = digest(labels, getattr(train, "class_names", None))
     fingerprints = [extractor.fingerprint for extractor in extractors]
     key = digest(weights_digest(pipe.unet), pipe.settings, sampling, seen_labels, fingerprints)
 
     def rows_of(ids: list[int], keep_images: bool) -> dict[str, Tensor]:
         chosen = labels_of(ids)
         options = {} if chosen is None else {"class_labels": chosen}
-        pipe.set_progress_bar_config(disable=True)
-        (drawn,) = pipe(
-            seeds=[seed + i for i in ids],
-            num_inference_steps=num_inference_steps,
-            eta=eta,
-            guidance_scale=guidance_scale,
-            output_type="pt",
-            return_dict=False,
-            **options,
-        )
+        with without_bar(pipe):
+            (drawn,) = pipe(
+                seeds=[seed + i for i in ids],
+                num_inference_steps=num_inference_steps,
+                eta=eta,
+                guidance_scale=guidance_scale,
+                output_type="pt",
+                return_dict=False,
+                **options,
+            )
         grey_levels = drawn.float() * 255
         whole = grey_levels.round().to(torch.uint8)
         rows = {"images": whole} if keep_images else {}

@@ -186,6 +186,18 @@ class DDPMScheduler(StockDDPMScheduler):
             scheduler.set_prediction_error(error)
         return made
 
+    def check_variance(self) -> None:
+        """Whether the variance of the ancestral sampler is known.
+
+        Raises:
+            ValueError: `optimal`, and the network's error was not measured.
+        """
+        if self.variance_type == OPTIMAL_VARIANCE and self.config.get("_prediction_error") is None:
+            raise ValueError(
+                "variance_type='optimal' needs the network's measured error: run ddpm-hf optimal_variance on the "
+                "model, or call scheduler.set_prediction_error"
+            )
+
     def set_prediction_error(self, error: Sequence[float] | Tensor) -> None:
         """Tell how far the network's predicted x_0 is off, for `variance_type="optimal"`; it is saved with the rest.
 
@@ -402,7 +414,7 @@ class DDPMScheduler(StockDDPMScheduler):
             x_0 = x_0.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
 
         # Eq. 7 at the predicted x_0; a network that predicts the mean itself is taken at its word over the whole
-        # chain, as in the official code (its clipped x_0 is for show), and by way of its x_0 over fewer steps
+        # chain, as in the official code, which clips x_0 for display only; over fewer steps it comes from its x_0
         if kind == "posterior_mean" and chain.is_whole:
             mean = output
         else:
@@ -410,11 +422,7 @@ class DDPMScheduler(StockDDPMScheduler):
 
         if raw_variance is None:
             if self.variance_type == OPTIMAL_VARIANCE:
-                if "log_optimal" not in c:
-                    raise ValueError(
-                        "variance_type='optimal' needs the network's measured error: run ddpm-hf optimal_variance on "
-                        "the model, or call scheduler.set_prediction_error"
-                    )
+                self.check_variance()
                 return mean, c["log_optimal"], x_0
             # Section 3.2: sigma_t^2 = beta_tilde_t or beta_t
             small = self.variance_type in ("fixed_small", "fixed_small_log")
@@ -563,13 +571,12 @@ class DDPMScheduler(StockDDPMScheduler):
         if self.variance_type in ("fixed_large", "fixed_large_log") and len(chosen) < T:
             self._warn_of_fixed_large(len(chosen))
 
-    @classmethod
-    def _warn_of_fixed_large(cls, steps: int) -> None:
+    def _warn_of_fixed_large(self, steps: int) -> None:
         """Once, as repositories on the Hub carry this variance: over a few long steps it leaves the images noisy."""
         if not DDPMScheduler._warned_of_fixed_large:
             DDPMScheduler._warned_of_fixed_large = True
             logger.warning(
-                f"variance_type='fixed_large' over {steps} steps leaves noise in the images; better: "
+                f"variance_type={self.variance_type!r} over {steps} steps leaves noise in the images; better: "
                 "variance_type='optimal' (after ddpm-hf optimal_variance) or 'fixed_small', or the ddim sampler"
             )
 

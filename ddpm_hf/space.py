@@ -27,8 +27,8 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.utils import get_session
 
 from .hub import PushError, check_repo_id, known_token, retried
-from .hub_files import CARD, make_snapshot
-from .model_card import check_license
+from .hub_files import CARD, make_snapshot, read_card
+from .model_card import check_license, front_matter
 
 GRADIO = "6.31.0"  # constraints.txt pins the same
 PYTHON = "3.11"
@@ -160,7 +160,7 @@ def _write(run: Path, folder: Path, model_id: str | None, license: str | None, t
     snapshot = make_snapshot(run, token)
     try:
         if license is None and (snapshot / CARD).is_file():
-            license = _license_of((snapshot / CARD).read_text())
+            license = _license_of(read_card(snapshot / CARD))
         if model_id is None:
             size = sum(path.stat().st_size for path in snapshot.rglob("*"))
             if size > _LARGEST_MODEL:
@@ -183,13 +183,10 @@ def _write(run: Path, folder: Path, model_id: str | None, license: str | None, t
 
 def _license_of(card: str) -> str | None:
     """What the front matter of a card says, if it says anything."""
-    if not card.startswith("---\n"):
-        return None
     try:
-        front = yaml.safe_load(card.split("---\n")[1])
-    except yaml.YAMLError:
+        said = front_matter(card).get("license")
+    except ValueError:
         return None
-    said = front.get("license") if isinstance(front, dict) else None
     return said if isinstance(said, str) else None
 
 

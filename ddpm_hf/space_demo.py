@@ -27,6 +27,7 @@ from .likelihood import stratified_bits_per_dim
 from .pipeline_ddpm import DDPMPipeline
 from .presets import nearest
 from .scheduling_ddpm import DDPMScheduler
+from .unet_2d import parameter_count
 from .visualize import image_grid
 
 ANY_CLASS = "any"
@@ -67,7 +68,7 @@ class Progress:
 
     Attributes:
         x_t: The noisy images, one grid.
-        pred_original_sample: The x_0 predicted from them, or `None` where the sampler keeps it to itself.
+        pred_original_sample: The x_0 predicted from them, or `None` where the sampler does not return it.
         images: The finished ones, in the order of their seeds; none before the end, and none where it was stopped.
         text: Where in the chain, and how fast.
     """
@@ -168,16 +169,15 @@ class Demo:
     def classes(self, model: Any) -> list[str]:
         """What a visitor can choose between; nothing for an unconditional network."""
         pipe = self.load(model)
-        names = list(pipe.unet.config.get("_class_names") or [])
-        count, none = pipe.unet.config.num_class_embeds or 0, pipe.null_class
-        known = [names[i] if i < len(names) else str(i) for i in range(count) if i != none]
-        return [ANY_CLASS, *known] if none is not None else known
+        classes = pipe.classes
+        known = [name for i, name in enumerate(classes.all_names()) if i != classes.null]
+        return [ANY_CLASS, *known] if classes.null is not None else known
 
     def describe(self, model: Any) -> str:
         """One line about a model."""
         pipe = self.load(model)
         channels, height, width = pipe.image_shape
-        count = sum(parameter.numel() for parameter in pipe.unet.parameters())
+        count = parameter_count(pipe.unet)
         colours = "grey" if channels == 1 else "colour"
         T = pipe.scheduler.config.num_train_timesteps
         return f"{colours} images of {height} x {width} pixels, {count:,} parameters, T = {T}"
@@ -193,7 +193,7 @@ class Demo:
             return None
         if label in (None, ""):
             label = known[0]
-        return self.load(model).class_index(str(label)[:_LONGEST_TEXT])
+        return self.load(model).classes.index(str(label)[:_LONGEST_TEXT])
 
     def _options(self, model: Any, steps: Any, label: Any, guidance: Any) -> dict[str, Any]:
         pipe = self.load(model)
@@ -202,7 +202,7 @@ class Demo:
         return {
             "num_inference_steps": int(checked_number(steps, "the number of steps", 1, most)),
             "class_labels": self._label(model, label),
-            "guidance_scale": 1.0 if pipe.null_class is None else guidance,
+            "guidance_scale": 1.0 if pipe.classes.null is None else guidance,
         }
 
     # ------------------------------------------------------------------ sampling
@@ -253,7 +253,7 @@ class Demo:
                 if stopped:
                     return
                 last = resumed = time.monotonic()
-        images = pipe._as_output(x_t, "pil")
+        images = pipe.as_output(x_t, "pil")
         worked += time.monotonic() - resumed
         text = (
             f"{len(chosen)} image{'s'[: len(chosen) > 1]} in {worked:.2f} s: {count} steps of {sampler}, "
@@ -330,7 +330,7 @@ class Demo:
         pixels = torch.from_numpy(read_image(Path(file), ImageFormat(channels, (height, width))).copy())[None]
         labels: dict[str, Any] = {}
         if pipe.unet.config.num_class_embeds is not None:
-            label_index = pipe.null_class if chosen is None else chosen
+            label_index = pipe.classes.null if chosen is None else chosen
             labels["class_labels"] = torch.tensor([label_index], device=pipe.device)
         scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
         evaluations = min(_NUM_EVALUATIONS, 2 * scheduler.config.num_train_timesteps)

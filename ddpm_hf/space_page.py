@@ -59,6 +59,8 @@ class _Events:
         yield self.demo.describe(model), label, gr.Slider(visible=ANY_CLASS in classes)
 
     def wait(self, request: gr.Request) -> str:
+        """A new click: it ends what the one before has begun, which Stop could no longer reach."""
+        self.stop(request)
         self.stops[request.session_hash] = threading.Event()
         return "in the queue"
 
@@ -165,6 +167,7 @@ def make_page(demo: Demo) -> gr.Blocks:
             [x_t, x_0, gallery, timing],
             api_name="sample",
             show_progress="hidden",
+            trigger_mode="always_last",  # gradio would ignore a click while the one before is still ending
             **in_turn,
         )
         sampling.failure(lambda: "", None, [timing], **at_once)

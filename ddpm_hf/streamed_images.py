@@ -1,4 +1,4 @@
-"""Images for which there is no room: read from beginning to end, in an order that can be taken up again anywhere."""
+"""Images of datasets larger than the disk: read sequentially, in an order that can be resumed at any update."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .image_decoding import Reading, refuse_bad
+from .image_files import read_bytes
 from .image_tables import bytes_or_path, choose_columns, open_table
 from .image_tensors import ImageDataset, crop_seeds
 from .randomness import derived_generator
@@ -42,7 +43,8 @@ class StreamedImages:
         label_column: str | None,
         class_names: list[str] | None,
         reading: Reading,
-        keep: Callable[[bytes], bool],
+        keep: Callable[[bytes], bool] | None,
+        labels_needed: bool,
     ):
         if reading.form.resolution is None:
             raise ValueError(f"the images of {name} are streamed; choose one size with --resolution")
@@ -50,7 +52,8 @@ class StreamedImages:
         self.image_shape = (reading.form.channels, *reading.form.resolution)
         self.num_images: int | None = None
         self._stream, self._column, self._label_column = stream, column, label_column
-        self._reading, self._keep = reading, keep
+        self._reading, self._keep, self._labels_needed = reading, keep, labels_needed
+        self._said_unlabelled = False
         # Where the reading is: the seed, an iterator, what it gave that is still needed, and the position of that.
         self._seed: int | None = None
         self._iterator: Iterator[dict[str, Any]] = iter(())
@@ -68,10 +71,13 @@ class StreamedImages:
             seed: The run's seed: of the order, and of the places of random crops.
 
         Returns:
-            Images `[len(rows), C, H, W]` uint8 and their labels `[len(rows)]` int64 or `None`.
+            Images `[len(rows), C, H, W]` uint8 and their labels `[len(rows)]` int64; `None` for labels where there are
+            none, or one of these images has none and no label column was asked for.
 
         Raises:
-            ValueError: Images that cannot be read, each of them named, or a stream without images.
+            ValueError: Images that cannot be read, each of them named, or without a label in the column that was asked
+                for, or a stream without images.
+            ConnectionError: A server from which images come cannot be reached.
         """
         positions = [step * total + row for row in rows]
         if not positions:
@@ -109,7 +115,8 @@ class StreamedImages:
         """The first `n` images in the stream's own order, in memory: held-out images to evaluate on.
 
         Raises:
-            ValueError: Images that cannot be read, if they are not to be skipped.
+            ValueError: Images that cannot be read, if they are not to be skipped; or without a label, see `batch_at`.
+            ConnectionError: A server from which images come cannot be reached.
         """
         images: list[np.ndarray] = []
         raw: list[dict[str, Any]] = []
@@ -138,15 +145,36 @@ class StreamedImages:
             self._reading.report(f"skipped {self._where(position)}, the next image takes its place: {error}")
 
     def _labels(self, raw: list[dict[str, Any]]) -> Tensor | None:
+        """`[n]`. Nobody may need labels that were not asked for, so a missing one of those stops nothing."""
         if self._label_column is None:
             return None
-        return torch.tensor([row[self._label_column] for row in raw], dtype=torch.long)
+        labels = [row[self._label_column] for row in raw]
+        unlabelled = sum(label is None or label < 0 for label in labels)  # -1 is what datasets writes for unknown
+        if not unlabelled:
+            return torch.tensor(labels, dtype=torch.long)
+        said = f"{unlabelled} of {len(raw)} images of the stream {self.name} have no label in {self._label_column!r}"
+        if self._labels_needed:
+            raise ValueError(f"{said}; remove them, or name another column with --label_column, or none")
+        if not self._said_unlabelled:
+            self._said_unlabelled = True
+            self._reading.report(f"{said}, so none of these has one here, and the same where it happens again")
+        return None
 
     def _kept(self, stream: Any) -> Iterator[dict[str, Any]]:
-        """The part of a stream that belongs to this split, by content: it must not depend on the order."""
+        """The part of a stream that belongs to this split, by content: not by order nor by where its files are."""
         for row in stream:
-            value = bytes_or_path(row[self._column])
-            if self._keep(value if isinstance(value, bytes) else str(value).encode()):
+            if self._keep is None:
+                yield row
+                continue
+            try:
+                content = read_bytes(bytes_or_path(row[self._column]))
+            except (MemoryError, ConnectionError):
+                raise
+            except Exception:  # whatever fsspec and archives come up with; decoding will say it
+                content = b""
+            else:
+                row = {**row, self._column: {"bytes": content, "path": None}}  # not to be fetched twice
+            if self._keep(content):
                 yield row
 
     def _read_until(self, start: int, stop: int, seed: int) -> None:
@@ -208,9 +236,19 @@ def open_stream(
     image_column: str | None,
     label_column: str | None,
     reading: Reading,
-    keep: Callable[[bytes], bool],
+    keep: Callable[[bytes], bool] | None,
 ) -> StreamedImages:
-    """The `train` split of a dataset as a stream, of which `keep` decides by their bytes which images belong."""
+    """The `train` split of a dataset as a stream.
+
+    Args:
+        name, config_name, image_column, label_column: As `dataset_name` and the others of `load_images`.
+        reading: How its images are read.
+        keep: Decides by the bytes of an image whether it belongs; `None` if all do, and none has to be read for that.
+
+    Raises:
+        ValueError: The dataset cannot be loaded, has no images or no such columns, or a label column that does not say
+            which classes there are; or no size is chosen.
+    """
     import datasets
 
     stream = open_table(name, "train", config_name, None, streaming=True)
@@ -233,12 +271,10 @@ def open_stream(
         label = None
     stream = stream.select_columns([image] if label is None else [image, label])
     stream = stream.cast_column(image, datasets.Image(decode=False))
-    return StreamedImages(stream, name, image, label, names, reading, keep)
+    return StreamedImages(stream, name, image, label, names, reading, keep, labels_needed=label_column is not None)
 
 
 def belongs(content: bytes, held_out_share: float, validation: bool) -> bool:
-    """Whether an image of a stream is in this split: a hash of its bytes decides, whatever the order."""
-    if not held_out_share:
-        return not validation
+    """Whether an image of a stream is in this split: a hash of its bytes decides, whatever the order and the place."""
     digest = hashlib.blake2b(content, digest_size=8).digest()
     return (int.from_bytes(digest, "little") < held_out_share * 2**64) == validation

@@ -7,7 +7,6 @@ resumed run goes on as if it had never stopped.
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from contextlib import ExitStack, nullcontext
@@ -25,13 +24,13 @@ from tqdm.auto import tqdm
 from .checkpointing import (
     find_checkpoint,
     fingerprint,
+    gather_shards,
     list_checkpoints,
     remove_leftovers,
     restore_training_state,
     save_checkpoint,
-    share_of,
+    shard_like,
     training_state,
-    whole,
 )
 from .configuration import TrainingConfig, TrainingError, due
 from .data import StreamedImages, flip_images, to_model_range
@@ -53,11 +52,12 @@ from .processes import (
     stop_signals,
     together,
 )
-from .publishing import Publisher, describe, precision_name
+from .publishing import Publisher, describe_images, precision_name
 from .randomness import derive_seed
+from .run_identity import CONFIG, RunIdentity, check_output_is_ours
 from .scheduling_ddpm import DDPMScheduler
 from .training_batches import Batches, BatchPlan, image_size, load_split
-from .training_evaluation import BEST, HISTORY, TrainingEvaluation
+from .training_evaluation import TrainingEvaluation
 from .unet_2d import UNet2DModel, parameter_count, use_plain_attention
 
 # How often the progress bar reads the loss from the device.
@@ -103,14 +103,15 @@ class Trainer:
 
         self.scheduler = DDPMScheduler(**self.recipe.scheduler)
         with together():
-            self._check_output_is_ours()
+            check_output_is_ours(config)
             self._check_size()
             self.data = load_split(config, "train")
             if not isinstance(self.data, StreamedImages) and not len(self.data):
                 raise ValueError(f"{self.data.name!r} has no images to train on")
             self.evaluation = TrainingEvaluation(config, self.data)
             self.unet_config = {**self.recipe.unet, **self._class_config()}
-        same_everywhere("has", describe(self.data), "all of them need the same images")
+        self.identity = RunIdentity(config, self.recipe, self.unet_config, self.data, self.plan, self.precision)
+        same_everywhere("has", describe_images(self.data), "all of them need the same images")
         self.publisher = Publisher(
             config, self.recipe, self.unet_config, self.accelerator, self.data, self.evaluation, self.plan
         )
@@ -124,6 +125,8 @@ class Trainer:
             self.unet.enable_gradient_checkpointing()
         if config.channels_last:
             self.unet = self.unet.to(memory_format=torch.channels_last)
+        # fused=True, on CPUs too: only this kernel looks at `found_inf`, by which updates that are not finite are
+        # skipped without asking the device.
         optimizer = torch.optim.Adam(
             self.unet.parameters(), lr=self.recipe.learning_rate, betas=(0.9, 0.999), fused=True
         )
@@ -145,7 +148,7 @@ class Trainer:
             foreach=True,
         )
         self._adam = optimizer
-        self._bad_in_a_row = torch.zeros((), device=self.device)
+        self._skipped_in_a_row = torch.zeros((), device=self.device)
         self.step = 0  # optimizer updates done
         self.batches = Batches(
             self.data,
@@ -176,26 +179,6 @@ class Trainer:
             )
         if a.mixed_precision not in ("no", "fp16", "bf16"):
             raise ValueError(f"mixed precision {a.mixed_precision!r} is not supported; use bf16, fp16 or no")
-
-    def _check_output_is_ours(self) -> None:
-        """A run is not mixed with another, nor with anything else that lies in its folder."""
-        config = self.config
-        if self.output_dir.exists() and not self.output_dir.is_dir():
-            raise ValueError(f"--output_dir {config.output_dir!r} is a file; name a folder")
-        if not config.resume_from_checkpoint and list_checkpoints(self.output_dir):
-            raise ValueError(
-                f"--output_dir {config.output_dir!r} already holds a run; go on with --resume_from_checkpoint latest, "
-                "or name another folder"
-            )
-        pipeline = ("model_index.json", "unet", "scheduler", "README.md")
-        written = (*pipeline, "samples.png", "evaluation.json", BEST, HISTORY)
-        if not (self.output_dir / "training_config.yaml").exists():
-            for name in written:
-                if (self.output_dir / name).exists():
-                    raise ValueError(
-                        f"--output_dir {config.output_dir!r} holds {name}, which a run would overwrite, and no run of "
-                        "this package; name another folder"
-                    )
 
     def _check_size(self) -> None:
         """A size that the network cannot halve, said before any image is read."""
@@ -231,7 +214,11 @@ class Trainer:
             images = flip_images(images, draws["flip"][rows])
             options = {}
             if self.config.class_conditional:
-                assert labels is not None
+                if labels is None:  # of a stream, where nobody looked at all of them before
+                    raise TrainingError(
+                        f"--class_conditional needs a class for every image, and some of {self.data.name!r} have "
+                        "none; name their column with --label_column"
+                    )
                 labels = torch.where(draws["drop_class"][rows], self.unet.config.get("_null_class") or 0, labels)
                 options["class_labels"] = to_device(labels, self.device)
             torch.manual_seed(derive_seed(self.config.seed, "dropout", step, micro, accelerator.process_index))
@@ -260,24 +247,24 @@ class Trainer:
             TrainingError: Too many updates in a row were skipped.
         """
         # accelerate's step_was_skipped says no: a fused Adam is always called, and skips by itself.
-        bad = (~whole(norm).isfinite()).float()
+        bad = (~gather_shards(norm).isfinite()).float()
         if self.accelerator.scaler is None:
             vars(self._adam)["found_inf"] = bad  # what the fused kernel looks at; a GradScaler sets it by itself
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.lr_schedule.step()
         self.ema.step(self.unet.parameters())
-        self._bad_in_a_row = (self._bad_in_a_row + 1) * bad
+        self._skipped_in_a_row = (self._skipped_in_a_row + 1) * bad
         # Reading it waits for the device, so it is not read after every update.
-        if (self.step + 1) % _UPDATES_BETWEEN_CHECKS == 0 and self._bad_in_a_row.item() >= _MOST_SKIPPED_UPDATES:
+        if (self.step + 1) % _UPDATES_BETWEEN_CHECKS == 0 and self._skipped_in_a_row.item() >= _MOST_SKIPPED_UPDATES:
             self._give_up(loss, norm)
 
     def _give_up(self, loss: Tensor, norm: Tensor) -> None:
         kept = list_checkpoints(self.output_dir)
         raise TrainingError(
             f"loss {loss.item()} and gradient norm {norm.item()} at update {self.step + 1}: "
-            f"{int(self._bad_in_a_row.item())} updates in a row were skipped because their gradients are not finite "
-            f"(learning rate {self.lr_schedule.get_last_lr()[0]:.3g}, precision {self.precision}); "
+            f"{int(self._skipped_in_a_row.item())} updates in a row were skipped because their gradients are not "
+            f"finite (learning rate {self.lr_schedule.get_last_lr()[0]:.3g}, precision {self.precision}); "
             f"lower the learning rate; the last checkpoint is {kept[-1] if kept else 'none yet'}"
         )
 
@@ -307,9 +294,9 @@ class Trainer:
                 if self.accelerator.is_main_process:
                     self._make_output_dir()
                     held.enter_context(only_run_in(self.output_dir))
-                    self.evaluation.begin(self.step)
                     remove_leftovers(self.output_dir)
-                    self.config.save(self.output_dir / "training_config.yaml")
+                    self.evaluation.begin(self.step)
+                    self.config.save(self.output_dir / CONFIG)
             self.publisher.open_hub()
             self._start_trackers()
             try:
@@ -399,13 +386,17 @@ class Trainer:
     def _watch(self, stop: dict[str, bool]) -> None:
         """What the publisher has to show of the averaged weights after this update; all processes take part.
 
-        A stop signal breaks it off, unless other processes would wait for this one's share; a resumed run makes it
-        then. Keeping the best model is not broken off.
+        A stop signal breaks it off, or lets it not begin, unless other processes would wait for this one's share. An
+        evaluation that is missed is made by the resumed run; a sample grid alone is left out. Keeping the best model
+        is not broken off.
         """
         if not self.publisher.due(self.step):
             return
+        alone = self.accelerator.num_processes == 1
         report = None
-        with interruptible(stop) if self.accelerator.num_processes == 1 else nullcontext():
+        with interruptible(stop) if alone else nullcontext():
+            if alone and stop["requested"]:  # before `interruptible`, which breaks off what comes after
+                return
             pipe, report = self.publisher.watch(self._ema_state_dict(), self.step)
         if report is not None:
             self.evaluation.keep(pipe, report, self.step)
@@ -414,7 +405,7 @@ class Trainer:
     def _introduction(self) -> str:
         config, a = self.config, self.accelerator
         lines = [
-            f"{config.preset}: {parameter_count(self.unet):,} parameters, {describe(self.data)}, "
+            f"{config.preset}: {parameter_count(self.unet):,} parameters, {describe_images(self.data)}, "
             f"{self.recipe.max_train_steps - self.step} updates of {self.plan.total} images "
             f"on {self.device.type} ({a.num_processes} process(es), precision {self.precision})",
         ]
@@ -472,35 +463,11 @@ class Trainer:
                         "optimizer": optimizer_values,
                         "ema_steps": self.ema.optimization_step,
                         "scaler": scaler.state_dict() if scaler is not None else None,
-                        **self._identity(),
-                        "recipe": self._changeable(),
+                        **self.identity.fixed(),
+                        "recipe": self.identity.changeable(),
                     },
                     keep=self.config.checkpoints_total_limit,
                 )
-
-    def _num_images(self) -> int | None:
-        return None if isinstance(self.data, StreamedImages) else len(self.data)
-
-    def _identity(self) -> dict[str, Any]:
-        """What makes two runs different runs: a checkpoint of one is refused by the other."""
-        return {
-            "network": {k: v for k, v in self.unet_config.items() if k != "dropout"},
-            "scheduler": dict(self.recipe.scheduler),
-            "loss": self.recipe.loss,
-            "images": self.data.name,
-            "num_images": self._num_images(),
-            "total_batch_size": self.plan.total,
-            "seed": self.config.seed,
-        }
-
-    def _changeable(self) -> dict[str, Any]:
-        """What may be changed on the way; the run says so, and does not end in the same bits then."""
-        names = "learning_rate lr_scheduler lr_warmup_steps max_train_steps max_grad_norm ema_decay ema_warmup "
-        names += "random_flip timestep_sampling"
-        return {name: getattr(self.recipe, name) for name in names.split()} | {
-            "dropout": self.recipe.unet["dropout"],
-            "precision": self.precision,
-        }
 
     def _resume(self, which: str) -> None:
         with together():
@@ -513,10 +480,10 @@ class Trainer:
             return
         path, tensors, state = found
         with together():
-            self._check_same_run(path, state, which)
+            self.identity.check_checkpoint(path, state)
         restore_training_state(self.model, self._adam, tensors["model"], tensors["optimizer"], state["optimizer"])
         self.ema.shadow_params = [
-            share_of(tensors["ema"][name], like=parameter) for name, parameter in self.unet.named_parameters()
+            shard_like(tensors["ema"][name], like=parameter) for name, parameter in self.unet.named_parameters()
         ]
         self.ema.optimization_step = state["ema_steps"]
         # The schedule is a function of the update, so a changed learning rate counts from here on.
@@ -531,33 +498,8 @@ class Trainer:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.step = state["step"]
 
-    def _check_same_run(self, path: Path, state: dict[str, Any], which: str) -> None:
-        """Whether this run may go on from a checkpoint; says what is different from now on."""
-        # As plain JSON values, which is what the checkpoint holds: tuples are lists there.
-        for name, here in json.loads(json.dumps(self._identity())).items():
-            if state.get(name) != here:
-                raise ValueError(
-                    f"{str(path)!r} was trained with {name} {state.get(name)}, and this run has {here}; resume with "
-                    "the same setting, or start anew in another folder"
-                )
-        for name, here in self._changeable().items():
-            if (was := state["recipe"].get(name)) != here:
-                say(f"changed since {path.name}: {name} was {was} and is {here} from now on")
-        later = [other.name for other in list_checkpoints(self.output_dir) if _step_of(other) > state["step"]]
-        if later and which != "latest":  # latest has passed over damaged ones, which the run will write again
-            raise ValueError(
-                f"{str(self.output_dir)!r} also holds {', '.join(later)}, which {path.name} would lead away from; "
-                "remove them, or resume in another --output_dir"
-            )
-        if state["step"] > self.recipe.max_train_steps:
-            raise ValueError(f"{path.name} is already past --max_train_steps {self.recipe.max_train_steps}")
-
     def _ema_state_dict(self) -> dict[str, Tensor]:
         """The averaged weights, whole, under the network's own names; all processes have to call this."""
         names = (name for name, _ in self.unet.named_parameters())
-        averaged = {name: whole(value) for name, value in zip(names, self.ema.shadow_params, strict=True)}
+        averaged = {name: gather_shards(value) for name, value in zip(names, self.ema.shadow_params, strict=True)}
         return {**dict(self.unet.named_buffers()), **averaged}
-
-
-def _step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.split("-")[1])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,23 +25,32 @@ def image_size(recipe: Preset) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else tuple(size)
 
 
+def image_arguments(config: TrainingConfig, center: bool) -> dict[str, Any]:
+    """What `data.load_images` and `evaluation.load_splits` are to be told of a run's images, but for the split.
+
+    Args:
+        config: The run's.
+        center: Crop them in the middle, whatever the run does.
+    """
+    recipe, options = config.resolved_preset(), config.image_options()
+    if center and "crop" in options:
+        options["crop"] = "center"
+    return {
+        **config.images_given(),
+        "channels": recipe.unet.get("in_channels", 3),
+        "resolution": image_size(recipe),
+        "validation_split": config.validation_split,
+        **options,
+    }
+
+
 def load_split(config: TrainingConfig, split: str) -> Images:
     """A run's images: `train`, or the `validation` images, which are never cropped at random.
 
     Raises:
         ValueError: As `data.load_images`.
     """
-    recipe, options = config.resolved_preset(), config.image_options()
-    if split != "train" and "crop" in options:
-        options["crop"] = "center"
-    return load_images(
-        **config.images_given(),
-        split=split,
-        channels=recipe.unet.get("in_channels", 3),
-        resolution=image_size(recipe),
-        validation_split=config.validation_split,
-        **options,
-    )
+    return load_images(split=split, **image_arguments(config, center=split != "train"))
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate.utils import broadcast_object_list
 
 from .checkpointing import write_directory
@@ -38,12 +37,12 @@ from .evaluation import (
     first_images,
 )
 from .features import FeatureExtractor
-from .generation import with_sampler
+from .generation import check_sampler, with_sampler
 from .hub_files import REPORT
 from .pipeline_ddpm import DDPMPipeline
 from .presets import nearest
-from .processes import processes, say, together
-from .reports import number, write_text
+from .processes import default_cache_dir, processes, say, together
+from .reports import finite, number, plain, writable_folder, write_text
 from .training_batches import load_split
 
 BEST, HISTORY = "best", "evaluations.json"
@@ -71,12 +70,12 @@ def check_sampling(
     Raises:
         ValueError: It will not.
     """
-    no_labels = None if pipe.unet.config.num_class_embeds is None else torch.empty(0, dtype=torch.long)
-    with_sampler(pipe, sampler)(
-        seeds=[], class_labels=no_labels, num_inference_steps=num_inference_steps, output_type="pt"
-    )
+    check_sampler(with_sampler(pipe, sampler), num_inference_steps=num_inference_steps)
     wanted = [metric for metric in metrics if metric in SAMPLE_METRICS]
-    return checked_extractors(pipe, sets, list(metrics), wanted, num_samples, features, inception_weights)
+    extractors = checked_extractors(pipe, sets, wanted, num_samples, features, inception_weights)
+    if wanted:  # where features of real images are kept
+        writable_folder(default_cache_dir(), "$DDPM_HF_CACHE")
+    return extractors
 
 
 def names_of_numbers(
@@ -179,7 +178,7 @@ class TrainingEvaluation:
             "features": [part.strip() for part in config.eval_features.split(",")],
             "inception_weights": config.eval_inception_weights,
             "sampler": config.sampler,
-            "num_inference_steps": min(config.ddpm_num_inference_steps, pipe.scheduler.config.num_train_timesteps),
+            "num_inference_steps": config.inference_steps(pipe.scheduler.config.num_train_timesteps),
         }
 
     def due(self, step: int) -> bool:
@@ -221,13 +220,10 @@ class TrainingEvaluation:
 
     def begin(self, step: int) -> None:
         """Put the folder in order for a run that goes on after update `step`. For the main process."""
-        best, replaced = self.folder / BEST, self.folder / f".{BEST}.old"
         if not step:  # a new run has no best model yet
-            shutil.rmtree(best, ignore_errors=True)
+            shutil.rmtree(self.folder / BEST, ignore_errors=True)
             (self.folder / HISTORY).unlink(missing_ok=True)
         else:
-            if replaced.exists() and not best.exists():  # killed between the two renames of an exchange
-                replaced.rename(best)
             history = self._history()
             if later := [key for key in history if int(key) > step]:
                 self._write_history({key: value for key, value in history.items() if key not in later})
@@ -277,17 +273,14 @@ class TrainingEvaluation:
 
     def _history(self) -> dict[str, dict[str, float | None]]:
         try:
-            content = json.loads((self.folder / HISTORY).read_text())
+            content = json.loads((self.folder / HISTORY).read_text(encoding="utf-8"))
             return {key: value for key, value in content.items() if key.isdecimal()}
         except (OSError, ValueError, AttributeError):  # what is not there is measured again
             return {}
 
     def _write_history(self, history: dict[str, Any]) -> None:
-        plain = {
-            key: {name: x if x is not None and math.isfinite(x) else None for name, x in history[key].items()}
-            for key in sorted(history, key=int)
-        }
-        write_text(self.folder / HISTORY, json.dumps(plain, indent=1) + "\n")
+        in_order = {key: history[key] for key in sorted(history, key=int)}
+        write_text(self.folder / HISTORY, json.dumps(finite(in_order), indent=1) + "\n")
 
 
 def _parse(text: str) -> list[str]:
@@ -315,6 +308,6 @@ def _comparable(one: EvaluationReport, other: EvaluationReport, name: str) -> bo
         how = {key: value for key, value in settings.items() if key not in ("seconds", "statistics")}
         if "num_samples" in settings:
             how["sampling"] = report.settings.get("sampling")
-        return json.loads(json.dumps(how, default=str))
+        return plain(how)
 
     return name in one.values and made(one) == made(other)

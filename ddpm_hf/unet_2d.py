@@ -107,17 +107,12 @@ class UNet2DModel(PortableConfigMixin, StockUNet2DModel):
 
         Goes through `torch.nn.init`, which diffusers switches off while it loads weights.
         """
-        last = {
-            id(layer)
-            for module in self.modules()
-            for layer in (
-                (module.conv2,)
-                if isinstance(module, ResnetBlock2D)
-                else (module.to_out[0],)
-                if isinstance(module, Attention)
-                else ()
-            )
-        } | {id(self.conv_out)}
+        last = {id(self.conv_out)}
+        for module in self.modules():
+            if isinstance(module, ResnetBlock2D):
+                last.add(id(module.conv2))
+            elif isinstance(module, Attention):
+                last.add(id(module.to_out[0]))
         for module in self.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 gain = _NEAR_ZERO**0.5 if id(module) in last else 1.0

@@ -111,6 +111,10 @@ _PYTORCH_DDPM_ATTENTION = {
 
 
 def canonical_from_pytorch_ddpm(tensors: Tensors) -> Tensors:
+    """The state dict of `UNet` in `model.py` of w86763777/pytorch-ddpm, by canonical names.
+
+    Its table of sines and cosines is left out; the first layer after it is reordered to ours.
+    """
     out: Tensors = {}
     embedding = "time_embedding.timembedding"
     out |= _renamed(tensors, embedding, "temb", {"1": "dense.0", "3": "dense.1"})
@@ -149,6 +153,13 @@ _IMPROVED_BLOCK = {
 
 
 def canonical_from_improved_diffusion(tensors: Tensors) -> Tensors:
+    """The state dict of `UNetModel` in `improved_diffusion/unet.py` of openai/improved-diffusion, by canonical names.
+
+    Attention keeps its joint `qkv`; `split_qkv` cuts it.
+
+    Raises:
+        ConversionError: It was trained with `conv_resample=False`, which our network does not have.
+    """
     out: Tensors = {}
     out |= _renamed(tensors, "time_embed", "temb", {"0": "dense.0", "2": "dense.1"})
     names = {"input_blocks.0.0": "conv_in", "out.0": "norm_out", "out.2": "conv_out", "label_emb": "label_emb"}

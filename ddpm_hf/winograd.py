@@ -1,4 +1,4 @@
-"""3 x 3 convolutions with four times fewer multiplications: Winograd's F(4x4, 3x3).
+"""3 x 3 convolutions with a quarter of the multiplications: Winograd's F(4x4, 3x3).
 
 Lavin & Gray 2016 (arXiv 1509.09308). Where a processor runs plain convolutions at its peak already, only fewer
 multiplications are faster. Every 4 x 4 tile of the output comes from 36 products per pair of channels instead of 144,
@@ -22,11 +22,12 @@ _G = [[1 / 4, 0, 0], [-1 / 6, -1 / 6, -1 / 6], [-1 / 6, 1 / 6, -1 / 6]]
 _G += [[1 / 24, 1 / 12, 1 / 6], [1 / 24, -1 / 12, 1 / 6], [0, 0, 1]]
 _A = [[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]]
 
-# Tiles at a time: enough for the matrix products to be worth their weights, and few enough to stay in the cache.
-_MOST_TILES = 256
+# Enough for the matrix products to be worth their weights, which is about as many as the layer is wide, and few enough
+# to stay in the cache.
+_TILES_AT_A_TIME = 256
 
 # Below it little is saved, and the widest layers of a network, which work there, would need the most memory.
-_SMALLEST = 8
+_SMALLEST_SIDE = 8
 
 
 class Workspace:
@@ -42,19 +43,20 @@ class Workspace:
     def take(self, name: str, like: Tensor, *shape: int) -> Tensor:
         """A tensor with anything in it, until the same name is asked for again."""
         size = math.prod(shape)
-        if name not in self._held or self._held[name].numel() < size:
-            self._held[name] = like.new_empty(size)
-        return self._held[name][:size].view(shape)
+        held = self._held.get(name)
+        if held is None or held.numel() < size or (held.device, held.dtype) != (like.device, like.dtype):
+            held = self._held[name] = like.new_empty(size)
+        return held[:size].view(shape)
 
 
 class WinogradConv2d(nn.Module):
-    """A 3 x 3 convolution with stride 1 and padding 1, for inference in float32.
+    """A 3 x 3 convolution with stride 1 and padding 1, for inference in float32, in one thread at a time.
 
     Sizes below 8 or no multiples of 4, and other dtypes, go to the plain convolution.
 
     Args:
         conv: The plain convolution; its weights are shared, and from the first use on a transformed copy, four times
-            their size, is kept.
+            their size, is kept: they must not change after it.
         workspace: Shared with other layers that are not computed at the same time; its own by default.
 
     Raises:
@@ -62,9 +64,9 @@ class WinogradConv2d(nn.Module):
     """
 
     bias: Tensor
-    weight_to_tiles: Tensor
-    to_tiles: Tensor
-    from_tiles: Tensor
+    filter_transform: Tensor
+    input_transform: Tensor
+    output_transform: Tensor
 
     def __init__(self, conv: nn.Conv2d, workspace: Workspace | None = None):
         super().__init__()
@@ -75,14 +77,14 @@ class WinogradConv2d(nn.Module):
             )
         self.conv = conv
         self.workspace = workspace or Workspace()
-        self.weight: Tensor | None = None
+        self._transformed: Tensor | None = None
         A, B, G = (torch.tensor(m, dtype=torch.float64) for m in (_A, _B, _G))
         bias = torch.zeros(conv.out_channels) if conv.bias is None else conv.bias.detach()
         for name, value in {
             "bias": bias,
-            "weight_to_tiles": torch.kron(G, G),  # both sides of G g G' at once, for a kernel as a column of 9
-            "to_tiles": torch.kron(B, B),  # the same of B' d B, for a tile as a column of 36
-            "from_tiles": torch.kron(A, A),
+            "filter_transform": torch.kron(G, G),  # both sides of G g G' at once, for a kernel as a column of 9
+            "input_transform": torch.kron(B, B),  # the same of B' d B, for a tile as a column of 36
+            "output_transform": torch.kron(A, A),
         }.items():
             self.register_buffer(name, value.to(conv.weight).contiguous(), persistent=False)
 
@@ -100,12 +102,12 @@ class WinogradConv2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`[B, C, H, W]` to `[B, O, H, W]`, as the plain convolution but for rounding."""
         b, channels, height, width = x.shape
-        if height % 4 or width % 4 or min(height, width) < _SMALLEST or x.dtype != torch.float32:
+        if height % 4 or width % 4 or min(height, width) < _SMALLEST_SIDE or x.dtype != torch.float32:
             return self.conv(x)
-        if self.weight is None:
-            self.weight = self._transformed_weight()
+        if self._transformed is None:
+            self._transformed = self._transformed_weight()
         h, w, out_channels = height // 4, width // 4, len(self.bias)
-        at_a_time = max(1, min(b, min(_MOST_TILES, max(channels, out_channels)) // (h * w)))
+        at_a_time = max(1, min(b, min(_TILES_AT_A_TIME, max(channels, out_channels)) // (h * w)))
         made = x.new_empty(b, height, width, out_channels)
         take = self.workspace.take
         for start in range(0, b, at_a_time):
@@ -117,11 +119,11 @@ class WinogradConv2d(nn.Module):
             # overlapping tiles of 6 x 6, a tile's places first
             tiles = padded.as_strided((6, 6, n, h, w, channels), (row, column, image, 4 * row, 4 * column, one))
             columns = take("a", x, *tiles.shape).copy_(tiles).view(36, -1)
-            transformed = torch.mm(self.to_tiles, columns, out=take("b", x, *columns.shape))
+            transformed = torch.mm(self.input_transform, columns, out=take("b", x, *columns.shape))
             products = take("a", x, 36, n * h * w, out_channels)
-            torch.bmm(transformed.view(36, -1, channels), self.weight, out=products)
+            torch.bmm(transformed.view(36, -1, channels), self._transformed, out=products)
             outputs = take("b", x, 16, n * h * w * out_channels)
-            torch.mm(self.from_tiles, products.view(36, -1), out=outputs)
+            torch.mm(self.output_transform, products.view(36, -1), out=outputs)
             place = made[start : start + n].view(n, h, 4, w, 4, out_channels).permute(2, 4, 0, 1, 3, 5)
             torch.add(outputs.view(place.shape), self.bias, out=place)
         return made.permute(0, 3, 1, 2)
@@ -130,5 +132,5 @@ class WinogradConv2d(nn.Module):
         """`[36, C, O]`. In place of temporaries, which would stay with the process as holes in its memory."""
         taps = self.conv.weight.detach().permute(2, 3, 1, 0).reshape(9, -1)
         made = taps.new_empty(36, self.conv.in_channels, self.conv.out_channels)
-        torch.mm(self.weight_to_tiles, taps, out=made.view(36, -1))
+        torch.mm(self.filter_transform, taps, out=made.view(36, -1))
         return made

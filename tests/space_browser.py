@@ -55,6 +55,17 @@ def visit(page: Any, url: str, files: Path, screenshots: Path) -> None:
     shown(page, "#x_0 img", 1)
     page.screenshot(path=screenshots / "space.png")
 
+    # Whoever clicks again before it is done gets what is asked for now, and only that.
+    page.get_by_label("Seeds").fill("0-15")
+    page.get_by_label("number input for Steps").fill("1000")
+    page.get_by_role("button", name="Sample", exact=True).click()
+    page.locator("#timing").get_by_text(re.compile(r"step \d+ of 1000")).wait_for()
+    page.get_by_label("Seeds").fill("0-1")
+    page.get_by_label("number input for Steps").fill("30")
+    page.get_by_role("button", name="Sample", exact=True).click()
+    page.locator("#timing").get_by_text(re.compile(r"2 images in .* 30 steps of ddim")).wait_for()
+    shown(page, "#gallery img", 2)
+
     # It can be stopped, and sampling goes on as before.
     page.get_by_label("Seeds").fill("0-15")
     page.get_by_label("number input for Steps").fill("1000")

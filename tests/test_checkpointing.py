@@ -1,5 +1,8 @@
 """Checkpoints: complete or absent, checked when read, the last good one always there."""
 
+import hashlib
+import json
+
 import pytest
 import torch
 
@@ -8,6 +11,7 @@ from ddpm_hf.checkpointing import (
     find_checkpoint,
     list_checkpoints,
     load_checkpoint,
+    remove_leftovers,
     restore_training_state,
     save_checkpoint,
     training_state,
@@ -85,6 +89,16 @@ def test_damage_is_found_and_the_one_before_is_taken(tmp_path, capsys, name, dam
     assert "checkpoint-2" in capsys.readouterr().out
 
 
+def test_a_state_that_was_never_json_is_named(tmp_path):
+    path = save(tmp_path, 1)
+    (path / "state.json").write_text("{")
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["state.json"] = {"sha256": hashlib.sha256(b"{").hexdigest(), "size": 1}
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match=r"damaged: state\.json is not readable"):
+        load_checkpoint(path)
+
+
 def test_all_damaged_is_an_error(tmp_path):
     (save(tmp_path, 1) / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match="all 1 checkpoints"):
@@ -137,3 +151,15 @@ def test_the_checkpoint_just_written_is_never_removed(tmp_path):
         save(tmp_path, step)
     save(tmp_path, 5, keep=1)
     assert [p.name for p in list_checkpoints(tmp_path)] == ["checkpoint-5"]
+
+
+def test_what_a_killed_exchange_took_away_comes_back(tmp_path):
+    """Killed between the two renames: the one before is the only whole one."""
+    (tmp_path / ".best.old").mkdir()
+    (tmp_path / ".best.old" / "weights").write_text("before")
+    (tmp_path / ".best.partial").mkdir()
+    (tmp_path / ".unet.old").mkdir()
+    (tmp_path / "unet").mkdir()  # here the exchange was done
+    remove_leftovers(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "unet"]
+    assert (tmp_path / "best" / "weights").read_text() == "before"

@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from PIL import Image
 
@@ -159,6 +160,24 @@ def test_accelerate_configurations_are_readable(repository_root):
     assert len(files) == 5
     for path in files:
         assert load_config_from_file(str(path)).num_processes >= 1
+
+
+def test_too_little_memory_on_the_device_is_one_sentence(capsys, monkeypatch):
+    def too_large(*_):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    def other(*_):
+        raise RuntimeError("another mistake")
+
+    assert cli.run(too_large, [], "ddpm-hf sample") == 2
+    assert capsys.readouterr().err == (
+        "error: too little memory on the device; give a smaller --batch_size (training: --train_batch_size)\n"
+    )
+    with pytest.raises(RuntimeError, match="another mistake"):
+        cli.run(other, [], "ddpm-hf sample")
+    monkeypatch.setenv("DDPM_HF_TRACEBACK", "1")
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        cli.run(too_large, [], "ddpm-hf sample")
 
 
 def test_exit_code_of_the_script(repository_root, tmp_path):

@@ -1,5 +1,8 @@
 """Training settings: presets and what overrides them, and how a batch is cut."""
 
+import resource
+import signal
+
 import pytest
 import yaml
 
@@ -78,6 +81,21 @@ def test_values_out_of_range_are_named(name, value):
 def test_unknown_preset():
     with pytest.raises(ValueError, match=r"'cifar' \(did you mean 'cifar10'\?\)"):
         TrainingConfig(preset="cifar")
+
+
+def test_a_full_disk_leaves_the_configuration_that_was_there(tmp_path):
+    path = tmp_path / "c.yaml"
+    TrainingConfig(preset="digits").save(path)
+    before = path.read_bytes()
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # the error instead of the signal
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, resource.RLIM_INFINITY))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            TrainingConfig(preset="cifar10").save(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        signal.signal(signal.SIGXFSZ, handler)
+    assert path.read_bytes() == before
 
 
 def test_saved_configuration_reads_back(tmp_path):

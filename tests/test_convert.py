@@ -3,6 +3,7 @@
 import json
 import pickle
 import shutil
+import sys
 
 import diffusers
 import foreign_networks as foreign
@@ -12,6 +13,7 @@ from conftest import SMALL_NETWORK
 from safetensors.torch import load_file, save_file
 
 from ddpm_hf import DDPMPipeline, UNet2DModel, cli
+from ddpm_hf.checkpointing import CheckpointError, save_checkpoint
 from ddpm_hf.convert import ConversionError, convert, convert_to_official, load_foreign
 from ddpm_hf.presets import PRESETS
 
@@ -228,22 +230,67 @@ def test_official_to_ours_to_official_is_bitwise(tmp_path, official_checkpoint):
             assert (back.get_tensor(name) == back.get_tensor(name.rsplit("/", 1)[0])).all()
 
 
+def training_checkpoint(folder, unet):
+    """As a run writes it; the averages are the network's, the raw weights larger by 1."""
+    state = unet.state_dict()
+    weights = {"model": {name: value + 1 for name, value in state.items()}, "ema": state}
+    return save_checkpoint(folder, 12, weights, {"ema_steps": 12})
+
+
 def test_a_training_checkpoint_goes_back_with_both_sets_of_weights(tmp_path, official_checkpoint):
     import tensorflow as tf
 
     pipe = convert("official_tf", official_checkpoint, tmp_path / "run", sample_size=8)
-    checkpoint = tmp_path / "run" / "checkpoint-12"
-    checkpoint.mkdir()
-    state = pipe.unet.state_dict()
-    save_file(state, checkpoint / "ema.safetensors")
-    save_file({name: value + 1 for name, value in state.items()}, checkpoint / "model.safetensors")
-    (checkpoint / "state.json").write_text('{"step": 12}')
+    checkpoint = training_checkpoint(tmp_path / "run", pipe.unet)
     prefix = convert_to_official(checkpoint, tmp_path / "back")
     assert prefix.name == "model.ckpt-12"
     back = tf.train.load_checkpoint(str(prefix))
     name = "model/up_1/attn_0/q/W"
     assert (back.get_tensor(name) == back.get_tensor(f"{name}/ExponentialMovingAverage") + 1).all()
     assert back.get_tensor("global_step") == 12
+
+
+@pytest.mark.parametrize("file", ["ema.safetensors", "model.safetensors", "state.json", "manifest.json"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda p: p.write_bytes(p.read_bytes()[: p.stat().st_size // 2]),
+        lambda p: p.write_bytes(p.read_bytes()[:-1] + b" "),
+        lambda p: p.unlink(),
+    ],
+    ids=["truncated", "changed", "gone"],
+)
+def test_a_damaged_training_checkpoint_does_not_go_back(tmp_path, small_pipeline, file, damage):
+    small_pipeline.save_pretrained(tmp_path / "run")
+    checkpoint = training_checkpoint(tmp_path / "run", small_pipeline.unet)
+    damage(checkpoint / file)
+    with pytest.raises(CheckpointError, match=r"checkpoint-12. is (damaged: \w+\.(json|safetensors) |not a complete)"):
+        convert_to_official(checkpoint, tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+
+
+def test_a_checkpoint_without_averages_does_not_go_back(tmp_path, small_pipeline):
+    small_pipeline.save_pretrained(tmp_path / "run")
+    checkpoint = save_checkpoint(tmp_path / "run", 3, {"model": small_pipeline.unet.state_dict()}, {})
+    with pytest.raises(ConversionError, match="no raw and averaged weights"):
+        convert_to_official(checkpoint, tmp_path / "back")
+
+
+def test_mistakes_are_told_before_tensorflow_is_loaded(tmp_path, monkeypatch, small_pipeline, official_checkpoint):
+    monkeypatch.setitem(sys.modules, "tensorflow", None)  # to import it is an ImportError now
+    with pytest.raises(ConversionError, match="pip install"):
+        load_foreign("official_tf", official_checkpoint, sample_size=8)
+    (tmp_path / "empty").mkdir()
+    for path in (tmp_path / "no.ckpt", tmp_path / "empty"):
+        with pytest.raises(ConversionError, match="there is no TensorFlow checkpoint at"):
+            load_foreign("official_tf", path, sample_size=8)
+    with pytest.raises(ConversionError, match="there is no folder"):
+        convert_to_official(tmp_path / "nowhere", tmp_path / "out")
+    with pytest.raises(ValueError, match="exists already"):
+        convert_to_official(tmp_path / "nowhere", official_checkpoint.parent)
+    small_pipeline.save_pretrained(tmp_path / "ours")
+    with pytest.raises(ConversionError, match="the official network has"):
+        convert_to_official(tmp_path / "ours", tmp_path / "out")
 
 
 def test_only_the_official_network_goes_to_the_official_format(tmp_path, small_pipeline):
@@ -336,6 +383,14 @@ def test_mismatched_tensors_are_named_with_both_shapes(tmp_path):
     del state["mid.block_1.conv2.weight"]
     with pytest.raises(ConversionError, match=r"nothing found for mid_block\.resnets\.0\.conv2\.weight"):
         load_foreign("pesser", saved(tmp_path, state), sample_size=16)
+    with pytest.raises(ConversionError, match=r"nothing found for mid_block\.resnets\.0\.conv2\.weight$"):
+        load_foreign("pesser", saved(tmp_path, state), sample_size=16)
+    del state["mid.block_1.conv1.bias"]
+    with pytest.raises(ConversionError, match=r"nothing found for .*conv1\.bias and 1 other tensor$"):
+        load_foreign("pesser", saved(tmp_path, state), sample_size=16)
+    del state["mid.block_2.conv1.bias"]
+    with pytest.raises(ConversionError, match=r"nothing found for .*conv1\.bias and 2 other tensors$"):
+        load_foreign("pesser", saved(tmp_path, state), sample_size=16)
     state = foreign.make_pesser() | {"encoder.layer.weight": torch.zeros(3)}
     with pytest.raises(ConversionError, match=r"encoder\.layer\.weight"):
         load_foreign("pesser", saved(tmp_path, state), sample_size=16)
@@ -359,6 +414,28 @@ def test_wrong_format_and_missing_information(tmp_path, capsys):
         assert words in err, err
         assert err.count("\n") == 1
         assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--sample_size", "32"], "--sample_size"),
+        (["--preset", "cifar10"], "--preset"),
+        (["--no_ema"], "--no_ema"),
+        (["--num_heads", "4"], "--num_heads"),
+        (["--variance_type", "fixed_small"], "--variance_type"),
+        (["--variance_type", "fixed_small", "--no_ema"], "--no_ema, --variance_type"),
+    ],
+)
+@pytest.mark.parametrize("way", [("--from", "diffusers"), ("--to", "official_tf")])
+def test_flags_that_would_be_ignored_are_refused(tmp_path, capsys, small_pipeline, way, flags, named):
+    small_pipeline.save_pretrained(tmp_path / "ours")
+    arguments = [*way, "--checkpoint", str(tmp_path / "ours"), "--output", str(tmp_path / "out"), *flags]
+    assert cli.main(["convert", *arguments]) == 2
+    err = capsys.readouterr().err
+    assert f"{' '.join(way)} takes no {named}: " in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_output_in_use_is_left_alone(tmp_path):

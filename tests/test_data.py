@@ -1,8 +1,11 @@
 """Datasets: where images come from, in memory, as needed and streamed, and what is refused."""
 
 import io
+import shutil
 import threading
+import tracemalloc
 import warnings
+import zipfile
 from itertools import chain
 
 import datasets
@@ -12,6 +15,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits as sklearn_digits
 
+import ddpm_hf.data
 import ddpm_hf.image_decoding
 from ddpm_hf.data import (
     ImageDataset,
@@ -318,6 +322,29 @@ def test_what_fits_is_decided_by_the_uint8_pixels(varied):
     assert isinstance(load_folder(varied, resolution=(8, 8), memory_limit_bytes=needed - 1), LazyImageDataset)
 
 
+def test_without_a_resolution_too_the_memory_limit_holds(varied, tmp_path):
+    for number in range(5):
+        write_png(tmp_path / "even" / f"{number}.png", number)
+    assert len(load_folder(tmp_path / "even", channels=1, memory_limit_bytes=5 * 8 * 8)) == 5
+    with pytest.raises(ValueError, match=r"even do not fit into 319 bytes.*choose one size with --resolution.*8x8"):
+        load_folder(tmp_path / "even", channels=1, memory_limit_bytes=5 * 8 * 8 - 1)
+    with pytest.raises(ValueError, match="choose one size with --resolution"):
+        load_folder(varied, **LAZY)
+
+
+def test_random_crops_need_no_room_for_all_images(varied, monkeypatch):
+    monkeypatch.setattr(ddpm_hf.data, "_CHUNK", 1)
+    peaks = {}
+    for crop in ("center", "random"):
+        tracemalloc.start()
+        load_folder(varied, resolution=(512, 512), crop=crop)
+        peaks[crop] = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    whole = 12 * 3 * 512 * 512
+    assert peaks["center"] > whole  # or tracemalloc would not see it
+    assert peaks["random"] < whole / 2
+
+
 def test_only_the_images_of_the_batch_are_decoded(varied, monkeypatch):
     decoded, lock = [], threading.Lock()
     original = ddpm_hf.image_decoding.read_image
@@ -479,6 +506,30 @@ def test_bad_and_missing_images_of_a_table_are_named(tmp_path):
     assert len(said) == 1
 
 
+def write_plain_parquet(folder, **columns):
+    """As other programs than `datasets` write it: only values."""
+    folder.mkdir(exist_ok=True)
+    datasets.Dataset.from_dict(columns).to_parquet(folder / "train.parquet")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_images_that_are_missing_from_a_table_are_refused_as_unreadable(tmp_path, streaming):
+    images = [{"bytes": png_bytes(1), "path": "1.png"}, {"bytes": None, "path": None}, None]
+    write_plain_parquet(tmp_path / "set", image=images)
+    where = {"dataset_name": str(tmp_path / "set"), "cache_dir": str(tmp_path / "cache"), "channels": 1}
+    where |= {"resolution": (8, 8), "streaming": streaming}
+
+    def read(**options):
+        data = load_images(**where, **options)
+        return data.take(3) if streaming else data
+
+    with pytest.raises(ValueError, match=r"image 1 of .*the file is empty"):
+        read()
+    said = []
+    assert levels(read(on_bad_image="skip", report=said.append).images) == [1]
+    assert len(said) == 2
+
+
 def test_dataset_without_images_or_that_does_not_exist(tmp_path):
     (tmp_path / "set").mkdir()
     datasets.Dataset.from_dict({"x": [1]}).to_parquet(tmp_path / "set" / "train.parquet")
@@ -595,6 +646,65 @@ def test_bad_images_of_a_stream(tmp_path):
     write_parquet(tmp_path / "bad", [b"hello"] * 20)
     with pytest.raises(ValueError, match=r"100 images .* in a row"):
         run(stream(tmp_path / "bad", on_bad_image="skip", report=said.append), [0])
+
+
+@pytest.mark.parametrize("missing", [None, -1])
+def test_a_stream_in_which_labels_are_missing(tmp_path, missing):
+    write_parquet(tmp_path / "set", [png_bytes(level) for level in range(4)], label=(AB, [0, 1, missing, 1]))
+    said = []
+    data = stream(tmp_path / "set", report=said.append)
+    images, labels = data.batch_at(0, range(4), 4, 0)
+    assert sorted(levels(images)) == [0, 1, 2, 3]  # who needs no labels does not lose images
+    assert labels is None
+    assert data.take(4).labels is None
+    assert data.take(2).labels.tolist() == [0, 1]
+    assert len(said) == 1
+    assert "1 of 4 images of the stream" in said[0]
+    assert "have no label in 'label'" in said[0]
+    asked = stream(tmp_path / "set", label_column="label")
+    with pytest.raises(ValueError, match=r"1 of 4 images of the stream .* have no label in 'label'.*--label_column"):
+        asked.batch_at(0, range(4), 4, 0)
+    with pytest.raises(ValueError, match="have no label"):
+        asked.take(3)
+
+
+@pytest.fixture
+def archive(tmp_path):
+    """A dataset that is a zip file of images, of which a stream knows only where they are."""
+    (tmp_path / "zipped").mkdir()
+    with zipfile.ZipFile(tmp_path / "zipped" / "images.zip", "w") as file:
+        for level in range(12):
+            file.writestr(f"{level:02d}.png", png_bytes(level))
+    return tmp_path / "zipped"
+
+
+def test_images_at_urls_are_streamed(archive):
+    row = next(iter(stream(archive)._stream))["image"]
+    assert row["bytes"] is None
+    assert row["path"].startswith("zip://")
+    assert levels(stream(archive).take(12).images) == list(range(12))
+    assert sorted(run(stream(archive), [0], total=12)[0]) == list(range(12))
+    assert run(stream(archive, validation_split=0.4), [0, 1]) == run(stream(archive, validation_split=0.4), [0, 1])
+
+
+def test_what_is_held_out_depends_on_the_bytes_alone(archive, tmp_path):
+    (tmp_path / "plain").mkdir()
+    with zipfile.ZipFile(archive / "images.zip") as file:
+        file.extractall(tmp_path / "plain")
+    shutil.copytree(tmp_path / "plain", tmp_path / "moved" / "elsewhere")
+    write_parquet(tmp_path / "table", [png_bytes(level) for level in range(12)])
+    places = [archive, tmp_path / "plain", tmp_path / "moved" / "elsewhere", tmp_path / "table"]
+    for split in ("train", "validation"):
+        found = [levels(stream(p, validation_split=0.4, split=split).take(12).images) for p in places]
+        assert 2 <= len(found[0]) <= 10
+        assert all(sorted(other) == sorted(found[0]) for other in found)
+
+
+def test_nothing_is_read_beforehand_where_all_images_belong(archive, monkeypatch):
+    import ddpm_hf.streamed_images
+
+    monkeypatch.setattr(ddpm_hf.streamed_images, "read_bytes", lambda source: pytest.fail("it was read"))
+    assert len(stream(archive).take(12)) == 12
 
 
 def test_random_crops_of_a_stream_are_a_function_of_seed_and_position(tmp_path):

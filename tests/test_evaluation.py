@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_small_unet
+from diffusers import DDIMScheduler
 from PIL import Image
 
-from ddpm_hf import DDPMPipeline, DDPMScheduler, EvaluationReport, bits_per_dim, evaluation
+from ddpm_hf import DDPMPipeline, DDPMScheduler, EvaluationReport, bits_per_dim, evaluation, likelihood_evaluation
 from ddpm_hf.data import ImageDataset, load_digits, to_model_range
 from ddpm_hf.evaluation import evaluate_likelihood, first_images, parse_metrics
 
@@ -84,7 +85,7 @@ def test_an_interrupted_likelihood_goes_on(tmp_path, monkeypatch):
     data = first_images(load_digits("validation"), 6)
     whole = evaluate_likelihood(pipe, data, "validation", num_evaluations=4, batch_size=2)
     calls = []
-    original = evaluation.stratified_bits_per_dim
+    original = likelihood_evaluation.stratified_bits_per_dim
 
     def interrupted(*args, **kwargs):
         if len(calls) == 2:
@@ -92,7 +93,7 @@ def test_an_interrupted_likelihood_goes_on(tmp_path, monkeypatch):
         calls.append(list(kwargs["image_ids"]))
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(evaluation, "stratified_bits_per_dim", interrupted)
+    monkeypatch.setattr(likelihood_evaluation, "stratified_bits_per_dim", interrupted)
     options = {"num_evaluations": 4, "batch_size": 2, "work_dir": tmp_path}
     with pytest.raises(KeyboardInterrupt):
         evaluate_likelihood(pipe, data, "validation", **options)
@@ -112,3 +113,17 @@ def test_metrics_by_name():
     for text, words in (("fdi", "'fdi' .did you mean 'fid'"), ("", "names no metric")):
         with pytest.raises(ValueError, match=words):
             parse_metrics(text)
+
+
+def test_a_model_may_have_any_name(small_pipeline):
+    data = {"validation": first_images(load_digits("validation"), 2)}
+    report = evaluation.evaluate(small_pipeline, data, ["nll"], num_evaluations=2, model_name="DDPM, run 3")
+    assert report.model["name"] == "DDPM, run 3"
+    assert "revision" not in report.model
+
+
+def test_a_model_without_a_likelihood():
+    """One that was saved with DDIM has betas, and no posterior."""
+    pipe = DDPMPipeline(make_small_unet(), DDIMScheduler(num_train_timesteps=10))
+    with pytest.raises(ValueError, match="saved with a DDIMScheduler, which has no likelihood"):
+        evaluate_likelihood(pipe, first_images(load_digits("validation"), 2), "validation", num_evaluations=2)

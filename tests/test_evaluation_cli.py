@@ -19,6 +19,7 @@ from ddpm_hf.generation import with_sampler
 from ddpm_hf.visualize import image_grid
 
 MODEL = ["--model", str(FIXTURES / "digits_model")]
+TRAILING = ["--timestep_spacing", "trailing"]
 SMALL = ["--sampler", "ddim", "--num_inference_steps", "5", "--num_samples", "24", "--features", "pixels"]
 
 
@@ -150,7 +151,11 @@ def test_inception_and_a_vision_model(tmp_path, capsys):
         (["--dataset", "digits", "--metrics", "fid", *SMALL, "--num_samples", "0"], ["num_samples"]),
         (["--dataset", "digits", "--metrics", "fid", *SMALL, "--num_inference_steps", "1001"], ["1001"]),
         (["--dataset", "digits", "--metrics", "fid", *SMALL, "--sampler", "eulr"], ["'eulr'"]),
-        (["--dataset", "digits", "--metrics", "fid", *SMALL, "--num_inference_steps", "3"], ["divides 1000"]),
+        (["--dataset", "digits", "--metrics", "fid", *SMALL, "--num_inference_steps", "3"], ["from noise at t=666"]),
+        (
+            [*["--dataset", "digits", "--metrics", "fid"], *SMALL, *["--num_inference_steps", "30"], *TRAILING],
+            ["divides 1000"],
+        ),
         (["--dataset", "digits", "--metrics", "rate_distortion", "--num_evaluations", "4"], ["every term"]),
         (["--train_data_dir", "{tmp}/empty"], ["no images"]),
         (["--train_data_dir", "{tmp}/one", "--metrics", "fid", *SMALL], ["at least 2 real images", "has 1"]),
@@ -161,8 +166,7 @@ def test_inception_and_a_vision_model(tmp_path, capsys):
         (["--dataset", "digits", "--num_images", "1", "--output", "/proc/x"], ["cannot write to --output /proc/x"]),
         (["--dataset", "digits", "--num_images", "1", "--output", "/proc/x/a.json"], ["cannot write to --output"]),
         (["--dataset", "digits", "--metrics", "fid", *SMALL, "--cache_dir", "/proc/x"], ["write to --cache_dir"]),
-        (["--compare", "{tmp}/a.json"], ["at least two reports"]),
-        (["--compare", "{tmp}/a.json", "{tmp}/b.json"], ["no report", "a.json"]),
+        (["--compare", "{tmp}/a.json", "{tmp}/b.json"], ["leave out --model"]),
     ],
 )
 def test_mistakes_get_one_sentence(tmp_path, capsys, monkeypatch, flags, words):
@@ -245,3 +249,46 @@ def test_guidance_is_recorded_and_used(tmp_path, monkeypatch):
         report = EvaluationReport.load(tmp_path / "out")
         assert report.settings["sampling"]["guidance_scale"] == float(scale)
     assert scales == [1.0] * 24 + [3.0] * 24
+
+
+def test_images_are_read_as_in_training(tmp_path, capsys):
+    """What a model was trained on with reading flags can be evaluated with the same ones."""
+    digits = load_digits("validation").images[:6].permute(0, 2, 3, 1).numpy()
+    for name, array in (("plain", digits), ("scaled", digits.astype(np.float32) / 255 * 7 - 3)):
+        (tmp_path / name).mkdir()
+        np.save(tmp_path / name / "images.npy", array)
+    common = ["--num_evaluations", "4", "--output"]
+    assert evaluate("--train_data_dir", str(tmp_path / "plain"), *common, str(tmp_path / "a.json")) == 0
+    scaled = ["--train_data_dir", str(tmp_path / "scaled")]
+    assert evaluate(*scaled, "--value_range", "-3", "4", *common, str(tmp_path / "b.json")) == 0
+    reports = [EvaluationReport.load(tmp_path / name) for name in ("a.json", "b.json")]
+    assert values_of(reports[0]) == values_of(reports[1])
+    capsys.readouterr()
+    assert evaluate(*scaled, *common, str(tmp_path / "c.json")) == 2
+    assert "--value_range" in capsys.readouterr().err
+
+
+def test_the_word_for_optimizing_is_checked_first(tmp_path, capsys):
+    for command in (
+        ["evaluate", "--model", "nowhere", "--dataset", "digits"],
+        ["sample", "--model", "nowhere", "--output", str(tmp_path / "x.png")],
+        ["sample", "--model", "nowhere", "--output", str(tmp_path / "x.png"), "--figure", "progressive"],
+    ):
+        assert cli.main([*command, "--optimize", "fast"]) == 2
+        assert "--optimize must be one of auto, yes, no, compile, got 'fast'" in capsys.readouterr().err
+
+
+def test_a_figure_of_an_optimized_network(tmp_path, capsys):
+    for word in ("no", "yes"):
+        flags = ["--figure", "progressive", "--num_inference_steps", "5", "--seeds", "0-1", "--optimize", word]
+        assert cli.main(["sample", *MODEL, *flags, "--output", str(tmp_path / f"{word}.png")]) == 0
+    assert "network: fp32" in capsys.readouterr().out
+    no, yes = (np.asarray(Image.open(tmp_path / f"{word}.png")).astype(int) for word in ("no", "yes"))
+    assert abs(no - yes).max() <= 1
+
+
+def test_comparing_takes_two_reports(tmp_path, capsys):
+    a = str(tmp_path / "a.json")
+    for names, words in (([a], "at least two reports"), ([a, str(tmp_path / "b.json")], "no report")):
+        assert cli.main(["evaluate", "--compare", *names]) == 2
+        assert words in capsys.readouterr().err

@@ -156,6 +156,8 @@ def test_pixels():
     ("name", "words"),
     [
         ("inceptoin", "unknown --features 'inceptoin'"),
+        ("{tmp}/inception", r"/inception: .* name 'inception'.*another name"),
+        ("someone/pixels/", r"someone/pixels/: .* name 'pixels'.*another name"),
         ("nobody/no-such-model", "cannot load --features nobody/no-such-model"),
         ("{tmp}", "cannot load --features"),
     ],

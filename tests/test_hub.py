@@ -23,9 +23,10 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from ddpm_hf import EvaluationReport, cli
+from ddpm_hf import DDPMPipeline, EvaluationReport, cli
+from ddpm_hf.checkpointing import remove_leftovers
 from ddpm_hf.hub import Push
-from ddpm_hf.hub_files import make_snapshot, published_files, write_card
+from ddpm_hf.hub_files import make_snapshot, published_files, take_report, write_card, write_pipeline
 from ddpm_hf.model_card import CardFacts
 
 TOKEN = "hf_test_token"
@@ -145,6 +146,117 @@ def test_paths_of_this_machine_do_not_get_out(run_folder, tmp_path):
     published = json.loads((staging / "evaluation.json").read_text())
     assert (published["dataset"], published["model"]["name"]) == ("pictures", "run")
     assert "_name_or_path" not in json.loads((staging / "unet" / "config.json").read_text())
+
+
+def test_names_of_classes_are_no_paths(run_folder):
+    names = ["/m/0cmf2", "/", "a\\b", "~"]  # the first is how OpenImages calls aeroplanes
+    config = run_folder / "unet" / "config.json"
+    config.write_text(
+        json.dumps(json.loads(config.read_text()) | {"_class_names": names, "_name_or_path": "/home/me"})
+    )
+    published = json.loads((make_snapshot(run_folder) / "unet" / "config.json").read_text())
+    assert published["_class_names"] == names
+    assert "_name_or_path" not in published
+
+
+def test_a_run_that_starts_leaves_snapshots_of_pushes_alone(run_folder):
+    staging = make_snapshot(run_folder)
+    before = tree(staging)
+    remove_leftovers(run_folder)
+    assert tree(staging) == before
+    a_day_ago = time.time() - 2 * 86_400
+    os.utime(staging, (a_day_ago, a_day_ago))
+    make_snapshot(run_folder)
+    assert not staging.exists()  # by then nobody is pushing it
+
+
+class Killed(BaseException):
+    """Nobody catches it, as nobody catches a kill."""
+
+
+def test_a_kill_while_a_model_is_replaced_leaves_a_whole_one(tmp_path, monkeypatch):
+    run, weights = tmp_path / "run", "diffusion_pytorch_model.safetensors"
+    shutil.copytree(MODEL, run)
+    variant(tmp_path / "new", 1)
+    remove = shutil.rmtree
+
+    def killed(path, *arguments, **options):
+        if (Path(path) / weights).exists():  # the old network: half of it is removed
+            (Path(path) / "config.json").unlink()
+            raise Killed
+        remove(path, *arguments, **options)
+
+    pipe = DDPMPipeline.from_pretrained(tmp_path / "new")
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(Killed):
+            write_pipeline(pipe, run)
+    new = load_file(tmp_path / "new" / "unet" / weights)
+    loaded = StockDDPMPipeline.from_pretrained(run).unet.state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in new.items())
+    remove_leftovers(run)
+    assert set(tree(run)) == set(tree(MODEL))
+    write_pipeline(DDPMPipeline.from_pretrained(MODEL), run)
+    assert set(tree(run)) == set(tree(MODEL))
+    assert weights_hash(run) == weights_hash(MODEL)
+
+
+def test_a_kill_between_the_renames_of_a_part_gives_the_old_one_back(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    shutil.copytree(MODEL, run)
+    variant(tmp_path / "new", 1)
+    replace = Path.replace
+
+    def killed(path, target):
+        if path.name == "unet":
+            raise Killed
+        return replace(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", killed)
+        with pytest.raises(Killed):
+            write_pipeline(DDPMPipeline.from_pretrained(tmp_path / "new"), run)
+    assert not (run / "unet").exists()
+    remove_leftovers(run)
+    assert set(tree(run)) == set(tree(MODEL))
+    assert weights_hash(run) == weights_hash(MODEL)
+
+
+def test_cards_are_utf_8_wherever_they_are_written(run_folder):
+    """In a locale whose own encoding is ASCII."""
+    code = "import sys; from pathlib import Path; from ddpm_hf.hub_files import write_card; "
+    code += "from ddpm_hf.model_card import CardFacts; write_card(Path(sys.argv[1]), CardFacts('run', 'digits'))"
+    card = run_folder / "README.md"
+    card.write_text(card.read_text(encoding="utf-8") + "\nMerci, Zoé.\n", encoding="utf-8")
+    env = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-c", code, str(run_folder)]
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    assert "Merci, Zoé." in card.read_text(encoding="utf-8")
+
+
+def test_a_card_in_another_encoding_is_named(run_folder):
+    (run_folder / "README.md").write_bytes("# Modèle".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"^README\.md is not a text in UTF-8; save it again in that encoding"):
+        write_card(run_folder, CardFacts("run", "digits"))
+
+
+def test_a_report_that_a_card_could_not_show_is_refused(run_folder, tmp_path):
+    staging = make_snapshot(run_folder)
+    report = tmp_path / "report.json"
+    for values in ({"a": 1}, {"a": {"value": "3.1"}}, [1]):
+        report.write_text(json.dumps({"dataset": "d", "split": "s", "num_images": 1, "values": values}))
+        with pytest.raises(ValueError, match="is not a report of ddpm-hf evaluate"):
+            take_report(report, staging, None)
+    with pytest.raises(ValueError, match="there is no report"):
+        take_report(tmp_path / "nowhere", staging, None)
+    made = EvaluationReport(str(tmp_path / "pictures"), "test", 3)
+    made.add("fid", 3.1, float("nan"), {})
+    made.save(tmp_path / "evaluation" / "report.json")
+    take_report(tmp_path / "evaluation", staging, None)
+    published = json.loads((staging / "evaluation.json").read_text())
+    assert published["dataset"] == "pictures"
+    assert published["values"] == {"fid": {"value": 3.1, "standard_error": None}}
 
 
 @pytest.mark.parametrize("secret", ["my-own-token", "hf_" + "a1B2" * 10])

@@ -5,6 +5,7 @@ import shutil
 
 import httpx2
 import pytest
+import torch
 from conftest import FIXTURES
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
@@ -61,9 +62,10 @@ def test_passing_failures_are_waited_out_and_others_are_not(monkeypatch):
 def test_folders_that_hold_no_ddpm(tmp_path):
     with pytest.raises(OSError, match="no model_index"):
         DDPMPipeline.from_pretrained(tmp_path)
-    (tmp_path / "model_index.json").write_text("{")
-    with pytest.raises(ValueError, match="is not JSON"):
-        DDPMPipeline.from_pretrained(tmp_path)
+    for text in ("{", "[]"):
+        (tmp_path / "model_index.json").write_text(text)
+        with pytest.raises(ValueError, match="is not a JSON object"):
+            DDPMPipeline.from_pretrained(tmp_path)
     index = {"_class_name": "LDMPipeline", "unet": ["diffusers", "UNet2DModel"], "scheduler": ["diffusers", "DDIM"]}
     (tmp_path / "model_index.json").write_text(json.dumps(index | {"vqvae": ["diffusers", "VQModel"]}))
     with pytest.raises(ValueError, match=r"holds a LDMPipeline .*vqvae: VQModel.*, not a DDPM"):
@@ -80,3 +82,15 @@ def test_a_component_that_is_given_need_not_be_there(tmp_path):
     shutil.rmtree(tmp_path / "m" / "unet")
     again = DDPMPipeline.from_pretrained(tmp_path / "m", unet=pipe.unet)
     assert again.unet is pipe.unet
+
+
+@pytest.mark.parametrize("word", [True, None])
+def test_no_pickle_is_read_in_place_of_safetensors(tmp_path, small_pipeline, word):
+    """`None` would let diffusers fall back to them."""
+    small_pipeline.save_pretrained(tmp_path)
+    (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    torch.save(small_pipeline.unet.state_dict(), tmp_path / "unet" / "diffusion_pytorch_model.bin")
+    with pytest.raises(OSError, match="has no safetensors weights"):
+        DDPMPipeline.from_pretrained(tmp_path, use_safetensors=word)
+    with pytest.raises(ValueError, match="would read a pickle"):
+        DDPMPipeline.from_pretrained(tmp_path, use_safetensors=False)

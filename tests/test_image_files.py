@@ -3,13 +3,23 @@
 import io
 import struct
 import warnings
+import zipfile
 import zlib
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from ddpm_hf.image_files import ImageFormat, crop_box, decode_image, open_arrays, read_array, read_image, to_levels
+from ddpm_hf.image_files import (
+    ImageFormat,
+    crop_box,
+    decode_image,
+    open_arrays,
+    read_array,
+    read_bytes,
+    read_image,
+    to_levels,
+)
 
 # ---------------------------------------------------------------------- files made by hand
 
@@ -373,6 +383,27 @@ def test_what_is_said_of_a_bad_image(name, tmp_path):
 def test_a_missing_file(tmp_path):
     with pytest.raises(ValueError, match="No such file"):
         read_image(tmp_path / "nowhere.png", ImageFormat())
+
+
+def test_an_image_at_a_url(tmp_path, monkeypatch):
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as file:
+        file.writestr("in/a.png", PNG)
+        file.writestr("b.png", b"hello")
+    url = f"zip://in/a.png::{tmp_path}/images.zip"
+    assert read_bytes(url) == PNG
+    assert np.array_equal(read_image(url, ImageFormat()), read_image(PNG, ImageFormat()))
+    with pytest.raises(ValueError, match="begins with b'hello'"):
+        read_image(f"zip://b.png::{tmp_path}/images.zip", ImageFormat())
+    for gone in (f"zip://c.png::{tmp_path}/images.zip", f"zip://b.png::{tmp_path}/nowhere.zip"):
+        with pytest.raises(ValueError, match=rf"there is no {gone}"):
+            read_image(gone, ImageFormat())
+
+    def away(url, mode):
+        raise ConnectionError("Server Disconnected")
+
+    monkeypatch.setattr("datasets.utils.file_utils.xopen", away)
+    with pytest.raises(ConnectionError, match=r"cannot read zip://in/a\.png::.*: Server Disconnected"):
+        read_image(url, ImageFormat())  # no image is bad because of that, and none is to be skipped
 
 
 def test_no_file_stays_open(tmp_path):

@@ -165,6 +165,14 @@ def test_weights_that_moved_are_not_answered_from_before():
     assert pipe.network is pipe.unet
 
 
+def test_weights_that_were_converted_are_not_computed_as_before():
+    pipe = DDPMPipeline(network(), DDPMScheduler(num_train_timesteps=10))
+    optimize_for_inference(pipe, execution=Execution(channels_last=True, winograd=True))
+    pipe.to(torch.bfloat16)
+    assert pipe.network is pipe.unet
+    assert pipe(seeds=[0], num_inference_steps=2, output_type="pt").images.isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [

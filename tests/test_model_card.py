@@ -12,7 +12,15 @@ from safetensors.torch import load_file
 
 from ddpm_hf import EvaluationReport
 from ddpm_hf.hub_files import write_card
-from ddpm_hf.model_card import CardFacts, ModelFacts, make_card, merge_cards, public_name, text_outside
+from ddpm_hf.model_card import (
+    CardFacts,
+    ModelFacts,
+    front_matter,
+    make_card,
+    merge_cards,
+    public_name,
+    text_outside,
+)
 
 MODEL = FIXTURES / "digits_model"
 FACTS = ModelFacts((3, 32, 32), 35_746_307, 1000, "epsilon", None)
@@ -94,6 +102,27 @@ def test_a_card_without_numbers_picture_or_license():
         assert words in read.text
     with pytest.raises(ValueError, match=r"write it like apache-2\.0"):
         card(license="Apache 2.0")
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("---\nlicense: mit\n---\n\n# m\n", {"license": "mit"}),
+        ("---\r\nlicense: mit\r\n---\r\n# m\r\n", {"license": "mit"}),
+        ("---\ntitle: a---\nlicense: mit\n---\n", {"title": "a---", "license": "mit"}),
+        ("---\nlicense: mit\n---", {"license": "mit"}),
+        ("---\n---\n# m\n", {}),
+        ("# m\n\n---\n", {}),
+    ],
+)
+def test_front_matter(text, found):
+    assert front_matter(text) == found
+
+
+@pytest.mark.parametrize("text", ["---\na: [1\n---\n", "---\n- a\n---\n"])
+def test_front_matter_that_is_none(text):
+    with pytest.raises(ValueError, match="front matter"):
+        front_matter(text)
 
 
 def test_facts_of_a_folder(tmp_path):

@@ -286,3 +286,55 @@ def test_classes_by_name():
     assert np.array_equal(arrays(pipe, seeds=[0], class_labels="dogs")[0], arrays(pipe, seeds=[0], class_labels=1)[0])
     with pytest.raises(ValueError, match="'cows' is no class"):
         arrays(pipe, seeds=[0], class_labels="cows")
+
+
+def test_one_class_in_a_list_is_for_all_images():
+    pipe = DDPMPipeline(make_small_unet(num_class_embeds=3), DDPMScheduler(num_train_timesteps=10))
+    options = {"output_type": "pt", "seeds": [0, 1, 2]}
+    assert torch.equal(pipe(class_labels=[2], **options).images, pipe(class_labels=2, **options).images)
+
+
+def test_classes_beyond_those_of_the_network():
+    """Stock's class-conditional networks have no names; a dataset's labels must not leave their table."""
+    pipe = DDPMPipeline(make_small_unet(num_class_embeds=3), DDPMScheduler(num_train_timesteps=10))
+    assert pipe.classes.of_names(["a", "b", "c"]) == [0, 1, 2]
+    with pytest.raises(ValueError, match=r"class label 3 is outside 0\.\.2"):
+        pipe.classes.of_names(["a", "b", "c", "d"])
+
+
+def test_second_order_samplers_come_to_a_timestep_twice_on_purpose(small_unet):
+    """Against a loop of stock's parts, as its documentation has it."""
+    config = DDPMScheduler(num_train_timesteps=100).config
+    scheduler = diffusers.HeunDiscreteScheduler.from_config(config)
+    pipe = DDPMPipeline(small_unet, diffusers.HeunDiscreteScheduler.from_config(config))
+    made = pipe(generator=torch.Generator().manual_seed(0), num_inference_steps=8, output_type="pt").images
+    scheduler.set_timesteps(8)
+    x = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * scheduler.init_noise_sigma
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            output = small_unet(scheduler.scale_model_input(x, t), t).sample
+            x = scheduler.step(output, t, x).prev_sample
+    assert len(scheduler.timesteps) > len(scheduler.timesteps.unique())
+    assert (made - (x / 2 + 0.5).clamp(0, 1)).abs().max() < 1e-5
+
+
+def test_networks_that_make_no_pictures():
+    two = UNet2DModel(**{**SMALL_NETWORK, "in_channels": 2, "out_channels": 2})
+    pipe = DDPMPipeline(two, DDPMScheduler(num_train_timesteps=10))
+    with pytest.raises(ValueError, match="2 channels are no pictures"):
+        pipe()
+    assert pipe(output_type="np").images.shape == (1, 8, 8, 2)
+    pipe.unet.register_to_config(sample_size=None)
+    with pytest.raises(ValueError, match="no sample_size"):
+        pipe(output_type="np")
+
+
+@pytest.mark.filterwarnings("error")
+def test_masks_and_images_as_numpy_gives_them(small_pipeline):
+    """PIL's arrays are read-only; PyTorch warns of them."""
+    grey = np.asarray(Image.new("L", (8, 8), 100))
+    small_pipeline(image=grey[..., None], mask_image=np.asarray(Image.new("L", (8, 8), 255)), resample_times=1)
+    with pytest.raises(ValueError, match=r"lie in \[0, 1\], got torch.float64 from 0 to 255"):
+        small_pipeline(image=grey[..., None], mask_image=np.eye(8) * 255)
+    with pytest.raises(ValueError, match="mask_image is an empty list"):
+        small_pipeline(image=grey[..., None], mask_image=[])

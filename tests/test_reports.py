@@ -2,10 +2,11 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 
-from ddpm_hf.reports import EvaluationReport, as_markdown, compare, number, table
+from ddpm_hf.reports import EvaluationReport, as_markdown, compare, finite, number, plain, table
 
 
 def make(fid=3.17, error=0.02, **settings):
@@ -38,15 +39,46 @@ def test_not_a_number_is_null_in_the_file(tmp_path):
     assert math.isnan(EvaluationReport.load(tmp_path / "r.json").values["fid_inception_train_float"]["standard_error"])
 
 
+def test_plain_values_of_json():
+    content = {1: (1.5, math.inf, [math.nan, {"a": -math.inf}]), "b": None, "c": True}
+    assert finite(content) == {1: [1.5, None, [None, {"a": None}]], "b": None, "c": True}
+    assert plain({1: (2, Path("x"))}) == {"1": [2, "x"]}
+
+
 def test_reports_of_older_versions_are_read(tmp_path):
     old = {"dataset": "d", "split": "s", "num_images": 1, "values": {}, "settings": {}, "versions": {"python": "3"}}
     (tmp_path / "old.json").write_text(json.dumps(old))
     assert EvaluationReport.load(tmp_path / "old.json").versions == {"python": "3"}
 
 
+def test_errors_that_a_report_lacks_are_not_known(tmp_path):
+    (tmp_path / "r.json").write_text(entire('{"a": {"value": 3}, "b": {"value": null}}'))
+    report = EvaluationReport.load(tmp_path / "r.json")
+    assert "| a " in compare({"one": report, "other": report})
+    assert "| `a` " in as_markdown(report)
+    assert math.isnan(report.values["b"]["value"])
+
+
+def entire(values: str, settings: str = "{}") -> str:
+    """A report of which only these parts may be wrong."""
+    return f'{{"dataset": "d", "split": "s", "num_images": 1, "values": {values}, "settings": {settings}}}'
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
-    [(None, "no report"), ("{", "not JSON"), ("[1]", "not a report"), ('{"values": {}}', "not a report")],
+    [
+        (None, "no report"),
+        ("{", "not JSON"),
+        ("[1]", "not a report"),
+        ('{"values": {}}', "not a report"),
+        (entire('{"a": 1}'), "'a' must have a number or null as its 'value'"),
+        (entire('{"a": {}}'), "'a' must have a number or null"),
+        (entire('{"a": {"value": "3.1"}}'), "'a' must have a number or null"),
+        (entire('{"a": {"value": 3, "standard_error": [1]}}'), "'a' must have a number or null"),
+        (entire("[1]"), "must have names"),
+        (entire('{"a": {"value": 3}}', "[]"), "must have names"),
+        (entire('{"a": {"value": 3}}', '{"a": 1}'), "settings of 'a'"),
+    ],
 )
 def test_other_files_are_refused(tmp_path, content, words):
     if content is not None:

@@ -216,11 +216,12 @@ def test_a_whole_reproduction_stands_beside_table_1():
     assert first == {
         "reverse steps": 1000,
         "rate (bits/dim), paper": 1.77581,
-        "ours": 1.8,
+        "rate (bits/dim), ours": 1.8,
         "RMSE, paper": 0.95136,
-        "our RMSE": 0.96,
+        "RMSE, ours": 0.96,
     }
-    assert [row["ours"] for row in rest] == [None] * 9
+    assert [row["rate (bits/dim), ours"] for row in rest] == [None] * 9
+    assert "| 1000 | 1.77581 | 1.80000 | 0.95136 | 0.96000 |" in " ".join(found.as_markdown().split())
     # Rates fall and errors rise with fewer steps, as in Figure 5; the last rate and RMSE are those of Section 4.3.
     rates, errors = zip(*PAPER_TABLE_4.values(), strict=True)
     assert sorted(rates, reverse=True) == list(rates)
@@ -240,3 +241,23 @@ def test_what_was_less_than_in_the_paper_is_said_beside_the_number():
     found = compared(other)
     assert found.differences == ["images of flowers instead of cifar10"]
     assert "/home" not in found.as_markdown() + found.as_json()
+
+
+@pytest.mark.parametrize(
+    ("dataset", "differences"),
+    [
+        ("cifar10", []),
+        ("uoft-cs/cifar10", []),
+        ("/data/CIFAR10", []),
+        ("uoft-cs/cifar100", ["images of uoft-cs/cifar100 instead of cifar10"]),
+        ("somebody/cifar10-blurred", ["images of somebody/cifar10-blurred instead of cifar10"]),
+    ],
+)
+def test_other_images_are_not_taken_for_the_paper_s(dataset, differences):
+    assert compared(dataclasses.replace(report_of(), dataset=dataset)).differences == differences
+
+
+def test_presets_that_name_no_dataset_take_any():
+    bedrooms = dataclasses.replace(report_of(), dataset="lsun_bedroom")
+    found = compared(bedrooms, preset="lsun_bedroom256", dataset_name=None, train_data_dir="data/lsun_bedroom")
+    assert found.differences == []

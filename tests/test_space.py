@@ -94,6 +94,23 @@ def test_a_model_by_name_is_not_copied(run_folder, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("card", "license"),
+    [
+        (b"---\r\nlicense: mit\r\n---\r\n\r\n# digits\r\n", "mit"),
+        (b"---\ntitle: a---\nlicense: mit\n---\n", "mit"),
+        (b"---\nlicense: mit\n---", "mit"),
+        (b"---\nlicense: [mit\n---\n", None),
+        (b"# digits\n", None),
+    ],
+)
+def test_the_license_is_what_the_card_says(run_folder, tmp_path, card, license):
+    shutil.copytree(run_folder, tmp_path / "run")
+    (tmp_path / "run" / "README.md").write_bytes(card)
+    write_space(tmp_path / "run", tmp_path / "demo", model_id="org/digits")
+    assert front_matter((tmp_path / "demo" / "README.md").read_text()).get("license") == license
+
+
+@pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
         (["RUN"], "give --repo_id org/name to push the Space, or --output FOLDER"),

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.request import urlopen
 
 import numpy as np
@@ -21,7 +22,7 @@ from space_server import GUARD, environment
 from ddpm_hf import DDPMPipeline
 from ddpm_hf.likelihood import prior_bpd, vb_terms_bpd
 from ddpm_hf.space import write_space
-from ddpm_hf.space_demo import Limits
+from ddpm_hf.space_demo import Demo, Limits
 
 MODEL = FIXTURES / "digits_model"
 
@@ -205,6 +206,28 @@ def test_the_guard_refuses_and_tells(tmp_path):
     left = (tmp_path / "left.txt").read_text()
     assert "192.0.2.1" in left
     assert "example.org" in left
+
+
+def test_a_new_click_ends_the_one_before(tmp_path):
+    """Else Stop could end the last one only."""
+    from ddpm_hf.space_page import _Events
+
+    events = _Events(Demo([str(MODEL)], Limits(), tmp_path))
+    me, other = SimpleNamespace(session_hash="me"), SimpleNamespace(session_hash="other")
+
+    def click(visitor):
+        events.wait(visitor)
+        made = events.sample(str(MODEL), "0", 1000, "ddpm", None, 1, visitor)
+        next(made)
+        return made
+
+    first, theirs = click(me), click(other)
+    second = click(me)
+    assert re.match(r"stopped at step \d+ of 1000", list(first)[-1][3])
+    events.stop(me)
+    assert re.match(r"stopped at step \d+ of 1000", list(second)[-1][3])
+    assert re.match(r"step \d+ of 1000", next(theirs)[3])  # which nobody stopped
+    theirs.close()
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import signal
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import diffusers
@@ -300,7 +301,7 @@ def test_class_conditional_training_is_saved_so_that_stock_loads_it(tmp_path):
         assert torch.equal(stock.unet.state_dict()[name], value)
     loaded = DDPMPipeline.from_pretrained(tmp_path / "run")
     assert loaded.unet.config["_class_names"] == ["cats", "dogs"]
-    assert loaded.null_class == 2
+    assert loaded.classes.null == 2
 
     def images(**options):
         return loaded(seeds=[0, 1], num_inference_steps=4, output_type="pt", **options).images
@@ -364,20 +365,49 @@ def test_random_crops_and_flips_resume_to_the_same_bits(tmp_path):
     assert torch.equal(whole.batches.read(2, 0)[0], parts)
 
 
-def test_a_stream_resumes_to_the_same_bits(tmp_path):
+def save_parquet(folder):
+    """Thirty grey images, as a dataset that `datasets` reads."""
     features = datasets.Features({"image": datasets.Image()})
     rows = []
     for level in range(30):
         buffer = io.BytesIO()
         Image.new("L", (8, 8), 8 * level).save(buffer, format="PNG")
         rows.append({"bytes": buffer.getvalue()})
-    (tmp_path / "set").mkdir()
-    datasets.Dataset.from_dict({"image": rows}, features=features).to_parquet(tmp_path / "set" / "train.parquet")
+    folder.mkdir(parents=True)
+    datasets.Dataset.from_dict({"image": rows}, features=features).to_parquet(folder / "train.parquet")
+
+
+def test_a_stream_resumes_to_the_same_bits(tmp_path):
+    save_parquet(tmp_path / "set")
     options = {"dataset_name": str(tmp_path / "set"), "streaming": True, "cache_dir": str(tmp_path / "cache")}
     trainer(tmp_path / "whole", **options).train()
     shutil.copytree(tmp_path / "whole" / "checkpoint-3", tmp_path / "resumed" / "checkpoint-3")
     trainer(tmp_path / "resumed", resume_from_checkpoint="latest", **options).train()
     same_files(tmp_path / "whole", tmp_path / "resumed", 6)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_the_card_does_not_say_where_on_this_machine_the_images_are(tmp_path, capsys, streaming):
+    images = tmp_path / "secret" / "levels"
+    save_parquet(images)
+    options = {"dataset_name": str(images), "streaming": streaming, "cache_dir": str(tmp_path / "cache")}
+    trainer(tmp_path / "run", max_train_steps=1, **options).train()
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "trained on **levels**" in card
+    assert f"- images: {'a stream' if streaming else '30 images'} of levels" in card
+    assert "secret" not in card
+    assert f"of {images}" in capsys.readouterr().out  # who trains is told in full
+
+
+def test_a_card_in_another_encoding_does_not_end_the_run(tmp_path, capsys):
+    run = trainer(tmp_path / "run", max_train_steps=3)
+    run.train()
+    offered = []
+    run.publisher.pushes = SimpleNamespace(offer=offered.append)
+    (tmp_path / "run" / "README.md").write_bytes("# Modèle".encode("latin-1"))
+    run.publisher.push(run._ema_state_dict(), 3)
+    assert "not published after update 3: README.md is not a text in UTF-8" in capsys.readouterr().out
+    assert offered == []
 
 
 def test_trackers_get_the_numbers(tmp_path):
@@ -492,7 +522,7 @@ def test_what_is_held_out_is_checked_before_training(tmp_path):
 
 
 def test_what_killed_writes_left_is_removed(tmp_path):
-    for name in (".checkpoint-17.partial", ".checkpoint-2.old"):
+    for name in (".checkpoint-17.partial", ".checkpoint-2.removed"):
         (tmp_path / "run" / name).mkdir(parents=True)
     trainer(tmp_path / "run").train()
     assert not list((tmp_path / "run").glob(".checkpoint*"))
@@ -573,7 +603,7 @@ def test_fp16_skips_updates_that_overflow_and_lowers_its_scale(tmp_path, half_pr
             made, in_a_row = made + 1, 0
             assert norm < 100  # of the loss itself, not of the scaled one
             assert run.accelerator.scaler.get_scale() in (scale, 2 * scale)
-        assert run._bad_in_a_row == in_a_row
+        assert run._skipped_in_a_row == in_a_row
     assert dtypes == {torch.float16}
     assert skipped > 2
     assert made > 5
@@ -780,6 +810,26 @@ def test_a_stop_signal_in_an_evaluation_and_a_resumed_run_measure_it_once(tmp_pa
     assert list(json.loads((tmp_path / "run" / "evaluations.json").read_text())) == ["3", "6"]
 
 
+def test_a_stop_signal_before_an_evaluation_is_obeyed_at_once(tmp_path, monkeypatch):
+    options = {"validation_steps": 3, "save_images_steps": 3}
+    run = trainer(tmp_path / "run", **options)
+    update, begun = run._update, []
+
+    def interrupted(step):
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return update(step)
+
+    monkeypatch.setattr(run, "_update", interrupted)
+    monkeypatch.setattr(run.publisher, "watch", lambda *_: begun.append(run.step) or (None, None))
+    assert run.train() is None
+    assert begun == []
+    assert (tmp_path / "run" / "checkpoint-3").is_dir()
+    trainer(tmp_path / "run", resume_from_checkpoint="latest", **options).train()  # which makes what was missed
+    assert list(json.loads((tmp_path / "run" / "evaluations.json").read_text())) == ["3", "6"]
+    assert (tmp_path / "run" / "samples-3.png").is_file()
+
+
 def test_a_best_model_of_another_run_or_another_number_does_not_count(tmp_path, monkeypatch, capsys):
     options = {"validation_steps": 3, "best_metric": "bits_per_dim"}
     run = trainer(tmp_path / "run", **options)
@@ -791,7 +841,11 @@ def test_a_best_model_of_another_run_or_another_number_does_not_count(tmp_path, 
     assert "is chosen anew" in capsys.readouterr().out
     assert EvaluationReport.load(tmp_path / "run" / "best" / "evaluation.json").model["update"] == 6
     for checkpoint in list_checkpoints(tmp_path / "run"):
-        shutil.rmtree(checkpoint)  # and so the folder holds a run that begins anew
+        shutil.rmtree(checkpoint)
+    with pytest.raises(ValueError, match="holds a finished model and no checkpoint"):
+        trainer(tmp_path / "run", **options)
+    assert (tmp_path / "run" / "best").is_dir()
+    (tmp_path / "run" / "model_index.json").unlink()  # and so the folder holds a run that begins anew
     again = trainer(tmp_path / "run", **options)
     scripted(again, monkeypatch, "bits_per_dim", {3: 4.0, 6: 3.0})
     again.train()
@@ -811,11 +865,20 @@ def test_a_best_model_of_another_run_or_another_number_does_not_count(tmp_path, 
         ({"eval_metrics": "fid", "eval_features": "pixel"}, "unknown --eval_features 'pixel'"),
         ({"eval_metrics": "fid", "eval_features": "pixels", "eval_num_samples": 1}, "got --eval_num_samples 1"),
         ({"eval_num_images": 0, "validation_steps": 2}, "nothing to measure"),
-        ({"ddpm_num_inference_steps": 3}, "a number of steps that divides 1000"),
+        ({"ddpm_num_inference_steps": 3}, "with 3 steps; .*another number of steps"),
     ],
 )
 def test_what_cannot_be_measured_is_said_before_training(tmp_path, monkeypatch, options, words):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     with pytest.raises(ValueError, match=words):
         trainer(tmp_path / "run", **options)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_cache_that_cannot_be_written_is_said_before_training(tmp_path, monkeypatch):
+    # /proc takes no files, whoever asks
+    monkeypatch.setenv("DDPM_HF_CACHE", "/proc/cache")
+    with pytest.raises(ValueError, match=r"cannot write to \$DDPM_HF_CACHE /proc/cache"):
+        trainer(tmp_path / "run", **WATCHED)
+    trainer(tmp_path / "run", validation_steps=2)  # bits/dim need none
     assert not (tmp_path / "run").exists()

@@ -1,0 +1,46 @@
+"""Weights from files of PyTorch or safetensors: the only place that opens PyTorch's files, without executing anything.
+
+They are pickles, which could run code; `weights_only=True` reads tensors and plain values from them and nothing else.
+"""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+
+def read_weights(path: Path) -> Any:
+    """What a file holds, on the CPU: tensors by name in general, and whatever a PyTorch file has beside or instead.
+
+    Args:
+        path: A safetensors file by its ending; anything else is read as PyTorch's.
+
+    Raises:
+        ValueError: There is no such file, it is damaged or of another kind, or would run code.
+    """
+    if not path.is_file():
+        raise ValueError(f"there is no file {str(path)!r}")
+    kind = "safetensors file" if path.suffix == ".safetensors" else "PyTorch checkpoint"
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except MemoryError:
+        raise  # the machine's fault, not the file's
+    except Exception as error:  # damaged pickles end in nearly any error: KeyError, EOFError, IndexError, ...
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+        if isinstance(error, pickle.UnpicklingError):
+            if "weights_only" in str(error).lower() or "unsupported" in str(error).lower():
+                raise ValueError(
+                    f"{str(path)!r} cannot be read as weights: it holds more than tensors and would run code when "
+                    "loaded, so it is refused; save its state dict alone (torch.save(model.state_dict(), ...) or "
+                    "safetensors) with the code that it came from"
+                ) from None
+            reason = "no pickle"
+        raise ValueError(
+            f"{str(path)!r} cannot be read as weights: it is not a {kind}, or is damaged ({reason})"
+        ) from None
