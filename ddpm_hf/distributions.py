@@ -1,4 +1,4 @@
-"""Gaussians in closed form: KL divergence, and the discretised decoder of Eq. 13. Everything in nats.
+"""Gaussians in closed form: KL divergence, and the discretised decoder of Eq. 13. In nats, but for `bound_term`.
 
 Sources: Ho et al. 2020, Eqs. 5 and 13; `utils.py` of the official code for the approximate normal CDF.
 """

@@ -53,7 +53,7 @@ class Reading:
         threads = min(self.num_workers, len(sources))
         if threads < 2:
             return list(map(self._decode, sources, seeds))
-        # Each thread takes every so-manyth image: to hand out small images one by one costs more than to decode them.
+        # Each thread takes every `threads`-th image: to hand out small ones singly costs more than to decode them.
         results: list[Any] = [None] * len(sources)
 
         def work(first: int) -> None:
@@ -95,7 +95,7 @@ def refuse_bad(bad: list[tuple[str, ValueError]], total: int, report: Callable[[
     """Raise if there are bad images; every one is named, in the error or (where they are many) in a warning each.
 
     Raises:
-        ValueError: There are.
+        ValueError: There are bad images.
     """
     if not bad:
         return

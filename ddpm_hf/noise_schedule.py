@@ -87,6 +87,12 @@ class Chain:
     chain; rows of timesteps outside the chain are NaN. With every timestep in the chain this is the paper's process.
     A chain over fewer timesteps is the DDPM whose alpha_bar are those of the subsequence (Nichol & Dhariwal 2021,
     Section 4).
+
+    Args:
+        betas: `[T]` float64.
+        timesteps: `t_1 > t_2 > ...`.
+        prediction_type: What the network predicts.
+        prediction_error: `[T]`, E (x_0 - predicted x_0)^2 per pixel, for the optimal variance.
     """
 
     def __init__(
@@ -94,13 +100,13 @@ class Chain:
         betas: np.ndarray,
         timesteps: np.ndarray,
         prediction_type: str,
-        prediction_error: np.ndarray | None = None,  # [T], E (x_0 - predicted x_0)^2 per pixel
+        prediction_error: np.ndarray | None = None,
     ):
         T, t = len(betas), np.asarray(timesteps, dtype=np.int64)
         alpha_bar = np.cumprod(1.0 - betas)
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-            # 1 - alpha_bar and 1 - alpha by way of logarithms: a difference of numbers close to 1 has lost digits
-            # (1e-12 of beta = 1e-4, all of 1e-17), a ratio of alpha_bar that underflowed has none left.
+            # 1 - alpha_bar and 1 - alpha by way of logarithms: a difference of numbers close to 1 has lost digits (at
+            # beta = 1e-4 the last 4 of 16), a ratio of alpha_bar that underflowed has none left.
             log_alpha_bar = np.cumsum(np.log1p(-betas))
             log_a_bar, log_a_bar_prev = log_alpha_bar[t], np.append(log_alpha_bar[t[1:]], 0.0)
             a_bar, a_bar_prev = alpha_bar[t], np.append(alpha_bar[t[1:]], 1.0)
@@ -112,13 +118,13 @@ class Chain:
             c_t = rest_prev * np.sqrt(1.0 - beta) / rest
             # A network that predicts mu_tilde was trained on the step from t to t - 1, whatever the chain's next step.
             one_before = np.where(t > 0, log_alpha_bar[t - 1], 0.0)
-            net_c_0 = betas[t] * np.exp(0.5 * one_before) / rest
-            net_c_t = -np.expm1(one_before) * np.sqrt(1.0 - betas[t]) / rest
+            trained_c_0 = betas[t] * np.exp(0.5 * one_before) / rest
+            trained_c_t = -np.expm1(one_before) * np.sqrt(1.0 - betas[t]) / rest
             x_t_part, output_part = {
                 "epsilon": (np.sqrt(1.0 / a_bar), -np.sqrt(rest / a_bar)),
                 "sample": (np.zeros_like(a_bar), np.ones_like(a_bar)),
                 "v_prediction": (np.sqrt(a_bar), -np.sqrt(rest)),
-                "posterior_mean": (-net_c_t / net_c_0, 1.0 / net_c_0),
+                "posterior_mean": (-trained_c_t / trained_c_0, 1.0 / trained_c_0),
             }[prediction_type]
             # The step to the data has beta_tilde = 0. For the likelihood's sake the official code gives it its
             # neighbour's log-variance instead of log 0, whichever the fixed variance.

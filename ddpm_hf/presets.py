@@ -49,7 +49,7 @@ class Preset:
         total_batch_size: Images per optimizer update, over all processes and accumulation steps.
         learning_rate: Peak learning rate of Adam(0.9, 0.999) without weight decay.
         lr_warmup_steps: Updates of linear warm-up from 0.
-        lr_scheduler: `constant` after the warm-up (the paper), or `cosine` to 0 (short runs).
+        lr_scheduler: `constant` after the warm-up (the paper), or `cosine` or `linear` to 0 (short runs).
         max_train_steps: Optimizer updates.
         max_grad_norm: Global gradient norm above which gradients are scaled down.
         ema_decay: Decay of the exponential moving average of the weights.
@@ -106,16 +106,16 @@ class Preset:
             object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
 
 
-# What the official network (models/unet.py) needs of stock's UNet2DModel, where stock's defaults are something else.
-# Each line moves the output of a network with the official weights by the share given.
+# What the official network (models/unet.py) needs of stock's UNet2DModel. Where stock's default is something else, it
+# moves the output of a network with the official weights by the share given.
 OFFICIAL_NETWORK: dict[str, Any] = {
     "downsample_padding": 0,  # TensorFlow's SAME padding for stride 2 pads right and below only; stock: 50 %
     "attention_head_dim": None,  # one attention head over all channels; stock: 6.4 %
     "flip_sin_to_cos": False,  # the sinusoidal embedding is (sin, cos); stock: 6.1 %
     "freq_shift": 1,  # and its frequencies divide by (dim/2 - 1); stock: 4.4 %
     "norm_eps": 1e-6,  # tf.contrib group_norm's default; stock: 8e-5
-    "norm_num_groups": 32,
-    "layers_per_block": 2,
+    "norm_num_groups": 32,  # as in stock
+    "layers_per_block": 2,  # as in stock
 }
 
 # "We set T = 1000"; "beta_1 = 10^-4 to beta_T = 0.02". Written out, not left to defaults.

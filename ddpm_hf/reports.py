@@ -19,7 +19,7 @@ _INCIDENTAL = ("seconds", "batch_size")
 
 
 def library_versions() -> dict[str, str]:
-    """Of Python and of the libraries that numbers depend on."""
+    """Versions of Python and of the libraries that numbers depend on."""
     found = {"python": platform.python_version()}
     for name in ("ddpm-hf", "torch", "diffusers", "accelerate", "transformers", "torch-fidelity"):
         try:
@@ -150,7 +150,7 @@ def plain(content: Any) -> Any:
 
 
 def number(value: float, standard_error: float = math.nan) -> str:
-    """A value with as many digits as its error allows: `3.1416 +- 0.0012`."""
+    """A value with as many digits as its error allows: `3.1416 ± 0.0012`."""
     if not math.isfinite(value):
         return "-"
     if not math.isfinite(standard_error) or standard_error <= 0:

@@ -99,7 +99,7 @@ def all_rows(
         batch_size: Ids at a time, at most: fewer where every process would not get its share otherwise.
         folder: Where finished batches are kept and found again; its name has to hold all that the rows depend on.
             Without it they are in memory only.
-        desc, unit, progress: Of the progress bar.
+        desc, unit, progress: Text, unit and visibility of the progress bar.
 
     Raises:
         ValueError: A batch size below 1, or a folder that the processes do not share.

@@ -40,8 +40,6 @@ class UNet2DModel(PortableConfigMixin, StockUNet2DModel):
       nearly 0. Nothing is drawn where weights are about to be loaded.
     - Sizes that cannot be halved often enough are refused with a sentence instead of failing inside.
 
-    Its arguments are those of `diffusers.UNet2DModel`.
-
     Raises:
         ValueError: Blocks, widths or sample size that do not fit together.
     """
