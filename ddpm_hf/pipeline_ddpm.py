@@ -70,6 +70,7 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
     scheduler: Any
     _callback_tensor_inputs: ClassVar = ["image", "pred_original_sample"]
     _interrupt = False
+    _warned_of_a_late_start: ClassVar = False
 
     def __init__(self, unet: UNet2DModel, scheduler: Any):
         if type(scheduler) is StockDDPMScheduler:
@@ -315,7 +316,7 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
 
         Raises:
             ValueError: A timestep comes twice, or the chain would start from pure noise where the network expects a
-                part of the image.
+                part of the image. This package's scheduler does that for few steps as stock's does, with one warning.
         """
         self.scheduler.set_timesteps(steps)
         timesteps, alpha_bar = self.scheduler.timesteps, self.scheduler.alphas_cumprod
@@ -323,7 +324,8 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
         late = signal > max(0.1, 2 * least)
         T = self.scheduler.config.num_train_timesteps
         if isinstance(self.scheduler, DDPMScheduler):
-            if late:  # as stock does it, so it is not refused
+            if late and not DDPMPipeline._warned_of_a_late_start:  # as stock does it, so it is not refused
+                DDPMPipeline._warned_of_a_late_start = True
                 logger.warning(
                     f"{steps} steps start from pure noise at t={int(timesteps[0])}, where the network expects a part "
                     "of the image; better: timestep_spacing='trailing'"

@@ -338,3 +338,14 @@ def test_masks_and_images_as_numpy_gives_them(small_pipeline):
         small_pipeline(image=grey[..., None], mask_image=np.eye(8) * 255)
     with pytest.raises(ValueError, match="mask_image is an empty list"):
         small_pipeline(image=grey[..., None], mask_image=[])
+
+
+def test_a_late_start_is_said_once(small_pipeline, monkeypatch, caplog):
+    """Two steps of `leading` spacing begin at t = 500; stock does so too, without a word."""
+    monkeypatch.setattr(DDPMPipeline, "_warned_of_a_late_start", False)
+    monkeypatch.setattr(diffusers.utils.logging._get_library_root_logger(), "propagate", True)
+    for steps in (1000, 2, 1):
+        small_pipeline._set_timesteps(steps)
+    said = [record.message for record in caplog.records if "pure noise" in record.message]
+    assert len(said) == 1
+    assert "2 steps start from pure noise at t=500" in said[0]
