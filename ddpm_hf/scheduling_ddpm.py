@@ -349,7 +349,8 @@ class DDPMScheduler(StockDDPMScheduler):
     def get_target(self, x_0: Tensor, noise: Tensor, t: Timestep) -> Tensor:
         """What the network is asked to predict for `x_t = add_noise(x_0, noise, t)`: the shape of `x_0`.
 
-        `noise`, `x_0`, v, or the posterior's mean mu-tilde, by `prediction_type`. Arguments as `add_noise`; t is checked where it is needed.
+        `noise`, `x_0`, v, or the posterior's mean mu-tilde, by `prediction_type`. Arguments as `add_noise`; t is
+        checked where it is needed.
         """
         _check_same_shape("x_0", x_0, "noise", noise)
         kind = self.config.prediction_type
