@@ -5,6 +5,7 @@
 | palette, 1-bit, CMYK, YCbCr | its colours as RGB (or grey) |
 | alpha, transparent palette entry or colour | composited on `background` (white by default) |
 | 16-bit grey | scaled to 8 bits (level / 257, rounded), not clipped |
+| 32-bit whole numbers | as 16-bit grey, or from the stated range |
 | 16-bit colour | the upper 8 bits, which is all that Pillow gives |
 | EXIF orientation | turned upright |
 | animated | its first frame |
@@ -39,8 +40,8 @@ class ImageFormat:
         channels: 1 (grey) or 3 (RGB) for image files; any number for arrays, which must have just as many.
         resolution: `(height, width)`, or `None` to keep each image's own.
         background: Colour under transparent pixels, as a name or `#rrggbb`.
-        value_range: The values that become 0 and 255, for arrays and float TIFF files. Arrays of uint8 and bool need
-            none; if it is stated it holds for them too.
+        value_range: The values that become 0 and 255, for arrays and TIFF files of floats or 32-bit numbers. Arrays of
+            uint8 and bool need none; if it is stated it holds for them too.
         array_layout: `HWC` or `CHW` for arrays whose shape fits both; `None` to go by the number of channels.
 
     Raises:
@@ -175,7 +176,8 @@ def _pixels(image: Image.Image, form: ImageFormat, crop_seed: int | None) -> np.
     elif image.mode.startswith("I"):
         # Pillow's own conversion of 16-bit grey clips at 255.
         levels = np.asarray(image).astype(np.float64)
-        grey = Image.fromarray(to_levels(levels, (0, 65535)))
+        stated = form.value_range if image.mode == "I" else None
+        grey = Image.fromarray(to_levels(levels, stated or (0, 65535)))
         image = grey
         if isinstance(transparent, int):
             alpha = Image.fromarray(np.where(levels == transparent, 0, 255).astype(np.uint8))

@@ -267,6 +267,10 @@ def _open_arrays(name: str, paths: list[Path], reading: Reading, stack_only: boo
     given = [values for values in labels if values is not None]
     if len(given) == len(labels):
         source.labels, source.class_names = _number_labels(np.concatenate(given).tolist(), name)
+    elif given:
+        reading.report(
+            f"{len(labels) - len(given)} of {len(labels)} array files of {name} have no labels, so none has here"
+        )
     return source
 
 

@@ -795,3 +795,14 @@ def test_digits_can_be_had_in_colour_and_larger():
 def test_bad_choices(options, message):
     with pytest.raises(ValueError, match=message):
         load_images(**options)
+
+
+def test_labels_that_only_some_array_files_have(tmp_path):
+    images = np.zeros((2, 8, 8, 1), np.uint8)
+    np.savez(tmp_path / "a.npz", images=images, labels=np.array([0, 1]))
+    np.savez(tmp_path / "b.npz", images=images)
+    said: list[str] = []
+    data = load_images(train_data_dir=str(tmp_path), channels=1, report=said.append)
+    assert data.labels is None
+    assert len(said) == 1
+    assert "1 of 2 array files" in said[0]

@@ -588,3 +588,12 @@ def test_flattened_images_are_not_taken_for_one_picture(tmp_path):
     np.save(tmp_path / "mnist.npy", np.zeros((100, 784), np.uint8))
     with pytest.raises(ValueError, match=r"\(100, 784\) does not fit"):
         open_arrays(tmp_path / "mnist.npy", ImageFormat(channels=1), stack_only=True)
+
+
+def test_32_bit_whole_numbers_have_the_range_that_is_stated(tmp_path):
+    levels = np.array([[0, 100], [200, 255]], dtype=np.int32)
+    Image.fromarray(levels).save(tmp_path / "a.tif")
+    plain = read_image(tmp_path / "a.tif", ImageFormat(1))
+    assert plain.tolist() == [[[0, 0], [1, 1]]]  # as 16-bit grey, level / 257
+    stated = read_image(tmp_path / "a.tif", ImageFormat(1, value_range=(0, 255)))
+    assert stated.tolist() == [levels.tolist()]
