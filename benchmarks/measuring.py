@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from ddpm_hf.machine import keep_freed_memory
+from ddpm_hf.machine import M_MMAP_MAX, M_TRIM_THRESHOLD, keep_freed_memory
 
 # mallopt(3), glibc's malloc.h
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
+_M_MMAP_THRESHOLD = -3
 
 _SHORT = 10.0  # seconds
 
@@ -63,7 +63,7 @@ class Row:
 def as_glibc_does() -> None:
     """Take `keep_freed_memory` back, for stock's side: glibc's thresholds at the largest that it adapts them to."""
     mallopt = ctypes.CDLL(None).mallopt
-    for parameter, value in ((_M_MMAP_MAX, 65536), (_M_MMAP_THRESHOLD, 32 << 20), (_M_TRIM_THRESHOLD, 64 << 20)):
+    for parameter, value in ((M_MMAP_MAX, 65536), (_M_MMAP_THRESHOLD, 32 << 20), (M_TRIM_THRESHOLD, 64 << 20)):
         mallopt(parameter, value)
 
 

@@ -5,13 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .command_line import IMAGE_SOURCES, Parser, UsageError, add_image_flags, image_arguments
-from .command_model import check_optimize, inference_optimization, load_sampling_pipeline, read_images
+from .command_line import IMAGE_FLAGS, IMAGE_SOURCES, Parser, UsageError, add_image_flags, image_arguments
+from .command_model import (
+    check_optimize,
+    inference_optimization,
+    load_sampling_pipeline,
+    read_images,
+    sampling_evaluations,
+)
 
 # What only some figures take, and which do.
 _FIGURE_FLAGS = {
     "animation": ("progressive",),
-    **dict.fromkeys(("images", *IMAGE_SOURCES), ("interpolation", "coarse_to_fine")),
+    **dict.fromkeys(("images", *IMAGE_FLAGS), ("interpolation", "coarse_to_fine")),
     "t": ("interpolation",),
 }
 
@@ -99,9 +105,7 @@ def draw_figure(values: Any) -> int:
     if values.animation is not None:
         check_writable(values.animation)
 
-    T = pipe.scheduler.config.num_train_timesteps
-    batches = -(-len(seeds) // values.batch_size)
-    if (prepare := inference_optimization(values, batches * (values.num_inference_steps or T))) is not None:
+    if (prepare := inference_optimization(values, sampling_evaluations(pipe, values, len(seeds)))) is not None:
         prepare(pipe)
     made: Any
     if given is None:

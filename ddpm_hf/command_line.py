@@ -21,7 +21,7 @@ IMAGE_SOURCES = {
     "dataset_name": "a dataset by Hub id or local path",
     "train_data_dir": "a folder of images",
 }
-# How their images are read, as `data.load_images` calls it where that differs.
+# How their images are read.
 _READING = {
     "dataset_config_name": "the configuration of --dataset_name",
     "image_column": "its column of images; found by itself if left out",
@@ -30,6 +30,8 @@ _READING = {
     "array_layout": "HWC or CHW, for .npy arrays whose shape fits both",
     "on_bad_image": "error (default), or skip: name unreadable images and go on without them",
 }
+# All flags of `add_image_flags`.
+IMAGE_FLAGS = (*IMAGE_SOURCES, *_READING, "value_range")
 
 
 class UsageError(ValueError):

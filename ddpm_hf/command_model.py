@@ -106,6 +106,12 @@ def check_optimize(word: str) -> None:
         raise UsageError(f"--optimize must be one of {', '.join(words)}, got {word!r}")
 
 
+def sampling_evaluations(pipe: Any, values: Any, count: int) -> int:
+    """How many evaluations of the network, of a batch each, `count` images take with the sampler's flags."""
+    batches = -(-count // values.batch_size)
+    return batches * (values.num_inference_steps or pipe.scheduler.config.num_train_timesteps)
+
+
 def inference_optimization(values: Any, evaluations: int) -> Callable[[Any], None] | None:
     """A function that makes a pipeline's network faster as `--optimize` says, and says how; `None` for nothing.
 

@@ -15,6 +15,7 @@ from .command_model import (
     inference_optimization,
     load_sampling_pipeline,
     read_images,
+    sampling_evaluations,
 )
 
 # What only goes with given images, and what it goes with.
@@ -100,9 +101,7 @@ def sample(arguments: Sequence[str], prog: str | None = None) -> int:
     default = "0-15" if values.image is None or len(values.image) == 1 else f"0-{len(values.image) - 1}"
     seeds = parse_seeds(default if values.seeds is None else values.seeds)
     pipe = load_sampling_pipeline(values)
-    batches = -(-len(seeds) // values.batch_size)
-    evaluations = batches * (values.num_inference_steps or pipe.scheduler.config.num_train_timesteps)
-    prepare = inference_optimization(values, evaluations)
+    prepare = inference_optimization(values, sampling_evaluations(pipe, values, len(seeds)))
     drawn = write_samples(
         pipe,
         seeds,

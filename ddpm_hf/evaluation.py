@@ -268,9 +268,8 @@ def evaluate(
         }
         with together():
             if here.is_main_process:
-                device = (
-                    pipe.device if pipe.device.type == "cuda" else torch.device("cpu")
-                )  # float64 is not everywhere
+                # float64 is not everywhere
+                device = pipe.device if pipe.device.type == "cuda" else torch.device("cpu")
                 add_sample_metrics(report, wanted, samples, real, cache_dir, device)
                 if output is not None:
                     _save_samples(report, samples, output)

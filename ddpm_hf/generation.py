@@ -114,13 +114,13 @@ def check_sampler(pipe: DDPMPipeline, **options: Any) -> None:
 
     Args:
         pipe: Network and sampler.
-        options: See `DDPMPipeline`; without `class_labels`.
+        options: See `DDPMPipeline`; `class_labels` of none where they will be given with the images.
 
     Raises:
         ValueError: One of them does not go with the others, the network or the sampler.
     """
-    no_labels = None if pipe.classes.count is None else torch.empty(0, dtype=torch.long)
-    pipe(seeds=[], class_labels=no_labels, output_type="pt", **options)
+    options.setdefault("class_labels", None if pipe.classes.count is None else [])
+    pipe(seeds=[], output_type="pt", **options)
     if isinstance(pipe.scheduler, DDPMScheduler):
         pipe.scheduler.check_variance()
 
@@ -269,9 +269,7 @@ def write_samples(
             if given.get(name) is not None:
                 given[name] = one_per_image(given[name], len(seeds), name)[:1]
         _check_labels(options.get("class_labels"), seeds)
-        if options.get("class_labels") is None:
-            pipe.classes.checked(None, options.get("guidance_scale", 1.0), 0)
-        check_sampler(pipe, **given)
+        check_sampler(pipe, class_labels=None if options.get("class_labels") is None else [], **given)
         if here.is_main_process:
             _claim(store.path, bool(drawn), pipe, seeds, options)
     if prepare is not None:

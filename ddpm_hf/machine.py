@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 # mallopt(3), glibc's malloc.h
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 _LARGEST_INT = 2**31 - 1
 
 
@@ -23,8 +23,8 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):  # another C library
         return
-    mallopt(_M_MMAP_MAX, 0)
-    mallopt(_M_TRIM_THRESHOLD, _LARGEST_INT)
+    mallopt(M_MMAP_MAX, 0)
+    mallopt(M_TRIM_THRESHOLD, _LARGEST_INT)
 
 
 def use_tf32(wanted: bool) -> None:

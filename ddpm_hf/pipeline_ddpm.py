@@ -254,7 +254,6 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
                 names = ", ".join(self._callback_tensor_inputs)
                 raise ValueError(f"callback_on_step_end_tensor_inputs knows {names}, got {name!r}")
         num_inference_steps = self.checked_steps(num_inference_steps)
-        self._check_eta(eta)
         given = None if image is None else images_in_model_range(image, self.image_shape)
         if seeds is None and batch_size is None and given is not None:
             batch_size = len(given)
@@ -526,9 +525,7 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
         """The network's output, guided away from "no class" where a guidance scale asks for it."""
         if labels is None or guidance_scale == 1:
             return network(image, t, class_labels=labels).sample
-        null = self.classes.null
-        assert null is not None  # or the guidance scale was refused
-        nothing = torch.full_like(labels, null)
+        nothing = torch.full_like(labels, self.unet.config["_null_class"])
         both = network(torch.cat([image, image]), t, class_labels=torch.cat([labels, nothing])).sample
         with_class, without = both.chunk(2)
         guided = without + guidance_scale * (with_class - without)

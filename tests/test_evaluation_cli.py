@@ -292,3 +292,8 @@ def test_comparing_takes_two_reports(tmp_path, capsys):
     for names, words in (([a], "at least two reports"), ([a, str(tmp_path / "b.json")], "no report")):
         assert cli.main(["evaluate", "--compare", *names]) == 2
         assert words in capsys.readouterr().err
+
+
+def test_flags_of_a_figures_images_need_a_figure(tmp_path, capsys):
+    assert cli.main(["sample", *MODEL, "--background", "black", "--output", str(tmp_path / "x.png")]) == 2
+    assert "--background goes with --figure interpolation" in capsys.readouterr().err

@@ -27,7 +27,6 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
 def test_freed_memory_stays_with_the_process():
     """Tensors of 140 MB in all, made again and again, take no new pages from the system."""
     faults = {}
