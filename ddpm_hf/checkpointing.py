@@ -38,11 +38,13 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
+from .errors import UserError
+
 _NAME = re.compile(r"checkpoint-(\d+)")
 STATE_FILE, MANIFEST_FILE = "state.json", "manifest.json"
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint is missing, damaged or of another run; the message says which file and what to do."""
 
 

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from .errors import UserError
+
 ClassLabels = int | str | Iterable[int | str] | torch.Tensor | None
 
 
@@ -48,7 +50,7 @@ class Classes:
         count = self.count or 0
         if isinstance(label, str) or not 0 <= int(label) < count:
             have = ", ".join(self.names) or (f"0..{count - 1}" if count else "none: it is not class-conditional")
-            raise ValueError(f"class {label!r} is no class of this network; it has {have}")
+            raise UserError(f"class {label!r} is no class of this network; it has {have}")
         return int(label)
 
     def checked(self, labels: ClassLabels, guidance_scale: float, batch_size: int) -> torch.Tensor | None:
@@ -64,22 +66,22 @@ class Classes:
         """
         if self.count is None:
             if labels is not None or guidance_scale != 1:
-                raise ValueError("class_labels and guidance_scale are for class-conditional networks; this one is not")
+                raise UserError("class_labels and guidance_scale are for class-conditional networks; this one is not")
             return None
         if guidance_scale != 1 and self.null is None:
-            raise ValueError(
+            raise UserError(
                 f"guidance_scale={guidance_scale} needs a network trained with class dropout, and this one was not"
             )
         if labels is None:
             if self.null is None:
-                raise ValueError(f"this network is class-conditional: give class_labels, 0..{self.count - 1}")
+                raise UserError(f"this network is class-conditional: give class_labels, 0..{self.count - 1}")
             labels = self.null
         if not isinstance(labels, torch.Tensor):
             given = [labels] if isinstance(labels, (int, str, np.integer)) else labels
             labels = torch.tensor([self.index(label) for label in given], dtype=torch.long)
         indices = labels.long().reshape(-1)
         if len(indices) not in (1, batch_size):
-            raise ValueError(f"got {len(indices)} class_labels for {batch_size} images; give one, or one per image")
+            raise UserError(f"got {len(indices)} class_labels for {batch_size} images; give one, or one per image")
         self._check(indices)
         return indices.expand(batch_size)
 
@@ -92,7 +94,7 @@ class Classes:
         known = list(self.names or names or ())
         names = names or known
         if unknown := [name for name in names if name not in known]:
-            raise ValueError(f"the network knows no class {unknown[0]!r}; it was trained on {', '.join(known)}")
+            raise UserError(f"the network knows no class {unknown[0]!r}; it was trained on {', '.join(known)}")
         found = [known.index(name) for name in names] or list(range(self.count or 0))
         self._check(torch.tensor(found))
         return found
@@ -109,11 +111,11 @@ class Classes:
             return None
         if data.labels is None:
             if self.null is None:
-                raise ValueError(f"the network is class-conditional, and the images of {data.name!r} have no labels")
+                raise UserError(f"the network is class-conditional, and the images of {data.name!r} have no labels")
             return torch.full((len(data),), self.null)
         table = torch.tensor(self.of_names(data.class_names))
         if len(data.labels) and not 0 <= data.labels.min() <= data.labels.max() < len(table):
-            raise ValueError(
+            raise UserError(
                 f"the images of {data.name!r} have labels {int(data.labels.min())} to {int(data.labels.max())}, and "
                 f"the network knows {len(table)} classes"
             )
@@ -123,4 +125,4 @@ class Classes:
         assert self.count is not None
         wrong = indices[(indices < 0) | (indices >= self.count)]
         if len(wrong):
-            raise ValueError(f"class label {int(wrong[0])} is outside 0..{self.count - 1}")
+            raise UserError(f"class label {int(wrong[0])} is outside 0..{self.count - 1}")

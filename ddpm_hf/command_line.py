@@ -15,6 +15,8 @@ from typing import Any, NoReturn
 import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
+from .errors import UserError
+
 # Where images come from, in flags as in `data.load_images`.
 IMAGE_SOURCES = {
     "dataset": "a built-in dataset: digits",
@@ -34,7 +36,7 @@ _READING = {
 IMAGE_FLAGS = (*IMAGE_SOURCES, *_READING, "value_range")
 
 
-class UsageError(ValueError):
+class UsageError(UserError):
     """A flag or key that cannot be taken; the message says which and what to write instead."""
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .errors import UserError
 from .presets import PRESETS, Preset, get_preset
 from .reports import write_text
 
@@ -65,7 +66,7 @@ def due(step: int, interval: int | None) -> bool:
     return interval is not None and step % interval == 0
 
 
-class TrainingError(ValueError):
+class TrainingError(UserError):
     """A run cannot go on; the message says why and what is left on disk."""
 
 
@@ -201,7 +202,7 @@ class TrainingConfig:
             elif isinstance(value, tuple):
                 object.__setattr__(self, name, list(value))
         if not self.output_dir:
-            raise ValueError("--output_dir is empty; name a folder")
+            raise UserError("--output_dir is empty; name a folder")
         get_preset(self.preset)
         positive = (
             "max_train_steps train_batch_size total_batch_size gradient_accumulation_steps learning_rate "
@@ -212,27 +213,27 @@ class TrainingConfig:
         for name in positive.split():
             value = getattr(self, name)
             if value is not None and not value > 0:
-                raise ValueError(f"--{name} must be positive, got {value}")
+                raise UserError(f"--{name} must be positive, got {value}")
         for name in ("lr_warmup_steps", "eval_num_images", "dataloader_num_workers"):
             value = getattr(self, name)
             if value is not None and value < 0:
-                raise ValueError(f"--{name} must not be negative, got {value}")
+                raise UserError(f"--{name} must not be negative, got {value}")
         sizes = self.resolution if isinstance(self.resolution, list) else [self.resolution]
         sizes = [1 if size is None else size for size in sizes]
         if len(sizes) not in (1, 2) or min(sizes) <= 0:
-            raise ValueError(f"--resolution takes one or two positive numbers, got {self.resolution}")
+            raise UserError(f"--resolution takes one or two positive numbers, got {self.resolution}")
         if self.value_range is not None and (len(self.value_range) != 2 or self.value_range[0] >= self.value_range[1]):
-            raise ValueError(f"--value_range takes two rising numbers, for example 0 1, got {self.value_range}")
+            raise UserError(f"--value_range takes two rising numbers, for example 0 1, got {self.value_range}")
         if self.hub_model_id is not None and not self.push_to_hub:
-            raise ValueError(f"--hub_model_id {self.hub_model_id} needs --push_to_hub")
+            raise UserError(f"--hub_model_id {self.hub_model_id} needs --push_to_hub")
         if self.best_metric is not None and self.validation_steps is None:
-            raise ValueError(f"--best_metric {self.best_metric} needs --validation_steps: how often to measure")
+            raise UserError(f"--best_metric {self.best_metric} needs --validation_steps: how often to measure")
         if self.class_dropout and not self.class_conditional:
-            raise ValueError(f"--class_dropout {self.class_dropout} needs --class_conditional")
+            raise UserError(f"--class_dropout {self.class_dropout} needs --class_conditional")
         for name in ("validation_split", "ema_max_decay", "dropout", "class_dropout"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < 1:
-                raise ValueError(f"--{name} must be at least 0 and less than 1, got {value}")
+                raise UserError(f"--{name} must be at least 0 and less than 1, got {value}")
         choices = {
             "lr_scheduler": ("constant", "cosine", "linear"),
             "loss": ("simple", "vlb", "hybrid"),
@@ -245,9 +246,9 @@ class TrainingConfig:
         for name, known in choices.items():
             value = getattr(self, name)
             if value is not None and value not in known:
-                raise ValueError(f"--{name} must be one of {', '.join(known)}, got {value!r}")
+                raise UserError(f"--{name} must be one of {', '.join(known)}, got {value!r}")
         if self.eval_num_evaluations % 2:
-            raise ValueError(f"--eval_num_evaluations must be even, got {self.eval_num_evaluations}")
+            raise UserError(f"--eval_num_evaluations must be even, got {self.eval_num_evaluations}")
 
     def resolved_preset(self) -> Preset:
         """The preset with this run's changes to it."""
@@ -276,12 +277,12 @@ class TrainingConfig:
             unet["out_channels"] = unet.get("in_channels", 3)
         recipe = dataclasses.replace(preset, **changes, unet=unet, scheduler=scheduler)
         if scheduler["variance_type"] in learned and recipe.loss == "simple":
-            raise ValueError(
+            raise UserError(
                 f"--loss simple does not train the variance of --variance_type {scheduler['variance_type']}; add "
                 "--loss hybrid or vlb, or take a fixed variance"
             )
         if recipe.loss == "hybrid" and unet.get("out_channels", 3) == unet.get("in_channels", 3):
-            raise ValueError("--loss hybrid trains a learned variance; add --variance_type learned_range")
+            raise UserError("--loss hybrid trains a learned variance; add --variance_type learned_range")
         return recipe
 
     def images_given(self) -> dict[str, Any]:
@@ -329,7 +330,7 @@ class TrainingConfig:
         if per_process is not None and accumulation is not None:
             product = per_process * accumulation * num_processes
             if self.total_batch_size not in (None, product):
-                raise ValueError(
+                raise UserError(
                     f"--train_batch_size {per_process} x --gradient_accumulation_steps {accumulation} x "
                     f"{num_processes} process(es) is {product}, not "
                     f"--total_batch_size {self.total_batch_size}; leave one of them out"
@@ -337,7 +338,7 @@ class TrainingConfig:
             return per_process, accumulation, product
         known = num_processes * (per_process or accumulation or 1)
         if total % known:
-            raise ValueError(
+            raise UserError(
                 f"the total batch size {total} is not a multiple of {known} ("
                 + (f"--train_batch_size {per_process} x " if per_process else "")
                 + (f"--gradient_accumulation_steps {accumulation} x " if accumulation else "")
@@ -387,7 +388,7 @@ class ReproductionConfig:
         for name in ("num_samples", "num_inference_steps", "num_images", "batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"--{name} must be positive, got {value}")
+                raise UserError(f"--{name} must be positive, got {value}")
 
     def feature_names(self) -> list[str]:
         """What to compare images by."""

@@ -26,6 +26,7 @@ import numpy as np
 from torch import Tensor
 
 from .checkpointing import MANIFEST_FILE, load_checkpoint, write_directory
+from .errors import UserError
 from .pipeline_ddpm import DDPMPipeline
 from .presets import OFFICIAL_NETWORK, PAPER_PROCESS, get_preset
 from .scheduling_ddpm import DDPMScheduler
@@ -248,19 +249,19 @@ def load_foreign(
         ValueError: Unknown format or preset, no sample size, or what the format does not take.
     """
     if from_format not in FORMATS:
-        raise ValueError(f"unknown format {from_format!r}; it must be one of {', '.join(FORMATS)}")
+        raise UserError(f"unknown format {from_format!r}; it must be one of {', '.join(FORMATS)}")
     path = Path(checkpoint)
     if from_format == "diffusers":
         if given := options_given(sample_size, preset, ema, num_heads, variance_type):
-            raise ValueError(f"--from diffusers takes no {', '.join(given)}: the repository says it; leave it out")
+            raise UserError(f"--from diffusers takes no {', '.join(given)}: the repository says it; leave it out")
         return _load_diffusers(path)
     process = dict(get_preset(preset).scheduler) if preset else dict(PAPER_PROCESS)
     if preset and sample_size is None:
         sample_size = get_preset(preset).unet["sample_size"]
     if num_heads < 1:
-        raise ValueError(f"num_heads must be at least 1, got {num_heads}")
+        raise UserError(f"num_heads must be at least 1, got {num_heads}")
     if sample_size is None:
-        raise ValueError("--sample_size is needed: no checkpoint says how large its images are (or give --preset)")
+        raise UserError("--sample_size is needed: no checkpoint says how large its images are (or give --preset)")
 
     tensors = _READERS[from_format](path, ema)
     if any(".qkv." in name for name in tensors):
@@ -353,7 +354,7 @@ def convert(from_format: str, checkpoint: str | Path, output: str | Path, **opti
 def _free_place(output: str | Path) -> Path:
     output = Path(output)
     if output.is_file() or (output.is_dir() and any(output.iterdir())):
-        raise ValueError(f"--output {str(output)!r} exists already; name another folder, or remove it first")
+        raise UserError(f"--output {str(output)!r} exists already; name another folder, or remove it first")
     return output
 
 

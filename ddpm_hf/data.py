@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .errors import UserError
 from .image_decoding import Reading, reading_of, refuse_bad
 from .image_sources import Source, Tensors, open_folder, open_rows
 from .image_tensors import ImageDataset, crop_seeds, flip_images, to_model_range, to_uint8
@@ -65,7 +66,7 @@ class LazyImageDataset:
     def __init__(self, source: Source, rows: Tensor, reading: Reading):
         resolution = reading.form.resolution
         if resolution is None:
-            raise ValueError(f"the images of {source.name} are decoded as needed; choose one size with --resolution")
+            raise UserError(f"the images of {source.name} are decoded as needed; choose one size with --resolution")
         self.name, self.class_names = source.name, source.class_names
         self.labels = None if source.labels is None else source.labels[rows]
         self.image_shape = (reading.form.channels, *resolution)
@@ -106,7 +107,7 @@ class LazyImageDataset:
                 self._report_once(index, pixels)
                 index = (index + 1) % len(self)
                 if index == wanted[place]:
-                    raise ValueError(f"none of the {len(self)} images of {self.name} can be read: {pixels}")
+                    raise UserError(f"none of the {len(self)} images of {self.name} can be read: {pixels}")
                 pixels = self._decode([index], [seed])[0]
             images[place] = pixels
             used.append(index)
@@ -141,7 +142,7 @@ def _load(source: Source, rows: Tensor, reading: Reading) -> ImageDataset | Lazy
         if not fits:
             return LazyImageDataset(source, rows, reading)
     elif reading.crop == "random":
-        raise ValueError("crop 'random' needs to know the size to crop to; choose one with --resolution")
+        raise UserError("crop 'random' needs to know the size to crop to; choose one with --resolution")
     good, images = _decode_all(source, rows, reading)
     if images is None:
         # Decoded nevertheless: what cannot be read is better known before training than in the middle of it.
@@ -180,7 +181,7 @@ def _decode_all(source: Source, rows: Tensor, reading: Reading) -> tuple[Tensor,
                     num_bytes += pixels.nbytes
                     if num_bytes > reading.memory_limit_bytes:
                         height, width = pixels.shape[1:]
-                        raise ValueError(
+                        raise UserError(
                             f"the images of {source.name} do not fit into {reading.memory_limit_bytes:,} bytes, and "
                             "only those of one known size can be decoded as needed; choose one size with --resolution "
                             f"(the last one read has {height}x{width})"
@@ -192,12 +193,12 @@ def _decode_all(source: Source, rows: Tensor, reading: Reading) -> tuple[Tensor,
     for where, error in bad:
         reading.report(f"left out {where}: {error}")
     if bad and not good:
-        raise ValueError(f"none of the {len(rows)} images of {source.name} can be read; the first: {bad[0][1]}")
+        raise UserError(f"none of the {len(rows)} images of {source.name} can be read; the first: {bad[0][1]}")
     if resolution is None:
         sizes = {array.shape[1:] for array in arrays}
         if len(sizes) > 1:
             few = ", ".join(f"{h}x{w}" for h, w in sorted(sizes)[:4])
-            raise ValueError(f"the images have {len(sizes)} different sizes ({few} ...); choose one with --resolution")
+            raise UserError(f"the images have {len(sizes)} different sizes ({few} ...); choose one with --resolution")
         images = np.stack(arrays) if arrays else np.empty((0, channels, 0, 0), dtype=np.uint8)
     return torch.tensor(good, dtype=torch.long), None if images is None else torch.from_numpy(images[: len(good)])
 
@@ -218,7 +219,7 @@ def load_digits(split: str = "train") -> ImageDataset:
         ValueError: Another split.
     """
     if split not in ("train", "validation", "all"):
-        raise ValueError(f"digits has the splits train, validation and all, not {split!r}")
+        raise UserError(f"digits has the splits train, validation and all, not {split!r}")
     file = load_file(_DIGITS_FILE)
     labels = file["labels"].long()
     whole = ImageDataset(file["images"], labels, "digits", [str(digit) for digit in range(10)])
@@ -251,7 +252,7 @@ def load_folder(
     reading = reading_of(channels, resolution, background, **options)
     source = open_folder(Path(folder), reading)
     if source is None:
-        raise ValueError(f"{str(folder)!r} holds parquet files; load_hub_dataset reads them")
+        raise UserError(f"{str(folder)!r} holds parquet files; load_hub_dataset reads them")
     return _load(source, torch.arange(len(source)), reading)
 
 
@@ -337,33 +338,33 @@ def load_images(
     """
     given = [name for name in (dataset, dataset_name, train_data_dir) if name is not None]
     if len(given) != 1:
-        raise ValueError(
+        raise UserError(
             "give the images as exactly one of --dataset (built in: digits), --dataset_name (Hub id or local path) "
             f"and --train_data_dir (a folder), got {len(given)}"
         )
     if not 0 <= validation_split < 1:
-        raise ValueError(f"validation_split must be at least 0 and less than 1, got {validation_split}")
+        raise UserError(f"validation_split must be at least 0 and less than 1, got {validation_split}")
     reading = reading_of(channels, resolution, **options)
     if dataset is not None:
         if dataset != "digits":
-            raise ValueError(
+            raise UserError(
                 f"unknown built-in dataset {dataset!r}{nearest(dataset, BUILT_IN)}; built in: {', '.join(BUILT_IN)}; "
                 "use --dataset_name for one from the Hub"
             )
         if streaming:
-            raise ValueError("streaming is for --dataset_name and for parquet files, and digits is small")
+            raise UserError("streaming is for --dataset_name and for parquet files, and digits is small")
         digits = load_digits(split)
         if channels == 1 and resolution in (None, (8, 8)):
             return digits
         return _load(Tensors(digits), torch.arange(len(digits)), reading)
 
     if split not in ("train", "validation"):
-        raise ValueError(f"split must be train or validation, got {split!r}{nearest(split, ('train', 'validation'))}")
+        raise UserError(f"split must be train or validation, got {split!r}{nearest(split, ('train', 'validation'))}")
     source: Source | None = None
     if train_data_dir is not None:
         source = open_folder(Path(train_data_dir), reading)
         if source is not None and streaming:
-            raise ValueError(
+            raise UserError(
                 "streaming is for --dataset_name and for parquet files; image files and arrays in a folder are read "
                 "as needed where they do not fit into memory"
             )

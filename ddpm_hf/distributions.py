@@ -10,6 +10,8 @@ import math
 import torch
 from torch import Tensor
 
+from .errors import UserError
+
 LOG_2 = math.log(2.0)
 
 # Eq. 13's bins: 256 grey levels scaled to [-1, 1] lie 2/255 apart, so a bin reaches 1/255 to either side.
@@ -81,7 +83,7 @@ def discretized_gaussian_log_likelihood(x: Tensor, means: Tensor, log_scales: Te
             torch.special.log_ndtr(upper),
             torch.where(highest, torch.special.log_ndtr(-lower), inside),
         )
-    raise ValueError(f"cdf must be 'tanh' (the official code's) or 'exact', got {cdf!r}")
+    raise UserError(f"cdf must be 'tanh' (the official code's) or 'exact', got {cdf!r}")
 
 
 def bound_term(

@@ -13,6 +13,7 @@ from accelerate.utils import broadcast_object_list
 
 from . import evaluation_plots as plots
 from .data import ImageDataset, Images, StreamedImages, load_hub_dataset, load_images
+from .errors import UserError
 from .features import FeatureExtractor, make_extractor
 from .generation import check_sampler, with_sampler
 from .likelihood_evaluation import evaluate_likelihood
@@ -58,9 +59,9 @@ def parse_metrics(text: str) -> list[str]:
     names = [part.strip() for part in text.split(",") if part.strip()]
     for name in names:
         if name not in METRICS:
-            raise ValueError(f"--metrics knows {', '.join(METRICS)}, got {name!r}{nearest(name, METRICS)}")
+            raise UserError(f"--metrics knows {', '.join(METRICS)}, got {name!r}{nearest(name, METRICS)}")
     if not names:
-        raise ValueError(f"--metrics names no metric; it knows {', '.join(METRICS)}")
+        raise UserError(f"--metrics names no metric; it knows {', '.join(METRICS)}")
     return list(dict.fromkeys(names))
 
 
@@ -94,7 +95,7 @@ def load_splits(
         if "dataset_name" in given and not cut_off:
             return load_hub_dataset(given["dataset_name"], split, **options)
         if split == "validation" and not validation_split and "train_data_dir" in given:
-            raise ValueError("a folder has no validation images of its own; say with --validation_split how many")
+            raise UserError("a folder has no validation images of its own; say with --validation_split how many")
         return load_images(**given, split=split, validation_split=validation_split, **options)
 
     if splits is not None:
@@ -123,7 +124,7 @@ def first_images(data: Images, count: int | None) -> ImageDataset:
     """
     if isinstance(data, StreamedImages):
         if count is None:
-            raise ValueError(f"{data.name!r} is a stream: say how many images to take")
+            raise UserError(f"{data.name!r} is a stream: say how many images to take")
         return data.take(count)
     rows = torch.arange(len(data) if count is None else min(count, len(data)))
     images, labels = data.batch(rows)
@@ -191,17 +192,17 @@ def evaluate(
     sets = {split: sets[split] for split in sorted(sets, key=lambda split: split != "train")}
     held_out = next((split for split in sets if split != "train"), None)
     if not sets:
-        raise ValueError("no images to evaluate on")
+        raise UserError("no images to evaluate on")
     if likelihood_splits is None:
         likelihood_splits = [split for split in sets if split != "train"] or list(sets)
     extractors = checked_extractors(pipe, sets, wanted, num_samples, features, inception_weights)
     if "rate_distortion" in metrics and num_evaluations is not None:
-        raise ValueError("rate_distortion needs every term of the bound; leave out --num_evaluations")
+        raise UserError("rate_distortion needs every term of the bound; leave out --num_evaluations")
     sampling_pipe = with_sampler(pipe, sampler, variance_type, timestep_spacing)
     if wanted:
         check_sampler(sampling_pipe, num_inference_steps=num_inference_steps, eta=eta, guidance_scale=guidance_scale)
     if seed < 0:
-        raise ValueError(f"seed must be at least 0, got {seed}")
+        raise UserError(f"seed must be at least 0, got {seed}")
     if output is not None:
         writable_folder(output, "--output")
     try:
@@ -312,31 +313,31 @@ def checked_extractors(
     at_least = {"fid": 2, "kid": 4, "prc": 4, "is": 10, "nn": 1}
     need, metric = max((at_least[metric], metric) for metric in wanted)
     if num_samples < need:
-        raise ValueError(f"{metric} needs at least {need} samples, got --num_samples {num_samples}")
+        raise UserError(f"{metric} needs at least {need} samples, got --num_samples {num_samples}")
     if "nn" in wanted and "train" not in sets:
-        raise ValueError("nn needs the images that the model was trained on; give the split train")
+        raise UserError("nn needs the images that the model was trained on; give the split train")
     for split, images in sets.items():
         if isinstance(images, StreamedImages):
-            raise ValueError(f"samples are compared with whole datasets, and {images.name!r} ({split}) is a stream")
+            raise UserError(f"samples are compared with whole datasets, and {images.name!r} ({split}) is a stream")
         real = [metric for metric in wanted if metric != "is"]
         need = max((at_least[metric] for metric in real), default=0)
         if len(images) < max(2, need):
-            raise ValueError(
+            raise UserError(
                 f"{' and '.join(real or wanted)} needs at least {max(2, need)} real images, and {images.name!r} "
                 f"({split}) has {len(images)}"
             )
         pipe.check_images_fit(images)
     if "is" in wanted and "inception" not in features:
-        raise ValueError("is is the score of a classifier: it needs --features inception")
+        raise UserError("is is the score of a classifier: it needs --features inception")
     features = [name for name in features if name]
     if not features:
-        raise ValueError("--features names nothing to compare images by: inception, pixels, facebook/dinov2-base, ...")
+        raise UserError("--features names nothing to compare images by: inception, pixels, facebook/dinov2-base, ...")
     extractors = [
         make_extractor(name, pipe.image_shape, inception_weights, pipe.device) for name in dict.fromkeys(features)
     ]
     names = [extractor.name for extractor in extractors]
     if len(set(names)) < len(names):
-        raise ValueError(f"two --features are called {max(names, key=names.count)!r}; evaluate them one by one")
+        raise UserError(f"two --features are called {max(names, key=names.count)!r}; evaluate them one by one")
     return extractors
 
 

@@ -8,13 +8,15 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from .errors import UserError
+
 
 def _figure(width: float, height: float, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Any, Any]:
     """A figure that needs no screen, and its axes, `[rows, columns]`."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ValueError("pictures of an evaluation need matplotlib: pip install 'ddpm-hf[eval]'") from None
+        raise UserError("pictures of an evaluation need matplotlib: pip install 'ddpm-hf[eval]'") from None
     figure = Figure(figsize=(width, height), layout="constrained", dpi=120)
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
 

@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .errors import UserError
 from .shards import Rows, digest, weights_digest
 from .weight_files import read_weights
 
@@ -54,7 +55,7 @@ class Pixels:
 
     def __init__(self, image_shape: tuple[int, ...]):
         if (size := torch.Size(image_shape).numel()) > _MOST_PIXELS:
-            raise ValueError(
+            raise UserError(
                 f"--features pixels is for tiny images, at most {_MOST_PIXELS} values, and these have {size}; use "
                 "--features inception or a vision model such as facebook/dinov2-base"
             )
@@ -66,7 +67,7 @@ class Pixels:
 def _three_channels(images: Tensor) -> Tensor:
     """Grey images as colour images."""
     if images.shape[1] not in (1, 3):
-        raise ValueError(f"networks of features take images of 1 or 3 channels, got {images.shape[1]}; use pixels")
+        raise UserError(f"networks of features take images of 1 or 3 channels, got {images.shape[1]}; use pixels")
     return images if images.shape[1] == 3 else images.expand(-1, 3, -1, -1)
 
 
@@ -90,7 +91,7 @@ class Inception:
         try:
             from torch_fidelity import feature_extractor_inceptionv3 as fidelity
         except ImportError:
-            raise ValueError(
+            raise UserError(
                 "--features inception needs torch-fidelity: pip install 'ddpm-hf[eval]' (or use --features pixels)"
             ) from None
         file = _usual_inception_file(fidelity.URL_INCEPTION_V3) if weights is None else Path(weights)
@@ -100,7 +101,7 @@ class Inception:
         try:
             net = fidelity.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], verbose=False)
         except (RuntimeError, AttributeError, TypeError) as error:
-            raise ValueError(
+            raise UserError(
                 f"{str(file)!r} does not hold the weights of torch-fidelity's Inception-v3: {_first_line(error)}"
             ) from None
         finally:
@@ -135,13 +136,13 @@ def _usual_inception_file(url: str) -> Path:
         "internet and give it as --inception_weights FILE (or use --features pixels, or a vision model from disk)"
     )
     if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE"):
-        raise ValueError(how)
+        raise UserError(how)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         sha256_prefix = file.stem.rsplit("-", 1)[1]
         torch.hub.download_url_to_file(url, str(file), hash_prefix=sha256_prefix, progress=False)
     except (OSError, RuntimeError) as error:
-        raise ValueError(f"{how} ({_first_line(error)})") from None
+        raise UserError(f"{how} ({_first_line(error)})") from None
     return file
 
 
@@ -164,7 +165,7 @@ class VisionModel:
     def __init__(self, model: str, device: torch.device | str = "cpu"):
         self.name = model.rstrip("/").rsplit("/", 1)[-1]
         if self.name in _RESERVED:
-            raise ValueError(
+            raise UserError(
                 f"--features {model}: numbers and caches would go by the name {self.name!r}, which this package's own "
                 "features have; copy the model into a folder of another name"
             )
@@ -176,7 +177,7 @@ class VisionModel:
             self._processor = AutoImageProcessor.from_pretrained(model)
             net = AutoModel.from_pretrained(model, use_safetensors=True)
         except (OSError, ValueError, KeyError) as error:
-            raise ValueError(f"cannot load --features {model}: {_first_line(error)}") from error
+            raise UserError(f"cannot load --features {model}: {_first_line(error)}") from error
         self._net = net.eval().requires_grad_(False).to(device)
         settings = self._processor.to_dict()
         self.fingerprint = digest("transformers, pooled", weights_digest(net), settings)
@@ -186,7 +187,7 @@ class VisionModel:
 
     def __call__(self, images: Tensor) -> Rows:
         if images.is_floating_point():
-            raise ValueError(f"{self.name} takes whole grey levels")
+            raise UserError(f"{self.name} takes whole grey levels")
         batch = self._processor(
             images=list(_three_channels(images).cpu()), return_tensors="pt", input_data_format="channels_first"
         )
@@ -197,7 +198,7 @@ class VisionModel:
             found = self._net(pixel_values=pixels)
         pooled = found if isinstance(found, Tensor) else getattr(found, "pooler_output", None)
         if pooled is None:
-            raise ValueError(f"--features {self.name}: {type(self._net).__name__} gives no pooled output")
+            raise UserError(f"--features {self.name}: {type(self._net).__name__} gives no pooled output")
         return {"features": pooled.flatten(1).float()}
 
 
@@ -223,7 +224,7 @@ def make_extractor(
     if name == "inception":
         return Inception(inception_weights, device)
     if "/" not in name and not Path(name).is_dir():
-        raise ValueError(
+        raise UserError(
             f"unknown --features {name!r}; it is inception, pixels, or a vision model such as facebook/dinov2-base"
         )
     return VisionModel(name, device)

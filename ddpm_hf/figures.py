@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .class_labels import ClassLabels
+from .errors import UserError
 from .image_tensors import to_uint8
 from .pipeline_ddpm import DDPMPipeline
 from .pipeline_inputs import images_in_model_range
@@ -55,7 +56,7 @@ class _Walker:
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
+            raise UserError(f"batch_size must be at least 1, got {self.batch_size}")
         self.pipe.scheduler.set_timesteps(self.pipe.checked_steps(self.num_inference_steps))
         self.ts = [int(timestep) + 1 for timestep in self.pipe.scheduler.timesteps] + [0]
         # The delay keeps a bar away from the sentence about a class that the network does not have.
@@ -73,9 +74,9 @@ class _Walker:
         """
         for t in ts:
             if isinstance(t, bool) or not isinstance(t, int) or not 0 <= t <= self.T:
-                raise ValueError(f"t counts diffusion steps, 0 to {self.T}, got {t!r}")
+                raise UserError(f"t counts diffusion steps, 0 to {self.T}, got {t!r}")
         if not ts:
-            raise ValueError(f"ts is empty; give at least one number of diffusion steps, 0 to {self.T}")
+            raise UserError(f"ts is empty; give at least one number of diffusion steps, 0 to {self.T}")
         places = range(len(self.ts))
         return list(dict.fromkeys(min(places, key=lambda place: abs(self.ts[place] - t)) for t in ts))
 
@@ -87,7 +88,7 @@ class _Walker:
         labels = given.tolist() if isinstance(given, Tensor) else list(given)
         labels = labels if isinstance(labels, list) else [labels]
         if len(labels) not in (1, count):
-            raise ValueError(f"got {len(labels)} class_labels for {count} seeds; give one, or one per seed")
+            raise UserError(f"got {len(labels)} class_labels for {count} seeds; give one, or one per seed")
         return labels * (count // len(labels))
 
     def options(self, labels: Sequence[Any]) -> dict[str, Any]:
@@ -142,7 +143,7 @@ class _Walker:
 def _checked_seeds(seeds: Iterable[int], least: int, what: str) -> list[int]:
     seeds = list(seeds)
     if len(seeds) < least:
-        raise ValueError(f"{what} needs at least {least} seed{'s'[: least > 1]}, got {len(seeds)}")
+        raise UserError(f"{what} needs at least {least} seed{'s'[: least > 1]}, got {len(seeds)}")
     return seeds
 
 
@@ -212,7 +213,7 @@ def progressive_generation(
     """
     seeds = _checked_seeds(seeds, 1, "progressive generation")
     if points < 1:
-        raise ValueError(f"points must be at least 1, got {points}")
+        raise UserError(f"points must be at least 1, got {points}")
     walker = _Walker(pipe, **options)
     labels, steps = walker.labels(len(seeds)), len(walker.ts) - 1
     kept = _evenly(steps, points)
@@ -226,7 +227,7 @@ def progressive_generation(
             for step in pipe.progressive(seeds=[seeds[row] for row in rows], **step_options):
                 if step.pred_original_sample is None:
                     name = type(pipe.scheduler).__name__
-                    raise ValueError(f"{name} does not tell which x_0 it predicts; use the sampler ddpm or ddim")
+                    raise UserError(f"{name} does not tell which x_0 it predicts; use the sampler ddpm or ddim")
                 if step.index in kept:
                     x_ts.append(step.sample.cpu())
                     x_0s.append(step.pred_original_sample.cpu())
@@ -287,7 +288,7 @@ def shared_latents(
     random = isinstance(pipe.scheduler, DDIMScheduler) and options.get("eta")
     if not (random or isinstance(pipe.scheduler, DDPMScheduler)):
         name = type(pipe.scheduler).__name__
-        raise ValueError(f"{name} goes on from x_t in one way only; use the sampler ddpm, or ddim with an eta above 0")
+        raise UserError(f"{name} goes on from x_t in one way only; use the sampler ddpm, or ddim with an eta above 0")
     walker = _Walker(pipe, **options)
     labels = walker.labels(len(seeds))
     indices = walker.indices_of([round(walker.T * share / 4) for share in (4, 3, 2, 1)] if ts is None else ts)
@@ -452,13 +453,13 @@ def _interpolations(
     a, b = images_in_model_range(image_a, shape), images_in_model_range(image_b, shape)
     seeds = list(range(len(a)) if seeds is None else seeds)
     if not len(a) == len(b) == len(seeds) > 0:
-        raise ValueError(
+        raise UserError(
             "interpolation needs at least one pair of images and one seed per pair, got "
             f"{len(a)} first and {len(b)} second images and {len(seeds)} seed{'s'[: len(seeds) != 1]}"
         )
     lambdas = [float(x) for x in lambdas]
     if not lambdas or not all(0 <= x <= 1 for x in lambdas):
-        raise ValueError(f"lambdas must be numbers from 0 to 1, at least one, got {lambdas}")
+        raise UserError(f"lambdas must be numbers from 0 to 1, at least one, got {lambdas}")
     indices = walker.indices_of(ts)
     shares = torch.tensor(lambdas).view(-1, 1, 1, 1)
     mixed, generators = [], list[torch.Generator]()

@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .errors import UserError
 from .pipeline_ddpm import DDPMPipeline, without_bar
 from .pipeline_inputs import one_per_image
 from .presets import nearest
@@ -52,17 +53,15 @@ def parse_seeds(text: str) -> list[int]:
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise ValueError(f"--seeds takes whole numbers and ranges such as 0-63 or 0,5,8-11, got {text!r}")
+            raise UserError(f"--seeds takes whole numbers and ranges such as 0-63 or 0,5,8-11, got {text!r}")
         low, high = int(first), int(last or first)
         if high > largest or high - low >= most:
-            raise ValueError(
-                f"--seeds takes numbers up to {largest}, and at most {most} of them, got {part.strip()!r}"
-            )
+            raise UserError(f"--seeds takes numbers up to {largest}, and at most {most} of them, got {part.strip()!r}")
         if high < low:
-            raise ValueError(f"the range {part.strip()!r} of --seeds is empty; write {high}-{low}")
+            raise UserError(f"the range {part.strip()!r} of --seeds is empty; write {high}-{low}")
         seeds.extend(range(low, high + 1))
     if len(set(seeds)) < len(seeds):
-        raise ValueError(f"--seeds {text!r} names a seed twice")
+        raise UserError(f"--seeds {text!r} names a seed twice")
     return seeds
 
 
@@ -82,7 +81,7 @@ def with_sampler(
         ValueError: An unknown sampler, or a setting that it does not have.
     """
     if sampler not in _SAMPLERS:
-        raise ValueError(
+        raise UserError(
             f"unknown sampler {sampler!r}{nearest(sampler, SAMPLERS)}; it must be one of {', '.join(SAMPLERS)}"
         )
     if sampler == "ddpm" and isinstance(pipe.scheduler, DDPMScheduler) and not (variance_type or timestep_spacing):
@@ -90,15 +89,15 @@ def with_sampler(
     kind, options = _SAMPLERS[sampler]
     config = pipe.scheduler.config
     if sampler != "ddpm" and config.get("prediction_type") == "posterior_mean":
-        raise ValueError(f"this network predicts the posterior's mean, which {sampler} cannot use; use ddpm")
+        raise UserError(f"this network predicts the posterior's mean, which {sampler} cannot use; use ddpm")
     if config.get("clip_sample", True) and sampler in ("dpmsolver++", "unipc"):
         options = {**options, **_SOLVER_CLIPPING}
     if variance_type is not None:
         if sampler != "ddpm":
-            raise ValueError(f"variance_type={variance_type!r} is for the ddpm sampler, {sampler} has none")
+            raise UserError(f"variance_type={variance_type!r} is for the ddpm sampler, {sampler} has none")
         trained = config.get("variance_type") or "fixed_small"
         if variance_type != trained and "learned" in f"{variance_type} {trained}":
-            raise ValueError(
+            raise UserError(
                 f"variance_type={variance_type!r} does not go with this network, whose variance is {trained!r}"
             )
         options = {**options, "variance_type": variance_type}
@@ -162,7 +161,7 @@ def generate(
         ValueError: No batch, counts that disagree, or what `DDPMPipeline` refuses.
     """
     if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        raise UserError(f"batch_size must be at least 1, got {batch_size}")
     _check_labels(class_labels, seeds)
     steps = pipe.checked_steps(num_inference_steps)  # before a progress bar is shown
     if strength is not None:
@@ -198,7 +197,7 @@ def generate(
 
 def _check_labels(class_labels: Sequence[int] | None, seeds: Sequence[int]) -> None:
     if class_labels is not None and len(class_labels) != len(seeds):
-        raise ValueError(f"got {len(class_labels)} class_labels for {len(seeds)} seeds; give one per seed")
+        raise UserError(f"got {len(class_labels)} class_labels for {len(seeds)} seeds; give one per seed")
 
 
 def _share(values: Tensor | None, rows: slice | list[int]) -> Tensor | None:
@@ -249,14 +248,14 @@ def write_samples(
     """
     output = Path(output)
     if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        raise UserError(f"batch_size must be at least 1, got {batch_size}")
     kind = output.suffix.lower() if output.suffix.lower() in (".png", ".npz") else "folder"
     if output.suffix.lower() in _OTHER_FILES:
-        raise ValueError(f"--output must be a folder, FILE.png or FILE.npz, got {str(output)!r}")
+        raise UserError(f"--output must be a folder, FILE.png or FILE.npz, got {str(output)!r}")
     if output.is_dir() if kind != "folder" else output.is_file():
-        raise ValueError(f"--output {str(output)!r} is a {'folder' if output.is_dir() else 'file'}; name another")
+        raise UserError(f"--output {str(output)!r} is a {'folder' if output.is_dir() else 'file'}; name another")
     if kind != ".npz" and pipe.image_shape[0] not in (1, 3):
-        raise ValueError(f"images of {pipe.image_shape[0]} channels are no PNGs; write --output FILE.npz")
+        raise UserError(f"images of {pipe.image_shape[0]} channels are no PNGs; write --output FILE.npz")
     here = processes()
     # What is drawn so far: the folder itself, or one beside the file that is made of it in the end.
     parts = _Parts(output.with_name(f".{output.name}.parts"))
@@ -346,7 +345,7 @@ class _Parts:
         parts = self._parts()
         row_of = {seed: row for row, seed in enumerate(torch.cat([part["seeds"] for part in parts]).tolist())}
         if missing := [seed for seed in seeds if seed not in row_of]:
-            raise ValueError(
+            raise UserError(
                 f"the image of seed {missing[0]} is not in {str(self.path)!r}; all processes have to share this folder"
             )
         return torch.cat([part["images"] for part in parts])[[row_of[seed] for seed in seeds]]
@@ -376,14 +375,14 @@ def _claim(folder: Path, has_images: bool, pipe: DDPMPipeline, seeds: Sequence[i
         own[name] = _by_seed(seeds, None if pixels is None else [digest(one)[:16] for one in pixels])
     note = folder / "sampling.json"
     if has_images and not note.is_file():
-        raise ValueError(
+        raise UserError(
             f"{str(folder)!r} holds images, and no sampling.json that says how they were made; name another --output"
         )
     if note.is_file() and has_images:
         try:
             there = json.loads(note.read_text(encoding="utf-8"))
         except ValueError:
-            raise ValueError(f"{str(note)!r} is damaged, and its images may be others; remove the folder") from None
+            raise UserError(f"{str(note)!r} is damaged, and its images may be others; remove the folder") from None
         different = [key for key, value in made.items() if there.get(key) != value]
         for name, now in own.items():
             before = there.get(name, {})
@@ -391,7 +390,7 @@ def _claim(folder: Path, has_images: bool, pipe: DDPMPipeline, seeds: Sequence[i
                 different.append(name)
             own[name] = {**before, **now}
         if different:
-            raise ValueError(
+            raise UserError(
                 f"{str(folder)!r} holds images that were made with other {' and '.join(different)}; name another "
                 "--output, or remove it first"
             )

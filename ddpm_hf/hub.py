@@ -31,6 +31,7 @@ from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import disable_progress_bars, get_session, validate_repo_id
 from huggingface_hub.utils import logging as hub_logging
 
+from .errors import UserError
 from .hub_errors import is_passing, sentence
 from .hub_files import CARD, INDEX, REPORT, SAMPLES, make_snapshot, read_card, take_report
 from .model_card import CardFacts, ModelFacts, check_license, make_card, merge_cards, text_outside
@@ -41,7 +42,7 @@ _WEIGHT_FILES = re.compile(r"[^/]+/.*\.(safetensors|bin|ckpt|msgpack|h5|index\.j
 _RECORD = ".hub.json"
 
 
-class PushError(ValueError):
+class PushError(UserError):
     """A push did not happen; the message says why, and that nothing is lost."""
 
 
@@ -78,7 +79,7 @@ def check_repo_id(repo_id: str) -> None:
     try:
         validate_repo_id(repo_id)
     except HFValidationError:
-        raise ValueError(
+        raise UserError(
             f"{repo_id!r} is no repository name; write org/name, of letters, digits, '-', '_', '.'"
         ) from None
 
@@ -361,7 +362,7 @@ def retried(attempt: Callable[[], str], repo_id: str, attempts: int, say: Callab
                 raise PushError(f"could not push to {repo_id}, tried {attempts} times: {why}") from error
             say(f"{why}; trying again in {2 ** (number - 1)} s")
             time.sleep(2 ** (number - 1))
-    raise ValueError(f"attempts must be at least 1, got {attempts}")
+    raise UserError(f"attempts must be at least 1, got {attempts}")
 
 
 def _remote_text(to: Destination, name: str, token: str | None) -> str:

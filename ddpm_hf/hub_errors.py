@@ -23,6 +23,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from .errors import UserError
+
 T = TypeVar("T")
 
 _INDEX = "model_index.json"
@@ -112,14 +114,14 @@ def check_pipeline(name: str | os.PathLike[str], **options: Any) -> None:
     except ValueError:
         index = None
     if not isinstance(index, dict):
-        raise ValueError(f"the {_INDEX} of {name!r} is not a JSON object; download or save it again")
+        raise UserError(f"the {_INDEX} of {name!r} is not a JSON object; download or save it again")
     parts = {key: value for key, value in index.items() if isinstance(value, list) and not key.startswith("_")}
     parts = {key: value for key, value in parts.items() if value and value[-1] is not None and key not in options}
     unet = parts.get("unet", [None, "UNet2DModel"])[-1]
     missing = {"unet", "scheduler"} - {*parts, *options}
     if missing or not {*parts} <= {"unet", "scheduler"} or unet != "UNet2DModel":
         what = ", ".join(f"{key}: {value[-1]}" for key, value in parts.items()) or "nothing"
-        raise ValueError(
+        raise UserError(
             f"{name!r} holds a {index.get('_class_name')} ({what}), not a DDPM, which is a UNet2DModel and a scheduler"
         )
 
@@ -138,7 +140,7 @@ def _index_of(name: str, options: Mapping[str, Any]) -> Path:
             unreachable = error
         else:
             if _INDEX not in {sibling.rfilename for sibling in info.siblings or ()}:
-                raise ValueError(f"{name!r} holds no diffusers pipeline: there is no {_INDEX} in it")
+                raise UserError(f"{name!r} holds no diffusers pipeline: there is no {_INDEX} in it")
             return Path(patiently(lambda: hf_hub_download(name, _INDEX, **where), name, revision, waits=()))
     try:
         where["local_files_only"] = True

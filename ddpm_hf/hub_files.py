@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .errors import UserError
 from .hub_errors import check_pipeline
 from .model_card import CardFacts, ModelFacts, make_card, merge_cards, public_name
 from .reports import EvaluationReport, report_file, write_text
@@ -60,7 +61,7 @@ def read_card(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
-        raise ValueError(f"{path.name} is not a text in UTF-8; save it again in that encoding, or remove it") from None
+        raise UserError(f"{path.name} is not a text in UTF-8; save it again in that encoding, or remove it") from None
 
 
 def write_card(folder: str | Path, facts: CardFacts) -> list[str]:
@@ -169,7 +170,7 @@ def _without_secrets(path: Path, token: str | None) -> None:
     """Take paths of this machine out of a JSON file, and refuse a text with an access token in it."""
     data = path.read_bytes()
     if len(data) < _LARGEST_TEXT and ((token and token.encode() in data) or _TOKEN.search(data)):
-        raise ValueError(f"{path.name} holds an access token; remove it before anything is published")
+        raise UserError(f"{path.name} holds an access token; remove it before anything is published")
     if path.suffix == ".json" and not path.name.endswith(".index.json"):
         value = json.loads(data)
         cleaned = _without_paths(value)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from .errors import UserError
 from .image_files import ImageFormat, read_array, read_image
 from .presets import nearest
 
@@ -41,12 +42,12 @@ class Reading:
             ("on_bad_image", self.on_bad_image, ("error", "skip")),
         ):
             if value not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}{nearest(value, known)}")
+                raise UserError(f"{name} must be one of {', '.join(known)}, got {value!r}{nearest(value, known)}")
         for name, number in (("memory_limit_bytes", self.memory_limit_bytes), ("num_workers", self.num_workers)):
             if number < 0:
-                raise ValueError(f"{name} must not be negative, got {number}")
+                raise UserError(f"{name} must not be negative, got {number}")
         if self.shuffle_buffer < 1:
-            raise ValueError(f"shuffle_buffer must be at least 1, got {self.shuffle_buffer}")
+            raise UserError(f"shuffle_buffer must be at least 1, got {self.shuffle_buffer}")
 
     def decode(self, sources: Sequence[Any], seeds: Sequence[int | None]) -> list[np.ndarray | ValueError]:
         """Decode in threads (Pillow lets go of the interpreter's lock while it works), results in order."""
@@ -104,7 +105,7 @@ def refuse_bad(bad: list[tuple[str, ValueError]], total: int, report: Callable[[
         report(f"cannot read {where}: {error}")
     sentence = "; ".join(f"{where} ({error})" for where, error in bad[:shown])
     more = f"; and {len(bad) - shown} more, named above" if len(bad) > shown else ""
-    raise ValueError(
+    raise UserError(
         f"cannot read {len(bad)} of {total} images: {sentence}{more}; mend or remove them, or leave them out with "
         "--on_bad_image skip"
     )

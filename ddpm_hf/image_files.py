@@ -26,6 +26,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
 
+from .errors import UserError
+
 ARRAY_SUFFIXES = (".npy", ".npz")
 ARRAY_LAYOUTS = ("HWC", "CHW")
 # Names of the images and of their labels in .npz files: the plain ones, and those that numpy.savez makes up.
@@ -56,23 +58,23 @@ class ImageFormat:
 
     def __post_init__(self) -> None:
         if self.channels < 1:
-            raise ValueError(f"channels must be at least 1, got {self.channels}")
+            raise UserError(f"channels must be at least 1, got {self.channels}")
         if self.resolution is not None and (len(self.resolution) != 2 or min(self.resolution) < 1):
-            raise ValueError(f"resolution must be (height, width), both positive, got {self.resolution}")
+            raise UserError(f"resolution must be (height, width), both positive, got {self.resolution}")
         try:
             opaque = len(ImageColor.getrgb(self.background)) == 3
         except (ValueError, AttributeError):
             opaque = False
         if not opaque:
-            raise ValueError(f"background must be a colour such as white or #808080, got {self.background!r}")
+            raise UserError(f"background must be a colour such as white or #808080, got {self.background!r}")
         if self.value_range is not None:
             low, high = self.value_range
             if not (np.isfinite(low) and np.isfinite(high) and low < high):
-                raise ValueError(
+                raise UserError(
                     f"value_range must be two numbers, the lower one first, such as 0 1, got {self.value_range}"
                 )
         if self.array_layout not in (None, *ARRAY_LAYOUTS):
-            raise ValueError(f"array_layout must be one of {', '.join(ARRAY_LAYOUTS)}, got {self.array_layout!r}")
+            raise UserError(f"array_layout must be one of {', '.join(ARRAY_LAYOUTS)}, got {self.array_layout!r}")
 
 
 # ---------------------------------------------------------------------- image files
@@ -127,11 +129,11 @@ def read_image(
     except (MemoryError, ConnectionError):
         raise  # the fault of the machine or of the network, not the file's
     except UnidentifiedImageError:
-        raise ValueError(_what_it_is_instead(source)) from None
+        raise UserError(_what_it_is_instead(source)) from None
     except Exception as error:
         # Pillow's decoders raise nearly anything for damaged bytes: OSError, SyntaxError, struct.error, ...
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise ValueError(" ".join(reason.split()) or type(error).__name__) from error
+        raise UserError(" ".join(reason.split()) or type(error).__name__) from error
 
 
 def decode_image(
@@ -163,7 +165,7 @@ def _what_it_is_instead(source: Path | bytes | str | Image.Image) -> str:
 
 def _pixels(image: Image.Image, form: ImageFormat, crop_seed: int | None) -> np.ndarray:
     if form.channels not in (1, 3):
-        raise ValueError(
+        raise UserError(
             f"image files have 1 or 3 channels, and the network has in_channels={form.channels}; give the images as "
             ".npy arrays"
         )
@@ -171,7 +173,7 @@ def _pixels(image: Image.Image, form: ImageFormat, crop_seed: int | None) -> np.
     transparent = image.info.get("transparency")
     if image.mode == "F":
         if form.value_range is None:
-            raise ValueError("32-bit float pixels have no range of their own; state it, for example --value_range 0 1")
+            raise UserError("32-bit float pixels have no range of their own; state it, for example --value_range 0 1")
         image = Image.fromarray(to_levels(np.asarray(image), form.value_range))
     elif image.mode.startswith("I"):
         # Pillow's own conversion of 16-bit grey clips at 255.
@@ -183,7 +185,7 @@ def _pixels(image: Image.Image, form: ImageFormat, crop_seed: int | None) -> np.
             alpha = Image.fromarray(np.where(levels == transparent, 0, 255).astype(np.uint8))
             image = Image.merge("LA", (grey, alpha))
     elif isinstance(transparent, tuple) and max(transparent) > 255:
-        raise ValueError(
+        raise UserError(
             "16-bit colour with one transparent colour: Pillow gives only the upper 8 bits, in which that colour "
             "cannot be told from its neighbours; save the image with an alpha channel"
         )
@@ -246,7 +248,7 @@ def to_levels(values: np.ndarray, value_range: tuple[float, float]) -> np.ndarra
     levels = np.rint((np.asarray(values, dtype=np.float64) - low) / (high - low) * 255)
     outside = ~((levels >= 0) & (levels <= 255))  # true for NaN as well
     if outside.any():
-        raise ValueError(f"the value {values[outside].flat[0]} is outside the range {low:g} to {high:g}")
+        raise UserError(f"the value {values[outside].flat[0]} is outside the range {low:g} to {high:g}")
     return levels.astype(np.uint8)
 
 
@@ -263,7 +265,7 @@ def read_array(array: np.ndarray, form: ImageFormat, crop_seed: int | None = Non
     elif array.dtype == np.bool_:
         pixels = array.astype(np.uint8) * 255
     else:
-        raise ValueError(
+        raise UserError(
             f"{array.dtype} values have no range of their own; state what becomes black and white, for example "
             "--value_range 0 1, --value_range -1 1 or --value_range 0 255"
         )
@@ -297,22 +299,22 @@ def open_arrays(path: Path, form: ImageFormat, stack_only: bool = False) -> tupl
             with path.open("rb") as file:
                 start = file.read(6)
             if start != b"\x93NUMPY":
-                raise ValueError(f"not a .npy file; it begins with {start!r}" if start else "the file is empty")
+                raise UserError(f"not a .npy file; it begins with {start!r}" if start else "the file is empty")
             images = np.load(path, mmap_mode="r", allow_pickle=False)
     except zipfile.BadZipFile:
-        raise ValueError("not a .npz file, or a truncated one") from None
+        raise UserError("not a .npz file, or a truncated one") from None
     except MemoryError:
         raise
     except Exception as error:  # damaged headers end in SyntaxError, EOFError, zlib.error, ...
         reason = " ".join(str(error).split()) or type(error).__name__
         if "Python objects" in reason or "Object arrays" in reason:
             reason = "it holds Python objects (a pickle), which are never read; save it as an array of numbers"
-        raise ValueError(reason) from None
+        raise UserError(reason) from None
     if images.dtype.kind not in "buif":
-        raise ValueError(f"its values are of type {images.dtype}, not numbers")
+        raise UserError(f"its values are of type {images.dtype}, not numbers")
     images = _as_nchw(images, form, stack_only)
     if labels is not None and (labels.shape != (len(images),) or labels.dtype.kind not in "iuU"):
-        raise ValueError(
+        raise UserError(
             f"labels must be whole numbers or strings of shape ({len(images)},), got {labels.dtype} {labels.shape}"
         )
     return images, labels
@@ -322,7 +324,7 @@ def _only_key(keys: list[str]) -> str:
     found = next((key for key in _IMAGE_KEYS if key in keys), None)
     rest = [key for key in keys if key not in _LABEL_KEYS]
     if found is None and len(rest) != 1:
-        raise ValueError(f"it holds the arrays {', '.join(keys) or '(none)'}; call the one with the images 'images'")
+        raise UserError(f"it holds the arrays {', '.join(keys) or '(none)'}; call the one with the images 'images'")
     return found or rest[0]
 
 
@@ -330,7 +332,7 @@ def _as_nchw(images: np.ndarray, form: ImageFormat, stack_only: bool) -> np.ndar
     """A view `[N, C, H, W]` of a stack of images or of one image."""
     shape, channels = images.shape, form.channels
     if 0 in shape:
-        raise ValueError(f"its shape {shape} holds no pixels")
+        raise UserError(f"its shape {shape} holds no pixels")
     wanted = f"in_channels={channels}"
     if images.ndim == 2 and channels == 1 and not stack_only:
         return images[None, None]
@@ -340,7 +342,7 @@ def _as_nchw(images: np.ndarray, form: ImageFormat, stack_only: bool) -> np.ndar
             return images[:, None]  # N, H, W
         if first and last:
             if form.array_layout is None:
-                raise ValueError(
+                raise UserError(
                     f"its shape {shape} has {channels} at either place for channels; say which it is with "
                     "--array_layout CHW or HWC"
                 )
@@ -348,7 +350,7 @@ def _as_nchw(images: np.ndarray, form: ImageFormat, stack_only: bool) -> np.ndar
         if first or last:
             stack = images if images.ndim == 4 else images[None]
             return stack if first else stack.transpose(0, 3, 1, 2)
-    raise ValueError(
+    raise UserError(
         f"its shape {shape} does not fit {wanted}; what does: [N, H, W, {channels}], [N, {channels}, H, W]"
         + (", [N, H, W]" if channels == 1 else "")
         + ("" if stack_only else ", or the same without N for one image")

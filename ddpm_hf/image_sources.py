@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from .errors import UserError
 from .image_decoding import Reading
 from .image_files import ARRAY_SUFFIXES, open_arrays
 from .image_tables import bytes_or_path, choose_columns, open_table
@@ -126,7 +127,7 @@ def _number_labels(values: Sequence[Any], where: str) -> tuple[Tensor, list[str]
     kinds = {type(value) for value in values}
     if not kinds <= {int} and not kinds <= {str}:
         strange = next(value for value in values if not isinstance(value, int | str)) if kinds - {int, str} else "both"
-        raise ValueError(f"labels are whole numbers or strings, and {where} has {strange!r}")
+        raise UserError(f"labels are whole numbers or strings, and {where} has {strange!r}")
     names = sorted(set(values))
     index = {name: i for i, name in enumerate(names)}
     return torch.tensor([index[value] for value in values], dtype=torch.long), [str(name) for name in names]
@@ -154,7 +155,7 @@ def open_folder(folder: Path, reading: Reading) -> Source | None:
     if folder.is_file():
         return _open_single_file(folder, reading)
     if not folder.is_dir():
-        raise ValueError(f"the image folder {shown} does not exist")
+        raise UserError(f"the image folder {shown} does not exist")
     Image.init()
     readable = {suffix for suffix, kind in Image.EXTENSION.items() if kind in Image.OPEN}
     images: list[Path] = []
@@ -164,13 +165,13 @@ def open_folder(folder: Path, reading: Reading) -> Source | None:
     for path in _list_files(folder):
         suffix = path.suffix.lower()
         if path.name == "data.mdb":
-            raise ValueError(
+            raise UserError(
                 f"{str(path)!r} is an LMDB database, as LSUN comes; export it to a folder, its values are image "
                 "files: for key, value in lmdb.open(DB, readonly=True, lock=False).begin().cursor(): "
                 "(folder / (key.decode() + '.jpg')).write_bytes(value)"
             )
         if path.name.startswith(("data_batch_", "test_batch")) and suffix not in readable:
-            raise ValueError(
+            raise UserError(
                 f"{str(path)!r} looks like CIFAR-10's Python version, whose files are pickles, and those are never "
                 "read; take the dataset from the Hub (--dataset_name), or as image files or .npy arrays"
             )
@@ -185,10 +186,10 @@ def open_folder(folder: Path, reading: Reading) -> Source | None:
     kinds = [kind for kind in (images, arrays, parquet) if kind]
     if len(kinds) > 1:
         examples = ", ".join(str(kind[0].relative_to(folder)) for kind in kinds)
-        raise ValueError(f"{shown} holds images in several kinds of files ({examples}); keep one kind in the folder")
+        raise UserError(f"{shown} holds images in several kinds of files ({examples}); keep one kind in the folder")
     if not kinds:
         archives = [path.name for path in others if path.suffix.lower() in _ARCHIVES]
-        raise ValueError(
+        raise UserError(
             f"no images in {shown}; "
             + (
                 f"it holds the archive {archives[0]}: unpack it first"
@@ -204,7 +205,7 @@ def open_folder(folder: Path, reading: Reading) -> Source | None:
     files = images or arrays
     first = {path.relative_to(folder).parts[0].lower() for path in files if path.parent != folder}
     if len(first) > 1 and first <= _SPLIT_NAMES:
-        raise ValueError(
+        raise UserError(
             f"the folders {', '.join(sorted(first))} in {shown} look like splits, not classes; name the one to use, "
             f"for example {str(folder / sorted(first, key=lambda name: 'train' not in name)[0])!r}"
         )
@@ -222,7 +223,7 @@ def _list_files(folder: Path) -> list[Path]:
     try:
         found = sorted(folder.rglob("*"))
     except OSError as error:
-        raise ValueError(f"cannot list the image folder {str(folder)!r}: {error.strerror}") from None
+        raise UserError(f"cannot list the image folder {str(folder)!r}: {error.strerror}") from None
     return [
         path
         for path in found
@@ -242,7 +243,7 @@ def _open_single_file(path: Path, reading: Reading) -> Source | None:
         what = "is an archive; unpack it first, and name the folder"
     elif suffix in (".mdb", ".pkl", ".pickle", ".pt", ".pth"):
         what = "is a file of a kind that is not read; export its images as files or as a .npy array"
-    raise ValueError(f"the image folder {str(path)!r} {what}")
+    raise UserError(f"the image folder {str(path)!r} {what}")
 
 
 def _open_arrays(name: str, paths: list[Path], reading: Reading, stack_only: bool = False) -> _Arrays:
@@ -258,7 +259,7 @@ def _open_arrays(name: str, paths: list[Path], reading: Reading, stack_only: boo
         stacks.append(stack)
         labels.append(its_labels)
     if bad and (reading.on_bad_image == "error" or not opened):
-        raise ValueError(
+        raise UserError(
             f"cannot read {len(bad)} of {len(paths)} array files: " + "; ".join(f"{p} ({error})" for p, error in bad)
         )
     for where, error in bad:
@@ -297,7 +298,7 @@ def open_rows(
     data = open_table(name, split, config_name, cache_dir, streaming=False)
     image, label = choose_columns(name, data.features, image_column, label_column, report)
     if not len(data):
-        raise ValueError(f"the dataset {name!r} has no images in split {split!r}")
+        raise UserError(f"the dataset {name!r} has no images in split {split!r}")
     # Bytes instead of decoded images: what datasets would decode has lost 16-bit levels and alpha by then.
     raw = data.select_columns([image]).cast_column(image, datasets.Image(decode=False))
     source = _Rows(name, raw, image)
@@ -306,7 +307,7 @@ def open_rows(
         feature = data.features[label]
         unlabelled = sum(value is None or (isinstance(value, int) and value < 0) for value in values)
         if unlabelled and label_column is not None:
-            raise ValueError(f"{unlabelled} of {len(values)} images of {name!r} have no label in {label!r}")
+            raise UserError(f"{unlabelled} of {len(values)} images of {name!r} have no label in {label!r}")
         if unlabelled:
             report(f"{unlabelled} of {len(values)} images of {name!r} have no label, so none of them has one here")
         elif isinstance(feature, datasets.ClassLabel):

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from .errors import UserError
 from .presets import nearest
 
 _LABEL_COLUMNS = ("label", "labels", "class", "category")
@@ -27,7 +28,7 @@ def open_table(name: str, split: str, config_name: str | None, cache_dir: str | 
         return datasets.load_dataset(name, config_name, split=split, cache_dir=cache_dir, streaming=streaming)
     except Exception as error:  # whatever the loading script, the network or the file format came up with
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"cannot load the dataset {name!r} (split {split!r}): {reason}") from error
+        raise UserError(f"cannot load the dataset {name!r} (split {split!r}): {reason}") from error
 
 
 def choose_columns(
@@ -52,18 +53,18 @@ def choose_columns(
     columns = ", ".join(features)
     for flag, wanted in (("--image_column", image_column), ("--label_column", label_column)):
         if wanted is not None and wanted not in features:
-            raise ValueError(
+            raise UserError(
                 f"{flag} {wanted!r}: no such column in {name!r}{nearest(wanted, features)}; its columns are {columns}"
             )
     if image_column is None:
         pictures = [key for key, feature in features.items() if _is_image(feature)]
         if not pictures:
-            raise ValueError(f"the dataset {name!r} has no image column; its columns are {columns}")
+            raise UserError(f"the dataset {name!r} has no image column; its columns are {columns}")
         image_column = pictures[0]
         if len(pictures) > 1:
             report(f"{name!r} has the image columns {', '.join(pictures)}; took {image_column} (--image_column)")
     elif not _is_image(features[image_column]) and features[image_column] != datasets.Value("binary"):
-        raise ValueError(f"the column {image_column!r} of {name!r} holds {features[image_column]}, not images")
+        raise UserError(f"the column {image_column!r} of {name!r} holds {features[image_column]}, not images")
     if label_column is None:
         classes = [key for key, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
         classes = classes or [key for key in _LABEL_COLUMNS if key in features and _is_label(features[key])]
@@ -71,7 +72,7 @@ def choose_columns(
         if len(classes) > 1:
             report(f"{name!r} has the label columns {', '.join(classes)}; took {label_column} (--label_column)")
     elif not _is_label(features[label_column]):
-        raise ValueError(
+        raise UserError(
             f"the column {label_column!r} of {name!r} holds {features[label_column]}; labels are whole numbers or "
             "strings"
         )

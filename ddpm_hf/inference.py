@@ -23,6 +23,7 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
 
 from . import __version__
+from .errors import UserError
 from .machine import keep_freed_memory
 from .pipeline_ddpm import DDPMPipeline
 from .processes import default_cache_dir, processes
@@ -64,9 +65,9 @@ class Execution:
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
-            raise ValueError(f"precision must be fp32, bf16 or fp16, got {self.precision!r}")
+            raise UserError(f"precision must be fp32, bf16 or fp16, got {self.precision!r}")
         if self.winograd and (self.precision != "fp32" or not self.channels_last or self.compiled):
-            raise ValueError("winograd goes with precision fp32 and channels_last, and not with compiled")
+            raise UserError("winograd goes with precision fp32 and channels_last, and not with compiled")
 
 
 class InferenceNetwork:
@@ -244,7 +245,7 @@ def optimize_for_inference(
         ValueError: An unknown precision, or no batch.
     """
     if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        raise UserError(f"batch_size must be at least 1, got {batch_size}")
     if execution is not None:
         pipe.network = InferenceNetwork(pipe.unet, execution)
         return execution

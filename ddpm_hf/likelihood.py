@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .distributions import bound_term, mean_flat, nats_to_bits, normal_kl
+from .errors import UserError
 from .randomness import derived_generator
 from .scheduling_ddpm import DDPMScheduler
 
@@ -159,7 +160,7 @@ def _streams(seed: int, images: Sequence[int]) -> list[torch.Generator]:
 
 def _checked_ids(image_ids: Sequence[int] | None, n: int) -> Sequence[int]:
     if image_ids is not None and len(image_ids) != n:
-        raise ValueError(f"got {len(image_ids)} image_ids for {n} images")
+        raise UserError(f"got {len(image_ids)} image_ids for {n} images")
     return range(n) if image_ids is None else image_ids
 
 
@@ -173,14 +174,14 @@ def _rows_of(model_kwargs: dict[str, Any], rows: Tensor, n: int) -> dict[str, An
 
 def _check_images(x_0: Tensor, batch_size: int) -> None:
     if x_0.ndim < 2 or not len(x_0):
-        raise ValueError(f"x_0 must hold at least one image, [N, C, H, W], got shape {tuple(x_0.shape)}")
+        raise UserError(f"x_0 must hold at least one image, [N, C, H, W], got shape {tuple(x_0.shape)}")
     if not x_0.is_floating_point() or not x_0.abs().amax() <= 1 + 1e-4:
-        raise ValueError(
+        raise UserError(
             f"x_0 must be floating-point grey levels scaled to [-1, 1], got {x_0.dtype} from {x_0.amin().item()} to "
             f"{x_0.amax().item()}; for uint8 use x / 127.5 - 1"
         )
     if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        raise UserError(f"batch_size must be at least 1, got {batch_size}")
 
 
 @torch.no_grad()
@@ -242,7 +243,7 @@ def timestep_strata(num_train_timesteps: int, count: int) -> np.ndarray:
     The terms at small t are the largest and differ most from one to the next, so they get intervals of their own.
     """
     if not 1 <= count <= num_train_timesteps:
-        raise ValueError(f"the number of strata must be between 1 and T={num_train_timesteps}, got {count}")
+        raise UserError(f"the number of strata must be between 1 and T={num_train_timesteps}, got {count}")
     edges = [0]
     for left in range(count, 0, -1):  # intervals still to place
         if left == 1:
@@ -289,7 +290,7 @@ def stratified_bits_per_dim(
     _check_images(x_0, batch_size)
     T = scheduler.config.num_train_timesteps
     if not isinstance(num_evaluations, int) or num_evaluations not in range(2, 2 * T + 1, 2):
-        raise ValueError(f"num_evaluations must be even and between 2 and {2 * T}, got {num_evaluations}")
+        raise UserError(f"num_evaluations must be even and between 2 and {2 * T}, got {num_evaluations}")
     edges = torch.from_numpy(timestep_strata(T, num_evaluations // 2))
     low, width = edges[:-1], edges.diff()
     n = len(x_0)

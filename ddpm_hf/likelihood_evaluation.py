@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import evaluation_plots as plots
+from .errors import UserError
 from .image_tensors import ImageDataset, to_model_range
 from .likelihood import LikelihoodResult, bits_per_dim, stratified_bits_per_dim
 from .pipeline_ddpm import DDPMPipeline, evaluating
@@ -53,10 +54,10 @@ def evaluate_likelihood(
         ValueError: No images, images that do not fit the network, or rate and distortion from an estimate.
     """
     if not len(data):
-        raise ValueError(f"no images to evaluate on in {data.name!r} ({split})")
+        raise UserError(f"no images to evaluate on in {data.name!r} ({split})")
     pipe.check_images_fit(data)
     if rate_distortion and num_evaluations is not None:
-        raise ValueError("rate_distortion needs every term of the bound; leave out --num_evaluations")
+        raise UserError("rate_distortion needs every term of the bound; leave out --num_evaluations")
     report = EvaluationReport(data.name, split, len(data))
     started = time.monotonic()
     rows = likelihood_rows(pipe, data, num_evaluations, batch_size, seed, progress, work_dir)
@@ -108,7 +109,7 @@ def likelihood_rows(
         ValueError: The model has no likelihood, or a class-conditional network gets no labels that it knows.
     """
     if not isinstance(pipe.scheduler, DDPMScheduler):
-        raise ValueError(f"the model was saved with a {type(pipe.scheduler).__name__}, which has no likelihood")
+        raise UserError(f"the model was saved with a {type(pipe.scheduler).__name__}, which has no likelihood")
     labels = pipe.classes.of_dataset(data)
     folder = None
     if work_dir is not None:

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .errors import UserError
+
 # Rows whose distances are in memory at a time: 2048 x 50,000 in float64 take 0.8 GB.
 _ROWS = 2048
 
@@ -46,17 +48,17 @@ class Estimate:
 
 def _checked(features: Tensor, at_least: int, what: str) -> Tensor:
     if features.ndim != 2:
-        raise ValueError(f"{what} takes features [N, D], got shape {tuple(features.shape)}")
+        raise UserError(f"{what} takes features [N, D], got shape {tuple(features.shape)}")
     if len(features) < at_least:
-        raise ValueError(f"{what} needs at least {at_least} images, got {len(features)}")
+        raise UserError(f"{what} needs at least {at_least} images, got {len(features)}")
     if not features.isfinite().all():
-        raise ValueError(f"{what} got features that are not finite numbers")
+        raise UserError(f"{what} got features that are not finite numbers")
     return features.double()
 
 
 def _same_size(a: int, b: int) -> None:
     if a != b:
-        raise ValueError(f"the features of the two sets differ in size, {a} and {b}: they are of different extractors")
+        raise UserError(f"the features of the two sets differ in size, {a} and {b}: they are of different extractors")
 
 
 def frechet_statistics(features: Tensor) -> FrechetStatistics:
@@ -163,7 +165,7 @@ def kernel_distance(
     n = min(len(samples), len(real))
     m = min(1000, n // 2) if subset_size is None else subset_size
     if not 2 <= m <= n:
-        raise ValueError(f"KID subsets of {m} images need between 2 and {n}, the size of the smaller set")
+        raise UserError(f"KID subsets of {m} images need between 2 and {n}, the size of the smaller set")
     draw = np.random.RandomState(seed)
     distances = []
     for _ in range(subsets):
@@ -280,7 +282,7 @@ def memorisation(samples: Tensor, held_out: Tensor) -> Memorisation:
         ValueError: One of them is empty.
     """
     if not len(samples) or not len(held_out):
-        raise ValueError(f"memorisation compares samples with held-out images, got {len(samples)} and {len(held_out)}")
+        raise UserError(f"memorisation compares samples with held-out images, got {len(samples)} and {len(held_out)}")
     samples, held_out = samples.contiguous(), held_out.contiguous()
     ordered = held_out.sort().values
     above = len(ordered) - torch.searchsorted(ordered, samples, right=True)

@@ -26,6 +26,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
+from .errors import UserError
 from .reports import number
 
 _SECTION = re.compile(r"<!-- ddpm_hf:(\w+) (\w{8}) -->\n(.*?)<!-- /ddpm_hf:\1 -->", re.DOTALL)
@@ -149,7 +150,7 @@ def check_license(license: str | None) -> None:
         ValueError: It is something else.
     """
     if license is not None and not _LICENSE.fullmatch(license):
-        raise ValueError(
+        raise UserError(
             f"--license {license!r} is no license identifier; write it like apache-2.0, mit, cc-by-4.0 or other"
         )
 
@@ -340,9 +341,9 @@ def front_matter(card: str) -> dict[str, Any]:
     try:
         front = yaml.safe_load(_split(card)[0])
     except yaml.YAMLError as error:
-        raise ValueError("the front matter of the card is not YAML") from error
+        raise UserError("the front matter of the card is not YAML") from error
     if not isinstance(front, (dict, NoneType)):
-        raise ValueError("the front matter of the card has no keys and values")
+        raise UserError("the front matter of the card has no keys and values")
     return front or {}
 
 

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .errors import UserError
+
 # Schedules that stock implements, and those that only the official code has (stored as `trained_betas`, which every
 # stock scheduler reads first).
 STOCK_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "laplace", "sigmoid")
@@ -34,7 +36,7 @@ def make_betas(beta_schedule: str, num_train_timesteps: int, beta_start: float, 
     for name, value in (("beta_start", beta_start), ("beta_end", beta_end)):
         # Below 0, sqrt would give a complex number, whose real part numpy takes for beta.
         if isinstance(value, bool) or not isinstance(value, numbers.Real) or value < 0:
-            raise ValueError(f"{name} must be a number between 0 and 1, got {value!r}; the paper's are 1e-4 and 0.02")
+            raise UserError(f"{name} must be a number between 0 and 1, got {value!r}; the paper's are 1e-4 and 0.02")
     if beta_schedule == "linear":
         return np.linspace(beta_start, beta_end, T, dtype=np.float64)
     if beta_schedule in ("quad", "scaled_linear"):
@@ -58,7 +60,7 @@ def make_betas(beta_schedule: str, num_train_timesteps: int, beta_start: float, 
             log_snr = -0.5 * np.copysign(1.0, 0.5 - u) * np.log(1 - 2 * np.abs(0.5 - u) + 1e-6)
             alpha_bar = np.sqrt(np.exp(log_snr) / (1 + np.exp(log_snr)))
         return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
-    raise ValueError(
+    raise UserError(
         f"unknown beta_schedule {beta_schedule!r}; it must be one of {', '.join(STOCK_SCHEDULES + OFFICIAL_SCHEDULES)}"
     )
 
@@ -71,7 +73,7 @@ def rescale_zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
     """
     root = np.sqrt(np.cumprod(1.0 - betas))
     if not root[-1] < root[0]:
-        raise ValueError(
+        raise UserError(
             f"rescale_betas_zero_snr needs a schedule in which alpha_bar falls, but {len(betas)} timesteps keep it at "
             f"{root[-1] ** 2:.9g}; use more or larger betas, or rescale_betas_zero_snr=False"
         )

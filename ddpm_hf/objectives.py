@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .distributions import mean_flat
+from .errors import UserError
 from .likelihood import vb_terms_bpd
 from .scheduling_ddpm import LEARNED_VARIANCES, DDPMScheduler
 
@@ -74,7 +75,7 @@ def hybrid_loss(
         ValueError: The scheduler's variance is not learned.
     """
     if scheduler.variance_type not in LEARNED_VARIANCES:
-        raise ValueError(
+        raise UserError(
             f"the hybrid loss trains a learned variance, but variance_type is {scheduler.variance_type!r}; use "
             "variance_type='learned_range' with twice the output channels, or loss 'simple'"
         )

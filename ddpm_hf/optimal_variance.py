@@ -6,6 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from .errors import UserError
 from .image_tensors import ImageDataset
 from .likelihood_evaluation import likelihood_rows
 from .pipeline_ddpm import DDPMPipeline
@@ -34,7 +35,7 @@ def prediction_error(
         ValueError: No images, images of another shape, a class-conditional network without labels, another scheduler.
     """
     if not len(data):
-        raise ValueError(f"{data.name!r} has no images to measure the network on")
+        raise UserError(f"{data.name!r} has no images to measure the network on")
     pipe.check_images_fit(data)
     return likelihood_rows(pipe, data, None, batch_size, seed, progress)["mse"].double().mean(0)
 

@@ -20,6 +20,7 @@ from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 
 from .class_labels import Classes, ClassLabels
+from .errors import UserError
 from .hub_errors import check_pipeline, patiently
 from .pipeline_inputs import KnownPixels, count_and_generators, images_in_model_range, mask_of, one_per_image
 from .scheduling_ddpm import DDPMScheduler
@@ -117,7 +118,7 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
             ValueError: It is no DDPM, or `use_safetensors=False` was asked for.
         """
         if kwargs.get("use_safetensors") is False:
-            raise ValueError("use_safetensors=False would read a pickle; convert the repository to safetensors first")
+            raise UserError("use_safetensors=False would read a pickle; convert the repository to safetensors first")
         kwargs["use_safetensors"] = True  # for None, diffusers would fall back to pickles
         check_pipeline(pretrained_model_name_or_path, **kwargs)
         load = super().from_pretrained
@@ -142,7 +143,7 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
         dtype = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None)
         parts = {**pipeline.components, **kwargs}
         if extra := set(parts) - {"unet", "scheduler"}:
-            raise ValueError(f"a DDPM has a unet and a scheduler, and no {', '.join(sorted(extra))}")
+            raise UserError(f"a DDPM has a unet and a scheduler, and no {', '.join(sorted(extra))}")
         made = cls(**parts)
         return made if dtype is None else made.to(dtype)
 
@@ -170,7 +171,7 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
         """
         size = self.unet.config.sample_size
         if size is None:
-            raise ValueError("the network's configuration has no sample_size; set it to the images' size")
+            raise UserError("the network's configuration has no sample_size; set it to the images' size")
         height, width = size if isinstance(size, (tuple, list)) else (size, size)
         return self.unet.config.in_channels, height, width
 
@@ -184,7 +185,7 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
         if num_inference_steps is None:
             return T
         if not 1 <= num_inference_steps <= T:
-            raise ValueError(
+            raise UserError(
                 f"num_inference_steps must be between 1 and the {T} steps of the chain, got {num_inference_steps}"
             )
         return num_inference_steps
@@ -246,13 +247,13 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
             ValueError: An argument is outside its range, or `seeds` is given with `generator`, or counts disagree.
         """
         if output_type not in ("pil", "np", "pt"):
-            raise ValueError(f"output_type must be 'pil', 'np' or 'pt', got {output_type!r}")
+            raise UserError(f"output_type must be 'pil', 'np' or 'pt', got {output_type!r}")
         if output_type == "pil" and self.image_shape[0] not in (1, 3):
-            raise ValueError(f"images of {self.image_shape[0]} channels are no pictures; use output_type='np' or 'pt'")
+            raise UserError(f"images of {self.image_shape[0]} channels are no pictures; use output_type='np' or 'pt'")
         for name in callback_on_step_end_tensor_inputs:
             if name not in self._callback_tensor_inputs:
                 names = ", ".join(self._callback_tensor_inputs)
-                raise ValueError(f"callback_on_step_end_tensor_inputs knows {names}, got {name!r}")
+                raise UserError(f"callback_on_step_end_tensor_inputs knows {names}, got {name!r}")
         num_inference_steps = self.checked_steps(num_inference_steps)
         given = None if image is None else images_in_model_range(image, self.image_shape)
         if seeds is None and batch_size is None and given is not None:
@@ -268,7 +269,7 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
                 self._check_repaint(resample_length, resample_times)
                 known = KnownPixels(given, mask_of(mask_image, self.image_shape, batch_size).to(device))
         elif strength is not None or mask_image is not None:
-            raise ValueError("strength and mask_image go with an image; pass image=")
+            raise UserError("strength and mask_image go with an image; pass image=")
         shape = (batch_size, *self.image_shape)
         x_t = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32) if batch_size else None
         if given is not None and x_t is not None and not (known and start == 0):
@@ -334,12 +335,12 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
         once = getattr(self.scheduler, "order", 1) == 1 and "PNDM" not in type(self.scheduler).__name__
         if late or (once and len(timesteps.unique()) < len(timesteps)):
             what = f"starts from noise at t={int(timesteps[0])}" if late else "comes to the same timestep twice"
-            raise ValueError(
+            raise UserError(
                 f"{type(self.scheduler).__name__} {what} with {steps} steps; use timestep_spacing='trailing', or "
                 "another number of steps"
             )
         if isinstance(self.scheduler, DDIMScheduler) and (timesteps.diff() != -(T // steps)).any():
-            raise ValueError(
+            raise UserError(
                 f"stock's DDIM takes each of {steps} steps to be {T // steps} of the {T} timesteps long, and with "
                 f"{self.scheduler.config.timestep_spacing!r} spacing they are not; use 'leading' or 'trailing' "
                 f"spacing and a number of steps that divides {T}"
@@ -349,10 +350,10 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
         """Where in the chain to enter with a given image."""
         if strength is None:
             if not inpainting:
-                raise ValueError("image needs strength (the share of the chain to go back, 0 to 1) or a mask_image")
+                raise UserError("image needs strength (the share of the chain to go back, 0 to 1) or a mask_image")
             return 0
         if not 0 <= strength <= 1:
-            raise ValueError(f"strength must be between 0 and 1, got {strength}")
+            raise UserError(f"strength must be between 0 and 1, got {strength}")
         steps = len(self.scheduler.timesteps)
         return steps - min(round(steps * strength), steps)
 
@@ -456,9 +457,9 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
 
     def _check_repaint(self, length: int, times: int) -> None:
         if not isinstance(self.scheduler, (DDPMScheduler, DDIMScheduler)):
-            raise ValueError(f"mask_image works with the ddpm and ddim samplers, not {type(self.scheduler).__name__}")
+            raise UserError(f"mask_image works with the ddpm and ddim samplers, not {type(self.scheduler).__name__}")
         if length < 1 or times < 1:
-            raise ValueError(f"resample_length and resample_times must be at least 1, got {length} and {times}")
+            raise UserError(f"resample_length and resample_times must be at least 1, got {length} and {times}")
 
     def _repaint(
         self, x_t: torch.Tensor, walk: Walk, generator: Any, known: KnownPixels, start: int, length: int, times: int
@@ -487,9 +488,9 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
 
     def _check_eta(self, eta: float) -> None:
         if not 0 <= eta <= 1:
-            raise ValueError(f"eta must be between 0 and 1, got {eta}")
+            raise UserError(f"eta must be between 0 and 1, got {eta}")
         if eta and "eta" not in inspect.signature(self.scheduler.step).parameters:
-            raise ValueError(f"eta={eta} is for the ddim sampler; {type(self.scheduler).__name__} has none")
+            raise UserError(f"eta={eta} is for the ddim sampler; {type(self.scheduler).__name__} has none")
 
     def _step_options(self, generator: Any, eta: float) -> dict[str, Any]:
         """What the scheduler's `step` takes beyond the usual: deterministic ones take no generator, DDIM an eta."""
@@ -514,7 +515,7 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
             ValueError: They are not.
         """
         if tuple(data.image_shape) != self.image_shape:
-            raise ValueError(
+            raise UserError(
                 f"the images of {data.name!r} are {tuple(data.image_shape)} (channels, height, width), and the model "
                 f"makes {self.image_shape}"
             )

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from .errors import UserError
 from .image_files import ImageFormat, read_image
 
 Generators = torch.Generator | list[torch.Generator] | None
@@ -45,18 +46,18 @@ def count_and_generators(
     """
     if seeds is not None:
         if generator is not None:
-            raise ValueError("pass either seeds or generator, and not both")
+            raise UserError("pass either seeds or generator, and not both")
         seeds = list(seeds)
         if batch_size not in (None, len(seeds)):
-            raise ValueError(f"batch_size={batch_size} but {len(seeds)} seeds; leave batch_size out")
+            raise UserError(f"batch_size={batch_size} but {len(seeds)} seeds; leave batch_size out")
         return len(seeds), [torch.Generator(device).manual_seed(seed) for seed in seeds]
     batch_size = 1 if batch_size is None else batch_size
     if batch_size < 0:
-        raise ValueError(f"batch_size must not be negative, got {batch_size}")
+        raise UserError(f"batch_size must not be negative, got {batch_size}")
     if isinstance(generator, (list, tuple)):
         generator = list(generator)
         if len(generator) != batch_size:
-            raise ValueError(f"got {len(generator)} generators for batch_size={batch_size}; pass one per image")
+            raise UserError(f"got {len(generator)} generators for batch_size={batch_size}; pass one per image")
     return batch_size, generator
 
 
@@ -73,7 +74,7 @@ def images_in_model_range(image: Any, image_shape: tuple[int, int, int]) -> Tens
     """
     if isinstance(image, (list, tuple)):
         if not image:
-            raise ValueError("image is an empty list; give at least one image")
+            raise UserError("image is an empty list; give at least one image")
         return torch.cat([images_in_model_range(one, image_shape) for one in image])
     if isinstance(image, Image.Image):
         channels, height, width = image_shape
@@ -83,10 +84,10 @@ def images_in_model_range(image: Any, image_shape: tuple[int, int, int]) -> Tens
         array = torch.from_numpy(np.array(image))  # a copy: PIL's arrays are read-only, of which PyTorch warns
         image = array.movedim(-1, -3) if array.ndim > 2 else array[None]
     if not isinstance(image, Tensor):
-        raise ValueError(f"image must be a PIL image, an array or a tensor, got {type(image).__name__}")
+        raise UserError(f"image must be a PIL image, an array or a tensor, got {type(image).__name__}")
     images = image if image.ndim == 4 else image[None]
     if tuple(images.shape[1:]) != image_shape:
-        raise ValueError(
+        raise UserError(
             f"image has shape {tuple(image.shape)}, and the network's images are {image_shape} (channels, height, "
             "width)"
         )
@@ -94,7 +95,7 @@ def images_in_model_range(image: Any, image_shape: tuple[int, int, int]) -> Tens
         return images.float() / 127.5 - 1
     images = images.float()
     if len(images) and not (images.amin() >= 0 and images.amax() <= 1):
-        raise ValueError(f"image must lie in [0, 1], got {images.amin().item():g} to {images.amax().item():g}")
+        raise UserError(f"image must lie in [0, 1], got {images.amin().item():g} to {images.amax().item():g}")
     return images * 2 - 1
 
 
@@ -112,23 +113,21 @@ def mask_of(mask: Any, image_shape: tuple[int, int, int], batch_size: int) -> Te
     """
     if isinstance(mask, (list, tuple)):
         if not mask:
-            raise ValueError("mask_image is an empty list; give one mask, or one per image")
+            raise UserError("mask_image is an empty list; give one mask, or one per image")
         return one_per_image(torch.cat([mask_of(one, image_shape, 1) for one in mask]), batch_size, "mask_image")
     _, height, width = image_shape
     if isinstance(mask, Image.Image):
         mask = read_image(mask, ImageFormat(1, (height, width)))  # as the image, or it would cover something else
     values = torch.tensor(mask) if isinstance(mask, np.ndarray) else torch.as_tensor(mask)
     if values.shape[-2:] != (height, width) or values.ndim > 4 or (values.ndim > 2 and values.shape[-3] != 1):
-        raise ValueError(
-            f"mask_image has shape {tuple(values.shape)}, and the network's images are {height} x {width}"
-        )
+        raise UserError(f"mask_image has shape {tuple(values.shape)}, and the network's images are {height} x {width}")
     if values.dtype not in (torch.uint8, torch.bool) and values.numel() and not 0 <= values.min() <= values.max() <= 1:
-        raise ValueError(
+        raise UserError(
             f"mask_image must be uint8, bool or lie in [0, 1], got {values.dtype} from {values.min().item():g} to "
             f"{values.max().item():g}"
         )
     if values.dtype == torch.uint8 and values.numel() and 0 < values.max() <= 1:
-        raise ValueError("mask_image is uint8 with values up to 1; white is 255, or give it as bool")
+        raise UserError("mask_image is uint8 with values up to 1; white is 255, or give it as bool")
     half = 127.5 if values.dtype == torch.uint8 else 0.5
     return one_per_image(values.reshape(-1, 1, height, width) > half, batch_size, "mask_image")
 
@@ -140,5 +139,5 @@ def one_per_image(values: Tensor, batch_size: int, name: str) -> Tensor:
         ValueError: Another number.
     """
     if len(values) not in (1, batch_size):
-        raise ValueError(f"got {len(values)} of {name} for {batch_size} images; give one, or one per image")
+        raise UserError(f"got {len(values)} of {name} for {batch_size} images; give one, or one per image")
     return values.expand(batch_size, *values.shape[1:])

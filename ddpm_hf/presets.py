@@ -30,6 +30,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
+from .errors import UserError
+
 
 def nearest(name: str, known: Any) -> str:
     """` (did you mean 'x'?)` for the known name closest to `name`, or an empty string."""
@@ -88,18 +90,18 @@ class Preset:
     def __post_init__(self) -> None:
         for name in ("total_batch_size", "learning_rate", "max_train_steps", "max_grad_norm"):
             if not getattr(self, name) > 0:
-                raise ValueError(f"preset {self.name!r}: {name} must be positive, got {getattr(self, name)!r}")
+                raise UserError(f"preset {self.name!r}: {name} must be positive, got {getattr(self, name)!r}")
         if self.lr_warmup_steps < 0:
-            raise ValueError(f"preset {self.name!r}: lr_warmup_steps must be 0 or more, got {self.lr_warmup_steps!r}")
+            raise UserError(f"preset {self.name!r}: lr_warmup_steps must be 0 or more, got {self.lr_warmup_steps!r}")
         if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"preset {self.name!r}: ema_decay must be in [0, 1), got {self.ema_decay!r}")
+            raise UserError(f"preset {self.name!r}: ema_decay must be in [0, 1), got {self.ema_decay!r}")
         for name, known in (
             ("lr_scheduler", ("constant", "cosine", "linear")),
             ("timestep_sampling", ("uniform", "stratified")),
             ("loss", ("simple", "vlb", "hybrid")),
         ):
             if getattr(self, name) not in known:
-                raise ValueError(
+                raise UserError(
                     f"preset {self.name!r}: {name} must be one of {', '.join(known)}, got {getattr(self, name)!r}"
                 )
         for name in ("unet", "scheduler", "paper"):
@@ -299,6 +301,6 @@ def get_preset(name: str) -> Preset:
     try:
         return PRESETS[name]
     except (KeyError, TypeError):  # TypeError: not hashable
-        raise ValueError(
+        raise UserError(
             f"unknown preset {name!r}{nearest(name, PRESETS)}; the presets are {', '.join(PRESETS)}"
         ) from None

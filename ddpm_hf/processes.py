@@ -20,6 +20,8 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, gather_object
 from tqdm.auto import tqdm
 
+from .errors import UserError
+
 
 def default_cache_dir() -> Path:
     """Where is kept what is costly to find out again: `$DDPM_HF_CACHE`, or `~/.cache/ddpm_hf`."""
@@ -59,7 +61,7 @@ def together() -> Iterator[None]:
         raise failed
     for index, sentence in enumerate(sentences):
         if sentence is not None:
-            raise ValueError(f"process {index} failed: {sentence}")
+            raise UserError(f"process {index} failed: {sentence}")
 
 
 def same_everywhere(verb: str, what: str, advice: str) -> None:
@@ -71,7 +73,7 @@ def same_everywhere(verb: str, what: str, advice: str) -> None:
     found = gather_object([what])
     for index, other in enumerate(found):
         if other != found[0]:
-            raise ValueError(f"process 0 {verb} {found[0]}, and process {index} {verb} {other}; {advice}")
+            raise UserError(f"process 0 {verb} {found[0]}, and process {index} {verb} {other}; {advice}")
 
 
 def forget_another_precision(wanted: str | None) -> None:
@@ -90,7 +92,7 @@ def forget_another_precision(wanted: str | None) -> None:
     if state.get("_mixed_precision") in (None, wanted):
         return
     if state["distributed_type"] in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-        raise ValueError(
+        raise UserError(
             f"this process has set up sharding with --mixed_precision {state['_mixed_precision']}; start another one "
             f"for {wanted}"
         )
@@ -105,7 +107,7 @@ def refuse_foreign_engines() -> None:
     """
     for engine in ("DEEPSPEED", "MEGATRON_LM"):
         if os.environ.get(f"ACCELERATE_USE_{engine}", "").lower() == "true":
-            raise ValueError(
+            raise UserError(
                 f"{engine} saves its state with pickle, which checkpoints here do not hold; use several processes "
                 "(examples/accelerate/multi_gpu.yaml) or FSDP 2 (examples/accelerate/fsdp2.yaml)"
             )
@@ -152,7 +154,7 @@ def known_tracker(name: str | None) -> str | None:
     installed = [str(tracker) for tracker in get_available_trackers()]
     if name not in installed:
         have = ", ".join(installed) or "none"
-        raise ValueError(f"--report_to {name!r} is not an installed tracker (installed: {have}); pip install it first")
+        raise UserError(f"--report_to {name!r} is not an installed tracker (installed: {have}); pip install it first")
     return name
 
 
@@ -179,7 +181,7 @@ def only_run_in(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(
+            raise UserError(
                 f"another run is writing into {str(folder)!r}; wait for it, or name another folder"
             ) from None
         except OSError:

@@ -14,6 +14,8 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
+from .errors import UserError
+
 # Settings that may differ between two runs whose numbers are the same.
 _INCIDENTAL = ("seconds", "batch_size")
 
@@ -73,15 +75,15 @@ class EvaluationReport:
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise ValueError(f"there is no report {str(file)!r}") from None
+            raise UserError(f"there is no report {str(file)!r}") from None
         except ValueError:
-            raise ValueError(f"{str(file)!r} is not a report: it is not JSON") from None
+            raise UserError(f"{str(file)!r} is not a report: it is not JSON") from None
         known = {entry.name for entry in dataclasses.fields(cls)}
         required = {"dataset", "split", "num_images", "values"}
         if not isinstance(content, dict) or not required <= content.keys():
-            raise ValueError(f"{str(file)!r} is not a report of ddpm-hf evaluate")
+            raise UserError(f"{str(file)!r} is not a report of ddpm-hf evaluate")
         if wrong := _wrong_part(content):
-            raise ValueError(f"{str(file)!r} is not a report of ddpm-hf evaluate: {wrong}")
+            raise UserError(f"{str(file)!r} is not a report of ddpm-hf evaluate: {wrong}")
         report = cls(**{key: value for key, value in content.items() if key in known})
         for value in report.values.values():
             value.setdefault("standard_error", math.nan)
@@ -122,9 +124,9 @@ def writable_folder(folder: Path, flag: str) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"cannot write to {flag} {folder}: {error.strerror}") from None
+        raise UserError(f"cannot write to {flag} {folder}: {error.strerror}") from None
     if not os.access(folder, os.W_OK):
-        raise ValueError(f"cannot write to {flag} {folder}: permission denied")
+        raise UserError(f"cannot write to {flag} {folder}: permission denied")
 
 
 def write_text(path: Path, text: str) -> None:

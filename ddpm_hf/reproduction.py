@@ -27,6 +27,7 @@ from accelerate.utils import broadcast_object_list
 
 from .configuration import ReproductionConfig, TrainingConfig
 from .data import Images, StreamedImages
+from .errors import UserError
 from .evaluation import EvaluationReport, evaluate, load_splits
 from .model_card import public_name
 from .pipeline_ddpm import DDPMPipeline
@@ -143,7 +144,7 @@ def reproduce(config: TrainingConfig, options: ReproductionConfig) -> Reproducti
         ValueError: Anything that does not fit together, before anything takes long.
     """
     if config.resume_from_checkpoint not in (None, "latest"):
-        raise ValueError("reproduce goes on from the latest checkpoint by itself; leave out --resume_from_checkpoint")
+        raise UserError("reproduce goes on from the latest checkpoint by itself; leave out --resume_from_checkpoint")
     config = dataclasses.replace(config, resume_from_checkpoint="latest")
     end_with_the_launcher()
     folder, here = Path(config.output_dir), processes()
@@ -248,7 +249,7 @@ def _load_sets(config: TrainingConfig) -> dict[str, Images]:
     """The training images and the held-out ones, as they are: cropped in the middle, not flipped."""
     arguments = image_arguments(config, center=True)
     if arguments.pop("streaming", False):
-        raise ValueError("reproduce compares samples with whole datasets; leave out --streaming")
+        raise UserError("reproduce compares samples with whole datasets; leave out --streaming")
     return load_splits(None, True, **arguments)
 
 

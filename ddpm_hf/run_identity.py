@@ -9,6 +9,7 @@ from typing import Any
 from .checkpointing import checkpoint_step, list_checkpoints
 from .configuration import TrainingConfig
 from .data import Images, StreamedImages
+from .errors import UserError
 from .hub_files import CARD, INDEX, REPORT, SAMPLES
 from .presets import Preset
 from .processes import say
@@ -42,22 +43,22 @@ def check_output_is_ours(config: TrainingConfig) -> None:
     """
     folder, where = Path(config.output_dir), f"--output_dir {config.output_dir!r}"
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{where} is a file; name a folder")
+        raise UserError(f"{where} is a file; name a folder")
     checkpoints = list_checkpoints(folder)
     if not config.resume_from_checkpoint and checkpoints:
-        raise ValueError(
+        raise UserError(
             f"{where} already holds a run; go on with --resume_from_checkpoint latest, or name another folder"
         )
     if not (folder / CONFIG).exists():
         for name in _WRITTEN:
             if (folder / name).exists():
-                raise ValueError(
+                raise UserError(
                     f"{where} holds {name}, which a run would overwrite, and no run of this package; name another "
                     "folder"
                 )
     # Models are written after checkpoints, so somebody has removed these: to save space, not to train all over again.
     elif (folder / INDEX).exists() and not checkpoints and config.resume_from_checkpoint in (None, "latest"):
-        raise ValueError(f"{where} holds a finished model and no checkpoint to go on from; name another folder")
+        raise UserError(f"{where} holds a finished model and no checkpoint to go on from; name another folder")
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ class RunIdentity:
         """
         for name, here in plain(self.fixed()).items():  # plain as in the checkpoint: tuples are lists there
             if state.get(name) != here:
-                raise ValueError(
+                raise UserError(
                     f"{str(path)!r} was trained with {name} {state.get(name)}, and this run has {here}; resume with "
                     "the same setting, or start anew in another folder"
                 )
@@ -121,9 +122,9 @@ class RunIdentity:
         later = [other.name for other in list_checkpoints(Path(folder)) if checkpoint_step(other) > state["step"]]
         # "latest" has passed over damaged ones, which the run will write again.
         if later and self.config.resume_from_checkpoint != "latest":
-            raise ValueError(
+            raise UserError(
                 f"{folder!r} also holds {', '.join(later)}, which {path.name} would lead away from; remove them, or "
                 "resume in another --output_dir"
             )
         if state["step"] > self.recipe.max_train_steps:
-            raise ValueError(f"{path.name} is already past --max_train_steps {self.recipe.max_train_steps}")
+            raise UserError(f"{path.name} is already past --max_train_steps {self.recipe.max_train_steps}")

@@ -16,6 +16,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
+from .errors import UserError
 from .features import FeatureExtractor
 from .metrics import (
     Estimate,
@@ -129,7 +130,7 @@ def real_images(
         ValueError: Fewer than two images.
     """
     if len(images) < 2:
-        raise ValueError(f"samples are compared with real images, and {images.name!r} ({split}) has {len(images)}")
+        raise UserError(f"samples are compared with real images, and {images.name!r} ({split}) has {len(images)}")
     content = [""]
     with together():
         if processes().is_main_process:
@@ -218,7 +219,7 @@ def draw_samples(
         ValueError: A count or number of steps out of range; classes that the network does not know.
     """
     if count < 1:
-        raise ValueError(f"num_samples must be at least 1, got {count}")
+        raise UserError(f"num_samples must be at least 1, got {count}")
     steps = pipe.checked_steps(num_inference_steps)
     labels = None if train is None else train.labels
     labels_of, labels_rule = _labels_of_samples(pipe, labels, getattr(train, "class_names", None), seed)

@@ -21,6 +21,7 @@ from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from .errors import UserError
 from .noise_schedule import OFFICIAL_SCHEDULES, STOCK_SCHEDULES, Chain, make_betas, rescale_zero_terminal_snr
 from .presets import get_preset, nearest
 
@@ -47,7 +48,7 @@ def _affine(a: Any, x: Tensor, b: Any, y: Tensor) -> Tensor:
 
 def _choice(name: str, value: Any, known: Sequence[str], otherwise: str = "") -> None:
     if value not in known:
-        raise ValueError(
+        raise UserError(
             f"unknown {name} {value!r}{nearest(str(value), known)}; it must be one of {', '.join(known)}{otherwise}"
         )
 
@@ -117,18 +118,18 @@ class DDPMScheduler(StockDDPMScheduler):
         _choice("prediction_type", prediction_type, PREDICTION_TYPES)
         _choice("timestep_spacing", timestep_spacing, TIMESTEP_SPACINGS)
         if not (isinstance(num_train_timesteps, int) and num_train_timesteps >= 1):
-            raise ValueError(f"num_train_timesteps must be a positive whole number, got {num_train_timesteps!r}")
+            raise UserError(f"num_train_timesteps must be a positive whole number, got {num_train_timesteps!r}")
         _whole_number("steps_offset", steps_offset)
         if not clip_sample_range > 0:
-            raise ValueError(f"clip_sample_range must be positive, got {clip_sample_range!r}; images lie in [-1, 1]")
+            raise UserError(f"clip_sample_range must be positive, got {clip_sample_range!r}; images lie in [-1, 1]")
         if not 0 <= dynamic_thresholding_ratio <= 1:
-            raise ValueError(f"dynamic_thresholding_ratio must be in [0, 1], got {dynamic_thresholding_ratio!r}")
+            raise UserError(f"dynamic_thresholding_ratio must be in [0, 1], got {dynamic_thresholding_ratio!r}")
 
         if trained_betas is not None:
             try:
                 betas = np.array(torch.as_tensor(trained_betas, dtype=torch.float64).tolist(), dtype=np.float64)
             except (TypeError, ValueError):
-                raise ValueError(f"trained_betas must be a list of numbers, got {trained_betas!r}") from None
+                raise UserError(f"trained_betas must be a list of numbers, got {trained_betas!r}") from None
         else:
             _choice("beta_schedule", beta_schedule, STOCK_SCHEDULES + OFFICIAL_SCHEDULES, ", or give trained_betas")
             betas = make_betas(beta_schedule, num_train_timesteps, beta_start, beta_end)
@@ -138,7 +139,7 @@ class DDPMScheduler(StockDDPMScheduler):
             defaults = [name for name in self.config.get("_use_default_values", []) if name != "trained_betas"]
             self.register_to_config(trained_betas=betas.tolist(), _use_default_values=defaults)
         if betas.shape != (num_train_timesteps,):
-            raise ValueError(
+            raise UserError(
                 f"trained_betas has {betas.size} values for num_train_timesteps={num_train_timesteps}; "
                 "give exactly one beta per timestep"
             )
@@ -146,7 +147,7 @@ class DDPMScheduler(StockDDPMScheduler):
         outside = ~((betas > 0) & (betas <= highest))
         if outside.any():
             t = int(outside.argmax())
-            raise ValueError(
+            raise UserError(
                 f"betas must lie strictly between 0 and 1, got {float(betas[t])!r} at t={t}; the paper's schedule is "
                 "beta_schedule='linear' with beta_start=1e-4 and beta_end=0.02"
             )
@@ -193,7 +194,7 @@ class DDPMScheduler(StockDDPMScheduler):
             ValueError: `optimal`, and the network's error was not measured.
         """
         if self.variance_type == OPTIMAL_VARIANCE and self.config.get("_prediction_error") is None:
-            raise ValueError(
+            raise UserError(
                 "variance_type='optimal' needs the network's measured error: run ddpm-hf optimal_variance on the "
                 "model, or call scheduler.set_prediction_error"
             )
@@ -215,7 +216,7 @@ class DDPMScheduler(StockDDPMScheduler):
         T = self.config.num_train_timesteps
         values = torch.as_tensor(error, dtype=torch.float64).cpu()
         if values.shape != (T,) or not values.isfinite().all() or values.min() < 0:
-            raise ValueError(f"the prediction error must be {T} finite numbers from 0 on, got {list(values.shape)}")
+            raise UserError(f"the prediction error must be {T} finite numbers from 0 on, got {list(values.shape)}")
         # seven digits are more than the measurement has
         self.register_to_config(_prediction_error=[float(f"{value:.7g}") for value in values.tolist()])
         self._process = self._chain_over(self._process.timesteps)
@@ -258,9 +259,9 @@ class DDPMScheduler(StockDDPMScheduler):
             return chain.gather(torch.as_tensor(t).reshape(-1), like, dtype)
         if isinstance(t, Tensor):
             if t.is_floating_point() or t.is_complex() or t.dtype == torch.bool:
-                raise ValueError(f"timesteps must be whole numbers, got a tensor of {t.dtype}")
+                raise UserError(f"timesteps must be whole numbers, got a tensor of {t.dtype}")
             if t.ndim > 1 or (t.ndim == 1 and len(t) not in (1, len(like))):
-                raise ValueError(
+                raise UserError(
                     f"timesteps must be one number, or one per image: got shape {tuple(t.shape)} "
                     f"for a batch of {len(like)}"
                 )
@@ -268,12 +269,12 @@ class DDPMScheduler(StockDDPMScheduler):
             t = _whole_number("a timestep", t)
         for value in set(t.reshape(-1).tolist() if isinstance(t, Tensor) else [t]):
             if not 0 <= value < self.config.num_train_timesteps:
-                raise ValueError(
+                raise UserError(
                     f"t={value} is outside the schedule; timesteps count from 0 to "
                     f"{self.config.num_train_timesteps - 1}"
                 )
             if value not in chain.previous:
-                raise ValueError(
+                raise UserError(
                     f"t={value} is not among the {len(chain.previous)} timesteps of the sampling chain; pass a value "
                     "of scheduler.timesteps, or put it there with set_timesteps(timesteps=[...])"
                 )
@@ -371,7 +372,7 @@ class DDPMScheduler(StockDDPMScheduler):
             ValueError: The number of channels does not fit the `variance_type`, or other dimensions differ.
         """
         if x_t.ndim < 2:
-            raise ValueError(f"a sample must have the shape [B, C, ...], got {tuple(x_t.shape)}")
+            raise UserError(f"a sample must have the shape [B, C, ...], got {tuple(x_t.shape)}")
         channels, learned = x_t.shape[1], self.variance_type in LEARNED_VARIANCES
         wanted = (x_t.shape[0], channels * (2 if learned else 1), *x_t.shape[2:])
         if tuple(model_output.shape) != wanted:
@@ -383,7 +384,7 @@ class DDPMScheduler(StockDDPMScheduler):
                 )
             elif not learned and model_output.shape[1:2] == (2 * channels,):
                 hint = "; a network with twice the channels needs variance_type='learned' or 'learned_range'"
-            raise ValueError(
+            raise UserError(
                 f"model_output must have shape {wanted} for a sample of shape {tuple(x_t.shape)}, "
                 f"got {tuple(model_output.shape)}{hint}"
             )
@@ -402,7 +403,7 @@ class DDPMScheduler(StockDDPMScheduler):
         kind = self.config.prediction_type
         if chain.undefined and not torch.compiler.is_compiling():
             for value in chain.undefined.intersection(torch.as_tensor(t).reshape(-1).tolist()):
-                raise ValueError(
+                raise UserError(
                     f"alpha_bar vanishes at t={value}, where {kind!r} says nothing about x_0; use prediction_type="
                     "'v_prediction' or 'sample' with this schedule, or timesteps that leave it out"
                 )
@@ -488,7 +489,7 @@ class DDPMScheduler(StockDDPMScheduler):
         if isinstance(generator, (list, tuple)):
             generator = list(generator)  # randn_tensor knows lists only
             if len(generator) != len(sample):
-                raise ValueError(
+                raise UserError(
                     f"got {len(generator)} generators for a batch of {len(sample)}; pass one generator, or one per "
                     "image"
                 )
@@ -535,23 +536,23 @@ class DDPMScheduler(StockDDPMScheduler):
         """
         T = self.config.num_train_timesteps
         if (num_inference_steps is None) == (timesteps is None):
-            raise ValueError("pass either num_inference_steps or timesteps, and not both")
+            raise UserError("pass either num_inference_steps or timesteps, and not both")
         if timesteps is not None:
             if not hasattr(timesteps, "__len__"):
-                raise ValueError(f"timesteps must be a list of whole numbers, got {timesteps!r}")
+                raise UserError(f"timesteps must be a list of whole numbers, got {timesteps!r}")
             chosen = np.array([_whole_number("each of timesteps", t) for t in timesteps], dtype=np.int64)
             if not len(chosen):
-                raise ValueError("timesteps is empty; give at least one, for example timesteps=[999, 500, 0]")
+                raise UserError("timesteps is empty; give at least one, for example timesteps=[999, 500, 0]")
             if (np.diff(chosen) >= 0).any():
                 k = int((np.diff(chosen) >= 0).argmax())
-                raise ValueError(
+                raise UserError(
                     f"timesteps must fall from high to low without repeats, but {chosen[k]} is followed by "
                     f"{chosen[k + 1]}; try sorted(set(timesteps), reverse=True)"
                 )
         else:
             K = _whole_number("num_inference_steps", num_inference_steps)
             if not 1 <= K <= T:
-                raise ValueError(f"num_inference_steps must be between 1 and the {T} steps of the chain, got {K}")
+                raise UserError(f"num_inference_steps must be between 1 and the {T} steps of the chain, got {K}")
             spacing = self.config.timestep_spacing
             if spacing == "linspace":
                 chosen = np.linspace(0, T - 1, K).round().astype(np.int64)[::-1]
@@ -563,7 +564,7 @@ class DDPMScheduler(StockDDPMScheduler):
             wrong = chosen[0] if chosen[0] >= T else chosen[-1]
             offset = self.config.steps_offset if timesteps is None else 0
             hint = f"; steps_offset={offset} leads beyond it, use 0" if offset else ""
-            raise ValueError(f"timestep {wrong} is outside the schedule, which counts from 0 to {T - 1}{hint}")
+            raise UserError(f"timestep {wrong} is outside the schedule, which counts from 0 to {T - 1}{hint}")
 
         self.custom_timesteps = timesteps is not None
         self.num_inference_steps = len(chosen)
@@ -589,14 +590,14 @@ class DDPMScheduler(StockDDPMScheduler):
         """
         t = _whole_number("timestep", timestep)
         if t not in self._chain.previous:
-            raise ValueError(f"t={t} is not among the {len(self._chain.previous)} timesteps of the sampling chain")
+            raise UserError(f"t={t} is not among the {len(self._chain.previous)} timesteps of the sampling chain")
         return self._chain.previous[t]
 
 
 def _working_dtype(x: Tensor) -> torch.dtype:
     """The precision to compute in: float64 for float64, else float32."""
     if not x.is_floating_point():
-        raise ValueError(f"expected floating-point images in [-1, 1], got {x.dtype}; for uint8 use x / 127.5 - 1")
+        raise UserError(f"expected floating-point images in [-1, 1], got {x.dtype}; for uint8 use x / 127.5 - 1")
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
@@ -606,7 +607,7 @@ def _working(x: Tensor) -> Tensor:
 
 def _check_same_shape(name_1: str, x_1: Tensor, name_2: str, x_2: Tensor) -> None:
     if x_1.shape != x_2.shape:
-        raise ValueError(
+        raise UserError(
             f"{name_1} and {name_2} must have the same shape, got {tuple(x_1.shape)} and {tuple(x_2.shape)}"
         )
 
@@ -617,4 +618,4 @@ def _whole_number(name: str, value: Any) -> int:
             return operator.index(value)
     except TypeError:
         pass
-    raise ValueError(f"{name} must be a whole number, got {value!r}")
+    raise UserError(f"{name} must be a whole number, got {value!r}")

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .errors import UserError
 from .processes import processes, together
 
 Rows = dict[str, Tensor]
@@ -105,7 +106,7 @@ def all_rows(
         ValueError: A batch size below 1, or a folder that the processes do not share.
     """
     if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        raise UserError(f"batch_size must be at least 1, got {batch_size}")
     here = processes()
     parts: list[Rows] = [] if folder is None else _kept(folder)
     done = {i for part in parts for i in part["ids"].tolist()}
@@ -140,6 +141,6 @@ def _in_order(parts: Sequence[Rows], count: int, folder: Path | None) -> Rows:
     wanted = ids < count
     place[ids[wanted]] = torch.arange(len(ids))[wanted]
     if (place < 0).any():
-        raise ValueError(f"{int((place < 0).sum())} of {count} rows are missing; all processes have to share {folder}")
+        raise UserError(f"{int((place < 0).sum())} of {count} rows are missing; all processes have to share {folder}")
     names = [name for name in (parts[0] if parts else {}) if name != "ids"]
     return {name: torch.cat([part[name] for part in parts])[place] for name in names}

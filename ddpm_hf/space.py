@@ -26,6 +26,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, co
 from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.utils import get_session
 
+from .errors import UserError
 from .hub import PushError, check_repo_id, known_token, retried
 from .hub_files import CARD, make_snapshot, read_card
 from .model_card import check_license, front_matter
@@ -113,7 +114,7 @@ def requirements() -> str:
     try:
         needs = distribution("ddpm-hf").requires or []
     except PackageNotFoundError:
-        raise ValueError("ddpm-hf is not installed, so what it needs is not known: pip install . first") from None
+        raise UserError("ddpm-hf is not installed, so what it needs is not known: pip install . first") from None
     return "\n".join(sorted(need for need in needs if "extra ==" not in need)) + "\n"
 
 
@@ -141,7 +142,7 @@ def write_space(
     if not run.is_dir():
         raise OSError(f"there is no folder {str(run)!r}")
     if output.is_file() or (output.is_dir() and any(output.iterdir())):
-        raise ValueError(f"--output {str(output)!r} holds something; name another, or remove it first")
+        raise UserError(f"--output {str(output)!r} holds something; name another, or remove it first")
     if model_id is not None:
         check_repo_id(model_id)
     check_license(license)
@@ -164,7 +165,7 @@ def _write(run: Path, folder: Path, model_id: str | None, license: str | None, t
         if model_id is None:
             size = sum(path.stat().st_size for path in snapshot.rglob("*"))
             if size > _LARGEST_MODEL:
-                raise ValueError(
+                raise UserError(
                     f"{str(run)!r} has {size / 1e9:.1f} GB, too much for a Space: push it with ddpm-hf push, and name "
                     "it with --model_id"
                 )

@@ -19,6 +19,7 @@ import torch
 from diffusers.utils import logging
 from PIL import Image
 
+from .errors import UserError
 from .figures import interpolate
 from .generation import SAMPLERS, parse_seeds, with_sampler
 from .image_files import ImageFormat, crop_box, read_image
@@ -59,7 +60,7 @@ class Limits:
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             if value < 1:
-                raise ValueError(f"the limit of {name} must be at least 1, got {value}")
+                raise UserError(f"the limit of {name} must be at least 1, got {value}")
 
 
 @dataclass(frozen=True)
@@ -88,17 +89,17 @@ def checked_seeds(text: Any, most: int) -> list[int]:
     text = str(text or "").strip()
     parts = text.split(",")
     if len(text) > _LONGEST_TEXT or not all(re.fullmatch(r"\s*[0-9]{1,19}(-[0-9]{1,19})?\s*", part) for part in parts):
-        raise ValueError("seeds are whole numbers and ranges, such as 0-7 or 0,5,8-11")
+        raise UserError("seeds are whole numbers and ranges, such as 0-7 or 0,5,8-11")
     ends = [[int(end) for end in part.split("-")] for part in parts]
     if max(max(pair) for pair in ends) > _LARGEST_SEED:
-        raise ValueError(f"a seed is at most {_LARGEST_SEED}")
+        raise UserError(f"a seed is at most {_LARGEST_SEED}")
     count = sum(max(0, pair[-1] - pair[0] + 1) for pair in ends)
     if count > most:
-        raise ValueError(f"{count} seeds are too many here; at most {most} images at a time")
+        raise UserError(f"{count} seeds are too many here; at most {most} images at a time")
     try:
         return parse_seeds(text)
     except ValueError as error:  # it speaks of a flag, which there is none of here
-        raise ValueError(str(error).replace("--seeds", "the seeds")) from None
+        raise UserError(str(error).replace("--seeds", "the seeds")) from None
 
 
 def checked_number(value: Any, name: str, low: float, high: float, whole: bool = True) -> float:
@@ -113,7 +114,7 @@ def checked_number(value: Any, name: str, low: float, high: float, whole: bool =
         number = math.nan
     if not low <= number <= high or (whole and number != int(number)):
         kind = "a whole number" if whole else "a number"
-        raise ValueError(f"{name} must be {kind} from {low} to {high}, got {str(value)[:40]}")
+        raise UserError(f"{name} must be {kind} from {low} to {high}, got {str(value)[:40]}")
     return number
 
 
@@ -134,7 +135,7 @@ class Demo:
         self.limits = limits or Limits()
         self.folder = folder
         if not self.names or len(set(self.names)) < len(self.names):
-            raise ValueError(f"name at least one model, and each one once, such as runs/digits,org/name; got {names}")
+            raise UserError(f"name at least one model, and each one once, such as runs/digits,org/name; got {names}")
         self._lock = threading.Lock()
         self._loaded: dict[str, DDPMPipeline] = {}
 
@@ -147,14 +148,14 @@ class Demo:
             ValueError, OSError: It is none of them, or cannot be loaded, or draws no pictures.
         """
         if name not in self.names:  # before anything is looked up: a visitor must not choose what is downloaded
-            raise ValueError(f"there is no model {str(name)[:80]!r} here, only {', '.join(self.names)}")
+            raise UserError(f"there is no model {str(name)[:80]!r} here, only {', '.join(self.names)}")
         with self._lock:
             if name not in self._loaded:
                 beside = None if self.folder is None else self.folder / name
                 logging.disable_progress_bar()
                 pipe = DDPMPipeline.from_pretrained(beside if beside is not None and beside.is_dir() else name)
                 if pipe.image_shape[0] not in (1, 3):
-                    raise ValueError(f"{name!r} makes images of {pipe.image_shape[0]} channels, which are no pictures")
+                    raise UserError(f"{name!r} makes images of {pipe.image_shape[0]} channels, which are no pictures")
                 self._loaded[name] = pipe.to("cuda" if torch.cuda.is_available() else "cpu")
             return self._loaded[name]
 
@@ -162,7 +163,7 @@ class Demo:
         """A model with a sampler, which has a memory: every request gets one of its own."""
         if sampler not in SAMPLERS:
             known = f"it must be one of {', '.join(SAMPLERS)}"
-            raise ValueError(f"unknown sampler {str(sampler)[:40]!r}{nearest(str(sampler)[:40], SAMPLERS)}; {known}")
+            raise UserError(f"unknown sampler {str(sampler)[:40]!r}{nearest(str(sampler)[:40], SAMPLERS)}; {known}")
         pipe = with_sampler(self.load(model), sampler)
         return DDPMPipeline(pipe.unet, type(pipe.scheduler).from_config(pipe.scheduler.config))
 
@@ -320,10 +321,10 @@ class Demo:
             ValueError: The file cannot be read or is too large, or the model has no likelihood.
         """
         if not file:
-            raise ValueError("choose an image file first")
+            raise UserError("choose an image file first")
         pipe = self.load(model)
         if not isinstance(pipe.scheduler, DDPMScheduler):
-            raise ValueError(f"{model!r} was saved with a {type(pipe.scheduler).__name__}, which has no likelihood")
+            raise UserError(f"{model!r} was saved with a {type(pipe.scheduler).__name__}, which has no likelihood")
         chosen = self._label(model, label)
         channels, height, width = pipe.image_shape
         converted = describe_conversion(Path(file), pipe.image_shape, self.limits.pixels)
@@ -376,9 +377,9 @@ def describe_conversion(path: Path, image_shape: tuple[int, int, int], most_pixe
             animated, transparent = getattr(image, "is_animated", False), image.has_transparency_data
     except Exception:  # whatever Pillow's decoders raise; reading it says what it is
         read_image(path, ImageFormat(channels, (height, width)))
-        raise ValueError("the file could not be read") from None
+        raise UserError("the file could not be read") from None
     if size[0] * size[1] > most_pixels:
-        raise ValueError(
+        raise UserError(
             f"the image has {size[0]} x {size[1]} pixels; at most {most_pixels / 1e6:g} million are taken here"
         )
     words = [f"{kind} of {size[0]} x {size[1]} pixels (mode {mode})"]

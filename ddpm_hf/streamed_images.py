@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .errors import UserError
 from .image_decoding import Reading, refuse_bad
 from .image_files import read_bytes
 from .image_tables import bytes_or_path, choose_columns, open_table
@@ -47,7 +48,7 @@ class StreamedImages:
         labels_needed: bool,
     ):
         if reading.form.resolution is None:
-            raise ValueError(f"the images of {name} are streamed; choose one size with --resolution")
+            raise UserError(f"the images of {name} are streamed; choose one size with --resolution")
         self.name, self.class_names = name, class_names
         self.image_shape = (reading.form.channels, *reading.form.resolution)
         self.num_images: int | None = None
@@ -104,7 +105,7 @@ class StreamedImages:
                 self._report_once(following, pixels)
                 following += 1
                 if following - position > _GIVE_UP_AFTER:
-                    raise ValueError(f"{_GIVE_UP_AFTER} images of {self.name} in a row cannot be read: {pixels}")
+                    raise UserError(f"{_GIVE_UP_AFTER} images of {self.name} in a row cannot be read: {pixels}")
                 self._read_until(min(positions), following + 1, seed)
                 raw[place] = self._ahead[following - self._position]
                 pixels = self._reading.decode([bytes_or_path(raw[place][self._column])], [seeds[place]])[0]
@@ -154,7 +155,7 @@ class StreamedImages:
             return torch.tensor(labels, dtype=torch.long)
         said = f"{unlabelled} of {len(raw)} images of the stream {self.name} have no label in {self._label_column!r}"
         if self._labels_needed:
-            raise ValueError(f"{said}; remove them, or name another column with --label_column, or none")
+            raise UserError(f"{said}; remove them, or name another column with --label_column, or none")
         if not self._said_unlabelled:
             self._said_unlabelled = True
             self._reading.report(f"{said}, so none of these has one here, and the same where it happens again")
@@ -205,7 +206,7 @@ class StreamedImages:
                 count += 1
                 yield row
             if not count:
-                raise ValueError(f"the stream {self.name} has no images in this split")
+                raise UserError(f"the stream {self.name} has no images in this split")
             self.num_images = count
             epoch += 1
 
@@ -257,13 +258,13 @@ def open_stream(
         stream = stream._resolve_features()
         features = stream.features
     if not features:
-        raise ValueError(f"the dataset {name!r} has no images in split 'train'")
+        raise UserError(f"the dataset {name!r} has no images in split 'train'")
     image, label = choose_columns(name, features, image_column, label_column, reading.report)
     names = None
     if label is not None and isinstance(features[label], datasets.ClassLabel):
         names = list(features[label].names)
     elif label_column is not None:
-        raise ValueError(
+        raise UserError(
             f"the column {label!r} of {name!r} does not say which classes there are, and a stream cannot be read "
             "through beforehand; load it without --streaming, or give the column the type ClassLabel"
         )

@@ -34,6 +34,7 @@ from .checkpointing import (
 )
 from .configuration import TrainingConfig, TrainingError, due
 from .data import StreamedImages, flip_images, to_model_range
+from .errors import UserError
 from .machine import keep_freed_memory, to_device, use_tf32
 from .objectives import OBJECTIVES
 from .pipeline_ddpm import DDPMPipeline
@@ -107,7 +108,7 @@ class Trainer:
             self._check_size()
             self.data = load_split(config, "train")
             if not isinstance(self.data, StreamedImages) and not len(self.data):
-                raise ValueError(f"{self.data.name!r} has no images to train on")
+                raise UserError(f"{self.data.name!r} has no images to train on")
             self.evaluation = TrainingEvaluation(config, self.data)
             self.unet_config = {**self.recipe.unet, **self._class_config()}
         self.identity = RunIdentity(config, self.recipe, self.unet_config, self.data, self.plan, self.precision)
@@ -169,16 +170,16 @@ class Trainer:
         """What accelerate was asked for, on a command line or in its configuration, and cannot be had here."""
         a = self.accelerator
         if a.distributed_type == DistributedType.FSDP and a.state.fsdp_plugin.fsdp_version != 2:
-            raise ValueError(
+            raise UserError(
                 "the first FSDP keeps one flat tensor per block, which checkpoints here do not hold; use FSDP 2 "
                 "(examples/accelerate/fsdp2.yaml) or several processes (examples/accelerate/multi_gpu.yaml)"
             )
         if a.mixed_precision == "fp16" and a.scaler is None:
-            raise ValueError(
+            raise UserError(
                 "--mixed_precision fp16 needs a GPU, and there is none here; use bf16, or leave it out for float32"
             )
         if a.mixed_precision not in ("no", "fp16", "bf16"):
-            raise ValueError(f"mixed precision {a.mixed_precision!r} is not supported; use bf16, fp16 or no")
+            raise UserError(f"mixed precision {a.mixed_precision!r} is not supported; use bf16, fp16 or no")
 
     def _check_size(self) -> None:
         """A size that the network cannot halve, said before any image is read."""
@@ -191,7 +192,7 @@ class Trainer:
             return {}
         names = self.data.class_names
         if names is None:
-            raise ValueError(
+            raise UserError(
                 f"--class_conditional needs classes, and {self.data.name!r} has none: use a folder of folders, or a "
                 "dataset with a label column (--label_column)"
             )
@@ -284,7 +285,7 @@ class Trainer:
             OSError: The disk refuses; the last checkpoint is intact.
         """
         if precision_name(self.accelerator) != self.precision:  # accelerate's state is shared by all of them
-            raise ValueError(
+            raise UserError(
                 f"another Trainer with precision {precision_name(self.accelerator)} was made after this one with "
                 f"{self.precision}; train the first before making the second"
             )

@@ -27,6 +27,7 @@ from accelerate.utils import broadcast_object_list
 from .checkpointing import write_directory
 from .configuration import TrainingConfig, due
 from .data import Images
+from .errors import UserError
 from .evaluation import (
     METRICS,
     SAMPLE_METRICS,
@@ -126,14 +127,14 @@ class TrainingEvaluation:
         if self.held_out is None or not config.eval_num_images:
             self.metrics = [metric for metric in self.metrics if metric != "nll"]
         if config.validation_steps and not self.metrics:
-            raise ValueError("--validation_steps has nothing to measure with --eval_metrics nll --eval_num_images 0")
+            raise UserError("--validation_steps has nothing to measure with --eval_metrics nll --eval_num_images 0")
         self.sets = {"train": train} | ({} if self.held_out is None else {"validation": self.held_out})
 
     def _load_held_out(self) -> Images | None:
         config = self.config
         if not config.validation_split and "dataset" not in config.images_given():
             if config.validation_steps and "nll" in self.metrics:
-                raise ValueError(
+                raise UserError(
                     "--validation_steps needs images that are held out; add --validation_split 0.05, or measure "
                     "something else than bits/dim: --eval_metrics fid"
                 )
@@ -144,7 +145,7 @@ class TrainingEvaluation:
         if not self._samples:
             held_out = first_images(held_out, config.eval_num_images)
             if not len(held_out):
-                raise ValueError(
+                raise UserError(
                     f"--validation_split {config.validation_split} of {held_out.name!r} holds out no image; use a "
                     "larger share, or --eval_num_images 0"
                 )
@@ -163,11 +164,11 @@ class TrainingEvaluation:
             )
         except ValueError as error:  # evaluate's flags have other names here
             text = re.sub(r"--(num_samples|features|inception_weights)", r"--eval_\1", str(error))
-            raise ValueError(text) from error
+            raise UserError(text) from error
         if (best := config.best_metric) is not None:
             names = names_of_numbers(self.metrics, extractors, list(self.sets))
             if best not in names:
-                raise ValueError(
+                raise UserError(
                     f"--best_metric {best!r} is none of the numbers that --eval_metrics {config.eval_metrics} gives"
                     f"{nearest(best, names)}: {', '.join(names)}"
                 )
@@ -294,9 +295,9 @@ def _parse(text: str) -> list[str]:
                 if name in METRICS
                 else nearest(name, IN_LOOP_METRICS)
             )
-            raise ValueError(f"--eval_metrics knows {known}, got {name!r}{what}")
+            raise UserError(f"--eval_metrics knows {known}, got {name!r}{what}")
     if not names:
-        raise ValueError(f"--eval_metrics names no metric; it knows {known}")
+        raise UserError(f"--eval_metrics names no metric; it knows {known}")
     return list(dict.fromkeys(names))
 
 

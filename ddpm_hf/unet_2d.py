@@ -13,6 +13,7 @@ from diffusers.models.unets.unet_2d import UNet2DModel as StockUNet2DModel
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
 
+from .errors import UserError
 from .presets import get_preset
 
 # `variance_scaling(scale=1e-10)` stands in for zero in the official code (nn.py, default_init).
@@ -79,7 +80,7 @@ class UNet2DModel(PortableConfigMixin, StockUNet2DModel):
         arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         for width in block_out_channels:
             if norm_num_groups is not None and width % norm_num_groups:
-                raise ValueError(
+                raise UserError(
                     f"block_out_channels={tuple(block_out_channels)} must be multiples of "
                     f"norm_num_groups={norm_num_groups}, and {width} is not"
                 )
@@ -122,7 +123,7 @@ class UNet2DModel(PortableConfigMixin, StockUNet2DModel):
         for size in (height, width):
             if size % self._factor or size < self._factor:
                 below = max(size // self._factor, 1) * self._factor
-                raise ValueError(
+                raise UserError(
                     f"an image of {height}x{width} cannot be halved {self._factor.bit_length() - 1} time(s) as this "
                     f"network does; use a multiple of {self._factor}, for example {below} or {below + self._factor}, "
                     "or fewer block_out_channels"
@@ -150,12 +151,10 @@ class UNet2DModel(PortableConfigMixin, StockUNet2DModel):
             ValueError: A size that cannot be halved often enough, a wrong number of channels or of timesteps.
         """
         if sample.ndim != 4 or sample.shape[1] != self.config.in_channels:
-            raise ValueError(
-                f"expected images of shape [B, {self.config.in_channels}, H, W], got {list(sample.shape)}"
-            )
+            raise UserError(f"expected images of shape [B, {self.config.in_channels}, H, W], got {list(sample.shape)}")
         self._check_size(*sample.shape[2:])
         if isinstance(timestep, Tensor) and timestep.ndim and timestep.shape not in ((1,), sample.shape[:1]):
-            raise ValueError(
+            raise UserError(
                 f"timestep must be one number, or one per image: got shape {tuple(timestep.shape)} for a batch of "
                 f"{len(sample)}"
             )

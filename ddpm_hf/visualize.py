@@ -11,6 +11,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from .errors import UserError
+
 ANIMATION_FORMATS = {".gif": "GIF", ".png": "PNG", ".apng": "PNG", ".webp": "WEBP"}
 
 
@@ -28,7 +30,7 @@ def image_grid(images: Tensor, columns: int | None = None, tile: int = 64, gap: 
     """
     n, channels, height, width = images.shape
     if n == 0 or channels not in (1, 3):
-        raise ValueError(f"a grid needs at least one image of 1 or 3 channels, got shape {tuple(images.shape)}")
+        raise UserError(f"a grid needs at least one image of 1 or 3 channels, got shape {tuple(images.shape)}")
     columns = columns or math.ceil(math.sqrt(n))
     scale = _scale(height, width, tile)
     tiles = images.cpu().numpy().transpose(0, 2, 3, 1).repeat(scale, axis=1).repeat(scale, axis=2)
@@ -68,7 +70,7 @@ def labelled_grid(
     """
     for name, titles, count in (("row", rows, images.shape[0]), ("column", columns, images.shape[1])):
         if titles is not None and len(titles) != count:
-            raise ValueError(f"got {len(titles)} {name} titles for {count} {name}s")
+            raise UserError(f"got {len(titles)} {name} titles for {count} {name}s")
     _, across, _, height, width = images.shape
     size = max(14, _scale(height, width, tile) * height // 8)
     font = ImageFont.load_default(size)
@@ -133,7 +135,7 @@ def save_animation(frames: Sequence[Image.Image], path: str | Path, duration: in
     path = Path(path)
     file_format = animation_format(path)
     if not frames:
-        raise ValueError("an animation needs at least one frame")
+        raise UserError("an animation needs at least one frame")
     size = max(frame.width for frame in frames), max(frame.height for frame in frames)
     first, *others = [_enlarged(frame, size) for frame in frames]
     durations = [duration] * len(others) + [hold]
@@ -154,7 +156,7 @@ def animation_format(path: str | Path) -> str:
     """
     suffix = Path(path).suffix.lower()
     if suffix not in ANIMATION_FORMATS:
-        raise ValueError(f"an animation is written as FILE{', FILE'.join(ANIMATION_FORMATS)}, got {str(path)!r}")
+        raise UserError(f"an animation is written as FILE{', FILE'.join(ANIMATION_FORMATS)}, got {str(path)!r}")
     return ANIMATION_FORMATS[suffix]
 
 
@@ -174,13 +176,13 @@ def check_writable(path: str | Path) -> None:
     """
     path = Path(path)
     if path.is_dir():
-        raise ValueError(f"cannot write {path}: it is a folder")
+        raise UserError(f"cannot write {path}: it is a folder")
     there = next(folder for folder in path.absolute().parents if folder.exists())
     try:
         with tempfile.TemporaryFile(dir=there):  # asking for permissions would believe those that root has in /proc
             pass
     except OSError as error:
-        raise ValueError(f"cannot write {path}: {error.strerror or error}") from None
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
 
 
 def _write(path: Path, write: Callable[[Path], None]) -> None:

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from .errors import UserError
+
 
 def read_weights(path: Path) -> Any:
     """What a file holds, on the CPU: tensors by name in general, and whatever a PyTorch file has beside or instead.
@@ -23,7 +25,7 @@ def read_weights(path: Path) -> Any:
         ValueError: There is no such file, it is damaged or of another kind, or would run code.
     """
     if not path.is_file():
-        raise ValueError(f"there is no file {str(path)!r}")
+        raise UserError(f"there is no file {str(path)!r}")
     kind = "safetensors file" if path.suffix == ".safetensors" else "PyTorch checkpoint"
     try:
         if path.suffix == ".safetensors":
@@ -35,12 +37,12 @@ def read_weights(path: Path) -> Any:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
         if isinstance(error, pickle.UnpicklingError):
             if "weights_only" in str(error).lower() or "unsupported" in str(error).lower():
-                raise ValueError(
+                raise UserError(
                     f"{str(path)!r} cannot be read as weights: it holds more than tensors and would run code when "
                     "loaded, so it is refused; save its state dict alone (torch.save(model.state_dict(), ...) or "
                     "safetensors) with the code that it came from"
                 ) from None
             reason = "no pickle"
-        raise ValueError(
+        raise UserError(
             f"{str(path)!r} cannot be read as weights: it is not a {kind}, or is damaged ({reason})"
         ) from None

@@ -15,10 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .errors import UserError
+
 Tensors = dict[str, Tensor]
 
 
-class ConversionError(ValueError):
+class ConversionError(UserError):
     """Weights that cannot be read or do not fit; the message names the file or tensor, and the shapes."""
 
 

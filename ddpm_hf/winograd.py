@@ -15,6 +15,8 @@ from typing import TypeGuard
 import torch
 from torch import Tensor, nn
 
+from .errors import UserError
+
 # Lavin & Gray 2016, Section 4.1 (interpolation at 0, 1, -1, 2, -2 and infinity): Y = A' [(G g G') * (B' d B)] A
 _B = [[4, 0, -5, 0, 1, 0], [0, -4, -4, 1, 1, 0], [0, 4, -4, -1, 1, 0], [0, -2, -1, 2, 1, 0], [0, 2, -1, -2, 1, 0]]
 _B += [[0, 4, 0, -5, 0, 1]]
@@ -71,7 +73,7 @@ class WinogradConv2d(nn.Module):
     def __init__(self, conv: nn.Conv2d, workspace: Workspace | None = None):
         super().__init__()
         if not self.fits(conv):
-            raise ValueError(
+            raise UserError(
                 "Winograd's convolution is for at least 32 channels and 3 x 3 kernels with stride 1 and padding 1, "
                 f"got {conv}"
             )

@@ -10,6 +10,7 @@ import pytest
 import ddpm_hf
 
 FLOORS = (
+    ("errors",),
     (
         "presets",
         "distributions",

@@ -1,0 +1,11 @@
+"""The error class of everything that this package says to its users."""
+
+from __future__ import annotations
+
+
+class UserError(ValueError):
+    """A mistake of a user, in one sentence: what is wrong, which value, what to write instead.
+
+    Commands print the sentence and end with exit code 2. Any other exception is a fault of this package or of a
+    library, and keeps its traceback. It is a `ValueError`, so that code which catches those of stock diffusers works.
+    """
