@@ -445,11 +445,13 @@ def _load_weights(
             them.
     """
     wanted = unet.state_dict()
-    if lost := [name for name in tensors if key_of(name) not in wanted]:
-        raise ConversionError(f"{str(file)!r}: no place for {listed(lost)} in {network}")
     state: Tensors = {}
+    lost = []
     for name, value in tensors.items():
-        key = key_of(name) or ""
+        key = key_of(name)
+        if key is None or key not in wanted:
+            lost.append(name)
+            continue
         target = wanted[key].shape
         if [n for n in value.shape if n != 1] == [n for n in target if n != 1]:
             value = value.reshape(target)  # 1x1 convolutions and matrices are the same numbers
@@ -460,6 +462,8 @@ def _load_weights(
         if not value.is_floating_point() or not value.isfinite().all():
             raise ConversionError(f"{str(file)!r}: {name} holds something else than finite numbers ({value.dtype})")
         state[key] = value.to(wanted[key].dtype)
+    if lost:
+        raise ConversionError(f"{str(file)!r}: no place for {listed(lost)} in {network}")
     if missing := sorted(wanted.keys() - state.keys()):
         raise ConversionError(f"{str(file)!r}: nothing found for {listed(missing, 1)}")
     unet.load_state_dict(state)
@@ -520,7 +524,8 @@ def _preset_options(from_format: str, path: Path, given: Mapping[str, Any]) -> d
             raise UserError(f"--preset {preset} goes with --from {released.format}, not {from_format}")
         return {"sample_size": released.network["sample_size"], **released.options}
     if preset.startswith(_OPENAI):
-        raise UserError(f"unknown preset {preset!r}{nearest(preset, RELEASED)}; see docs/convert.md")
+        known = [name for name in RELEASED if name.startswith(from_format)]
+        raise UserError(f"unknown preset {preset!r}{nearest(preset, known)}; see docs/convert.md")
     recipe = get_preset(preset)
     ours = {"noise_schedule": "beta_schedule", "diffusion_steps": "num_train_timesteps"}
     names = {**ours, "beta_start": "beta_start", "beta_end": "beta_end", "prediction_type": "prediction_type"}

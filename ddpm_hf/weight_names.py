@@ -81,7 +81,9 @@ class _Looked(dict[str, Tensor]):
             ConversionError: Some were not; names the first of them.
         """
         if self.left:
-            raise ConversionError(f"no place for {listed(list(self.left))} in a network of this format")
+            raise ConversionError(
+                f"no place for {listed(list(self.left))} in a network of this format; is the format right?"
+            )
 
 
 def listed(names: list[str], shown: int = 3) -> str:
@@ -278,7 +280,7 @@ def head_channels(widths: set[int], num_heads: int | None = None, num_head_chann
     if num_heads is not None and len(widths) > 1:
         raise ConversionError(
             f"{num_heads} heads over attention widths {sorted(widths)} need a head size per level, and "
-            "UNet2DModel has one for all; only num_heads=1 fits this network"
+            "UNet2DModel has one for all, so this network cannot be converted"
         )
     return num_head_channels or max(widths) // parts
 
