@@ -84,6 +84,13 @@ _SCHEDULES: dict[str, tuple[str, ...]] = {
     "guided_diffusion": ("linear", "cosine"),
 }
 
+# What networks of each format predict, if not only epsilon.
+_PREDICTS: dict[str, tuple[str, ...]] = {
+    "official_tf": ("epsilon", "sample", "posterior_mean"),
+    "improved_diffusion": ("epsilon", "sample"),
+    "guided_diffusion": ("epsilon", "sample"),
+}
+
 # Which of `ForeignOptions` each format takes.
 _ANY = ("sample_size", "preset", "ema", "diffusion_steps", "variance_type", "clip_sample")
 _BETAS = ("beta_start", "beta_end")
@@ -382,7 +389,9 @@ def _read_pesser(path: Path, ema: bool) -> _Source:
         names = (path.name, path.resolve().parent.name)
         name = next((n for n in names if re.match(r"(ema_)?diffusion_\w+_model|ema_", n)), None)
         averaged, why = None if name is None else name.startswith("ema_"), f"by the name {name}"
-        if raw := _PESSER_RAW.get(hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()):
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+        if raw := _PESSER_RAW.get(digest):
             averaged, why = False, f"it is pesser's released {raw}"
         weights = _only_kind(path, ema, averaged, why)
     tensors = _tensors_in(path, content)
@@ -500,7 +509,11 @@ def _resolve(from_format: str, path: Path, options: ForeignOptions) -> ForeignOp
         given.setdefault("variance_type", "fixed_small")
     if "variance_type" in given:  # the others' spelling is fixedlarge
         given["variance_type"] = re.sub("^fixed(?=small|large)", "fixed_", given["variance_type"])
-    for name, value in _preset_options(from_format, path, given).items():
+    from_preset = _preset_options(from_format, path, given)
+    predicts = given.get("prediction_type", from_preset.get("prediction_type", "epsilon"))
+    if predicts not in _PREDICTS.get(from_format, ("epsilon",)):
+        raise UserError(f"the code of {from_format} trains no network that predicts {predicts!r} (flag or preset)")
+    for name, value in from_preset.items():
         if name == "variance_type":  # whatever the training, sampling may use another
             given.setdefault(name, value)
         elif given.setdefault(name, value) != value:
@@ -578,7 +591,10 @@ def _process(
     if from_format in _OPENAI:
         process |= _openai_betas(from_format, options, T, schedule, assumed)
     else:
-        process |= {name: assumed.pick(options, name, PAPER_PROCESS[name]) for name in _BETAS}
+        ends = {"jsd": (), "const": ("beta_end",)}.get(schedule, _BETAS)
+        if unused := [name for name in _BETAS if name not in ends and getattr(options, name) is not None]:
+            raise UserError(f"--noise_schedule {schedule} has no {' and no '.join(unused)}; leave it out")
+        process |= {name: assumed.pick(options, name, PAPER_PROCESS[name]) for name in ends}
     process["variance_type"] = _variance(from_format, options, learned, assumed)
     process["clip_sample"] = from_format != "pytorch_ddpm" if options.clip_sample is None else options.clip_sample
     return process
@@ -667,6 +683,10 @@ def _check_network(path: Path, from_format: str, unet: Mapping[str, Any], preset
         raise ConversionError(
             f"{str(path)!r} holds a network from {channels} channels to {outputs}, as for super-resolution; a DDPM "
             "gives as many channels as it takes, or twice as many with a learned variance"
+        )
+    if from_format == "improved_diffusion" and "downsample_type" in unet:
+        raise ConversionError(
+            f"{str(path)!r} holds a network of guided-diffusion (resblock_updown); give --from guided_diffusion"
         )
     if preset is None:
         return

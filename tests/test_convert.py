@@ -153,6 +153,12 @@ def test_what_openai_files_do_not_say_is_asked_for(tmp_path, format_, options, w
         load_foreign(format_, path, **{"sample_size": 16, **options})
 
 
+def test_a_network_of_guided_diffusion_is_not_taken_for_improved_diffusion(tmp_path):
+    path = saved(tmp_path, foreign.make_improved(updown=True))
+    with pytest.raises(ConversionError, match="give --from guided_diffusion"):
+        load_foreign("improved_diffusion", path, sample_size=16, num_heads=4)
+
+
 @pytest.mark.parametrize("format_", ["pesser", "pytorch_ddpm", "official_tf"])
 def test_heads_are_refused_where_attention_has_one(tmp_path, format_):
     with pytest.raises(ValueError, match="takes no --num_heads: its attention has one head"):
@@ -266,6 +272,11 @@ def test_ddim_process_and_what_its_sampler_does_not_clip(tmp_path, capsys):
     scheduler = DDPMPipeline.from_pretrained(tmp_path / "a").scheduler
     sigmoid = torch.sigmoid(torch.linspace(-6, 6, 700, dtype=torch.float64)) * (0.02 - 1e-4) + 1e-4
     assert torch.allclose(scheduler.betas.double(), sigmoid, rtol=1e-6)
+    with pytest.raises(ValueError, match="jsd has no beta_end"):
+        load_foreign("pesser", path, sample_size=16, noise_schedule="jsd", beta_end=0.01)
+    preset = next(name for name, p in PRESETS.items() if p.scheduler["prediction_type"] == "posterior_mean")
+    with pytest.raises(ValueError, match="trains no network that predicts 'posterior_mean'"):
+        load_foreign("pesser", path, preset=preset)
     assert cli.main([*arguments, "--clip_sample", "false", "--output", str(tmp_path / "b")]) == 0
     assert "x_0 not clipped" in capsys.readouterr().out
 
