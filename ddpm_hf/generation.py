@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -23,7 +22,7 @@ from .pipeline_ddpm import DDPMPipeline, without_bar
 from .pipeline_inputs import one_per_image
 from .presets import nearest
 from .processes import processes, together
-from .reports import write_text
+from .reports import write_text, write_whole
 from .scheduling_ddpm import DDPMScheduler
 from .shards import digest, read_tensors, weights_digest, write_tensors
 from .visualize import image_grid, save_picture
@@ -295,10 +294,11 @@ def write_samples(
 
 
 def _write_npz(path: Path, images: Tensor) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
-        np.savez(file, images.permute(0, 2, 3, 1).numpy())
-    os.replace(partial, path)
+    def write(partial: Path) -> None:
+        with partial.open("wb") as file:  # to a name numpy would add .npz
+            np.savez(file, images.permute(0, 2, 3, 1).numpy())
+
+    write_whole(path, write)
 
 
 class _Folder:

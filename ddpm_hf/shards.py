@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from tqdm.auto import tqdm
 
 from .errors import UserError
 from .processes import processes, together
+from .reports import write_whole
 
 Rows = dict[str, Tensor]
 
@@ -61,17 +61,11 @@ def write_tensors(path: Path, tensors: Rows) -> None:
     Raises:
         OSError: It cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     try:
-        save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, partial)
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        write_whole(path, lambda partial: save_file(plain, partial))
     except SafetensorError as error:  # safetensors has its own error for a full disk
         raise OSError(f"cannot write {path}: {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def read_tensors(path: Path) -> Rows | None:
