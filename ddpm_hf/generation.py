@@ -259,8 +259,8 @@ def write_samples(
     # What is drawn so far: the folder itself, or one beside the file that is made of it in the end.
     parts = _Parts(output.with_name(f".{output.name}.parts"))
     store = _Folder(output) if kind == "folder" else parts
-    drawn = store.finished()
     with together():  # so all have looked at what is finished before anybody adds to it
+        drawn = store.finished()
         # All arguments are checked before anything is written.
         given = {name: value for name, value in options.items() if name not in ("progress", "desc", "class_labels")}
         for name in ("image", "mask_image"):
@@ -279,9 +279,9 @@ def write_samples(
     for name in ("image", "mask_image"):
         options[name] = _share(options.get(name), mine)
     options["progress"] = options.get("progress", False) and here.is_main_process
-    for part, images in generate(pipe, [seeds[i] for i in mine], batch_size=batch_size, **options):
-        store.add(part, images)
-    here.wait_for_everyone()
+    with together():
+        for part, images in generate(pipe, [seeds[i] for i in mine], batch_size=batch_size, **options):
+            store.add(part, images)
     with together():
         if kind != "folder" and here.is_main_process:
             images = parts.read(seeds)
