@@ -231,6 +231,8 @@ class TrainingConfig:
         sizes = [1 if size is None else size for size in sizes]
         if len(sizes) not in (1, 2) or min(sizes) <= 0:
             raise UserError(f"--resolution takes one or two positive numbers, got {self.resolution}")
+        if (self.num_cpu_threads or 0) > 4096:
+            raise UserError(f"--num_cpu_threads is at most 4096, got {self.num_cpu_threads}")
         if self.value_range is not None and (len(self.value_range) != 2 or self.value_range[0] >= self.value_range[1]):
             raise UserError(f"--value_range takes two rising numbers, for example 0 1, got {self.value_range}")
         if self.hub_model_id is not None and not self.push_to_hub:

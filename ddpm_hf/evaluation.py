@@ -104,7 +104,7 @@ def load_splits(
     elif dataset_name is not None and len(given) == 1:
         try:
             held_out = {"test": load("test")}
-        except ValueError as error:
+        except UserError as error:
             if "unknown split" not in str(error).lower():  # in the words of datasets; anything else is to be heard
                 raise
             held_out = {}

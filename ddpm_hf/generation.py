@@ -36,6 +36,7 @@ _SAMPLERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "unipc": (UniPCMultistepScheduler, {}),
 }
 SAMPLERS = tuple(_SAMPLERS)
+_SPACINGS = ("leading", "linspace", "trailing")
 
 # Suffixes of files that cannot be written; without this check they would become folders.
 _OTHER_FILES = (".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".npy", ".zip", ".tar", ".safetensors")
@@ -101,6 +102,11 @@ def with_sampler(
             )
         options = {**options, "variance_type": variance_type}
     if timestep_spacing is not None:
+        if timestep_spacing not in _SPACINGS:
+            raise UserError(
+                f"unknown timestep_spacing {timestep_spacing!r}{nearest(timestep_spacing, _SPACINGS)}; it must be one "
+                f"of {', '.join(_SPACINGS)}"
+            )
         options = {**options, "timestep_spacing": timestep_spacing}
     made = DDPMPipeline(pipe.unet, kind.from_config(config, **options))
     made.network = pipe.network
@@ -118,7 +124,12 @@ def check_sampler(pipe: DDPMPipeline, **options: Any) -> None:
         ValueError: One of them does not go with the others, the network or the sampler.
     """
     options.setdefault("class_labels", None if pipe.classes.count is None else [])
-    pipe(seeds=[], output_type="pt", **options)
+    try:
+        pipe(seeds=[], output_type="pt", **options)
+    except UserError:
+        raise
+    except ValueError as error:  # stock's samplers refuse settings in words of their own
+        raise UserError(f"{type(pipe.scheduler).__name__}: {' '.join(str(error).split())}") from error
     if isinstance(pipe.scheduler, DDPMScheduler):
         pipe.scheduler.check_variance()
 

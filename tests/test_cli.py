@@ -87,6 +87,8 @@ def test_every_preset_has_a_configuration_that_changes_nothing_of_it(repository_
         (["--config", "{tmp}/unknown.yaml"], ["'learning_rat'", "did you mean 'learning_rate'?"]),
         (["--config", "{tmp}/list.yaml"], ["keys and values"]),
         (["--config", "{tmp}/broken.yaml"], ["not valid YAML"]),
+        (["--config", "{tmp}/date.yaml"], ["not valid YAML", "month"]),
+        (["--preset", "digits", "--num_cpu_threads", "99999999999"], ["--num_cpu_threads", "4096"]),
         (["--preset", "digits", "--output_dir", "{tmp}/list.yaml"], ["is a file"]),
         (["--preset", "digits", "--resume_from_checkpoint", "checkpoint-7"], ["checkpoint-7"]),
         (["--preset", "digits", "--resolution", "8", "x"], ["--resolution", "'x'"]),
@@ -103,6 +105,7 @@ def test_training_mistakes(tmp_path, capsys, monkeypatch, arguments, words):
     (tmp_path / "unknown.yaml").write_text("preset: digits\nlearning_rat: 1\n")
     (tmp_path / "list.yaml").write_text("- 1\n")
     (tmp_path / "broken.yaml").write_text("a: [1\n")
+    (tmp_path / "date.yaml").write_text("output_dir: 2026-13-01\n")
     before = sorted(tmp_path.iterdir())
     arguments = [word.replace("{tmp}", str(tmp_path)) for word in arguments]
     if "--output_dir" not in arguments:
@@ -134,6 +137,7 @@ def test_other_mistakes(tmp_path, capsys, small_pipeline):
         (["sample", *model, *out, "--seeds", "a"], "'a'"),
         (["sample", *model, *out, "--sampler", "eulr"], "'eulr'"),
         (["sample", *model, *out, "--batch_size", "0"], "batch_size"),
+        (["sample", *model, *out, "--sampler", "ddim", "--timestep_spacing", "x"], "leading, linspace, trailing"),
         (["sample", *model, *out, "--num_inference_steps", "1001"], "1001"),
         (["sample", *model, "--output", str(tmp_path / "x.gif")], "x.gif"),
         (["evaluate", *model, "--metrics", "fid2", "--dataset", "digits"], "'fid2'"),
