@@ -329,7 +329,8 @@ class _Folder:
     def add(self, seeds: Sequence[int], images: Tensor) -> None:
         for seed, image in zip(seeds, images, strict=True):
             pixels = image.permute(1, 2, 0).numpy()
-            save_picture(Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels), self._file(seed))
+            picture = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+            save_picture(picture, self._file(seed), durable=False)  # what a crash empties is drawn again
 
 
 class _Parts:

@@ -47,7 +47,7 @@ def _memory_advice(step: int) -> Iterator[None]:
     """Say which flag helps where the device's memory is too small for what is shown of a run.
 
     Raises:
-        TrainingError: It is; the checkpoint of this update has been written where one was due.
+        TrainingError: It is.
     """
     try:
         yield

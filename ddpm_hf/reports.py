@@ -138,7 +138,7 @@ def writable_folder(folder: Path, flag: str) -> None:
         raise UserError(f"cannot write to {flag} {folder}: permission denied")
 
 
-def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+def write_whole(path: Path, write: Callable[[Path], Any], durable: bool = True) -> None:
     """Write a file completely or not at all, and flush it to the disk.
 
     Any number of threads, processes and machines may write the same file: each has a partial file of its own, and the
@@ -147,6 +147,8 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     Args:
         path: The file; its folder is made.
         write: Writes a file of the name that it is given, which ends in `.partial`.
+        durable: `False` leaves the flushing to the system: for many small files that can be made again, as it takes
+            milliseconds.
 
     Raises:
         OSError: It cannot be written; what was at `path` before is still there.
@@ -156,11 +158,13 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:
         write(partial)
-        flush(partial)
+        if durable:
+            flush(partial)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
-    flush(path.parent)
+    if durable:
+        flush(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -176,10 +180,9 @@ def flush(path: Path) -> None:
     folder = path.is_dir()
     if folder and os.name == "nt":
         return
+    mode = os.O_RDWR if os.name == "nt" else os.O_RDONLY  # Windows flushes what may be written
     try:
-        descriptor = os.open(
-            path, os.O_RDWR if os.name == "nt" else os.O_RDONLY
-        )  # Windows flushes what may be written
+        descriptor = os.open(path, mode)
         try:
             os.fsync(descriptor)
         finally:

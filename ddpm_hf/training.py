@@ -358,7 +358,12 @@ class Trainer:
                 if saved:
                     self._save()
                 if self.step < last:
-                    self._watch(stop)
+                    try:
+                        self._watch(stop)
+                    except UserError:  # too little memory for it: what was trained is not lost, and it is made again
+                        if not saved:
+                            self._save()
+                        raise
                     if saved and config.push_to_hub:
                         self.publisher.push(self._ema_state_dict(), self.step)
                 stopping = self._all_agree_to_stop(stop)

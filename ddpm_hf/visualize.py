@@ -116,9 +116,9 @@ def _wrapped(text: str, width: int, width_of: Callable[[str], int]) -> list[str]
 # ---------------------------------------------------------------------- files
 
 
-def save_picture(picture: Image.Image, path: str | Path) -> None:
-    """Write a PNG completely or not at all."""
-    write_whole(Path(path), lambda partial: picture.save(partial, format="PNG"))
+def save_picture(picture: Image.Image, path: str | Path, durable: bool = True) -> None:
+    """Write a PNG completely or not at all; `durable` as in `reports.write_whole`."""
+    write_whole(Path(path), lambda partial: picture.save(partial, format="PNG"), durable)
 
 
 def save_animation(frames: Sequence[Image.Image], path: str | Path, duration: int = 60, hold: int = 2000) -> None:

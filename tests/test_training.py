@@ -826,7 +826,7 @@ def test_images_at_a_time_change_no_number_and_no_picture(tmp_path, monkeypatch)
 @pytest.mark.parametrize("part", ["measure", "sample_grid"])
 @pytest.mark.parametrize("when", [2, 6])
 def test_too_little_memory_for_an_evaluation_names_its_flag(tmp_path, monkeypatch, part, when):
-    run = trainer(tmp_path / "run", checkpointing_steps=2, save_images_steps=2, **WATCHED)
+    run = trainer(tmp_path / "run", save_images_steps=2, **WATCHED)  # a checkpoint is due after 3 and 6
 
     def too_large(*_):
         if run.step == when:
