@@ -147,14 +147,12 @@ def test_what_fails_on_one_machine_ends_all_with_its_sentence(tmp_path):
     assert "Traceback" not in said_by_first + said_by_second
 
 
-@pytest.mark.parametrize("figure", ["progressive", "interpolation"])
-def test_a_figure_is_drawn_by_one_process_which_waits_for_no_other(tmp_path, small_pipeline, figure, monkeypatch):
+def test_a_figure_is_drawn_by_one_process_which_waits_for_no_other(tmp_path, small_pipeline, monkeypatch):
     """And which chooses by itself how to compute the network, as the others have ended."""
     small_pipeline.save_pretrained(tmp_path / "model")
     monkeypatch.setenv("DDPM_HF_CACHE", str(tmp_path / "cache"))  # where no choice is kept yet
     command = ["-m", "ddpm_hf.cli", "sample", "--model", str(tmp_path / "model"), "--output", str(tmp_path / "f.png")]
-    command += ["--figure", figure, "--seeds", "0,1", "--num_inference_steps", "4", "--optimize", "yes"]
-    command += ["--dataset", "digits"] if figure == "interpolation" else []
+    command += ["--figure", "progressive", "--seeds", "0,1", "--num_inference_steps", "4", "--optimize", "yes"]
     (first, drawn), (second, _) = two_processes(command, command)
     assert (first, second) == (0, 0), drawn
     assert "network: fp32" in drawn
