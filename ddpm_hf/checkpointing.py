@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable
@@ -39,6 +38,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from .errors import UserError
+from .processes import say
+from .reports import flush
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 STATE_FILE, MANIFEST_FILE = "state.json", "manifest.json"
@@ -95,14 +96,6 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def write_directory(target: Path, fill: Callable[[Path], Any]) -> None:
     """Make the directory `target` from what `fill(folder)` writes, atomically: it appears complete or not at all.
 
@@ -115,8 +108,8 @@ def write_directory(target: Path, fill: Callable[[Path], Any]) -> None:
         partial.mkdir(parents=True)
         fill(partial)
         for path in sorted(partial.rglob("*")):
-            _fsync(path)
-        _fsync(partial)
+            flush(path)
+        flush(partial)
         shutil.rmtree(old, ignore_errors=True)
         if target.exists():
             target.rename(old)
@@ -126,7 +119,7 @@ def write_directory(target: Path, fill: Callable[[Path], Any]) -> None:
             if old.exists():
                 old.rename(target)
             raise
-        _fsync(target.parent)
+        flush(target.parent)
         shutil.rmtree(old, ignore_errors=True)
     except SafetensorError as error:  # safetensors has its own error for a full disk
         shutil.rmtree(partial, ignore_errors=True)
@@ -272,7 +265,7 @@ def find_checkpoint(output_dir: Path, which: str) -> tuple[Path, dict[str, dict[
         try:
             return path, *load_checkpoint(path)
         except CheckpointError as error:
-            print(f"warning: {error}; trying the one before it")
+            say(f"warning: {error}; trying the one before it")
     if checkpoints:
         raise CheckpointError(f"all {len(checkpoints)} checkpoints in {str(output_dir)!r} are damaged")
     return None

@@ -8,6 +8,7 @@ from typing import Any
 
 from .command_line import Parser, UsageError
 from .configuration import paper_value
+from .errors import UserError
 
 # Network evaluations from which on `--optimize auto` times the ways to make them, which takes about twenty.
 _LONG_RUN = 5000
@@ -112,12 +113,13 @@ def sampling_evaluations(pipe: Any, values: Any, count: int) -> int:
     return batches * (values.num_inference_steps or pipe.scheduler.config.num_train_timesteps)
 
 
-def inference_optimization(values: Any, evaluations: int) -> Callable[[Any], None] | None:
+def inference_optimization(values: Any, evaluations: int, shared: bool = True) -> Callable[[Any], None] | None:
     """A function that makes a pipeline's network faster as `--optimize` says, and says how; `None` for nothing.
 
     Args:
         values: The flags.
         evaluations: About how many evaluations of the network follow, of a batch each.
+        shared: Whether all processes will call it; see `inference.optimize_for_inference`.
     """
     if values.optimize == "no" or (values.optimize == "auto" and evaluations < _LONG_RUN):
         return None
@@ -126,7 +128,9 @@ def inference_optimization(values: Any, evaluations: int) -> Callable[[Any], Non
         from .inference import optimize_for_inference
         from .processes import say
 
-        chosen = optimize_for_inference(pipe, compile=values.optimize == "compile", batch_size=values.batch_size)
+        chosen = optimize_for_inference(
+            pipe, compile=values.optimize == "compile", batch_size=values.batch_size, shared=shared
+        )
         say(f"network: {chosen}")
 
     return optimize
@@ -160,6 +164,6 @@ def read_images(flag: str, names: Sequence[str], image_shape: tuple[int, int, in
     for name in names:
         try:
             pixels.append(read_image(Path(name), ImageFormat(channels, (height, width))))
-        except ValueError as error:
+        except UserError as error:
             raise UsageError(f"cannot read --{flag} {name}: {error}") from error
     return torch.from_numpy(np.stack(pixels))

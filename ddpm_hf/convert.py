@@ -240,7 +240,7 @@ def _read_pytorch(path: Path) -> Any:
     """What a PyTorch or safetensors file holds, without executing anything in it."""
     try:
         return read_weights(path)
-    except ValueError as error:
+    except UserError as error:
         raise ConversionError(str(error)) from None
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
 
 from . import evaluation_plots as plots
 from .data import ImageDataset, Images, StreamedImages, load_hub_dataset, load_images
@@ -19,7 +18,7 @@ from .generation import check_sampler, with_sampler
 from .likelihood_evaluation import evaluate_likelihood
 from .pipeline_ddpm import DDPMPipeline
 from .presets import nearest
-from .processes import default_cache_dir, processes, together
+from .processes import default_cache_dir, from_first, processes, together
 from .reports import EvaluationReport, as_markdown, writable_folder, write_text
 from .sample_evaluation import (
     Neighbours,
@@ -105,7 +104,7 @@ def load_splits(
     elif dataset_name is not None and len(given) == 1:
         try:
             held_out = {"test": load("test")}
-        except ValueError as error:
+        except UserError as error:
             if "unknown split" not in str(error).lower():  # in the words of datasets; anything else is to be heard
                 raise
             held_out = {}
@@ -195,22 +194,25 @@ def evaluate(
         raise UserError("no images to evaluate on")
     if likelihood_splits is None:
         likelihood_splits = [split for split in sets if split != "train"] or list(sets)
-    extractors = checked_extractors(pipe, sets, wanted, num_samples, features, inception_weights)
-    if "rate_distortion" in metrics and num_evaluations is not None:
-        raise UserError("rate_distortion needs every term of the bound; leave out --num_evaluations")
-    sampling_pipe = with_sampler(pipe, sampler, variance_type, timestep_spacing)
-    if wanted:
-        check_sampler(sampling_pipe, num_inference_steps=num_inference_steps, eta=eta, guidance_scale=guidance_scale)
-    if seed < 0:
-        raise UserError(f"seed must be at least 0, got {seed}")
-    if output is not None:
-        writable_folder(output, "--output")
-    try:
-        writable_folder(cache_dir, "$DDPM_HF_CACHE" if cache_dir == default_cache_dir() else "--cache_dir")
-    except ValueError:
+    with together():  # what is missing on one machine is missing for all
+        extractors = checked_extractors(pipe, sets, wanted, num_samples, features, inception_weights)
+        if "rate_distortion" in metrics and num_evaluations is not None:
+            raise UserError("rate_distortion needs every term of the bound; leave out --num_evaluations")
+        sampling_pipe = with_sampler(pipe, sampler, variance_type, timestep_spacing)
         if wanted:
-            raise
-        work_dir = None if output is None else work_dir  # the likelihood does without, and cannot be resumed
+            check_sampler(
+                sampling_pipe, num_inference_steps=num_inference_steps, eta=eta, guidance_scale=guidance_scale
+            )
+        if seed < 0:
+            raise UserError(f"seed must be at least 0, got {seed}")
+        if output is not None:
+            writable_folder(output, "--output")
+        try:
+            writable_folder(cache_dir, "$DDPM_HF_CACHE" if cache_dir == default_cache_dir() else "--cache_dir")
+        except UserError:
+            if wanted:
+                raise
+            work_dir = None if output is None else work_dir  # the likelihood does without, and cannot be resumed
 
     if prepare is not None:
         prepare(pipe)
@@ -221,7 +223,8 @@ def evaluate(
     if set(metrics) & set(LIKELIHOOD_METRICS):
         bound_pipe = with_sampler(pipe, "ddpm", variance_type)  # the bound is the ancestral process's
         for position, split in enumerate(likelihood_splits):
-            data = first_images(sets[split], num_images)
+            with together():
+                data = first_images(sets[split], num_images)
             part = evaluate_likelihood(
                 bound_pipe,
                 data,
@@ -281,13 +284,11 @@ def evaluate(
                     add_neighbours(report, found, train, held_out)
                     if output is not None:
                         _save_neighbours(report, samples, train, found, held_out, output)
-        shared = [report]
-        broadcast_object_list(shared)
-        report = shared[0]
-    if output is not None and here.is_main_process:
-        report.save(output / "report.json")
-        write_text(output / "report.md", as_markdown(report))
-    here.wait_for_everyone()
+        report = from_first(report)
+    with together():
+        if output is not None and here.is_main_process:
+            report.save(output / "report.json")
+            write_text(output / "report.md", as_markdown(report))
     return report
 
 

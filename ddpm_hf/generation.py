@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -23,7 +22,7 @@ from .pipeline_ddpm import DDPMPipeline, without_bar
 from .pipeline_inputs import one_per_image
 from .presets import nearest
 from .processes import processes, together
-from .reports import write_text
+from .reports import write_text, write_whole
 from .scheduling_ddpm import DDPMScheduler
 from .shards import digest, read_tensors, weights_digest, write_tensors
 from .visualize import image_grid, save_picture
@@ -37,6 +36,7 @@ _SAMPLERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "unipc": (UniPCMultistepScheduler, {}),
 }
 SAMPLERS = tuple(_SAMPLERS)
+_SPACINGS = ("leading", "linspace", "trailing")
 
 # Suffixes of files that cannot be written; without this check they would become folders.
 _OTHER_FILES = (".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".npy", ".zip", ".tar", ".safetensors")
@@ -102,6 +102,11 @@ def with_sampler(
             )
         options = {**options, "variance_type": variance_type}
     if timestep_spacing is not None:
+        if timestep_spacing not in _SPACINGS:
+            raise UserError(
+                f"unknown timestep_spacing {timestep_spacing!r}{nearest(timestep_spacing, _SPACINGS)}; it must be one "
+                f"of {', '.join(_SPACINGS)}"
+            )
         options = {**options, "timestep_spacing": timestep_spacing}
     made = DDPMPipeline(pipe.unet, kind.from_config(config, **options))
     made.network = pipe.network
@@ -119,7 +124,12 @@ def check_sampler(pipe: DDPMPipeline, **options: Any) -> None:
         ValueError: One of them does not go with the others, the network or the sampler.
     """
     options.setdefault("class_labels", None if pipe.classes.count is None else [])
-    pipe(seeds=[], output_type="pt", **options)
+    try:
+        pipe(seeds=[], output_type="pt", **options)
+    except UserError:
+        raise
+    except ValueError as error:  # stock's samplers refuse settings in words of their own
+        raise UserError(f"{type(pipe.scheduler).__name__}: {' '.join(str(error).split())}") from error
     if isinstance(pipe.scheduler, DDPMScheduler):
         pipe.scheduler.check_variance()
 
@@ -260,8 +270,8 @@ def write_samples(
     # What is drawn so far: the folder itself, or one beside the file that is made of it in the end.
     parts = _Parts(output.with_name(f".{output.name}.parts"))
     store = _Folder(output) if kind == "folder" else parts
-    drawn = store.finished()
     with together():  # so all have looked at what is finished before anybody adds to it
+        drawn = store.finished()
         # All arguments are checked before anything is written.
         given = {name: value for name, value in options.items() if name not in ("progress", "desc", "class_labels")}
         for name in ("image", "mask_image"):
@@ -280,9 +290,9 @@ def write_samples(
     for name in ("image", "mask_image"):
         options[name] = _share(options.get(name), mine)
     options["progress"] = options.get("progress", False) and here.is_main_process
-    for part, images in generate(pipe, [seeds[i] for i in mine], batch_size=batch_size, **options):
-        store.add(part, images)
-    here.wait_for_everyone()
+    with together():
+        for part, images in generate(pipe, [seeds[i] for i in mine], batch_size=batch_size, **options):
+            store.add(part, images)
     with together():
         if kind != "folder" and here.is_main_process:
             images = parts.read(seeds)
@@ -295,10 +305,11 @@ def write_samples(
 
 
 def _write_npz(path: Path, images: Tensor) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
-        np.savez(file, images.permute(0, 2, 3, 1).numpy())
-    os.replace(partial, path)
+    def write(partial: Path) -> None:
+        with partial.open("wb") as file:  # to a name numpy would add .npz
+            np.savez(file, images.permute(0, 2, 3, 1).numpy())
+
+    write_whole(path, write)
 
 
 class _Folder:
@@ -318,7 +329,8 @@ class _Folder:
     def add(self, seeds: Sequence[int], images: Tensor) -> None:
         for seed, image in zip(seeds, images, strict=True):
             pixels = image.permute(1, 2, 0).numpy()
-            save_picture(Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels), self._file(seed))
+            picture = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+            save_picture(picture, self._file(seed), durable=False)  # what a crash empties is drawn again
 
 
 class _Parts:

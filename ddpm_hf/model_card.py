@@ -340,7 +340,7 @@ def front_matter(card: str) -> dict[str, Any]:
     """
     try:
         front = yaml.safe_load(_split(card)[0])
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none
         raise UserError("the front matter of the card is not YAML") from error
     if not isinstance(front, (dict, NoneType)):
         raise UserError("the front matter of the card has no keys and values")

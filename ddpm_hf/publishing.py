@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import dataclasses
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast, gather_object
+from accelerate.utils import broadcast
 from torch import Tensor
 
-from .configuration import TrainingConfig, due
+from .configuration import TrainingConfig, TrainingError, due
 from .data import Images, StreamedImages
 from .evaluation import EvaluationReport
 from .generation import generate, with_sampler
@@ -27,7 +29,7 @@ from .hub_files import CARD, REPORT, SAMPLES, write_card, write_pipeline
 from .model_card import CardFacts, check_license, public_name
 from .pipeline_ddpm import DDPMPipeline
 from .presets import Preset
-from .processes import say, together
+from .processes import gather, say, together
 from .scheduling_ddpm import DDPMScheduler
 from .training_batches import BatchPlan
 from .training_evaluation import TrainingEvaluation
@@ -38,6 +40,22 @@ from .visualize import image_grid, save_picture
 def precision_name(accelerator: Accelerator) -> str:
     """What the network computes in."""
     return {"no": "float32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
+
+
+@contextmanager
+def _memory_advice(step: int) -> Iterator[None]:
+    """Say which flag helps where the device's memory is too small for what is shown of a run.
+
+    Raises:
+        TrainingError: It is.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            f"too little memory on the device for the samples and numbers after update {step}; give a smaller "
+            "--eval_batch_size, and go on with --resume_from_checkpoint latest"
+        ) from error
 
 
 def describe_images(data: Images, name: str | None = None) -> str:
@@ -96,15 +114,16 @@ class Publisher:
 
     def push(self, averaged: dict[str, Tensor], step: int) -> None:
         """Put the model as it is after update `step` into the output folder, and on its way to the Hub."""
-        if self.pushes is None:
-            return
-        try:
-            self._write_pipeline(self.pipeline(averaged))
-            self._write_card(step, None)
-        except (OSError, ValueError) as error:  # the disk refuses, or a card cannot be read: the run goes on without
-            say(f"not published after update {step}: {error}")
-        else:
-            self.pushes.offer(f"After update {step}")
+        with together():
+            if self.pushes is None:
+                return
+            try:
+                self._write_pipeline(self.pipeline(averaged))
+                self._write_card(step, None)
+            except (OSError, ValueError) as error:  # a full disk, or a card that cannot be read: the run goes on
+                say(f"not published after update {step}: {error}")
+            else:
+                self.pushes.offer(f"After update {step}")
 
     @property
     def output_dir(self) -> Path:
@@ -117,10 +136,11 @@ class Publisher:
 
     def watch(self, averaged: dict[str, Tensor], step: int) -> tuple[DDPMPipeline, EvaluationReport | None]:
         """Make what is due after update `step` from the averaged weights: the model, and what was measured of it."""
-        pipe = self._shared_pipeline(averaged)
-        if due(step, self.config.save_images_steps):
-            self.sample_grid(pipe, f"samples-{step}.png")
-        return pipe, self.evaluation.measure(pipe) if self.evaluation.due(step) else None
+        with _memory_advice(step):
+            pipe = self._shared_pipeline(averaged)
+            if due(step, self.config.save_images_steps):
+                self.sample_grid(pipe, f"samples-{step}.png")
+            return pipe, self.evaluation.measure(pipe) if self.evaluation.due(step) else None
 
     def publish(self, averaged: dict[str, Tensor], step: int) -> DDPMPipeline:
         """Write the pipeline (safetensors), sample grid, report and card into the output folder."""
@@ -129,8 +149,9 @@ class Publisher:
             if main:
                 self._write_pipeline(pipe)
         say(f"wrote the pipeline to {folder}")
-        self.sample_grid(pipe, SAMPLES)
-        report = self.evaluation.measure(pipe)
+        with _memory_advice(step):
+            self.sample_grid(pipe, SAMPLES)
+            report = self.evaluation.measure(pipe)
         if report is not None:
             self.evaluation.keep(pipe, report, step)
         with together():
@@ -178,7 +199,8 @@ class Publisher:
 
     def _shared_pipeline(self, averaged: dict[str, Tensor]) -> DDPMPipeline:
         """`pipeline`, with the first process's weights in all, for rounding may differ between them."""
-        pipe = self.pipeline(averaged)
+        with together():
+            pipe = self.pipeline(averaged)
         if self.accelerator.num_processes > 1:
             broadcast(pipe.unet.state_dict())
         return pipe
@@ -191,16 +213,17 @@ class Publisher:
         batches = generate(
             with_sampler(pipe, config.sampler),
             seeds,
+            batch_size=config.evaluation_batch(a.num_processes, most=64),
             num_inference_steps=config.inference_steps(pipe.scheduler.config.num_train_timesteps),
             class_labels=[seed % len(classes) for seed in seeds] if classes else None,
         )
-        drawn = gather_object(
-            [(seed, image) for part, images in batches for seed, image in zip(part, images, strict=True)]
-        )
+        with together():
+            drawn = [(seed, image) for part, images in batches for seed, image in zip(part, images, strict=True)]
+        shares = gather(drawn)
         with together():
             if a.is_main_process:
-                images = torch.stack([image for _, image in sorted(drawn, key=lambda pair: pair[0])])
-                save_picture(image_grid(images), self.output_dir / name)
+                whole = sorted((pair for share in shares for pair in share), key=lambda pair: pair[0])
+                save_picture(image_grid(torch.stack([image for _, image in whole])), self.output_dir / name)
         say(f"wrote {self.output_dir / name}")
 
     def recipe_for_card(self, step: int) -> dict[str, Any]:

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import functools
 import importlib.metadata
 import json
 import math
 import os
 import platform
+import re
+import time
+import uuid
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,6 +25,8 @@ from .errors import UserError
 
 # Settings that may differ between two runs whose numbers are the same.
 _INCIDENTAL = ("seconds", "batch_size")
+# A file while it is written (`write_whole`); after a day its writer was killed.
+_PARTIAL, _ONE_DAY = re.compile(r"\..+\.[0-9a-f]{32}\.partial"), 86_400.0
 
 
 def library_versions() -> dict[str, str]:
@@ -129,12 +138,67 @@ def writable_folder(folder: Path, flag: str) -> None:
         raise UserError(f"cannot write to {flag} {folder}: permission denied")
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file, in UTF-8, completely or not at all."""
+def write_whole(path: Path, write: Callable[[Path], Any], durable: bool = True) -> None:
+    """Write a file completely or not at all, and flush it to the disk.
+
+    Any number of threads, processes and machines may write the same file: each has a partial file of its own, and the
+    last one to finish counts.
+
+    Args:
+        path: The file; its folder is made.
+        write: Writes a file of the name that it is given, which ends in `.partial`.
+        durable: `False` leaves the flushing to the system: for many small files that can be made again, as it takes
+            milliseconds.
+
+    Raises:
+        OSError: It cannot be written; what was at `path` before is still there.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    _remove_partial_files(path.parent)
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+    try:
+        write(partial)
+        if durable:
+            flush(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    if durable:
+        flush(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text in UTF-8, as `write_whole` does."""
+    write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def flush(path: Path) -> None:
+    """Put a file's content, or the names in a folder, onto the disk, so that a crash of the machine cannot take it.
+
+    Windows, and some network file systems, flush no folders.
+    """
+    folder = path.is_dir()
+    if folder and os.name == "nt":
+        return
+    mode = os.O_RDWR if os.name == "nt" else os.O_RDONLY  # Windows flushes what may be written
+    try:
+        descriptor = os.open(path, mode)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if not folder or error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES):
+            raise
+
+
+@functools.cache
+def _remove_partial_files(folder: Path) -> None:
+    """Remove what writers that were killed have left in a folder; it is looked at once per process."""
+    for path in folder.glob(".*.partial"):
+        with suppress(OSError):  # another process removes them too
+            if _PARTIAL.fullmatch(path.name) and time.time() - path.stat().st_mtime > _ONE_DAY:
+                path.unlink()
 
 
 def finite(content: Any) -> Any:

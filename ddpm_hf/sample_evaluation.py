@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from .errors import UserError
@@ -33,7 +32,7 @@ from .metrics import (
     precision_recall,
 )
 from .pipeline_ddpm import DDPMPipeline, without_bar
-from .processes import processes, together
+from .processes import from_first, processes, together
 from .randomness import derived_generator
 from .reports import EvaluationReport
 from .shards import all_rows, digest, images_digest, read_tensors, weights_digest, write_tensors
@@ -131,14 +130,14 @@ def real_images(
     """
     if len(images) < 2:
         raise UserError(f"samples are compared with real images, and {images.name!r} ({split}) has {len(images)}")
-    content = [""]
+    content = ""
     with together():
         if processes().is_main_process:
-            content[0] = images_digest(images)
-    broadcast_object_list(content)
+            content = images_digest(images)
+    content = from_first(content)
     found, keys = {}, {}
     for extractor in extractors:
-        key = digest(content[0], extractor.fingerprint)
+        key = digest(content, extractor.fingerprint)
 
         def features_of(ids: list[int], extractor: FeatureExtractor = extractor) -> dict[str, Tensor]:
             return {"features": extractor(images.batch(torch.tensor(ids))[0])["features"]}

@@ -30,6 +30,7 @@ from .errors import UserError
 from .hub import PushError, check_repo_id, known_token, retried
 from .hub_files import CARD, make_snapshot, read_card
 from .model_card import check_license, front_matter
+from .reports import flush
 
 GRADIO = "6.31.0"  # constraints.txt pins the same
 PYTHON = "3.11"
@@ -151,7 +152,10 @@ def write_space(
     try:
         _write(run, staging, model_id, license, token)
         staging.chmod(0o755)  # temporary folders are for their owner only
+        for path in (*staging.rglob("*"), staging):
+            flush(path)
         staging.replace(output)
+        flush(output.parent)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise

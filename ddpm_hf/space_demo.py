@@ -98,7 +98,7 @@ def checked_seeds(text: Any, most: int) -> list[int]:
         raise UserError(f"{count} seeds are too many here; at most {most} images at a time")
     try:
         return parse_seeds(text)
-    except ValueError as error:  # it speaks of a flag, which there is none of here
+    except UserError as error:  # it speaks of a flag, which there is none of here
         raise UserError(str(error).replace("--seeds", "the seeds")) from None
 
 

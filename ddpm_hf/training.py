@@ -43,9 +43,10 @@ from .processes import (
     end_with_the_launcher,
     forget_another_precision,
     interruptible,
-    known_tracker,
+    known_trackers,
     lonely_launch,
     only_run_in,
+    reduce_in_float32,
     refuse_foreign_engines,
     same_everywhere,
     say,
@@ -85,15 +86,22 @@ class Trainer:
         self.output_dir = Path(config.output_dir)
         refuse_foreign_engines()
         forget_another_precision(config.mixed_precision)
-        self.accelerator = Accelerator(
-            cpu=cpu_only(),
-            mixed_precision=config.mixed_precision,
-            log_with=known_tracker(config.report_to),
-            project_dir=str(self.output_dir / config.logging_dir),
-        )
+        trackers: Any = known_trackers(config.report_to)
+        try:
+            self.accelerator = Accelerator(
+                cpu=cpu_only(),
+                mixed_precision=config.mixed_precision,
+                log_with=trackers or None,
+                project_dir=str(self.output_dir / config.logging_dir),
+            )
+        except (ValueError, ImportError) as error:  # what a launcher, or its configuration, asked for
+            raise UserError(
+                f"accelerate cannot do what it was launched for: {' '.join(str(error).split())}"
+            ) from error
         self.device = self.accelerator.device
         self.precision = precision_name(self.accelerator)
         self._check_machine()
+        reduce_in_float32(self.accelerator)
         if self.device.type == "cpu":
             local = int(os.environ.get("LOCAL_WORLD_SIZE", self.accelerator.num_processes))
             set_cpu_threads(config.num_cpu_threads, local)
@@ -151,6 +159,8 @@ class Trainer:
         self._adam = optimizer
         self._skipped_in_a_row = torch.zeros((), device=self.device)
         self.step = 0  # optimizer updates done
+        # For the trackers: update, loss and gradient norm, what else there is.
+        self._unlogged: list[tuple[int, Tensor, dict[str, float]]] = []
         self.batches = Batches(
             self.data,
             self.plan,
@@ -174,6 +184,8 @@ class Trainer:
                 "the first FSDP keeps one flat tensor per block, which checkpoints here do not hold; use FSDP 2 "
                 "(examples/accelerate/fsdp2.yaml) or several processes (examples/accelerate/multi_gpu.yaml)"
             )
+        if a.distributed_type == DistributedType.FSDP and self.config.channels_last:
+            raise UserError("FSDP 2 does not shard weights in channels_last; leave out --channels_last, or the shards")
         if a.mixed_precision == "fp16" and a.scaler is None:
             raise UserError(
                 "--mixed_precision fp16 needs a GPU, and there is none here; use bf16, or leave it out for float32"
@@ -237,7 +249,7 @@ class Trainer:
                 loss = losses.sum() / self.plan.total
                 accelerator.backward(loss * accelerator.num_processes)
             loss_sum += loss.detach()
-        norm = accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.max_grad_norm)
+        norm = gather_shards(accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.max_grad_norm))
         self._step_optimizer(loss_sum, norm)
         return loss_sum, norm
 
@@ -248,7 +260,7 @@ class Trainer:
             TrainingError: Too many updates in a row were skipped.
         """
         # accelerate's step_was_skipped says no: a fused Adam is always called, and skips by itself.
-        bad = (~gather_shards(norm).isfinite()).float()
+        bad = (~norm.isfinite()).float()
         if self.accelerator.scaler is None:
             vars(self._adam)["found_inf"] = bad  # what the fused kernel looks at; a GradScaler sets it by itself
         self.optimizer.step()
@@ -335,26 +347,36 @@ class Trainer:
                 self.step += 1
                 bar.update()
                 now = time.monotonic()
+                images_per_second = (self.step - first) * self.plan.total / (now - started)
+                if self.accelerator.trackers and (due(self.step, config.logging_steps) or self.step == last):
+                    values = {"lr": self.lr_schedule.get_last_lr()[0], "images_per_second": images_per_second}
+                    self._unlogged.append((self.step, torch.stack([loss, norm]), values))
                 if now - shown > _SECONDS_BETWEEN_READINGS or self.step == last:
-                    self._show(bar, loss, norm, (self.step - first) * self.plan.total / (now - started))
+                    self._show(bar, loss, norm, images_per_second)
                     shown = now
                 saved = due(self.step, config.checkpointing_steps) or self.step == last
                 if saved:
                     self._save()
                 if self.step < last:
-                    self._watch(stop)
+                    try:
+                        self._watch(stop)
+                    except UserError:  # too little memory for it: what was trained is not lost, and it is made again
+                        if not saved:
+                            self._save()
+                        raise
                     if saved and config.push_to_hub:
                         self.publisher.push(self._ema_state_dict(), self.step)
                 stopping = self._all_agree_to_stop(stop)
                 if stopping and not saved:
                     self._save()
                 if stopping and self.step < last:
+                    self._log()
                     bar.close()
                     self._say_stopped()
                     return False
         seconds = time.monotonic() - started
-        images_per_second = (self.step - first) * self.plan.total / seconds
-        say(f"trained {self.step - first} updates in {seconds:.1f} s, {images_per_second:.0f} images/s")
+        speed = (self.step - first) * self.plan.total / seconds
+        say(f"trained {self.step - first} updates in {seconds:.1f} s, {speed:.0f} images/s")
         return True
 
     def _publish(self, stop: dict[str, bool]) -> DDPMPipeline | None:
@@ -379,10 +401,14 @@ class Trainer:
             raise OSError(f"cannot write to --output_dir {self.config.output_dir}: {error.strerror}") from error
 
     def _start_trackers(self) -> None:
-        if self.config.report_to:
+        if self.accelerator.log_with:
             plain = {key: value for key, value in self.config.public_values().items() if value is not None}
             plain = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in plain.items()}
-            self.accelerator.init_trackers("ddpm_hf", config=plain)
+            with together():
+                try:
+                    self.accelerator.init_trackers("ddpm_hf", config=plain)
+                except Exception as error:  # each has errors of its own, for a missing login for example
+                    raise UserError(f"--report_to {self.config.report_to} cannot start: {error}") from error
 
     def _watch(self, stop: dict[str, bool]) -> None:
         """What the publisher has to show of the averaged weights after this update; all processes take part.
@@ -401,6 +427,7 @@ class Trainer:
             pipe, report = self.publisher.watch(self._ema_state_dict(), self.step)
         if report is not None:
             self.evaluation.keep(pipe, report, self.step)
+            self._log()  # some trackers take updates in their order only
             self.accelerator.log({name: entry["value"] for name, entry in report.values.items()}, step=self.step)
 
     def _introduction(self) -> str:
@@ -424,20 +451,23 @@ class Trainer:
         return "\n".join(lines)
 
     def _show(self, bar: Any, loss: Tensor, norm: Tensor, images_per_second: float) -> None:
-        """Read the numbers from the device, show them and hand them to the trackers."""
+        """Read the numbers from the device and show them; trackers get theirs."""
         if self.publisher.pushes is not None:
             self.publisher.pushes.poll()
-        values = {
-            "loss": loss.item() * self.accelerator.num_processes,  # from this process's share, scaled to the whole
-            "lr": self.lr_schedule.get_last_lr()[0],
-            "grad_norm": norm.item(),
-            "images_per_second": images_per_second,
-        }
         bar.set_postfix_str(
-            f"loss {values['loss']:.4f}, lr {values['lr']:.2e}, grad {values['grad_norm']:.2f}, "
-            f"{images_per_second:.0f} images/s"
+            f"loss {loss.item() * self.accelerator.num_processes:.4f}, lr {self.lr_schedule.get_last_lr()[0]:.2e}, "
+            f"grad {norm.item():.2f}, {images_per_second:.0f} images/s"
         )
-        self.accelerator.log(values, step=self.step)
+        self._log()
+
+    def _log(self) -> None:
+        """Hand the numbers of every `logging_steps`-th update to the trackers, read from the device at once."""
+        noted, self._unlogged = self._unlogged, []
+        read = torch.stack([pair for _, pair, _ in noted]).tolist() if noted else []
+        for (step, _, values), (loss, norm) in zip(noted, read, strict=True):
+            # The loss is of this process's share, scaled to the whole.
+            loss *= self.accelerator.num_processes
+            self.accelerator.log({"loss": loss, "grad_norm": norm, **values}, step=step)
 
     def _all_agree_to_stop(self, stop: dict[str, bool]) -> bool:
         if self.accelerator.num_processes == 1:

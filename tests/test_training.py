@@ -17,6 +17,9 @@ import diffusers
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -31,11 +34,12 @@ from ddpm_hf import (
     training,
 )
 from ddpm_hf.checkpointing import list_checkpoints
+from ddpm_hf.errors import UserError
 from ddpm_hf.features import make_extractor
 from ddpm_hf.hub_files import published_files
 from ddpm_hf.objectives import simple_loss
 from ddpm_hf.presets import PRESETS
-from ddpm_hf.processes import only_run_in, stop_signals
+from ddpm_hf.processes import known_trackers, only_run_in, reduce_in_float32, stop_signals
 from ddpm_hf.training import TrainingError
 from ddpm_hf.training_evaluation import names_of_numbers
 
@@ -420,6 +424,62 @@ def test_trackers_get_the_numbers(tmp_path):
         trainer(tmp_path / "other", report_to="wandbb")
 
 
+def test_curves_of_two_runs_and_of_a_resumed_one_share_their_updates(tmp_path, monkeypatch):
+    """Whatever the clock says; the oracle is what each update returned."""
+
+    def curves(name, seconds, **settings):
+        monkeypatch.setattr(training, "_SECONDS_BETWEEN_READINGS", seconds)
+        run = trainer(tmp_path / name, report_to="tensorboard", logging_steps=2, max_train_steps=7, **settings)
+        update, returned = run._update, {}
+
+        def noted(step):
+            returned[step + 1] = update(step)
+            return returned[step + 1]
+
+        monkeypatch.setattr(run, "_update", noted)
+        run.train()
+        events = EventAccumulator(str(next((tmp_path / name / "logs").rglob("events.out.*")).parent))
+        events.Reload()
+        shown = {key: {e.step: e.value for e in events.Scalars(key)} for key in ("loss", "grad_norm", "lr")}
+        for place, key in enumerate(("loss", "grad_norm")):
+            assert shown[key] == {step: pytest.approx(returned[step][place].item()) for step in shown[key]}
+        return shown
+
+    slow, fast = curves("slow", 1e9, validation_steps=3), curves("fast", 0.0)
+    assert list(slow["loss"]) == [2, 4, 6, 7]
+    assert slow == fast
+    shutil.copytree(tmp_path / "slow" / "checkpoint-3", tmp_path / "resumed" / "checkpoint-3")
+    shutil.copy(tmp_path / "slow" / "training_config.yaml", tmp_path / "resumed")
+    resumed = curves("resumed", 1e9, resume_from_checkpoint="latest")
+    assert resumed == {key: {s: v for s, v in curve.items() if s > 3} for key, curve in slow.items()}
+
+
+@pytest.mark.parametrize(
+    ("text", "trackers"),
+    [
+        (None, []),
+        ("none", []),
+        ("None", []),
+        ("tensorboard", ["tensorboard"]),
+        ("TensorBoard, tensorboard", ["tensorboard"]),
+        ("all", [str(name) for name in get_available_trackers()]),
+    ],
+)
+def test_which_trackers(text, trackers):
+    assert known_trackers(text) == trackers
+    with pytest.raises(UserError, match="'none' is not an installed tracker"):
+        known_trackers("tensorboard,none")
+
+
+def test_a_tracker_that_cannot_start_is_a_sentence(tmp_path, monkeypatch):
+    def not_logged_in(self, *_, **__):
+        raise RuntimeError("api_key not configured")
+
+    monkeypatch.setattr(Accelerator, "init_trackers", not_logged_in)
+    with pytest.raises(UserError, match="--report_to tensorboard cannot start: api_key not configured"):
+        trainer(tmp_path / "run", report_to="tensorboard").train()
+
+
 @pytest.mark.parametrize("option", ["channels_last", "gradient_checkpointing", "compile"])
 def test_ways_to_run_the_network_change_nothing_but_rounding(tmp_path, option, monkeypatch):
     if option == "compile":  # the default backend needs a minute of C++ compilation
@@ -671,6 +731,27 @@ def test_engines_that_pickle_are_refused(tmp_path, monkeypatch, engine):
         trainer(tmp_path / "run")
 
 
+@pytest.mark.parametrize(("version", "flags", "words"), [(1, {}, "use FSDP 2"), (2, {"channels_last": True}, "leave")])
+def test_what_fsdp_cannot_shard_is_refused(tmp_path, monkeypatch, version, flags, words):
+    plugin = SimpleNamespace(fsdp_version=version, mixed_precision_policy=None)
+    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
+    monkeypatch.setattr(AcceleratorState, "fsdp_plugin", plugin, raising=False)
+    with pytest.raises(UserError, match=words):
+        trainer(tmp_path / "run", **flags)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_fsdp_adds_gradients_up_in_float32(precision):
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
+    plugin.set_mixed_precision(precision)  # as accelerate does
+    low = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    assert plugin.mixed_precision_policy.reduce_dtype == low
+    state = SimpleNamespace(fsdp_plugin=plugin)
+    reduce_in_float32(SimpleNamespace(distributed_type=DistributedType.FSDP, state=state))
+    policy = plugin.mixed_precision_policy
+    assert (policy.param_dtype, policy.reduce_dtype) == (low, torch.float32)
+
+
 # ---------------------------------------------------------------------- evaluation in the loop, and the best model
 
 WATCHED = {"validation_steps": 2, "eval_metrics": "nll,fid,kid,prc", "eval_features": "pixels", "eval_num_samples": 8}
@@ -716,6 +797,46 @@ def test_evaluation_in_the_loop_changes_nothing_and_gives_the_promised_numbers(t
     stock = diffusers.DDPMPipeline.from_pretrained(folder / "best")
     assert all(torch.equal(value, best_weights(folder)[name]) for name, value in stock.unet.state_dict().items())
     assert not any(name.startswith(("best", "evaluations")) for name in published_files(folder))
+
+
+def test_images_at_a_time_change_no_number_and_no_picture(tmp_path, monkeypatch):
+    seen, forward = [], UNet2DModel.forward
+
+    def noted(self, sample, *arguments, **options):
+        if not self.training:
+            seen.append(len(sample))
+        return forward(self, sample, *arguments, **options)
+
+    monkeypatch.setattr(UNet2DModel, "forward", noted)
+    reports, pictures = {}, {}
+    for size in (4, 256):
+        run = trainer(tmp_path / str(size), eval_batch_size=size, num_sample_images=9, eval_num_images=9, **WATCHED)
+        monkeypatch.setattr(run, "_update", lambda step: (torch.zeros(()), torch.zeros(())))
+        seen.clear()
+        run.train()
+        assert (max(seen) <= 4) == (size == 4)  # at most: the likelihood has some of each image's t in a batch
+        reports[size] = json.loads((tmp_path / str(size) / "evaluation.json").read_text())["values"]
+        pictures[size] = Image.open(tmp_path / str(size) / "samples.png").tobytes()
+    assert reports[4].keys() == reports[256].keys()
+    for name, entry in reports[4].items():
+        assert entry["value"] == pytest.approx(reports[256][name]["value"], rel=1e-4), name
+    assert pictures[4] == pictures[256]
+
+
+@pytest.mark.parametrize("part", ["measure", "sample_grid"])
+@pytest.mark.parametrize("when", [2, 6])
+def test_too_little_memory_for_an_evaluation_names_its_flag(tmp_path, monkeypatch, part, when):
+    run = trainer(tmp_path / "run", save_images_steps=2, **WATCHED)  # a checkpoint is due after 3 and 6
+
+    def too_large(*_):
+        if run.step == when:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(run.evaluation if part == "measure" else run.publisher, part, too_large)
+    monkeypatch.setattr(run.evaluation, "keep", lambda *_: None)
+    with pytest.raises(TrainingError, match=f"after update {when}; give a smaller --eval_batch_size, and go on with"):
+        run.train()
+    assert list_checkpoints(tmp_path / "run")[-1].name == f"checkpoint-{when}"
 
 
 @pytest.mark.parametrize(
