@@ -70,8 +70,8 @@ def restore_training_state(
 ) -> None:
     """The inverse of `training_state`; every process passes the same whole tensors and keeps its share.
 
-    Files hold contiguous tensors. Adam's moments take the layout in memory of their parameters, which fused kernels rely
-    on: they walk the memory of weights, gradients and moments side by side, whatever the strides are.
+    Files hold contiguous tensors. Adam's moments take their parameters' layout in memory, as the fused kernel needs:
+    it walks the memory of weights, gradients and moments side by side, whatever their strides are.
     """
     options = StateDictOptions(full_state_dict=True)
     set_model_state_dict(model, dict(weights), options=options)

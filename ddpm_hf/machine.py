@@ -6,6 +6,7 @@ import ctypes
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.utils.deterministic
@@ -73,7 +74,8 @@ def deterministic_algorithms() -> Iterator[None]:
     Raises:
         RuntimeError: Within, by PyTorch, at an operation that has no deterministic algorithm.
     """
-    filling, cudnn = torch.utils.deterministic, torch.backends.cudnn
+    filling: Any = torch.utils.deterministic
+    cudnn = torch.backends.cudnn
     enabled, warns = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),

@@ -103,8 +103,8 @@ class Trainer:
         self._deterministic = has_deterministic_algorithms(self.device)
         if self.device.type == "cuda" and not self._deterministic:
             say(
-                "this process has used the GPU already, so this run does not end in the same bits when it is repeated or "
-                "resumed; set CUBLAS_WORKSPACE_CONFIG=:4096:8 before Python starts"
+                "this process has used the GPU already, so this run may not end in the same bits when it is repeated "
+                "or resumed; set CUBLAS_WORKSPACE_CONFIG=:4096:8 before Python starts"
             )
         micro, accumulation, _ = config.batch_plan(self.accelerator.num_processes)
         self.plan = BatchPlan(micro, accumulation, self.accelerator.process_index, self.accelerator.num_processes)

@@ -17,6 +17,7 @@ import diffusers
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -31,6 +32,7 @@ from ddpm_hf import (
     training,
 )
 from ddpm_hf.checkpointing import list_checkpoints
+from ddpm_hf.errors import UserError
 from ddpm_hf.features import make_extractor
 from ddpm_hf.hub_files import published_files
 from ddpm_hf.objectives import simple_loss
@@ -193,6 +195,39 @@ def test_moments_in_another_layout_would_be_found(tmp_path):
         for run in interrupted(tmp_path, CHANNELS_LAST, contiguous)
     ]
     assert max((ends[0][name] - ends[1][name]).abs().max() for name in ends[0]) > 1e-3
+
+
+@pytest.mark.parametrize("cuda", [False, True])
+def test_updates_alone_use_deterministic_algorithms_where_they_are_wanted(tmp_path, monkeypatch, cuda):
+    monkeypatch.setattr(training, "has_deterministic_algorithms", lambda device: cuda)
+    run = trainer(tmp_path / "run", save_images_steps=3)
+    update, watch, enabled = run._update, run.publisher.watch, {}
+
+    def noted(name, function):
+        def call(*arguments):
+            enabled.setdefault(name, set()).add(torch.are_deterministic_algorithms_enabled())
+            return function(*arguments)
+
+        return call
+
+    monkeypatch.setattr(run, "_update", noted("update", update))
+    monkeypatch.setattr(run.publisher, "watch", noted("watch", watch))
+    run.train()
+    assert enabled == {"update": {cuda}, "watch": {False}}
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize(
+    "modes", [{}, CHANNELS_LAST, CLASSES, BF16], ids=["float32", "channels_last", "classes", "bf16"]
+)
+def test_runs_on_a_gpu_repeat_and_resume_to_the_same_bits(tmp_path, modes):
+    for name in ("whole", "again"):
+        trainer(tmp_path / name, **modes).train()
+    shutil.copytree(tmp_path / "whole" / "checkpoint-3", tmp_path / "resumed" / "checkpoint-3")
+    trainer(tmp_path / "resumed", resume_from_checkpoint="latest", **modes).train()
+    same_files(tmp_path / "whole", tmp_path / "again", 6)
+    same_files(tmp_path / "whole", tmp_path / "resumed", 6)
 
 
 def test_gradient_checkpointing_changes_no_bit(tmp_path):
@@ -741,6 +776,32 @@ def test_fp16_that_always_overflows_ends_with_a_sentence(tmp_path, half_precisio
     assert all(torch.equal(p, q) for p, q in zip(weights, run.unet.parameters(), strict=True))
 
 
+def test_what_ends_in_other_bits_is_said(tmp_path, capsys):
+    common = {"max_train_steps": 3, "class_conditional": True, "resume_from_checkpoint": "latest"}
+    trainer(tmp_path / "run", class_dropout=0.1, **common).train()
+    capsys.readouterr()
+    changed = {"class_dropout": 0.3, "center_crop": False, "train_batch_size": 8, "channels_last": True, "tf32": True}
+    trainer(tmp_path / "run", **changed, **common)
+    was = {"class_dropout": 0.1, "center_crop": True, "train_batch_size": 16, "channels_last": False, "tf32": False}
+    said = capsys.readouterr().out.splitlines()
+    assert sorted(said) == sorted(
+        f"changed since checkpoint-3: {name} was {was[name]} and is {here} from now on"
+        for name, here in changed.items()
+    )
+
+
+def test_checkpoints_of_0_1_0_resume_and_nothing_is_said(tmp_path, capsys):
+    """They say less of how they came about; their tensors are the same."""
+    run = trainer(tmp_path / "run", channels_last=True)
+    here = run.identity.changeable()
+    new = {"class_dropout", "center_crop", "tf32", "channels_last", "compile", "train_batch_size"}
+    old = {k: v for k, v in here.items() if k not in new | {"number of processes"}}
+    assert len(old) == len(here) - 7
+    state = {"step": 3, **run.identity.fixed(), "recipe": old}
+    run.identity.check_checkpoint(tmp_path / "checkpoint-3", json.loads(json.dumps(state)))
+    assert capsys.readouterr().out == ""
+
+
 def test_a_change_of_precision_is_said(tmp_path, capsys):
     trainer(tmp_path / "run", max_train_steps=3).train()
     trainer(tmp_path / "run", resume_from_checkpoint="latest", mixed_precision="bf16")
@@ -763,6 +824,19 @@ def test_a_stop_signal_does_not_wait_for_the_published_samples(tmp_path, monkeyp
     assert trainer(tmp_path / "stopped", resume_from_checkpoint="latest").train() is not None
     for name in ("samples.png", "unet/diffusion_pytorch_model.safetensors"):
         assert (tmp_path / "stopped" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_layouts_that_cannot_be_sharded_are_refused(tmp_path, monkeypatch):
+    class Sharded(Accelerator):
+        distributed_type = DistributedType.FSDP
+
+        def __init__(self, **options):
+            super().__init__(**options)
+            self.state.fsdp_plugin = SimpleNamespace(fsdp_version=2)
+
+    monkeypatch.setattr(training, "Accelerator", Sharded)
+    with pytest.raises(UserError, match="FSDP 2 does not shard weights in channels_last; leave --channels_last out"):
+        trainer(tmp_path / "run", channels_last=True)
 
 
 @pytest.mark.parametrize("engine", ["DEEPSPEED", "MEGATRON_LM"])
