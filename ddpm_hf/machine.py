@@ -1,4 +1,4 @@
-"""Settings of the machine that decide how fast tensors are computed, handed out and copied."""
+"""Settings of the machine that decide how fast, and to which bits, tensors are computed, handed out and copied."""
 
 from __future__ import annotations
 

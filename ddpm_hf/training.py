@@ -345,7 +345,9 @@ class Trainer:
         config, last = self.config, self.recipe.max_train_steps
         end_with_the_launcher()
         self.model.train()
-        self._settle_buckets()
+        deterministic = deterministic_algorithms if self._deterministic else nullcontext
+        with deterministic():
+            self._settle_buckets()
         started, first = time.monotonic(), self.step
         bar = tqdm(
             total=last, initial=first, desc="training", unit="step", disable=not self.accelerator.is_main_process
@@ -355,7 +357,7 @@ class Trainer:
             if 0 < self.step < last and self.evaluation.missed(self.step):  # ended between checkpoint and evaluation
                 self._watch(stop)
             while self.step < last:
-                with deterministic_algorithms() if self._deterministic else nullcontext():
+                with deterministic():
                     loss, norm = self._update(self.step)
                 self.step += 1
                 bar.update()
