@@ -24,6 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -68,7 +69,11 @@ def training_state(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Te
 def restore_training_state(
     model: nn.Module, optimizer: Optimizer, weights: dict[str, Tensor], tensors: dict[str, Tensor], values: Any
 ) -> None:
-    """The inverse of `training_state`; every process passes the same whole tensors and keeps its share."""
+    """The inverse of `training_state`; every process passes the same whole tensors and keeps its share.
+
+    Files hold contiguous tensors. Adam's moments take their parameters' layout in memory, as the fused kernel needs:
+    it walks the memory of weights, gradients and moments side by side, whatever their strides are.
+    """
     options = StateDictOptions(full_state_dict=True)
     set_model_state_dict(model, dict(weights), options=options)
     state: dict[str, dict[str, Tensor]] = {}
@@ -77,6 +82,10 @@ def restore_training_state(
         state.setdefault(name, {})[entry] = value
     whole_state: dict[str, Any] = {"state": state, "param_groups": values}
     set_optimizer_state_dict(model, optimizer, whole_state, options=options)
+    for parameter, entries in optimizer.state.items():
+        for entry, value in entries.items():
+            if value.ndim:  # not the step counts
+                entries[entry] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def gather_shards(tensor: Tensor) -> Tensor:
@@ -85,10 +94,10 @@ def gather_shards(tensor: Tensor) -> Tensor:
 
 
 def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """This process's share of a whole tensor, sharded as `like`; on the device of `like`."""
+    """This process's share of a whole tensor: sharded, placed and laid out in memory as `like`."""
     if isinstance(like, DTensor):
-        return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
-    return tensor.to(like.device)
+        tensor = distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
+    return torch.empty_like(like).copy_(tensor)
 
 
 def _sha256(path: Path) -> str:

@@ -19,6 +19,7 @@ from accelerate.utils import DistributedType
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
 from .checkpointing import (
@@ -35,7 +36,7 @@ from .checkpointing import (
 from .configuration import TrainingConfig, TrainingError, due
 from .data import StreamedImages, flip_images, to_model_range
 from .errors import UserError
-from .machine import keep_freed_memory, to_device, use_tf32
+from .machine import deterministic_algorithms, has_deterministic_algorithms, keep_freed_memory, to_device, use_tf32
 from .objectives import OBJECTIVES
 from .pipeline_ddpm import DDPMPipeline
 from .processes import (
@@ -107,6 +108,12 @@ class Trainer:
             set_cpu_threads(config.num_cpu_threads, local)
             keep_freed_memory()
         use_tf32(config.tf32)
+        self._deterministic = has_deterministic_algorithms(self.device)
+        if self.device.type == "cuda" and not self._deterministic:
+            say(
+                "this process has used the GPU already, so this run may not end in the same bits when it is repeated "
+                "or resumed; set CUBLAS_WORKSPACE_CONFIG=:4096:8 before Python starts"
+            )
         micro, accumulation, _ = config.batch_plan(self.accelerator.num_processes)
         self.plan = BatchPlan(micro, accumulation, self.accelerator.process_index, self.accelerator.num_processes)
 
@@ -185,7 +192,7 @@ class Trainer:
                 "(examples/accelerate/fsdp2.yaml) or several processes (examples/accelerate/multi_gpu.yaml)"
             )
         if a.distributed_type == DistributedType.FSDP and self.config.channels_last:
-            raise UserError("FSDP 2 does not shard weights in channels_last; leave out --channels_last, or the shards")
+            raise UserError("FSDP 2 does not shard weights in channels_last; leave --channels_last out")
         if a.mixed_precision == "fp16" and a.scaler is None:
             raise UserError(
                 "--mixed_precision fp16 needs a GPU, and there is none here; use bf16, or leave it out for float32"
@@ -281,6 +288,20 @@ class Trainer:
             f"lower the learning rate; the last checkpoint is {kept[-1] if kept else 'none yet'}"
         )
 
+    def _settle_buckets(self) -> None:
+        """A backward pass of no effect, after which several processes' gradients are added up as they will be always.
+
+        DDP sends gradients in buckets, and arranges them anew after its first backward pass. With three processes and
+        more, the order of the sums depends on them: a resumed run's first update would differ by rounding.
+        """
+        if not isinstance(self.model, DistributedDataParallel):
+            return
+        images = torch.zeros(self.plan.micro, *self.batches.image_shape, device=self.device)
+        t = torch.zeros(self.plan.micro, dtype=torch.long, device=self.device)
+        options = {"class_labels": t} if self.config.class_conditional else {}
+        self.model(images, t, **options).sample.sum().backward()
+        self.optimizer.zero_grad(set_to_none=True)
+
     # ------------------------------------------------------------------ the run
 
     def train(self, end_processes: bool = True) -> DDPMPipeline | None:
@@ -333,17 +354,21 @@ class Trainer:
         """The updates that are left; whether all were made (`False`: the run was asked to stop)."""
         config, last = self.config, self.recipe.max_train_steps
         end_with_the_launcher()
+        self.model.train()
+        deterministic = deterministic_algorithms if self._deterministic else nullcontext
+        with deterministic():
+            self._settle_buckets()
         started, first = time.monotonic(), self.step
         bar = tqdm(
             total=last, initial=first, desc="training", unit="step", disable=not self.accelerator.is_main_process
         )
         shown = started
-        self.model.train()
         with bar:
             if 0 < self.step < last and self.evaluation.missed(self.step):  # ended between checkpoint and evaluation
                 self._watch(stop)
             while self.step < last:
-                loss, norm = self._update(self.step)
+                with deterministic():
+                    loss, norm = self._update(self.step)
                 self.step += 1
                 bar.update()
                 now = time.monotonic()

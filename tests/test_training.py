@@ -105,6 +105,140 @@ def test_a_resumed_run_ends_in_the_same_bits(tmp_path):
     same_files(tmp_path / "whole", tmp_path / "resumed", 6)
 
 
+CHANNELS_LAST = {"channels_last": True}
+BF16 = {"mixed_precision": "bf16"}
+ACCUMULATION = {"train_batch_size": 4}
+CHECKPOINTING = {"gradient_checkpointing": True}
+CLASSES = {"class_conditional": True, "class_dropout": 0.3}
+COMPILE = {"compile": True}
+
+
+def advance(run: Trainer, last: int) -> None:
+    """Updates up to `last`, then a checkpoint."""
+    run.model.train()
+    while run.step < last:
+        run._update(run.step)
+        run.step += 1
+    run.output_dir.mkdir(exist_ok=True)
+    run._save()
+
+
+def interrupted(tmp_path, options, restored=lambda run: None) -> list[Path]:
+    """The folders of a whole run of 3 + 3 updates, and of one whose last 3 started from the files of the first."""
+    whole = trainer(tmp_path / "whole", **options)
+    advance(whole, 3)
+    advance(whole, 6)
+    shutil.copytree(tmp_path / "whole" / "checkpoint-3", tmp_path / "resumed" / "checkpoint-3")
+    resumed = trainer(tmp_path / "resumed", resume_from_checkpoint="latest", **options)
+    assert resumed.step == 3
+    restored(resumed)
+    advance(resumed, 6)
+    return [whole.output_dir, resumed.output_dir]
+
+
+@pytest.mark.parametrize(
+    "modes",
+    [  # every pair of modes in one of the first three, and every pair with compile in the last
+        pytest.param(BF16 | ACCUMULATION | CHECKPOINTING | CLASSES, id="bf16-accumulation-checkpointing-classes"),
+        pytest.param(CHANNELS_LAST | CHECKPOINTING | CLASSES, id="channels_last-checkpointing-classes"),
+        pytest.param(CHANNELS_LAST | BF16 | ACCUMULATION, id="channels_last-bf16-accumulation"),
+        pytest.param(CHANNELS_LAST | BF16 | ACCUMULATION | CHECKPOINTING | CLASSES | COMPILE, id="all"),
+    ],
+)
+def test_a_resumed_run_ends_in_the_same_bits_in_every_mode(tmp_path, modes, monkeypatch):
+    # the default backend, which takes a minute of C++ compilation, has its test in tests/test_kill.py
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    same_files(*interrupted(tmp_path, modes), 6)
+
+
+def strides(tensor):
+    """How a tensor lies in memory: the step along an axis of one element means nothing."""
+    return [step for step, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
+
+
+def test_what_is_restored_lies_in_memory_as_its_parameter(tmp_path):
+    trainer(tmp_path / "run", max_train_steps=1).train()  # without channels_last: files know nothing of it
+    run = trainer(tmp_path / "run", resume_from_checkpoint="latest", channels_last=True)
+    saved = {part: load_file(tmp_path / "run" / "checkpoint-1" / f"{part}.safetensors") for part in ("model", "ema")}
+    moments = load_file(tmp_path / "run" / "checkpoint-1" / "optimizer.safetensors")
+
+    def check():
+        for (name, parameter), averaged in zip(run.unet.named_parameters(), run.ema.shadow_params, strict=True):
+            state = run._adam.state[parameter]
+            others = {"average": averaged, "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
+            if parameter.grad is not None:
+                others["gradient"] = parameter.grad
+            for what, tensor in others.items():
+                assert strides(tensor) == strides(parameter), (name, what)
+            assert (state["step"].dtype, state["step"].shape) == (torch.float32, ())
+
+    check()
+    for (name, parameter), averaged in zip(run.unet.named_parameters(), run.ema.shadow_params, strict=True):
+        assert torch.equal(parameter, saved["model"][name])
+        assert torch.equal(averaged, saved["ema"][name])
+        for entry in ("exp_avg", "exp_avg_sq", "step"):
+            assert torch.equal(run._adam.state[parameter][entry], moments[f"{name}.{entry}"])
+    assert run.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    before = run._adam.register_step_pre_hook(lambda *_: check())  # gradients too, when Adam takes them
+    run._update(1)
+    before.remove()
+    check()
+
+
+def test_moments_in_another_layout_would_be_found(tmp_path):
+    """What 0.1.0 did with channels_last: right values, whose memory Adam's fused kernel pairs with other weights."""
+
+    def contiguous(run):
+        for state in run._adam.state.values():
+            state |= {name: value.contiguous() for name, value in state.items()}
+
+    ends = [
+        load_file(run / "checkpoint-6" / "model.safetensors")
+        for run in interrupted(tmp_path, CHANNELS_LAST, contiguous)
+    ]
+    assert max((ends[0][name] - ends[1][name]).abs().max() for name in ends[0]) > 1e-3
+
+
+@pytest.mark.parametrize("cuda", [False, True])
+def test_updates_alone_use_deterministic_algorithms_where_they_are_wanted(tmp_path, monkeypatch, cuda):
+    monkeypatch.setattr(training, "has_deterministic_algorithms", lambda device: cuda)
+    run = trainer(tmp_path / "run", save_images_steps=3)
+    update, watch, enabled = run._update, run.publisher.watch, {}
+
+    def noted(name, function):
+        def call(*arguments):
+            enabled.setdefault(name, set()).add(torch.are_deterministic_algorithms_enabled())
+            return function(*arguments)
+
+        return call
+
+    monkeypatch.setattr(run, "_update", noted("update", update))
+    monkeypatch.setattr(run.publisher, "watch", noted("watch", watch))
+    run.train()
+    assert enabled == {"update": {cuda}, "watch": {False}}
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize(
+    "modes", [{}, CHANNELS_LAST, CLASSES, BF16], ids=["float32", "channels_last", "classes", "bf16"]
+)
+def test_runs_on_a_gpu_repeat_and_resume_to_the_same_bits(tmp_path, modes):
+    for name in ("whole", "again"):
+        trainer(tmp_path / name, **modes).train()
+    shutil.copytree(tmp_path / "whole" / "checkpoint-3", tmp_path / "resumed" / "checkpoint-3")
+    trainer(tmp_path / "resumed", resume_from_checkpoint="latest", **modes).train()
+    same_files(tmp_path / "whole", tmp_path / "again", 6)
+    same_files(tmp_path / "whole", tmp_path / "resumed", 6)
+
+
+def test_gradient_checkpointing_changes_no_bit(tmp_path):
+    """The second forward draws the masks of the first."""
+    for name, options in {"plain": {}, "checkpointing": CHECKPOINTING}.items():
+        advance(trainer(tmp_path / name, dropout=0.3, **options), 3)
+    same_files(tmp_path / "plain", tmp_path / "checkpointing", 3)
+
+
 def test_pictures_during_training_do_not_change_the_run(tmp_path):
     trainer(tmp_path / "plain").train()
     trainer(tmp_path / "watched", save_images_steps=2).train()
@@ -698,6 +832,32 @@ def test_fp16_that_always_overflows_ends_with_a_sentence(tmp_path, half_precisio
     with pytest.raises(TrainingError, match=r"20 updates in a row.*precision fp16"):
         run.train()
     assert all(torch.equal(p, q) for p, q in zip(weights, run.unet.parameters(), strict=True))
+
+
+def test_what_ends_in_other_bits_is_said(tmp_path, capsys):
+    common = {"max_train_steps": 3, "class_conditional": True, "resume_from_checkpoint": "latest"}
+    trainer(tmp_path / "run", class_dropout=0.1, **common).train()
+    capsys.readouterr()
+    changed = {"class_dropout": 0.3, "center_crop": False, "train_batch_size": 8, "channels_last": True, "tf32": True}
+    trainer(tmp_path / "run", **changed, **common)
+    was = {"class_dropout": 0.1, "center_crop": True, "train_batch_size": 16, "channels_last": False, "tf32": False}
+    said = capsys.readouterr().out.splitlines()
+    assert sorted(said) == sorted(
+        f"changed since checkpoint-3: {name} was {was[name]} and is {here} from now on"
+        for name, here in changed.items()
+    )
+
+
+def test_checkpoints_of_0_1_0_resume_and_nothing_is_said(tmp_path, capsys):
+    """They say less of how they came about; their tensors are the same."""
+    run = trainer(tmp_path / "run", channels_last=True)
+    here = run.identity.changeable()
+    new = {"class_dropout", "center_crop", "tf32", "channels_last", "compile", "train_batch_size"}
+    old = {k: v for k, v in here.items() if k not in new | {"number of processes"}}
+    assert len(old) == len(here) - 7
+    state = {"step": 3, **run.identity.fixed(), "recipe": old}
+    run.identity.check_checkpoint(tmp_path / "checkpoint-3", json.loads(json.dumps(state)))
+    assert capsys.readouterr().out == ""
 
 
 def test_a_change_of_precision_is_said(tmp_path, capsys):
