@@ -174,7 +174,7 @@ def _load_weights(unet: UNet2DModel, tensors: Tensors, key_of: Callable[[str], s
         network: Which network it is, for messages.
 
     Raises:
-        ConversionError: A tensor without a place or of another shape, or a place without a tensor; names it.
+        ConversionError: A tensor without a place, of another shape or with NaN, or a place without a tensor; names it.
     """
     wanted = unet.state_dict()
     state: Tensors = {}
@@ -190,6 +190,8 @@ def _load_weights(unet: UNet2DModel, tensors: Tensors, key_of: Callable[[str], s
                 f"{str(file)!r}: {name} has shape {tuple(value.shape)}, and {network} asks for {tuple(target)} ({key})"
             )
         state[key] = value.to(wanted[key].dtype)
+        if value.is_floating_point() and not state[key].isfinite().all():
+            raise ConversionError(f"{str(file)!r}: {name} holds NaN or infinity; take an intact copy")
     if missing := sorted(wanted.keys() - state.keys()):
         others = len(missing) - 1
         more = f" and {others} other tensor{'s' if others > 1 else ''}" if others else ""
@@ -381,6 +383,8 @@ def to_official(unet: UNet2DModel, state: Tensors | None = None) -> dict[str, np
     for key, value in (state or unet.state_dict()).items():
         name = tf_from_canonical(canonical_from_ours(key, levels))
         value = value.detach().float().cpu()
+        if not value.isfinite().all():
+            raise ConversionError(f"the weights {key} hold NaN or infinity; take an intact copy of the model")
         if name.endswith("nin_shortcut/W"):
             value = value.flatten(1)
         if value.ndim == 4:

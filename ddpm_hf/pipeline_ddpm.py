@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,16 +21,19 @@ from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 
 from .class_labels import Classes, ClassLabels
-from .errors import UserError
+from .errors import NotFiniteError, UserError
 from .hub_errors import check_pipeline, patiently
 from .pipeline_inputs import KnownPixels, count_and_generators, images_in_model_range, mask_of, one_per_image
-from .scheduling_ddpm import DDPMScheduler
-from .unet_2d import PortableConfigMixin, UNet2DModel
+from .scheduling_ddpm import DDPMScheduler, infinite_to_nan
+from .unet_2d import PortableConfigMixin, UNet2DModel, check_weights
 
 logger = logging.get_logger(__name__)
 
 # What stock repositories name, and our class of the same name that opens it.
 _OURS = {("diffusers", "UNet2DModel"), ("diffusers", "DDPMScheduler")}
+# More than stock's DDIM loses by rounding in float32, a few units in the last place of 1. Its root, 7e-4, is a tenth
+# of a grey level.
+_ROUNDING = 2.0**-21
 
 
 @dataclass
@@ -245,6 +249,7 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
 
         Raises:
             ValueError: An argument is outside its range, or `seeds` is given with `generator`, or counts disagree.
+            NotFiniteError: The network made NaN or infinities, of which there is no picture.
         """
         if output_type not in ("pil", "np", "pt"):
             raise UserError(f"output_type must be 'pil', 'np' or 'pt', got {output_type!r}")
@@ -304,12 +309,33 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def as_output(self, x_0: torch.Tensor, output_type: str) -> Any:
-        """`[B, C, H, W]` in the [-1, 1] scale as `pil`, `np` or `pt`, see `__call__`."""
+        """`[B, C, H, W]` in the [-1, 1] scale as `pil`, `np` or `pt`, see `__call__`.
+
+        Raises:
+            NotFiniteError: They hold NaN or infinities.
+        """
+        self.check_finite(x_0)
         images = (x_0 / 2 + 0.5).clamp(0, 1)
         if output_type == "pt":
             return images
         array = images.cpu().permute(0, 2, 3, 1).numpy()
         return array if output_type == "np" else self.numpy_to_pil(array) if len(array) else []
+
+    def check_finite(self, x_0: torch.Tensor) -> None:
+        """Images at the end of the chain are numbers: NaN and infinities would become black and white pixels.
+
+        Raises:
+            NotFiniteError: They are not; names the weight that is to blame, if one is.
+        """
+        if bool(x_0.isfinite().all()):
+            return
+        check_weights(self.unet)
+        dtype = str(self.network.dtype).removeprefix("torch.")
+        hints = {"float16": "; float16 ends at 65504, use bfloat16 or float32", "float32": ""}
+        raise NotFiniteError(
+            f"the images are not finite: the network, in {dtype}, or {type(self.scheduler).__name__} made NaN or "
+            f"infinities on the way{hints.get(dtype, '; try float32')}"
+        )
 
     def _set_timesteps(self, steps: int) -> None:
         """The chain's timesteps. Stock's schedulers round some numbers of steps to chains that make no image.
@@ -331,6 +357,13 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
                     "of the image; better: timestep_spacing='trailing'"
                 )
             return
+        config, first = self.scheduler.config, int(timesteps[0])
+        vanishes = alpha_bar[first] == 0 or (config.get("rescale_betas_zero_snr") and first == T - 1)
+        if vanishes and config.get("prediction_type") == "epsilon":  # stock divides by 0, and clips what comes of it
+            raise UserError(
+                f"alpha_bar vanishes at t={first}, where 'epsilon' says nothing about x_0; use prediction_type="
+                "'v_prediction' or 'sample' with this schedule, or timesteps that leave it out"
+            )
         # PNDM and second-order solvers evaluate some timesteps twice on purpose.
         once = getattr(self.scheduler, "order", 1) == 1 and "PNDM" not in type(self.scheduler).__name__
         if late or (once and len(timesteps.unique()) < len(timesteps)):
@@ -417,6 +450,7 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
         if start and hasattr(self.scheduler, "set_begin_index"):
             self.scheduler.set_begin_index(start)
         extra = self._step_options(generator, eta)
+        etas = self._etas(eta) if eta and isinstance(self.scheduler, DDIMScheduler) else None
         timesteps = self.scheduler.timesteps
         on_device = timesteps.to(x_t.device)  # once, so that no step waits for the device
         network = self.network
@@ -425,8 +459,11 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
             for index in range(start, len(timesteps) if stop is None else min(stop, len(timesteps))):
                 seen = self.scheduler.scale_model_input(x_t, timesteps[index]).to(dtype)
                 output = self._predict(network, seen, on_device[index], labels, guidance_scale).float()
+                output = infinite_to_nan(output)
                 if not isinstance(self.scheduler, DDPMScheduler):
                     output = output[:, : x_t.shape[1]]  # a learned variance is for the ancestral sampler only
+                if etas is not None:
+                    extra["eta"] = etas[index]
                 made = self.scheduler.step(output, timesteps[index], x_t, **extra)
                 x_0 = getattr(made, "pred_original_sample", None)
                 step = DenoisingStep(index, int(timesteps[index]), x_t, x_0, made.prev_sample)
@@ -491,6 +528,21 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
             raise UserError(f"eta must be between 0 and 1, got {eta}")
         if eta and "eta" not in inspect.signature(self.scheduler.step).parameters:
             raise UserError(f"eta={eta} is for the ddim sampler; {type(self.scheduler).__name__} has none")
+
+    def _etas(self, eta: float) -> list[float]:
+        """eta for each of DDIM's timesteps: where alpha_bar_t is 0 or nearly so, as high as float32 allows.
+
+        There sigma^2 = 1 - alpha_bar_prev (Song et al. 2021, Eq. 16 at eta = 1), and stock takes the root of the
+        difference of the two, which rounding makes negative.
+        """
+        t = self.scheduler.timesteps.cpu()
+        previous = t - self.scheduler.config.num_train_timesteps // len(t)
+        alpha_bar = self.scheduler.alphas_cumprod.double().cpu()
+        now, then = alpha_bar[t], alpha_bar[previous.clamp(min=0)]
+        then = torch.where(previous >= 0, then, float(self.scheduler.final_alpha_cumprod))
+        variance = (1 - then) / (1 - now) * (1 - now / then)
+        largest = ((1 - then - _ROUNDING).clamp(min=0) / variance).sqrt()
+        return [eta if math.isnan(most) else min(eta, most) for most in largest.tolist()]  # NaN: no variance at all
 
     def _step_options(self, generator: Any, eta: float) -> dict[str, Any]:
         """What the scheduler's `step` takes beyond the usual: deterministic ones take no generator, DDIM an eta."""

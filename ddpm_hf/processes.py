@@ -20,7 +20,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, gather_object
 from tqdm.auto import tqdm
 
-from .errors import UserError
+from .errors import NotFiniteError, UserError
 
 
 def default_cache_dir() -> Path:
@@ -49,19 +49,21 @@ def together() -> Iterator[None]:
     """What fails on one process fails on all, instead of leaving the others waiting for it; all have to come here.
 
     Raises:
-        ValueError: With the other process's sentence, where it failed there and not here.
+        ValueError: With the other process's sentence, where it failed there and not here; a NotFiniteError if that
+            is what it was there.
     """
     failed: Exception | None = None
     try:
         yield
     except Exception as error:
         failed = error
-    sentences = gather_object([None if failed is None else str(failed) or type(failed).__name__])
+    sentence = None if failed is None else str(failed) or type(failed).__name__
+    told = gather_object([(sentence, isinstance(failed, NotFiniteError))])
     if failed is not None:
         raise failed
-    for index, sentence in enumerate(sentences):
+    for index, (sentence, not_finite) in enumerate(told):
         if sentence is not None:
-            raise UserError(f"process {index} failed: {sentence}")
+            raise (NotFiniteError if not_finite else UserError)(f"process {index} failed: {sentence}")
 
 
 def same_everywhere(verb: str, what: str, advice: str) -> None:

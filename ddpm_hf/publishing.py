@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .configuration import TrainingConfig, due
 from .data import Images, StreamedImages
+from .errors import NotFiniteError
 from .evaluation import EvaluationReport
 from .generation import generate, with_sampler
 from .hub import Push, check_destination
@@ -116,14 +117,25 @@ class Publisher:
         return due(step, self.config.save_images_steps) or self.evaluation.due(step)
 
     def watch(self, averaged: dict[str, Tensor], step: int) -> tuple[DDPMPipeline, EvaluationReport | None]:
-        """Make what is due after update `step` from the averaged weights: the model, and what was measured of it."""
+        """Make what is due after update `step` from the averaged weights: the model, and what was measured of it.
+
+        A model whose images or numbers are not finite has none to show, which is said; the run goes on.
+        """
         pipe = self._shared_pipeline(averaged)
-        if due(step, self.config.save_images_steps):
-            self.sample_grid(pipe, f"samples-{step}.png")
-        return pipe, self.evaluation.measure(pipe) if self.evaluation.due(step) else None
+        try:
+            if due(step, self.config.save_images_steps):
+                self.sample_grid(pipe, f"samples-{step}.png")
+            return pipe, self.evaluation.measure(pipe) if self.evaluation.due(step) else None
+        except NotFiniteError as error:
+            say(f"nothing to show after update {step}: {error}")
+            return pipe, None
 
     def publish(self, averaged: dict[str, Tensor], step: int) -> DDPMPipeline:
-        """Write the pipeline (safetensors), sample grid, report and card into the output folder."""
+        """Write the pipeline (safetensors), sample grid, report and card into the output folder.
+
+        Raises:
+            NotFiniteError: The model makes no images or numbers that are finite; nothing is pushed.
+        """
         pipe, folder, main = self._shared_pipeline(averaged), self.output_dir, self.accelerator.is_main_process
         with together():
             if main:
@@ -194,9 +206,9 @@ class Publisher:
             num_inference_steps=config.inference_steps(pipe.scheduler.config.num_train_timesteps),
             class_labels=[seed % len(classes) for seed in seeds] if classes else None,
         )
-        drawn = gather_object(
-            [(seed, image) for part, images in batches for seed, image in zip(part, images, strict=True)]
-        )
+        with together():  # or the others would wait for one whose network fails
+            mine = [(seed, image) for part, images in batches for seed, image in zip(part, images, strict=True)]
+        drawn = gather_object(mine)
         with together():
             if a.is_main_process:
                 images = torch.stack([image for _, image in sorted(drawn, key=lambda pair: pair[0])])

@@ -13,7 +13,7 @@ from diffusers.models.unets.unet_2d import UNet2DModel as StockUNet2DModel
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
 
-from .errors import UserError
+from .errors import NotFiniteError, UserError
 from .presets import get_preset
 
 # `variance_scaling(scale=1e-10)` stands in for zero in the official code (nn.py, default_init).
@@ -159,6 +159,29 @@ class UNet2DModel(PortableConfigMixin, StockUNet2DModel):
                 f"{len(sample)}"
             )
         return super().forward(sample, timestep, class_labels, return_dict)
+
+
+def not_finite_weight(network: nn.Module) -> str | None:
+    """The name of the first weight that holds NaN or infinity, or `None`."""
+    for name, value in network.state_dict().items():
+        if value.is_floating_point() and not value.isfinite().all():
+            return name
+    return None
+
+
+def check_weights(network: nn.Module) -> None:
+    """Refuse a network whose output can only be NaN.
+
+    Raises:
+        NotFiniteError: A weight holds NaN or infinity; names it, and what may help.
+    """
+    if (name := not_finite_weight(network)) is not None:
+        hint = (
+            ", or load it in float32 or bfloat16 if it is" if next(network.parameters()).dtype == torch.float16 else ""
+        )
+        raise NotFiniteError(
+            f"the network's weights {name} hold NaN or infinity; take an intact copy of the model{hint}"
+        )
 
 
 def use_plain_attention(network: nn.Module) -> None:

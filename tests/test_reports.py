@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from ddpm_hf.errors import NotFiniteError
 from ddpm_hf.reports import EvaluationReport, as_markdown, compare, finite, number, plain, table
 
 
@@ -135,3 +136,13 @@ def test_side_by_side():
     assert "seconds" not in text
     bits = next(line for line in text.splitlines() if "bits_per_dim" in line)
     assert bits.count(" - ") == 3
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_number_that_is_not_finite_enters_no_report(value):
+    report = EvaluationReport("digits", "validation", 1)
+    with pytest.raises(NotFiniteError, match=r"bits_per_dim is -?(nan|inf), which is no result"):
+        report.add("bits_per_dim", value, 0.1, {})
+    assert report.values == {}
+    report.add("bits_per_dim", 3.0, math.nan, {})  # of one image: its error is not known
+    assert finite(report.values) == {"bits_per_dim": {"value": 3.0, "standard_error": None}}
