@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import math
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -150,6 +153,59 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
             raise UserError(f"a DDPM has a unet and a scheduler, and no {', '.join(sorted(extra))}")
         made = cls(**parts)
         return made if dtype is None else made.to(dtype)
+
+    def save_pretrained(
+        self,
+        save_directory: Any,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """As stock's; `push_to_hub=True` also publishes the folder, as `push_to_hub` does, and takes its arguments.
+
+        Raises:
+            UserError: What is to be published cannot be.
+        """
+        names = ("repo_id", "commit_message", "private", "token", "create_pr")
+        options = {name: kwargs.pop(name) for name in names if name in kwargs} if push_to_hub else {}
+        if push_to_hub:
+            _check_published_form(safe_serialization, variant)
+        super().save_pretrained(save_directory, safe_serialization, variant, max_shard_size, **kwargs)
+        if push_to_hub:
+            _push(save_directory, options.pop("repo_id", None) or Path(save_directory).resolve().name, **options)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+    ) -> str:
+        """Publish the pipeline on the Hub with a card, as `ddpm-hf push` does.
+
+        Args:
+            repo_id: `namespace/name`, or a name in the token's own namespace; made if it does not exist.
+            commit_message: What the commit is called.
+            private: Only `False` makes a new repository public, or publishes in a public one.
+            token: Instead of the one that `hf auth login` or HF_TOKEN left.
+            create_pr: Propose the commit as a pull request instead of making it.
+            safe_serialization, variant: Stock's; pickles are not published, nor a variant without the whole model.
+
+        Returns:
+            The commit's (or the pull request's) address.
+
+        Raises:
+            UserError: It did not happen; the sentence says why.
+        """
+        _check_published_form(safe_serialization, variant)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return _push(folder, repo_id, commit_message, private, token, create_pr)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -584,6 +640,36 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
         guided = without + guidance_scale * (with_class - without)
         channels = image.shape[1]  # a learned variance is not guided
         return torch.cat([guided[:, :channels], with_class[:, channels:]], dim=1)
+
+
+def _check_published_form(safe_serialization: bool, variant: str | None) -> None:
+    """Safetensors under their usual names are published, and nothing else.
+
+    Raises:
+        UserError: Something else was asked for.
+    """
+    if not safe_serialization:
+        raise UserError("safe_serialization=False would publish a pickle; leave it out for safetensors")
+    if variant:
+        raise UserError(
+            f"variant={variant!r} alone does not open with from_pretrained as the card says; push without variant, "
+            "after pipe.to(torch.float16) for smaller weights"
+        )
+
+
+def _push(
+    folder: Any,
+    repo_id: str,
+    commit_message: str | None = None,
+    private: bool | None = None,
+    token: str | None = None,
+    create_pr: bool = False,
+) -> str:
+    """See `DDPMPipeline.push_to_hub`."""
+    # By its name: `hub` stands above this module, and only those who push need it.
+    hub = importlib.import_module(f"{__package__}.hub")
+    options: dict[str, Any] = {} if commit_message is None else {"commit_message": commit_message}
+    return hub.push(folder, repo_id, private=private is not False, token=token, create_pr=create_pr, **options)
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from .generation import generate, with_sampler
 from .hub import Push, check_destination
 from .hub_background import BackgroundPush
 from .hub_files import CARD, REPORT, SAMPLES, write_card, write_pipeline
-from .model_card import CardFacts, check_license, public_name
+from .model_card import CardFacts, check_license, is_local, recorded_name
 from .pipeline_ddpm import DDPMPipeline
 from .presets import Preset
 from .processes import say, together
@@ -169,8 +169,8 @@ class Publisher:
             folder,
             CardFacts(
                 name=folder.resolve().name,
-                dataset=public_name(self.data.name),
-                dataset_id=on_hub if on_hub is not None and not Path(on_hub).exists() else None,
+                dataset=recorded_name(self.data.name),
+                dataset_id=on_hub if on_hub is not None and not is_local(on_hub) else None,
                 recipe=self.recipe_for_card(step),
                 report=dataclasses.asdict(report) if report is not None else None,
                 sample=pictures[-1].name if pictures else None,
@@ -217,7 +217,7 @@ class Publisher:
 
     def recipe_for_card(self, step: int) -> dict[str, Any]:
         """What the card lists under "Training"."""
-        recipe, images = self.recipe, describe_images(self.data, public_name(self.data.name))
+        recipe, images = self.recipe, describe_images(self.data, recorded_name(self.data.name))
         return {
             "images": images + (", random flips" if recipe.random_flip else ""),
             "updates": f"{step} of {self.plan.total} images, seed {self.config.seed}",

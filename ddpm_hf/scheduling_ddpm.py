@@ -22,6 +22,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from .errors import UserError
+from .hub_errors import PrivateByDefault
 from .noise_schedule import OFFICIAL_SCHEDULES, STOCK_SCHEDULES, Chain, make_betas, rescale_zero_terminal_snr
 from .presets import get_preset, nearest
 
@@ -61,7 +62,7 @@ def _choice(name: str, value: Any, known: Sequence[str], otherwise: str = "") ->
         )
 
 
-class DDPMScheduler(StockDDPMScheduler):
+class DDPMScheduler(PrivateByDefault, StockDDPMScheduler):
     """Ho et al.'s diffusion process, exact to the official code, with the interface of `diffusers.DDPMScheduler`.
 
     Arguments, their defaults and the saved configuration are stock's; a saved scheduler opens in stock diffusers.

@@ -202,6 +202,7 @@ def test_cards_that_are_somebody_elses_or_broken():
         ("~/cats", "cats"),
         ("./data/cats", "cats"),
         (r"C:\ada\cats", "cats"),
+        ("C:/ada/cats", "cats"),
     ],
 )
 def test_public_names(name, shown):

@@ -20,5 +20,3 @@ if __name__ == "__main__":
     jobs = json.load(sys.stdin)
     with ThreadPoolExecutor(len(jobs)) as pool:
         print(json.dumps(list(pool.map(run, jobs))))
-    if heavy := [name for name in ("torch", "diffusers") if name in sys.modules]:
-        sys.exit(f"a push imported {heavy}")
