@@ -226,6 +226,7 @@ class Push:
         with_token = dataclasses.replace(self, token=known_token(self.token))
         staging = make_snapshot(Path(self.folder), with_token.token)
         try:
+            check_opens(staging, Path(self.folder))
             if self.report is not None:
                 take_report(Path(self.report), staging, with_token.token)
             return with_token.run_from(staging, say)
@@ -233,8 +234,7 @@ class Push:
             shutil.rmtree(staging, ignore_errors=True)
 
     def run_from(self, staging: Path, say: Callable[[str], None]) -> str:
-        """`run`, of what `make_snapshot` made of the folder before, if it opens; the token must be known."""
-        check_opens(staging, Path(self.folder))
+        """`run`, of a snapshot of the folder that was made, and opened, before; the token must be known."""
         card = read_card(staging / CARD) if (staging / CARD).exists() else None
         report = EvaluationReport.load(staging / REPORT) if (staging / REPORT).exists() else None
         numbers = None if report is None else dataclasses.asdict(report)

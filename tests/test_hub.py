@@ -63,9 +63,9 @@ def environment(hub: HubServer, home: Path, token: str | None = TOKEN) -> dict[s
     return {**os.environ, **hub.environment(home, token), "OMP_NUM_THREADS": "1"}
 
 
-def push_all(hub: HubServer, home: Path, *jobs: dict, token: str | None = TOKEN) -> list[dict]:
+def push_all(hub: HubServer, home: Path, *jobs: dict, token: str | None = TOKEN, opening: bool = False) -> list[dict]:
     """Several pushes at once, in one process of their own."""
-    command = [sys.executable, str(DRIVERS / "driver_push.py")]
+    command = [sys.executable, str(DRIVERS / "driver_push.py"), *["open"] * opening]
     env = environment(hub, home, token)
     done = subprocess.run(command, input=json.dumps(jobs), capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
@@ -462,7 +462,7 @@ def test_pushes_recover_from_every_fault_with_equal_weights(hub, tmp_path):
         folder = tmp_path / name
         hub.faults.append(fault(large_model(folder) if name == "large" else variant(folder, number)))
         jobs.append({"folder": str(folder), "repo_id": f"org/{name}", "timeout": 1.0 if "slow" in name else 10.0})
-    results = push_all(hub, tmp_path / "home", *jobs)
+    results = push_all(hub, tmp_path / "home", *jobs, opening=True)
     assert [result for result in results if "error" in result] == []
     assert [fault for fault in hub.faults if fault.happened != fault.times] == []
     for name in faults:
