@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -64,6 +65,8 @@ class Classes:
         Raises:
             ValueError: Classes or guidance that the network does not have, or another number of labels.
         """
+        if not math.isfinite(guidance_scale):
+            raise UserError(f"guidance_scale must be a finite number, got {guidance_scale}")
         if self.count is None:
             if labels is not None or guidance_scale != 1:
                 raise UserError("class_labels and guidance_scale are for class-conditional networks; this one is not")

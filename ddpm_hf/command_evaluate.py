@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence, Sized
 from pathlib import Path
@@ -170,7 +171,9 @@ def _print_report(report: Any) -> None:
 
     for name, value in report.values.items():
         if name == "bits_per_dim":
-            print(f"bits/dim on {report.num_images} images: {value['value']:.4f} +- {value['standard_error']:.4f}")
+            error = value["standard_error"]
+            known = f" +- {error:.4f}" if math.isfinite(error) else ""  # of one image it is not
+            print(f"bits/dim on {report.num_images} images: {value['value']:.4f}{known}")
         else:
             print(f"{name}: {number(value['value'], value['standard_error'])}")
     for warning in report.warnings:

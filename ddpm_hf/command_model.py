@@ -73,7 +73,7 @@ def load_pipeline(model: str, dtype: str = "float32", tf32: bool = False) -> Any
     """The `DDPMPipeline` in a folder or on the Hub, on this process's device; without `tf32` float32 is just that.
 
     Raises:
-        UsageError: There is none.
+        UsageError: There is none, or a weight is NaN or infinite.
     """
     import torch
     from diffusers.utils import logging
@@ -81,6 +81,7 @@ def load_pipeline(model: str, dtype: str = "float32", tf32: bool = False) -> Any
     from .machine import use_tf32
     from .pipeline_ddpm import DDPMPipeline
     from .processes import processes
+    from .unet_2d import check_weights
 
     use_tf32(tf32)
     if dtype not in ("float32", "bfloat16", "float16"):
@@ -89,7 +90,9 @@ def load_pipeline(model: str, dtype: str = "float32", tf32: bool = False) -> Any
     if Path(model).exists() and not (Path(model) / "model_index.json").is_file():
         raise UsageError(f"--model {model} holds no pipeline: there is no model_index.json in it")
     try:
-        return DDPMPipeline.from_pretrained(model, dtype=getattr(torch, dtype)).to(processes().device)
+        pipe = DDPMPipeline.from_pretrained(model, dtype=getattr(torch, dtype))
+        check_weights(pipe.unet)  # before hours of work, not after them
+        return pipe.to(processes().device)
     except (OSError, ValueError) as error:
         raise UsageError(
             f"cannot load --model {model}: {(str(error).strip() or type(error).__name__).splitlines()[0]}"

@@ -7,6 +7,7 @@ says".
 from __future__ import annotations
 
 import dataclasses
+import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -221,11 +222,12 @@ class TrainingConfig:
         )
         for name in positive.split():
             value = getattr(self, name)
-            if value is not None and not value > 0:
+            # an infinite norm is a way to say that gradients are not scaled down
+            if value is not None and not (0 < value < math.inf or (name == "max_grad_norm" and value == math.inf)):
                 raise UserError(f"--{name} must be positive, got {value}")
         for name in ("lr_warmup_steps", "eval_num_images", "dataloader_num_workers"):
             value = getattr(self, name)
-            if value is not None and value < 0:
+            if value is not None and not 0 <= value < math.inf:
                 raise UserError(f"--{name} must not be negative, got {value}")
         sizes = self.resolution if isinstance(self.resolution, list) else [self.resolution]
         sizes = [1 if size is None else size for size in sizes]
@@ -233,7 +235,9 @@ class TrainingConfig:
             raise UserError(f"--resolution takes one or two positive numbers, got {self.resolution}")
         if (self.num_cpu_threads or 0) > 4096:
             raise UserError(f"--num_cpu_threads is at most 4096, got {self.num_cpu_threads}")
-        if self.value_range is not None and (len(self.value_range) != 2 or self.value_range[0] >= self.value_range[1]):
+        if self.value_range is not None and (
+            len(self.value_range) != 2 or not -math.inf < self.value_range[0] < self.value_range[1] < math.inf
+        ):
             raise UserError(f"--value_range takes two rising numbers, for example 0 1, got {self.value_range}")
         if self.hub_model_id is not None and not self.push_to_hub:
             raise UserError(f"--hub_model_id {self.hub_model_id} needs --push_to_hub")
@@ -416,7 +420,7 @@ class ReproductionConfig:
     def __post_init__(self) -> None:
         for name in ("num_samples", "num_inference_steps", "num_images", "batch_size"):
             value = getattr(self, name)
-            if value is not None and value < 1:
+            if value is not None and not 1 <= value < math.inf:
                 raise UserError(f"--{name} must be positive, got {value}")
 
     def feature_names(self) -> list[str]:

@@ -917,6 +917,8 @@ def to_official(unet: UNet2DModel, state: Tensors | None = None) -> dict[str, np
     for key, value in (state or unet.state_dict()).items():
         name = tf_from_canonical(canonical_from_ours(key, levels))
         value = value.detach().float().cpu()
+        if not value.isfinite().all():
+            raise ConversionError(f"the weights {key} hold NaN or infinity; take an intact copy of the model")
         if name.endswith("nin_shortcut/W"):
             value = value.flatten(1)
         if value.ndim == 4:

@@ -16,6 +16,7 @@ from .errors import UserError
 from .features import FeatureExtractor, make_extractor
 from .generation import check_sampler, with_sampler
 from .likelihood_evaluation import evaluate_likelihood
+from .model_card import recorded_name
 from .pipeline_ddpm import DDPMPipeline
 from .presets import nearest
 from .processes import default_cache_dir, from_first, processes, together
@@ -218,7 +219,7 @@ def evaluate(
         prepare(pipe)
         sampling_pipe.network = pipe.network
     main_split = likelihood_splits[0] if set(metrics) & set(LIKELIHOOD_METRICS) else next(iter(sets))
-    report = EvaluationReport(sets[main_split].name, main_split, _count(sets[main_split]))
+    report = EvaluationReport(recorded_name(sets[main_split].name), main_split, _count(sets[main_split]))
     report.model = _model_settings(pipe, model_name)
     if set(metrics) & set(LIKELIHOOD_METRICS):
         bound_pipe = with_sampler(pipe, "ddpm", variance_type)  # the bound is the ancestral process's
@@ -345,7 +346,7 @@ def checked_extractors(
 def _model_settings(pipe: DDPMPipeline, name: str | None) -> dict[str, Any]:
     """Which model it was: its name, its revision if it is from the Hub, its weights' hash."""
     found: dict[str, Any] = {
-        "name": name or "a model",
+        "name": recorded_name(name) if name else "a model",
         "weights_sha256": weights_digest(pipe.unet),
         "parameters": parameter_count(pipe.unet),
         "image_shape": list(pipe.image_shape),

@@ -137,6 +137,7 @@ class _Walker:
                     x = step.prev_sample
                     self.bar.update()
                 x_t[rows] = x
+        self.pipe.check_finite(x_t)
         return x_t.cpu()
 
 
@@ -232,6 +233,7 @@ def progressive_generation(
                     x_ts.append(step.sample.cpu())
                     x_0s.append(step.pred_original_sample.cpu())
                 walker.bar.update()
+            pipe.check_finite(step.prev_sample)
             image = [step.prev_sample.cpu()]
             parts.append(torch.stack([torch.stack(x_ts + image, dim=1), torch.stack(x_0s + image, dim=1)]))
     x_t, x_0 = torch.cat(parts, dim=1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .errors import UserError
+from .errors import NotFiniteError, UserError
 from .pipeline_ddpm import DDPMPipeline, without_bar
 from .pipeline_inputs import one_per_image
 from .presets import nearest
@@ -37,6 +38,9 @@ _SAMPLERS: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 SAMPLERS = tuple(_SAMPLERS)
 _SPACINGS = ("leading", "linspace", "trailing")
+
+# How the images of a folder were made.
+_NOTE = "sampling.json"
 
 # Suffixes of files that cannot be written; without this check they would become folders.
 _OTHER_FILES = (".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".npy", ".zip", ".tar", ".safetensors")
@@ -174,7 +178,7 @@ def generate(
         raise UserError(f"batch_size must be at least 1, got {batch_size}")
     _check_labels(class_labels, seeds)
     steps = pipe.checked_steps(num_inference_steps)  # before a progress bar is shown
-    if strength is not None:
+    if strength is not None and 0 <= strength <= 1:  # the pipeline refuses others
         steps = round(steps * strength)
     if mask_image is not None:
         steps *= resample_times
@@ -255,6 +259,7 @@ def write_samples(
 
     Raises:
         ValueError: An output that cannot be written, or that holds other images.
+        NotFiniteError: The network made NaN or infinities; the batches before are kept.
     """
     output = Path(output)
     if batch_size < 1:
@@ -290,9 +295,14 @@ def write_samples(
     for name in ("image", "mask_image"):
         options[name] = _share(options.get(name), mine)
     options["progress"] = options.get("progress", False) and here.is_main_process
-    with together():
-        for part, images in generate(pipe, [seeds[i] for i in mine], batch_size=batch_size, **options):
-            store.add(part, images)
+    try:
+        with together():
+            for part, images in generate(pipe, [seeds[i] for i in mine], batch_size=batch_size, **options):
+                store.add(part, images)
+    except NotFiniteError:
+        if here.num_processes == 1 and not store.finished():
+            _unclaim(store.path)
+        raise
     with together():
         if kind != "folder" and here.is_main_process:
             images = parts.read(seeds)
@@ -385,7 +395,7 @@ def _claim(folder: Path, has_images: bool, pipe: DDPMPipeline, seeds: Sequence[i
     for name in ("image", "mask_image"):
         pixels = options.get(name)
         own[name] = _by_seed(seeds, None if pixels is None else [digest(one)[:16] for one in pixels])
-    note = folder / "sampling.json"
+    note = folder / _NOTE
     if has_images and not note.is_file():
         raise UserError(
             f"{str(folder)!r} holds images, and no sampling.json that says how they were made; name another --output"
@@ -408,6 +418,13 @@ def _claim(folder: Path, has_images: bool, pipe: DDPMPipeline, seeds: Sequence[i
             )
     made |= own
     write_text(note, json.dumps(made, indent=2) + "\n")
+
+
+def _unclaim(folder: Path) -> None:
+    """Take the note of `_claim` back, and the folder if nothing else is in it."""
+    (folder / _NOTE).unlink(missing_ok=True)
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def _by_seed(seeds: Sequence[int], values: Sequence[Any] | None) -> dict[str, Any]:

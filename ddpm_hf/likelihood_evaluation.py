@@ -16,6 +16,7 @@ from . import evaluation_plots as plots
 from .errors import UserError
 from .image_tensors import ImageDataset, to_model_range
 from .likelihood import LikelihoodResult, bits_per_dim, stratified_bits_per_dim
+from .model_card import recorded_name
 from .pipeline_ddpm import DDPMPipeline, evaluating
 from .processes import processes, together
 from .reports import EvaluationReport, write_text
@@ -58,7 +59,7 @@ def evaluate_likelihood(
     pipe.check_images_fit(data)
     if rate_distortion and num_evaluations is not None:
         raise UserError("rate_distortion needs every term of the bound; leave out --num_evaluations")
-    report = EvaluationReport(data.name, split, len(data))
+    report = EvaluationReport(recorded_name(data.name), split, len(data))
     started = time.monotonic()
     rows = likelihood_rows(pipe, data, num_evaluations, batch_size, seed, progress, work_dir)
     total = rows["total"]

@@ -31,7 +31,7 @@ from .reports import number
 
 _SECTION = re.compile(r"<!-- ddpm_hf:(\w+) (\w{8}) -->\n(.*?)<!-- /ddpm_hf:\1 -->", re.DOTALL)
 _FRONT = re.compile(r"\A---\n(.*?\n)?---(?:\n|\Z)", re.DOTALL)
-_WEIGHTS = re.compile(r"diffusion_pytorch_model(-\d+-of-\d+)?\.safetensors")
+WEIGHTS = re.compile(r"diffusion_pytorch_model(-\d+-of-\d+)?\.safetensors")
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 
 _HEADINGS = {
@@ -103,7 +103,7 @@ class ModelFacts:
         scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
         size = unet["sample_size"]
         height, width = size if isinstance(size, list) else (size, size)
-        weights = [path for path in sorted((folder / "unet").iterdir()) if _WEIGHTS.fullmatch(path.name)]
+        weights = [path for path in sorted((folder / "unet").iterdir()) if WEIGHTS.fullmatch(path.name)]
         return cls(
             (unet["in_channels"], height, width),
             sum(_count_weights(path) for path in weights),
@@ -264,13 +264,21 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)
 
 
+def is_local(name: str) -> bool:
+    """Whether a dataset's or model's name is a path of this machine rather than a name on the Hub, here and now."""
+    return public_name(name) != name or Path(name).exists()
+
+
+def recorded_name(name: str) -> str:
+    """A name as it is recorded where it may be published later, and elsewhere: of what is local, the last part."""
+    return Path(name).resolve().name if Path(name).exists() else public_name(name)
+
+
 def public_name(name: str) -> str:
-    """A dataset's name without the path of anybody's disk."""
-    if "\\" in name:
+    """A name without the path of anybody's disk, by its form alone: what exists here may not be what was meant."""
+    if "\\" in name or re.match(r"[A-Za-z]:/", name):
         return PureWindowsPath(name).name
-    path = Path(name)
-    local = path.is_absolute() or name.startswith((".", "~")) or (path.parent != Path() and path.exists())
-    return path.name if local else name
+    return Path(name).name if name.startswith(("/", ".", "~")) else name
 
 
 def _digest(text: str) -> str:

@@ -35,7 +35,7 @@ def make_betas(beta_schedule: str, num_train_timesteps: int, beta_start: float, 
     T = num_train_timesteps
     for name, value in (("beta_start", beta_start), ("beta_end", beta_end)):
         # Below 0, sqrt would give a complex number, whose real part numpy takes for beta.
-        if isinstance(value, bool) or not isinstance(value, numbers.Real) or value < 0:
+        if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= value < math.inf:
             raise UserError(f"{name} must be a number between 0 and 1, got {value!r}; the paper's are 1e-4 and 0.02")
     if beta_schedule == "linear":
         return np.linspace(beta_start, beta_end, T, dtype=np.float64)

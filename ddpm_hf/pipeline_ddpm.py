@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
+import math
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -20,16 +24,19 @@ from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 
 from .class_labels import Classes, ClassLabels
-from .errors import UserError
+from .errors import NotFiniteError, UserError
 from .hub_errors import check_pipeline, patiently
 from .pipeline_inputs import KnownPixels, count_and_generators, images_in_model_range, mask_of, one_per_image
-from .scheduling_ddpm import DDPMScheduler
-from .unet_2d import PortableConfigMixin, UNet2DModel
+from .scheduling_ddpm import DDPMScheduler, infinite_to_nan
+from .unet_2d import PortableConfigMixin, UNet2DModel, check_weights
 
 logger = logging.get_logger(__name__)
 
 # What stock repositories name, and our class of the same name that opens it.
 _OURS = {("diffusers", "UNet2DModel"), ("diffusers", "DDPMScheduler")}
+# More than stock's DDIM loses by rounding in float32, a few units in the last place of 1. Its root, 7e-4, is a tenth
+# of a grey level.
+_ROUNDING = 2.0**-21
 
 
 @dataclass
@@ -147,6 +154,59 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
         made = cls(**parts)
         return made if dtype is None else made.to(dtype)
 
+    def save_pretrained(
+        self,
+        save_directory: Any,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """As stock's; `push_to_hub=True` also publishes the folder, as `push_to_hub` does, and takes its arguments.
+
+        Raises:
+            UserError: What is to be published cannot be.
+        """
+        names = ("repo_id", "commit_message", "private", "token", "create_pr")
+        options = {name: kwargs.pop(name) for name in names if name in kwargs} if push_to_hub else {}
+        if push_to_hub:
+            _check_published_form(safe_serialization, variant)
+        super().save_pretrained(save_directory, safe_serialization, variant, max_shard_size, **kwargs)
+        if push_to_hub:
+            _push(save_directory, options.pop("repo_id", None) or Path(save_directory).resolve().name, **options)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+    ) -> str:
+        """Publish the pipeline on the Hub with a card, as `ddpm-hf push` does.
+
+        Args:
+            repo_id: `namespace/name`, or a name in the token's own namespace; made if it does not exist.
+            commit_message: What the commit is called.
+            private: Only `False` makes a new repository public, or publishes in a public one.
+            token: Instead of the one that `hf auth login` or HF_TOKEN left.
+            create_pr: Propose the commit as a pull request instead of making it.
+            safe_serialization, variant: Stock's; pickles are not published, nor a variant without the whole model.
+
+        Returns:
+            The commit's (or the pull request's) address.
+
+        Raises:
+            UserError: It did not happen; the sentence says why.
+        """
+        _check_published_form(safe_serialization, variant)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return _push(folder, repo_id, commit_message, private, token, create_pr)
+
     @property
     def settings(self) -> dict[str, Any]:
         """All that decides, beside the weights, which image a seed gives, as JSON values."""
@@ -245,6 +305,7 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
 
         Raises:
             ValueError: An argument is outside its range, or `seeds` is given with `generator`, or counts disagree.
+            NotFiniteError: The network made NaN or infinities, of which there is no picture.
         """
         if output_type not in ("pil", "np", "pt"):
             raise UserError(f"output_type must be 'pil', 'np' or 'pt', got {output_type!r}")
@@ -304,12 +365,33 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def as_output(self, x_0: torch.Tensor, output_type: str) -> Any:
-        """`[B, C, H, W]` in the [-1, 1] scale as `pil`, `np` or `pt`, see `__call__`."""
+        """`[B, C, H, W]` in the [-1, 1] scale as `pil`, `np` or `pt`, see `__call__`.
+
+        Raises:
+            NotFiniteError: They hold NaN or infinities.
+        """
+        self.check_finite(x_0)
         images = (x_0 / 2 + 0.5).clamp(0, 1)
         if output_type == "pt":
             return images
         array = images.cpu().permute(0, 2, 3, 1).numpy()
         return array if output_type == "np" else self.numpy_to_pil(array) if len(array) else []
+
+    def check_finite(self, x_0: torch.Tensor) -> None:
+        """Images at the end of the chain are numbers: NaN and infinities would become black and white pixels.
+
+        Raises:
+            NotFiniteError: They are not; names the weight that is to blame, if one is.
+        """
+        if bool(x_0.isfinite().all()):
+            return
+        check_weights(self.unet)
+        dtype = str(self.network.dtype).removeprefix("torch.")
+        hints = {"float16": "; float16 ends at 65504, use bfloat16 or float32", "float32": ""}
+        raise NotFiniteError(
+            f"the images are not finite: the network, in {dtype}, or {type(self.scheduler).__name__} made NaN or "
+            f"infinities on the way{hints.get(dtype, '; try float32')}"
+        )
 
     def _set_timesteps(self, steps: int) -> None:
         """The chain's timesteps. Stock's schedulers round some numbers of steps to chains that make no image.
@@ -331,6 +413,13 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
                     "of the image; better: timestep_spacing='trailing'"
                 )
             return
+        config, first = self.scheduler.config, int(timesteps[0])
+        vanishes = alpha_bar[first] == 0 or (config.get("rescale_betas_zero_snr") and first == T - 1)
+        if vanishes and config.get("prediction_type") == "epsilon":  # stock divides by 0, and clips what comes of it
+            raise UserError(
+                f"alpha_bar vanishes at t={first}, where 'epsilon' says nothing about x_0; use prediction_type="
+                "'v_prediction' or 'sample' with this schedule, or timesteps that leave it out"
+            )
         # PNDM and second-order solvers evaluate some timesteps twice on purpose.
         once = getattr(self.scheduler, "order", 1) == 1 and "PNDM" not in type(self.scheduler).__name__
         if late or (once and len(timesteps.unique()) < len(timesteps)):
@@ -417,6 +506,7 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
         if start and hasattr(self.scheduler, "set_begin_index"):
             self.scheduler.set_begin_index(start)
         extra = self._step_options(generator, eta)
+        etas = self._etas(eta) if eta and isinstance(self.scheduler, DDIMScheduler) else None
         timesteps = self.scheduler.timesteps
         on_device = timesteps.to(x_t.device)  # once, so that no step waits for the device
         network = self.network
@@ -425,8 +515,11 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
             for index in range(start, len(timesteps) if stop is None else min(stop, len(timesteps))):
                 seen = self.scheduler.scale_model_input(x_t, timesteps[index]).to(dtype)
                 output = self._predict(network, seen, on_device[index], labels, guidance_scale).float()
+                output = infinite_to_nan(output)
                 if not isinstance(self.scheduler, DDPMScheduler):
                     output = output[:, : x_t.shape[1]]  # a learned variance is for the ancestral sampler only
+                if etas is not None:
+                    extra["eta"] = etas[index]
                 made = self.scheduler.step(output, timesteps[index], x_t, **extra)
                 x_0 = getattr(made, "pred_original_sample", None)
                 step = DenoisingStep(index, int(timesteps[index]), x_t, x_0, made.prev_sample)
@@ -492,6 +585,21 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
         if eta and "eta" not in inspect.signature(self.scheduler.step).parameters:
             raise UserError(f"eta={eta} is for the ddim sampler; {type(self.scheduler).__name__} has none")
 
+    def _etas(self, eta: float) -> list[float]:
+        """eta for each of DDIM's timesteps: where alpha_bar_t is 0 or nearly so, as high as float32 allows.
+
+        There sigma^2 = 1 - alpha_bar_prev (Song et al. 2021, Eq. 16 at eta = 1), and stock takes the root of the
+        difference of the two, which rounding makes negative.
+        """
+        t = self.scheduler.timesteps.cpu()
+        previous = t - self.scheduler.config.num_train_timesteps // len(t)
+        alpha_bar = self.scheduler.alphas_cumprod.double().cpu()
+        now, then = alpha_bar[t], alpha_bar[previous.clamp(min=0)]
+        then = torch.where(previous >= 0, then, float(self.scheduler.final_alpha_cumprod))
+        variance = (1 - then) / (1 - now) * (1 - now / then)
+        largest = ((1 - then - _ROUNDING).clamp(min=0) / variance).sqrt()
+        return [eta if math.isnan(most) else min(eta, most) for most in largest.tolist()]  # NaN: no variance at all
+
     def _step_options(self, generator: Any, eta: float) -> dict[str, Any]:
         """What the scheduler's `step` takes beyond the usual: deterministic ones take no generator, DDIM an eta."""
         known = inspect.signature(self.scheduler.step).parameters
@@ -532,6 +640,36 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
         guided = without + guidance_scale * (with_class - without)
         channels = image.shape[1]  # a learned variance is not guided
         return torch.cat([guided[:, :channels], with_class[:, channels:]], dim=1)
+
+
+def _check_published_form(safe_serialization: bool, variant: str | None) -> None:
+    """Safetensors under their usual names are published, and nothing else.
+
+    Raises:
+        UserError: Something else was asked for.
+    """
+    if not safe_serialization:
+        raise UserError("safe_serialization=False would publish a pickle; leave it out for safetensors")
+    if variant:
+        raise UserError(
+            f"variant={variant!r} alone does not open with from_pretrained as the card says; push without variant, "
+            "after pipe.to(torch.float16) for smaller weights"
+        )
+
+
+def _push(
+    folder: Any,
+    repo_id: str,
+    commit_message: str | None = None,
+    private: bool | None = None,
+    token: str | None = None,
+    create_pr: bool = False,
+) -> str:
+    """See `DDPMPipeline.push_to_hub`."""
+    # By its name: `hub` stands above this module, and only those who push need it.
+    hub = importlib.import_module(f"{__package__}.hub")
+    options: dict[str, Any] = {} if commit_message is None else {"commit_message": commit_message}
+    return hub.push(folder, repo_id, private=private is not False, token=token, create_pr=create_pr, **options)
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType
 from tqdm.auto import tqdm
 
-from .errors import UserError
+from .errors import NotFiniteError, UserError
 
 # How long processes wait for one that works for all. One that dies ends the others at once, however long this is.
 _LONGEST_WAIT = timedelta(days=7)
@@ -87,7 +87,7 @@ def together() -> Iterator[None]:
 
     Raises:
         UserError: With the other process's sentence, where a user's mistake, a file or the memory failed there and
-            nothing here.
+            nothing here; a NotFiniteError if that is what it was there.
         RuntimeError: The same of any other error there, which is a fault; its traceback is there too.
     """
     if processes().num_processes > 1:
@@ -97,18 +97,21 @@ def together() -> Iterator[None]:
         yield
     except Exception as error:
         failed = error
-    outcomes = gather(None if failed is None else (_is_told(failed), str(failed) or type(failed).__name__))
+    outcomes = gather(None if failed is None else (_kind_elsewhere(failed), str(failed) or type(failed).__name__))
     if failed is not None:
         raise failed
     for index, outcome in enumerate(outcomes):
         if outcome is not None:
-            told, sentence = outcome
-            raise (UserError if told else RuntimeError)(f"process {index} failed: {sentence}")
+            kind, sentence = outcome
+            raise kind(f"process {index} failed: {sentence}")
 
 
-def _is_told(error: Exception) -> bool:
-    """Whether commands print the error as a sentence; what else there is is a fault."""
-    return isinstance(error, (UserError, OSError, MemoryError, torch.OutOfMemoryError))
+def _kind_elsewhere(error: Exception) -> type[Exception]:
+    """What the other processes raise: commands print it as a sentence where they print the error itself so."""
+    if isinstance(error, NotFiniteError):
+        return NotFiniteError
+    told = (UserError, OSError, MemoryError, torch.OutOfMemoryError)
+    return UserError if isinstance(error, told) else RuntimeError
 
 
 def same_everywhere(verb: str, what: str, advice: str) -> None:

@@ -21,12 +21,13 @@ from torch import Tensor
 
 from .configuration import TrainingConfig, TrainingError, due
 from .data import Images, StreamedImages
+from .errors import NotFiniteError
 from .evaluation import EvaluationReport
 from .generation import generate, with_sampler
 from .hub import Push, check_destination
 from .hub_background import BackgroundPush
 from .hub_files import CARD, REPORT, SAMPLES, write_card, write_pipeline
-from .model_card import CardFacts, check_license, public_name
+from .model_card import CardFacts, check_license, is_local, recorded_name
 from .pipeline_ddpm import DDPMPipeline
 from .presets import Preset
 from .processes import gather, say, together
@@ -135,15 +136,26 @@ class Publisher:
         return due(step, self.config.save_images_steps) or self.evaluation.due(step)
 
     def watch(self, averaged: dict[str, Tensor], step: int) -> tuple[DDPMPipeline, EvaluationReport | None]:
-        """Make what is due after update `step` from the averaged weights: the model, and what was measured of it."""
+        """Make what is due after update `step` from the averaged weights: the model, and what was measured of it.
+
+        A model whose images or numbers are not finite has none to show, which is said; the run goes on.
+        """
         with _memory_advice(step):
             pipe = self._shared_pipeline(averaged)
-            if due(step, self.config.save_images_steps):
-                self.sample_grid(pipe, f"samples-{step}.png")
-            return pipe, self.evaluation.measure(pipe) if self.evaluation.due(step) else None
+            try:
+                if due(step, self.config.save_images_steps):
+                    self.sample_grid(pipe, f"samples-{step}.png")
+                return pipe, self.evaluation.measure(pipe) if self.evaluation.due(step) else None
+            except NotFiniteError as error:
+                say(f"nothing to show after update {step}: {error}")
+                return pipe, None
 
     def publish(self, averaged: dict[str, Tensor], step: int) -> DDPMPipeline:
-        """Write the pipeline (safetensors), sample grid, report and card into the output folder."""
+        """Write the pipeline (safetensors), sample grid, report and card into the output folder.
+
+        Raises:
+            NotFiniteError: The model makes no images or numbers that are finite; nothing is pushed.
+        """
         pipe, folder, main = self._shared_pipeline(averaged), self.output_dir, self.accelerator.is_main_process
         with together():
             if main:
@@ -178,8 +190,8 @@ class Publisher:
             folder,
             CardFacts(
                 name=folder.resolve().name,
-                dataset=public_name(self.data.name),
-                dataset_id=on_hub if on_hub is not None and not Path(on_hub).exists() else None,
+                dataset=recorded_name(self.data.name),
+                dataset_id=on_hub if on_hub is not None and not is_local(on_hub) else None,
                 recipe=self.recipe_for_card(step),
                 report=dataclasses.asdict(report) if report is not None else None,
                 sample=pictures[-1].name if pictures else None,
@@ -228,7 +240,7 @@ class Publisher:
 
     def recipe_for_card(self, step: int) -> dict[str, Any]:
         """What the card lists under "Training"."""
-        recipe, images = self.recipe, describe_images(self.data, public_name(self.data.name))
+        recipe, images = self.recipe, describe_images(self.data, recorded_name(self.data.name))
         return {
             "images": images + (", random flips" if recipe.random_flip else ""),
             "updates": f"{step} of {self.plan.total} images, seed {self.config.seed}",

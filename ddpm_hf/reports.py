@@ -21,7 +21,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from .errors import UserError
+from .errors import NotFiniteError, UserError
 
 # Settings that may differ between two runs whose numbers are the same.
 _INCIDENTAL = ("seconds", "batch_size")
@@ -71,7 +71,7 @@ class EvaluationReport:
 
     def save(self, path: str | Path) -> None:
         """Write the report as JSON, completely or not at all."""
-        write_text(Path(path), json.dumps(finite(dataclasses.asdict(self)), indent=2) + "\n")
+        write_text(Path(path), json.dumps(finite(dataclasses.asdict(self)), indent=2, allow_nan=False) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> EvaluationReport:
@@ -100,7 +100,15 @@ class EvaluationReport:
         return report
 
     def add(self, name: str, value: float, standard_error: float, settings: dict[str, Any], **more: float) -> None:
-        """One number, with its error and how it was made (`estimator` in words, and what else there is to say)."""
+        """One number, with its error and how it was made (`estimator` in words, and what else there is to say).
+
+        Raises:
+            NotFiniteError: It is NaN or infinite. Its error, and `more`, may be NaN: not known, as from one image.
+        """
+        if not math.isfinite(value):
+            raise NotFiniteError(
+                f"{name} is {value}, which is no result; the model, or what it was compared with, is at fault"
+            )
         self.values[name] = {"value": value, "standard_error": standard_error, **more}
         self.settings[name] = settings
 

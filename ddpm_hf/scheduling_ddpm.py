@@ -22,6 +22,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from .errors import UserError
+from .hub_errors import PrivateByDefault
 from .noise_schedule import OFFICIAL_SCHEDULES, STOCK_SCHEDULES, Chain, make_betas, rescale_zero_terminal_snr
 from .presets import get_preset, nearest
 
@@ -39,6 +40,14 @@ logger = logging.get_logger(__name__)
 Timestep = int | Tensor
 
 
+def infinite_to_nan(x: Tensor) -> Tensor:
+    """The same values, bit by bit, with NaN for infinities, in one kernel and without waiting for the device.
+
+    An infinite prediction would be clipped into the range of images and look like one; NaN stays NaN to the end.
+    """
+    return torch.add(x, x, alpha=0)
+
+
 def _affine(a: Any, x: Tensor, b: Any, y: Tensor) -> Tensor:
     """a x + b y in two kernels, for numbers or broadcasting tensors a and b."""
     if isinstance(b, Tensor):
@@ -53,7 +62,7 @@ def _choice(name: str, value: Any, known: Sequence[str], otherwise: str = "") ->
         )
 
 
-class DDPMScheduler(StockDDPMScheduler):
+class DDPMScheduler(PrivateByDefault, StockDDPMScheduler):
     """Ho et al.'s diffusion process, exact to the official code, with the interface of `diffusers.DDPMScheduler`.
 
     Arguments, their defaults and the saved configuration are stock's; a saved scheduler opens in stock diffusers.
@@ -120,8 +129,12 @@ class DDPMScheduler(StockDDPMScheduler):
         if not (isinstance(num_train_timesteps, int) and num_train_timesteps >= 1):
             raise UserError(f"num_train_timesteps must be a positive whole number, got {num_train_timesteps!r}")
         _whole_number("steps_offset", steps_offset)
-        if not clip_sample_range > 0:
-            raise UserError(f"clip_sample_range must be positive, got {clip_sample_range!r}; images lie in [-1, 1]")
+        for name, value in (("clip_sample_range", clip_sample_range), ("sample_max_value", sample_max_value)):
+            if not 0 < value < math.inf:
+                raise UserError(
+                    f"{name} must be positive and finite, got {value!r}; images lie in [-1, 1], and clip_sample=False "
+                    "does not clip"
+                )
         if not 0 <= dynamic_thresholding_ratio <= 1:
             raise UserError(f"dynamic_thresholding_ratio must be in [0, 1], got {dynamic_thresholding_ratio!r}")
 

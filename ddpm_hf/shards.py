@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .errors import UserError
+from .errors import NotFiniteError, UserError
 from .processes import gather, processes, together
 from .reports import write_whole
 
@@ -97,6 +97,7 @@ def all_rows(
 
     Raises:
         ValueError: A batch size below 1, or a folder that the processes do not share.
+        NotFiniteError: A row holds NaN or infinity; it is not kept.
     """
     if batch_size < 1:
         raise UserError(f"batch_size must be at least 1, got {batch_size}")
@@ -113,6 +114,7 @@ def all_rows(
     with together(), tqdm(total=sum(map(len, mine)), desc=desc, unit=unit, disable=quiet) as bar:
         for ids in mine:
             rows = {"ids": torch.tensor(ids), **{name: value.cpu() for name, value in make(ids).items()}}
+            _check_finite(rows, desc)
             made.append(rows)
             if folder is not None:
                 write_tensors(folder / f"{ids[0]:08d}.safetensors", rows)
@@ -122,6 +124,17 @@ def all_rows(
         parts = parts if folder is None else []
     with together():
         return _in_order([*parts, *made], count, folder)
+
+
+def _check_finite(rows: Rows, desc: str) -> None:
+    for name, value in rows.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            row = int(
+                (~value.isfinite()).flatten(1 if value.ndim > 1 else 0).view(len(value), -1).any(1).int().argmax()
+            )
+            raise NotFiniteError(
+                f"{desc}: {name} of image {int(rows['ids'][row])} is not finite, and no number is made of it"
+            )
 
 
 def _kept(folder: Path) -> list[Rows]:

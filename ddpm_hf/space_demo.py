@@ -28,7 +28,7 @@ from .likelihood import stratified_bits_per_dim
 from .pipeline_ddpm import DDPMPipeline
 from .presets import nearest
 from .scheduling_ddpm import DDPMScheduler
-from .unet_2d import parameter_count
+from .unet_2d import check_weights, parameter_count
 from .visualize import image_grid
 
 ANY_CLASS = "any"
@@ -156,6 +156,7 @@ class Demo:
                 pipe = DDPMPipeline.from_pretrained(beside if beside is not None and beside.is_dir() else name)
                 if pipe.image_shape[0] not in (1, 3):
                     raise UserError(f"{name!r} makes images of {pipe.image_shape[0]} channels, which are no pictures")
+                check_weights(pipe.unet)
                 self._loaded[name] = pipe.to("cuda" if torch.cuda.is_available() else "cpu")
             return self._loaded[name]
 
@@ -250,6 +251,7 @@ class Demo:
                 worked += now - resumed
                 text = f"step {done} of {count}, t = {step.timestep} of {T}: {done / worked:.1f} steps/s"
                 text = f"stopped at {text}" if stopped else text
+                pipe.check_finite(x_t)
                 yield Progress(_picture(x_t), None if x_0 is None else _picture(x_0), [], text)
                 if stopped:
                     return

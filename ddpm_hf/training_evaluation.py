@@ -214,7 +214,8 @@ class TrainingEvaluation:
         for name, entry in report.values.items():
             if name == "bits_per_dim":
                 value, error = entry["value"], entry["standard_error"]
-                say(f"bits/dim on {report.num_images} held-out images: {value:.3f} +- {error:.3f}")
+                known = f" +- {error:.3f}" if math.isfinite(error) else ""
+                say(f"bits/dim on {report.num_images} held-out images: {value:.3f}{known}")
             else:
                 say(f"{name}: {number(entry['value'], entry['standard_error'])}")
         return report

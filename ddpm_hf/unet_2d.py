@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import wraps
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from diffusers.models.unets.unet_2d import UNet2DModel as StockUNet2DModel
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
 
-from .errors import UserError
+from .errors import NotFiniteError, UserError
+from .hub_errors import PrivateByDefault, private_options
 from .presets import get_preset
 
 # `variance_scaling(scale=1e-10)` stands in for zero in the official code (nn.py, default_init).
@@ -30,7 +32,7 @@ class PortableConfigMixin:
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
 
-class UNet2DModel(PortableConfigMixin, StockUNet2DModel):
+class UNet2DModel(PortableConfigMixin, PrivateByDefault, StockUNet2DModel):
     """The U-Net of Ho et al. 2020 (Appendix B), starting from the official initialisation.
 
     Arguments, their defaults, state-dict keys and the saved configuration are stock's, and so is the output for the
@@ -91,6 +93,31 @@ class UNet2DModel(PortableConfigMixin, StockUNet2DModel):
         if sample_size is not None:
             self._check_size(*(sample_size if isinstance(sample_size, (tuple, list)) else (sample_size, sample_size)))
         self._initialize()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """As stock's, but a network of which weights are missing is refused; stock leaves them random.
+
+        Raises:
+            UserError: The files hold nothing for some of the weights; names one.
+        """
+        told = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        if missing := sorted(info.get("missing_keys", ())):
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise UserError(
+                f"the weights of {str(pretrained_model_name_or_path)!r} do not fit its config.json: they have no "
+                f"{missing[0]}{more}"
+            )
+        return (model, info) if told else model
+
+    @wraps(StockUNet2DModel.save_pretrained, assigned=())  # stock looks at the arguments
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As stock's; what `push_to_hub=True` publishes is private unless `private=False`."""
+        if kwargs.get("push_to_hub"):
+            kwargs = private_options(save_directory, kwargs)
+            save_directory = str(save_directory)  # stock splits it
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> UNet2DModel:
@@ -159,6 +186,29 @@ class UNet2DModel(PortableConfigMixin, StockUNet2DModel):
                 f"{len(sample)}"
             )
         return super().forward(sample, timestep, class_labels, return_dict)
+
+
+def not_finite_weight(network: nn.Module) -> str | None:
+    """The name of the first weight that holds NaN or infinity, or `None`."""
+    for name, value in network.state_dict().items():
+        if value.is_floating_point() and not value.isfinite().all():
+            return name
+    return None
+
+
+def check_weights(network: nn.Module) -> None:
+    """Refuse a network whose output can only be NaN.
+
+    Raises:
+        NotFiniteError: A weight holds NaN or infinity; names it, and what may help.
+    """
+    if (name := not_finite_weight(network)) is not None:
+        hint = (
+            ", or load it in float32 or bfloat16 if it is" if next(network.parameters()).dtype == torch.float16 else ""
+        )
+        raise NotFiniteError(
+            f"the network's weights {name} hold NaN or infinity; take an intact copy of the model{hint}"
+        )
 
 
 def use_plain_attention(network: nn.Module) -> None:

@@ -90,6 +90,16 @@ def test_a_total_batch_size_that_cannot_be_reached(settings, processes):
         ("sampler", "euler"),
         ("timestep_sampling", "importance"),
         ("eval_num_evaluations", 5),
+        ("learning_rate", float("nan")),
+        ("learning_rate", float("inf")),
+        ("max_grad_norm", float("nan")),
+        ("lr_warmup_steps", float("nan")),
+        ("dropout", float("nan")),
+        ("class_dropout", float("nan")),
+        ("ema_max_decay", float("nan")),
+        ("validation_split", float("nan")),
+        ("value_range", [0.0, float("nan")]),
+        ("value_range", [float("-inf"), 1.0]),
     ],
 )
 def test_values_out_of_range_are_named(name, value):

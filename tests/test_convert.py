@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 
 from ddpm_hf import DDPMPipeline, UNet2DModel, cli
 from ddpm_hf.checkpointing import CheckpointError, save_checkpoint
-from ddpm_hf.convert import ConversionError, convert, convert_to_official, load_foreign
-from ddpm_hf.presets import PRESETS
+from ddpm_hf.convert import ConversionError, convert, convert_to_official, load_foreign, to_official
+from ddpm_hf.presets import OFFICIAL_NETWORK, PRESETS
 
 convert_module = importlib.import_module("ddpm_hf.convert")
 
@@ -811,3 +811,17 @@ def test_no_local_path_is_saved(tmp_path, small_pipeline):
     for file in (tmp_path / "b").rglob("*.json"):
         assert str(tmp_path) not in file.read_text(), file
         assert "_name_or_path" not in json.loads(file.read_text())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_not_converted(tmp_path, value):
+    state = foreign.make_pesser()
+    state["conv_in.bias"][0] = value
+    with pytest.raises(ConversionError, match=r"conv_in\.bias holds NaN or infinity"):
+        convert("pesser", saved(tmp_path, state), tmp_path / "out", sample_size=16)
+    unet = UNet2DModel(**{**SMALL_NETWORK, **OFFICIAL_NETWORK, "block_out_channels": (32, 32)})
+    with torch.no_grad():
+        unet.conv_in.bias[0] = value
+    with pytest.raises(ConversionError, match=r"conv_in\.bias hold NaN or infinity"):
+        to_official(unet)
+    assert not (tmp_path / "out").exists()

@@ -24,6 +24,7 @@ from oracles import (
 from scipy import special
 
 from ddpm_hf import DDPMScheduler, bits_per_dim, stratified_bits_per_dim
+from ddpm_hf.errors import NotFiniteError
 from ddpm_hf.likelihood import LikelihoodEstimate, LikelihoodResult, prior_bpd, timestep_strata, vb_terms_bpd
 
 LEVELS = torch.from_numpy(GREY_LEVELS).float()
@@ -498,3 +499,18 @@ def test_a_bad_number_of_evaluations(toy, num_evaluations):
 def test_a_bad_number_of_strata(count):
     with pytest.raises(ValueError, match=rf"between 1 and T=20, got {count}"):
         timestep_strata(20, count)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_bits_per_dim_of_a_network_that_fails_at_one_timestep_are_none(value):
+    """An infinite output would be clipped, and counted as a bad guess."""
+
+    def network(x_t, t, **_):
+        at_7 = (torch.as_tensor(t).reshape(-1, 1, 1, 1) == 7).expand_as(x_t)
+        return UNet2DOutput(sample=torch.where(at_7, value, 0.0))
+
+    scheduler, x_0 = DDPMScheduler(num_train_timesteps=20), torch.zeros(2, 1, 4, 4)
+    with pytest.raises(NotFiniteError, match=r"the bound's term at t=7 is not finite"):
+        bits_per_dim(network, scheduler, x_0)
+    with pytest.raises(NotFiniteError, match=r"the bound's term at t=7 is not finite"):
+        stratified_bits_per_dim(network, scheduler, x_0, num_evaluations=40)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from ddpm_hf import reports
+from ddpm_hf.errors import NotFiniteError
 from ddpm_hf.reports import (
     EvaluationReport,
     as_markdown,
@@ -223,3 +224,13 @@ def test_folders_that_cannot_be_flushed(tmp_path, monkeypatch):
         flush(tmp_path / "a")
     monkeypatch.setattr(reports, "os", type("Windows", (), {"name": "nt"}))  # no os.open: it must not be asked
     flush(tmp_path)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_number_that_is_not_finite_enters_no_report(value):
+    report = EvaluationReport("digits", "validation", 1)
+    with pytest.raises(NotFiniteError, match=r"bits_per_dim is -?(nan|inf), which is no result"):
+        report.add("bits_per_dim", value, 0.1, {})
+    assert report.values == {}
+    report.add("bits_per_dim", 3.0, math.nan, {})  # of one image: its error is not known
+    assert finite(report.values) == {"bits_per_dim": {"value": 3.0, "standard_error": None}}

@@ -34,7 +34,7 @@ from ddpm_hf import (
     training,
 )
 from ddpm_hf.checkpointing import list_checkpoints
-from ddpm_hf.errors import UserError
+from ddpm_hf.errors import NotFiniteError, UserError
 from ddpm_hf.features import make_extractor
 from ddpm_hf.hub_files import published_files
 from ddpm_hf.objectives import simple_loss
@@ -1022,6 +1022,35 @@ def test_the_best_model_is_kept(tmp_path, monkeypatch, name, values, best):
     assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["checkpoint-6"]
     assert all(torch.equal(value, averaged[best][key]) for key, value in best_weights(tmp_path / "run").items())
     assert EvaluationReport.load(tmp_path / "run" / "best" / "evaluation.json").model["update"] == best
+
+
+def test_a_model_whose_images_are_not_finite_is_not_the_best_one_and_the_run_goes_on(tmp_path, monkeypatch, capsys):
+    run = trainer(
+        tmp_path / "run", validation_steps=2, save_images_steps=2, checkpointing_steps=2, best_metric="bits_per_dim"
+    )
+    made, broken = run.publisher.pipeline, {2}
+
+    def pipeline(averaged):
+        pipe = made(averaged)
+        if run.step in broken:
+            pipe.unet.conv_in.weight.data[0, 0, 0, 0] = float("nan")
+        return pipe
+
+    monkeypatch.setattr(run.publisher, "pipeline", pipeline)
+    run.train()
+    said = "nothing to show after update 2: the network's weights conv_in.weight hold NaN or infinity"
+    assert said in capsys.readouterr().out
+    folder = tmp_path / "run"
+    assert sorted(path.name for path in folder.glob("samples*.png")) == ["samples-4.png", "samples.png"]
+    assert list(json.loads((folder / "evaluations.json").read_text())) == ["4", "6"]
+    assert EvaluationReport.load(folder / "best" / "evaluation.json").model["update"] in (4, 6)
+    broken.add(6)  # the last one: it is said, and not with exit code 0
+    last = trainer(tmp_path / "last", checkpointing_steps=6)
+    monkeypatch.setattr(last.publisher, "pipeline", pipeline)
+    with pytest.raises(NotFiniteError, match=r"conv_in\.weight"):
+        last.train()
+    assert not list((tmp_path / "last").glob("samples*.png"))
+    assert [path.name for path in list_checkpoints(tmp_path / "last")] == ["checkpoint-6"]
 
 
 class Killed(BaseException):
