@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from .class_labels import sorted_names
 from .errors import UserError
 from .image_decoding import Reading
 from .image_files import ARRAY_SUFFIXES, open_arrays
@@ -119,7 +120,7 @@ class Tensors(Source):
 
 
 def _number_labels(values: Sequence[Any], where: str) -> tuple[Tensor, list[str]]:
-    """Class indices 0, 1, ... of whole numbers or strings, in their order.
+    """Class indices 0, 1, ... of whole numbers or strings, in their order (see `sorted_names`).
 
     Raises:
         ValueError: A missing label, or something else than numbers and strings.
@@ -128,9 +129,9 @@ def _number_labels(values: Sequence[Any], where: str) -> tuple[Tensor, list[str]
     if not kinds <= {int} and not kinds <= {str}:
         strange = next(value for value in values if not isinstance(value, int | str)) if kinds - {int, str} else "both"
         raise UserError(f"labels are whole numbers or strings, and {where} has {strange!r}")
-    names = sorted(set(values))
+    names = sorted_names({str(value) for value in values})
     index = {name: i for i, name in enumerate(names)}
-    return torch.tensor([index[value] for value in values], dtype=torch.long), [str(name) for name in names]
+    return torch.tensor([index[str(value)] for value in values], dtype=torch.long), names
 
 
 def _label_first_folders(source: Source, root: Path, parents: list[Path]) -> None:

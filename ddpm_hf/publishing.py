@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast, gather_object
 from torch import Tensor
 
+from .class_labels import ClassIndex
 from .configuration import TrainingConfig, due
 from .data import Images, StreamedImages
 from .evaluation import EvaluationReport
@@ -192,7 +193,7 @@ class Publisher:
             with_sampler(pipe, config.sampler),
             seeds,
             num_inference_steps=config.inference_steps(pipe.scheduler.config.num_train_timesteps),
-            class_labels=[seed % len(classes) for seed in seeds] if classes else None,
+            class_labels=[ClassIndex(seed % len(classes)) for seed in seeds] if classes else None,
         )
         drawn = gather_object(
             [(seed, image) for part, images in batches for seed, image in zip(part, images, strict=True)]

@@ -311,9 +311,9 @@ def test_class_conditional_training_is_saved_so_that_stock_loads_it(tmp_path):
     torch.nn.init.normal_(loaded.unet.class_embedding.weight, std=3.0)
     assert not torch.equal(images(class_labels=0), images(class_labels=1))
     assert torch.equal(images(class_labels=[0, 1])[1], images(class_labels=torch.tensor([1, 1]))[1])
-    assert torch.equal(images(), images(class_labels=2))
+    assert torch.equal(images(), images(class_labels=[None, None]))
     assert not torch.equal(images(class_labels=0, guidance_scale=3.0), images(class_labels=0))
-    for wrong in (3, -1, [0, 1, 1]):
+    for wrong in (2, 3, -1, [0, 1, 1]):
         with pytest.raises(ValueError, match=r"class"):
             images(class_labels=wrong)
 
