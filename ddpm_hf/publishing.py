@@ -46,6 +46,17 @@ def describe_images(data: Images, name: str | None = None) -> str:
     return f"{'a stream' if isinstance(data, StreamedImages) else f'{len(data)} images'} of {name or data.name}"
 
 
+def describe_classes(data: Images, class_conditional: bool) -> str | None:
+    """Which classes a run is trained on, or does not use; `None` where there are none."""
+    names = data.class_names
+    if not names:
+        return None
+    named = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+    if class_conditional:
+        return f"{len(names)} classes: {named}"
+    return f"the images' {len(names)} classes are not used (--class_conditional): {named}"
+
+
 @dataclass
 class Publisher:
     """Shows a run in its output folder.

@@ -36,6 +36,7 @@ from ddpm_hf.hub_files import published_files
 from ddpm_hf.objectives import simple_loss
 from ddpm_hf.presets import PRESETS
 from ddpm_hf.processes import only_run_in, stop_signals
+from ddpm_hf.reports import plain
 from ddpm_hf.training import TrainingError
 from ddpm_hf.training_evaluation import names_of_numbers
 
@@ -264,6 +265,24 @@ def test_a_run_is_not_mixed_with_another(tmp_path):
         trainer(tmp_path / "run", resume_from_checkpoint="latest", seed=5)
     with pytest.raises(ValueError, match="total_batch_size 16, and this run has 8"):
         trainer(tmp_path / "run", resume_from_checkpoint="latest", total_batch_size=8)
+
+
+def test_a_run_keeps_the_order_of_its_classes(tmp_path, capsys):
+    """A checkpoint whose classes were in the order of text is not trained on with others under the same numbers."""
+    for name in ("1", "2", "10"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        Image.effect_noise((8, 8), 60).save(tmp_path / "images" / name / "a.png")
+    options = {"train_data_dir": str(tmp_path / "images"), "class_conditional": True, "eval_num_images": 0}
+    run = trainer(tmp_path / "run", resolution=8, **options)
+    run.train()
+    assert "3 classes: 1, 2, 10\n" in capsys.readouterr().out
+    assert run.unet.config["_class_names"] == ["1", "2", "10"]
+    was = run.identity.fixed()
+    was["network"] = {**was["network"], "_class_names": ["1", "10", "2"]}
+    with pytest.raises(ValueError, match=r"'1', '10', '2'.* and this run has .*'1', '2', '10'"):
+        run.identity.check_checkpoint(tmp_path / "run" / "checkpoint-6", plain(was))
+    trainer(tmp_path / "plain", resolution=8, **{**options, "class_conditional": False}).train()
+    assert "the images' 3 classes are not used (--class_conditional): 1, 2, 10\n" in capsys.readouterr().out
 
 
 def test_the_paper_s_ema_has_its_full_decay_from_the_first_update(tmp_path, monkeypatch):
