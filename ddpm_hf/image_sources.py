@@ -374,6 +374,24 @@ def _open_arrays(name: str, paths: list[Path], reading: Reading, stack_only: boo
 # ---------------------------------------------------------------------- tables
 
 
+def _report_image_folder(folder: Path, num_rows: int, labelled: bool, report: Callable[[str], None]) -> None:
+    """Say what `datasets` leaves out of a folder of image files: files without a row, classes where some have none."""
+    Image.init()
+    images = [path for path in list_folder(folder).files if path.suffix.lower() in Image.EXTENSION]
+    table = next((path for path in map(folder.joinpath, _METADATA) if path.is_file()), None)
+    if table is not None and num_rows < len(images):
+        report(
+            f"{len(images) - num_rows} of {len(images)} images in {str(folder)!r} are not in {table.name}: left out"
+        )
+    parts = {path.relative_to(folder).parts[0] for path in images if path.parent != folder}
+    outside = [path for path in images if path.parent == folder]
+    if not labelled and table is None and outside and len(parts) > 1:
+        report(
+            f"{len(outside)} of {len(images)} images in {str(folder)!r} are in no folder ({few(outside, folder)}), so "
+            "none of them has a class here"
+        )
+
+
 def open_rows(
     name: str,
     split: str,
@@ -395,6 +413,8 @@ def open_rows(
     image, label = choose_columns(name, data.features, image_column, label_column, report)
     if not len(data):
         raise UserError(f"the dataset {name!r} has no images in split {split!r}")
+    if Path(name).is_dir() and not is_saved_table(Path(name)):
+        _report_image_folder(Path(name), len(data), label is not None, report)
     # Bytes instead of decoded images: what datasets would decode has lost 16-bit levels and alpha by then.
     raw = data.select_columns([image]).cast_column(image, datasets.Image(decode=False))
     source = _Rows(name, raw, image)

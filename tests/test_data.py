@@ -300,6 +300,9 @@ def test_columns_beside_images_are_pointed_to(folder):
     (folder / "metadata.csv").write_text("file_name,label\ncat/a.png,x\n")
     said = []
     load_folder(folder, report=said.append)
+    table = load_images(dataset_name=str(folder), channels=1, report=said.append)  # lists one of the three images
+    assert table.class_names == ["x"]
+    assert said.pop() == f"2 of 3 images in {str(folder)!r} are not in metadata.csv: left out"
     assert said == [
         f"metadata.csv in {str(folder)!r} is not read; --dataset_name {str(folder)!r} takes images and columns from it"
     ]
