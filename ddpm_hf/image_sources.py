@@ -218,32 +218,9 @@ def open_folder(folder: Path, reading: Reading) -> Source | None:
         return None
     Image.init()
     readable = {suffix for suffix, kind in Image.EXTENSION.items() if kind in Image.OPEN}
-    images: list[Path] = []
-    arrays: list[Path] = []
-    parquet: list[Path] = []
-    others: list[Path] = []
     listing = list_folder(folder)
-    for path in sorted([*listing.files, *_links_to_nothing(folder, listing, reading, {*readable, *ARRAY_SUFFIXES})]):
-        suffix = path.suffix.lower()
-        if path.name == "data.mdb":
-            raise UserError(
-                f"{str(path)!r} is an LMDB database, as LSUN comes; export it to a folder, its values are image "
-                "files: for key, value in lmdb.open(DB, readonly=True, lock=False).begin().cursor(): "
-                "(folder / (key.decode() + '.jpg')).write_bytes(value)"
-            )
-        if path.name.startswith(("data_batch_", "test_batch")) and suffix not in readable:
-            raise UserError(
-                f"{str(path)!r} looks like CIFAR-10's Python version, whose files are pickles, and those are never "
-                "read; take the dataset from the Hub (--dataset_name), or as image files or .npy arrays"
-            )
-        kind = others
-        if suffix in readable:
-            kind = images
-        elif suffix in ARRAY_SUFFIXES:
-            kind = arrays
-        elif suffix == ".parquet":
-            kind = parquet
-        kind.append(path)
+    paths = sorted([*listing.files, *_links_to_nothing(folder, listing, reading, {*readable, *ARRAY_SUFFIXES})])
+    images, arrays, parquet, others = _by_kind(paths, readable)
     kinds = [kind for kind in (images, arrays, parquet) if kind]
     if len(kinds) > 1:
         examples = ", ".join(str(kind[0].relative_to(folder)) for kind in kinds)
@@ -277,9 +254,43 @@ def open_folder(folder: Path, reading: Reading) -> Source | None:
         paths = [path for path, stack in zip(source.paths, source.stacks, strict=True) for _ in stack]
     if labels is not None:
         _label_by_file(source, folder, paths, labels, files, reading)
-    else:
+    elif source.labels is None:  # labels in array files say more than the folders that these are in
         _label_first_folders(source, folder, paths, listing.folders, reading.report)
     return source
+
+
+def _by_kind(paths: list[Path], readable: set[str]) -> tuple[list[Path], list[Path], list[Path], list[Path]]:
+    """Files by their endings: images (of the endings `readable`), arrays, parquet files, others.
+
+    Raises:
+        UserError: A file of a kind that is not read and says where to go instead.
+    """
+    images: list[Path] = []
+    arrays: list[Path] = []
+    parquet: list[Path] = []
+    others: list[Path] = []
+    for path in paths:
+        suffix = path.suffix.lower()
+        if path.name == "data.mdb":
+            raise UserError(
+                f"{str(path)!r} is an LMDB database, as LSUN comes; export it to a folder, its values are image "
+                "files: for key, value in lmdb.open(DB, readonly=True, lock=False).begin().cursor(): "
+                "(folder / (key.decode() + '.jpg')).write_bytes(value)"
+            )
+        if path.name.startswith(("data_batch_", "test_batch")) and suffix not in readable:
+            raise UserError(
+                f"{str(path)!r} looks like CIFAR-10's Python version, whose files are pickles, and those are never "
+                "read; take the dataset from the Hub (--dataset_name), or as image files or .npy arrays"
+            )
+        kind = others
+        if suffix in readable:
+            kind = images
+        elif suffix in ARRAY_SUFFIXES:
+            kind = arrays
+        elif suffix == ".parquet":
+            kind = parquet
+        kind.append(path)
+    return images, arrays, parquet, others
 
 
 def _links_to_nothing(folder: Path, listing: Listing, reading: Reading, suffixes: set[str]) -> list[Path]:

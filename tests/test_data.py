@@ -1024,3 +1024,12 @@ def test_labels_that_only_some_array_files_have(tmp_path):
     assert data.labels is None
     assert len(said) == 1
     assert "1 of 2 array files" in said[0]
+
+
+def test_labels_in_array_files_are_not_replaced_by_their_folders(tmp_path):
+    for part, labels in (("part0", [7, 5]), ("part1", [5, 10])):
+        (tmp_path / "set" / part).mkdir(parents=True)
+        images = np.full((2, 4, 4, 3), labels[0], np.uint8)
+        np.savez(tmp_path / "set" / part / "a.npz", images=images, labels=np.array(labels))
+    data = load_folder(tmp_path / "set")
+    assert [data.class_names[label] for label in data.labels] == ["7", "5", "5", "10"]
