@@ -40,7 +40,7 @@ def sample_parser(prog: str | None = None) -> Parser:
         help="one image per seed, for example 0-63 or 0,5,8-11; default: 0-15, or one for each of several --image",
     )
     group.add_argument(
-        "--class_labels", type=str | None, default=None, help="classes by name or number, in turn: cats,dogs or 0,1"
+        "--class_labels", type=str, default=None, help="classes by name or number, in turn: cats,dogs or 0,1"
     )
     group.add_argument("--batch_size", type=PositiveInt, default=64, help="images at a time; does not change them")
     add_sampler_flags(parser)

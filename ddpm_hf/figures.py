@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .class_labels import ClassLabels
+from .class_labels import ClassLabels, as_list
 from .errors import UserError
 from .image_tensors import to_uint8
 from .pipeline_ddpm import DDPMPipeline
@@ -82,11 +82,7 @@ class _Walker:
 
     def labels(self, count: int) -> list[Any]:
         """One class label per seed."""
-        given = self.class_labels
-        if given is None or isinstance(given, (int, str)):
-            return [given] * count
-        labels = given.tolist() if isinstance(given, Tensor) else list(given)
-        labels = labels if isinstance(labels, list) else [labels]
+        labels = as_list(self.class_labels)
         if len(labels) not in (1, count):
             raise UserError(f"got {len(labels)} class_labels for {count} seeds; give one, or one per seed")
         return labels * (count // len(labels))
@@ -95,7 +91,7 @@ class _Walker:
         """For `DDPMPipeline.denoise`."""
         return {
             "num_inference_steps": self.num_inference_steps,
-            "class_labels": None if None in labels else list(labels),
+            "class_labels": None if all(label is None for label in labels) else list(labels),
             "guidance_scale": self.guidance_scale,
             "eta": self.eta,
         }

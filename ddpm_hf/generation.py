@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .class_labels import as_list
 from .errors import NotFiniteError, UserError
 from .pipeline_ddpm import DDPMPipeline, without_bar
 from .pipeline_inputs import one_per_image
@@ -220,14 +221,15 @@ def _share(values: Tensor | None, rows: slice | list[int]) -> Tensor | None:
 
 
 def class_sequence(pipe: DDPMPipeline, text: str | None, count: int) -> list[int] | None:
-    """`"cats,dogs"` or `"0,1"` to class indices for `count` images, in turn.
+    """Read `"cats,dogs"` or `"0,1"` (see `Classes.index`): class indices for `count` images, in turn.
 
     Raises:
         ValueError: A class that the network does not have.
     """
     if text is None:
         return None
-    chosen = [pipe.classes.index(part.strip()) for part in text.split(",")]
+    parts = [text] if text in pipe.classes.names else text.split(",")  # a name may hold a comma
+    chosen = [pipe.classes.index(part.strip()) for part in parts]
     return [chosen[i % len(chosen)] for i in range(count)]
 
 
@@ -282,6 +284,8 @@ def write_samples(
         for name in ("image", "mask_image"):
             if given.get(name) is not None:
                 given[name] = one_per_image(given[name], len(seeds), name)[:1]
+        if options.get("class_labels") is not None and pipe.classes.count is not None:
+            options["class_labels"] = [pipe.classes.index(label) for label in as_list(options["class_labels"])]
         _check_labels(options.get("class_labels"), seeds)
         check_sampler(pipe, class_labels=None if options.get("class_labels") is None else [], **given)
         if here.is_main_process:

@@ -84,6 +84,7 @@ class ModelFacts:
         num_train_timesteps: T.
         prediction_type: As the scheduler's configuration has it.
         classes: How many classes the network takes, or `None`.
+        first_class: What its first class is called, or 0: for the example.
     """
 
     image_shape: tuple[int, int, int]
@@ -91,6 +92,7 @@ class ModelFacts:
     num_train_timesteps: int
     prediction_type: str
     classes: int | None
+    first_class: str | int = 0
 
     @classmethod
     def read(cls, folder: Path) -> ModelFacts:
@@ -110,6 +112,7 @@ class ModelFacts:
             scheduler["num_train_timesteps"],
             scheduler.get("prediction_type", "epsilon"),
             unet.get("num_class_embeds"),
+            (unet.get("_class_names") or [0])[0],
         )
 
 
@@ -201,7 +204,7 @@ def _summary(model: ModelFacts, facts: CardFacts) -> str:
 def _use(model: ModelFacts, name: str) -> str:
     """Both loading snippets; stock's only where stock samples the same."""
     steps = "" if model.num_train_timesteps == 1000 else f", num_inference_steps={model.num_train_timesteps}"
-    labels = "" if model.classes is None else ", class_labels=0"
+    labels = "" if model.classes is None else f", class_labels={model.first_class!r}"
     ours = _python("ddpm_hf", name, f"batch_size=4{labels}")
     if model.prediction_type not in ("epsilon", "sample", "v_prediction"):
         stock = f"Stock diffusers refuses to sample from it: its scheduler does not know `{model.prediction_type}`."

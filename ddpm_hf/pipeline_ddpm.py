@@ -282,8 +282,9 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
             return_dict: `False` gives a tuple.
             seeds: One seed per image, instead of `generator`: image i depends on its own seed only. They draw on the
                 pipeline's device; for the CPU's images on a GPU pass CPU generators.
-            class_labels: For class-conditional networks: one class for all images, or one per image; by number, or by
-                the name that the network was trained with.
+            class_labels: For class-conditional networks: one class for all images, or one per image; by the name
+                that the network was trained with, or by number. If any class is called by a number, a number is such
+                a name; else it counts the classes from 0. `None` is "no class", which has no number.
             guidance_scale: Classifier-free guidance (Ho & Salimans 2022): 1 samples the class as it was learned,
                 more exaggerates it, at two network evaluations per step. Needs a network trained with class dropout.
             eta: For DDIM: 0 is deterministic, 1 as random as the ancestral sampler.

@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch import Tensor
 
+from .class_labels import ClassIndex
 from .configuration import TrainingConfig, TrainingError, due
 from .data import Images, StreamedImages
 from .errors import NotFiniteError
@@ -62,6 +63,17 @@ def _memory_advice(step: int) -> Iterator[None]:
 def describe_images(data: Images, name: str | None = None) -> str:
     """How many images of what; `name` for readers who are not to see where on this machine they are."""
     return f"{'a stream' if isinstance(data, StreamedImages) else f'{len(data)} images'} of {name or data.name}"
+
+
+def describe_classes(data: Images, class_conditional: bool) -> str | None:
+    """Which classes a run is trained on, or does not use; `None` where there are none."""
+    names = data.class_names
+    if not names:
+        return None
+    named = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+    if class_conditional:
+        return f"{len(names)} classes: {named}"
+    return f"the images' {len(names)} classes are not used (--class_conditional): {named}"
 
 
 @dataclass
@@ -227,7 +239,7 @@ class Publisher:
             seeds,
             batch_size=config.evaluation_batch(a.num_processes, most=64),
             num_inference_steps=config.inference_steps(pipe.scheduler.config.num_train_timesteps),
-            class_labels=[seed % len(classes) for seed in seeds] if classes else None,
+            class_labels=[ClassIndex(seed % len(classes)) for seed in seeds] if classes else None,
         )
         with together():
             drawn = [(seed, image) for part, images in batches for seed, image in zip(part, images, strict=True)]

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .class_labels import ClassIndex
 from .errors import UserError
 from .features import FeatureExtractor
 from .metrics import (
@@ -182,8 +183,8 @@ def _labels_of_samples(
 
         return frequent, "drawn with the frequencies of the training images"
     if classes.null is not None:
-        return (lambda ids: [classes.null] * len(ids)), "none: the label that stands for no class"
-    return (lambda ids: [i % classes.count for i in ids]), f"in turn, 0..{classes.count - 1}"
+        return (lambda ids: [None] * len(ids)), "none: the label that stands for no class"
+    return (lambda ids: [ClassIndex(i % classes.count) for i in ids]), f"in turn, 0..{classes.count - 1}"
 
 
 def draw_samples(

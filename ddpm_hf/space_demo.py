@@ -173,7 +173,7 @@ class Demo:
         pipe = self.load(model)
         classes = pipe.classes
         known = [name for i, name in enumerate(classes.all_names()) if i != classes.null]
-        return [ANY_CLASS, *known] if classes.null is not None else known
+        return [ANY_CLASS, *known] if classes.null is not None and ANY_CLASS not in known else known
 
     def describe(self, model: Any) -> str:
         """One line about a model."""
@@ -190,12 +190,15 @@ class Demo:
         Raises:
             ValueError: There is no such class.
         """
-        known = self.classes(model)
-        if label in (None, "", ANY_CLASS) and (not known or ANY_CLASS in known):
+        known, classes = self.classes(model), self.load(model).classes
+        unsaid = label in (None, "")
+        if (unsaid or (label == ANY_CLASS and ANY_CLASS not in classes.names)) and (
+            not known or classes.null is not None
+        ):
             return None
-        if label in (None, ""):
+        if unsaid:
             label = known[0]
-        return self.load(model).classes.index(str(label)[:_LONGEST_TEXT])
+        return classes.index(str(label)[:_LONGEST_TEXT])
 
     def _options(self, model: Any, steps: Any, label: Any, guidance: Any) -> dict[str, Any]:
         pipe = self.load(model)

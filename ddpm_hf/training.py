@@ -55,7 +55,7 @@ from .processes import (
     stop_signals,
     together,
 )
-from .publishing import Publisher, describe_images, precision_name
+from .publishing import Publisher, describe_classes, describe_images, precision_name
 from .randomness import derive_seed
 from .run_identity import CONFIG, RunIdentity, check_output_is_ours
 from .scheduling_ddpm import DDPMScheduler
@@ -462,6 +462,8 @@ class Trainer:
             f"{self.recipe.max_train_steps - self.step} updates of {self.plan.total} images "
             f"on {self.device.type} ({a.num_processes} process(es), precision {self.precision})",
         ]
+        if classes := describe_classes(self.data, config.class_conditional):
+            lines.append(classes)
         if self.plan.accumulation > 1:
             lines.append(
                 f"each update gathers {self.plan.accumulation} micro-batches of {self.plan.micro} images per process"

@@ -40,6 +40,7 @@ from ddpm_hf.hub_files import published_files
 from ddpm_hf.objectives import simple_loss
 from ddpm_hf.presets import PRESETS
 from ddpm_hf.processes import known_trackers, only_run_in, reduce_in_float32, stop_signals
+from ddpm_hf.reports import plain
 from ddpm_hf.training import TrainingError
 from ddpm_hf.training_evaluation import names_of_numbers
 
@@ -404,6 +405,24 @@ def test_a_run_is_not_mixed_with_another(tmp_path):
         trainer(tmp_path / "run", resume_from_checkpoint="latest", total_batch_size=8)
 
 
+def test_a_run_keeps_the_order_of_its_classes(tmp_path, capsys):
+    """A checkpoint whose classes were in the order of text is not trained on with others under the same numbers."""
+    for name in ("1", "2", "10"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        Image.effect_noise((8, 8), 60).save(tmp_path / "images" / name / "a.png")
+    options = {"train_data_dir": str(tmp_path / "images"), "class_conditional": True, "eval_num_images": 0}
+    run = trainer(tmp_path / "run", resolution=8, **options)
+    run.train()
+    assert "3 classes: 1, 2, 10\n" in capsys.readouterr().out
+    assert run.unet.config["_class_names"] == ["1", "2", "10"]
+    was = run.identity.fixed()
+    was["network"] = {**was["network"], "_class_names": ["1", "10", "2"]}
+    with pytest.raises(ValueError, match=r"'1', '10', '2'.* and this run has .*'1', '2', '10'"):
+        run.identity.check_checkpoint(tmp_path / "run" / "checkpoint-6", plain(was))
+    trainer(tmp_path / "plain", resolution=8, **{**options, "class_conditional": False}).train()
+    assert "the images' 3 classes are not used (--class_conditional): 1, 2, 10\n" in capsys.readouterr().out
+
+
 def test_the_paper_s_ema_has_its_full_decay_from_the_first_update(tmp_path, monkeypatch):
     paper = dataclasses.replace(training.TrainingConfig(preset="digits").resolved_preset(), ema_warmup=False)
     monkeypatch.setattr("ddpm_hf.presets.PRESETS", {"digits": paper})
@@ -449,9 +468,9 @@ def test_class_conditional_training_is_saved_so_that_stock_loads_it(tmp_path):
     torch.nn.init.normal_(loaded.unet.class_embedding.weight, std=3.0)
     assert not torch.equal(images(class_labels=0), images(class_labels=1))
     assert torch.equal(images(class_labels=[0, 1])[1], images(class_labels=torch.tensor([1, 1]))[1])
-    assert torch.equal(images(), images(class_labels=2))
+    assert torch.equal(images(), images(class_labels=[None, None]))
     assert not torch.equal(images(class_labels=0, guidance_scale=3.0), images(class_labels=0))
-    for wrong in (3, -1, [0, 1, 1]):
+    for wrong in (2, 3, -1, [0, 1, 1]):
         with pytest.raises(ValueError, match=r"class"):
             images(class_labels=wrong)
 
