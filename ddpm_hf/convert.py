@@ -30,7 +30,7 @@ from .errors import UserError
 from .pipeline_ddpm import DDPMPipeline
 from .presets import OFFICIAL_NETWORK, PAPER_PROCESS, get_preset
 from .scheduling_ddpm import DDPMScheduler
-from .unet_2d import UNet2DModel
+from .unet_2d import UNet2DModel, check_size
 from .weight_files import read_weights
 from .weight_names import (
     ConversionError,
@@ -281,6 +281,7 @@ def load_foreign(
     if variance_type is None:
         variance_type = process.get("variance_type") or ("fixed_small" if sample_size >= 256 else "fixed_large")
     unet = UNet2DModel(**arguments, sample_size=sample_size)
+    check_size(unet, sample_size, sample_size)
     levels = len(arguments["block_out_channels"])
     network = "the network that its other tensors describe"
     _load_weights(unet, tensors, lambda name: our_key(name, levels), path, network)

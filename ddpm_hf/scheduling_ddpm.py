@@ -313,7 +313,7 @@ class DDPMScheduler(StockDDPMScheduler):
             _choice("variance_type", config["variance_type"], known)
         _choice("prediction_type", config["prediction_type"], PREDICTION_TYPES)
         _choice("timestep_spacing", config["timestep_spacing"], TIMESTEP_SPACINGS)
-        _whole_number("steps_offset", config["steps_offset"])
+        whole_number("steps_offset", config["steps_offset"])
         for name in ("clip_sample", "thresholding", "rescale_betas_zero_snr"):
             if config[name] not in (True, False, None):
                 raise UserError(f"{name} must be True or False, got {config[name]!r}")
@@ -371,6 +371,11 @@ class DDPMScheduler(StockDDPMScheduler):
     @alphas_cumprod.setter
     def alphas_cumprod(self, value: Any) -> None:
         self._write_table("alphas_cumprod", value)
+
+    @property
+    def alpha_bar(self) -> np.ndarray:
+        """alpha_bar_t, float64 `[T]`: what `alphas_cumprod` rounds."""
+        return self._process.alpha_bar
 
     @property
     def timesteps(self) -> Tensor:
@@ -492,7 +497,7 @@ class DDPMScheduler(StockDDPMScheduler):
         if not hasattr(timesteps, "__len__") or (isinstance(timesteps, (Tensor, np.ndarray)) and not timesteps.ndim):
             raise UserError(f"timesteps must be a list of whole numbers, got {timesteps!r}")
         given = timesteps.tolist() if isinstance(timesteps, (Tensor, np.ndarray)) else timesteps
-        chosen = np.array([_whole_number("each of timesteps", t) for t in given], dtype=np.int64)
+        chosen = np.array([whole_number("each of timesteps", t) for t in given], dtype=np.int64)
         if not len(chosen):
             raise UserError("timesteps is empty; give at least one, for example timesteps=[999, 500, 0]")
         if (np.diff(chosen) >= 0).any():
@@ -550,7 +555,7 @@ class DDPMScheduler(StockDDPMScheduler):
                     f"for a batch of {len(like)}"
                 )
         else:
-            t = _whole_number("a timestep", t)
+            t = whole_number("a timestep", t)
         for value in set(t.reshape(-1).tolist() if isinstance(t, Tensor) else [t]):
             if not 0 <= value < len(self._betas):
                 raise UserError(f"t={value} is outside the schedule; timesteps count from 0 to {len(self._betas) - 1}")
@@ -844,7 +849,7 @@ class DDPMScheduler(StockDDPMScheduler):
         if timesteps is not None:
             chosen = self._falling(timesteps)
         else:
-            K = _whole_number("num_inference_steps", num_inference_steps, or_float=True)
+            K = whole_number("num_inference_steps", num_inference_steps, or_float=True)
             if not 1 <= K <= T:
                 raise UserError(f"num_inference_steps must be between 1 and the {T} steps of the chain, got {K}")
             spacing, offset = config.timestep_spacing, config.steps_offset
@@ -880,7 +885,7 @@ class DDPMScheduler(StockDDPMScheduler):
         Raises:
             ValueError: `timestep` is not among `timesteps`.
         """
-        chain, t = self._chain, _whole_number("timestep", timestep)
+        chain, t = self._chain, whole_number("timestep", timestep)
         if t not in chain.previous:
             raise UserError(f"t={t} is not among the {len(chain.previous)} timesteps of the sampling chain")
         if chain.is_whole and self.num_inference_steps is None:
@@ -906,7 +911,12 @@ def _check_same_shape(name_1: str, x_1: Tensor, name_2: str, x_2: Tensor) -> Non
         )
 
 
-def _whole_number(name: str, value: Any, or_float: bool = False) -> int:
+def whole_number(name: str, value: Any, or_float: bool = False) -> int:
+    """The value as an int; with `or_float` also 10.0, which stock takes.
+
+    Raises:
+        ValueError: It is no whole number.
+    """
     try:
         if or_float and isinstance(value, (float, np.floating)) and float(value).is_integer():
             return int(value)
