@@ -241,7 +241,12 @@ class DDPMScheduler(StockDDPMScheduler):
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """As stock's, with what stock does not know: the network's measured error and the `optimal` variance."""
+        """As stock's, with what stock does not know: the network's measured error and the `optimal` variance.
+
+        Another schedule in `kwargs` takes the place of the configuration's `trained_betas`, which would hide it.
+        """
+        if kwargs.keys() & {"beta_schedule", "beta_start", "beta_end"}:
+            kwargs.setdefault("trained_betas", None)
         if isinstance(config, dict) and "_variance_type" in config:
             config = dict(config)
             config["variance_type"] = config.pop("_variance_type")
@@ -436,10 +441,10 @@ class DDPMScheduler(StockDDPMScheduler):
             dtype = table.dtype if table.dtype.itemsize < 4 else torch.float32
             if torch.equal(table.cpu().to(dtype), torch.from_numpy(in_force[name]).float().to(dtype)):
                 continue
-            found = table.double().cpu()
+            found = np.array(table.double().cpu())  # a copy: what is written into the table later has to be seen
             if betas is not None and not np.allclose(tables_of(betas)[name], found, rtol=1e-3, atol=1e-5):
                 raise UserError(f"{' and '.join(tables)} were written to and contradict each other; write one of them")
-            betas = betas_of(name, found.numpy())
+            betas = betas_of(name, found)
             if (t := first_outside(betas, may_end_at_1=True)) is not None:
                 raise UserError(
                     f"every beta must lie strictly between 0 and 1, and {name} as set gives {betas[t]:g} at t={t}"

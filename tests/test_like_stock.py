@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import itertools
 import json
 import pickle
 from types import SimpleNamespace
@@ -654,6 +655,13 @@ def test_tables_follow_betas_and_are_saved(change, tmp_path):
         torch.testing.assert_close(again.betas, BETAS, rtol=1e-3, atol=0)
 
 
+def test_another_schedule_is_not_hidden_by_trained_betas():
+    s = DDPMScheduler(beta_schedule="quad")
+    assert DDPMScheduler.from_config(s.config).betas[500] == s.betas[500]
+    again = DDPMScheduler.from_config(s.config, beta_schedule="linear")
+    assert again._betas[1] == pytest.approx(1e-4 + 0.0199 / 999, rel=1e-12)
+
+
 def test_moving_the_tables_keeps_their_digits():
     s = DDPMScheduler()
     before = s._betas
@@ -663,6 +671,16 @@ def test_moving_the_tables_keeps_their_digits():
             assert getattr(s, name).dtype == change(torch.ones(1)).dtype
     assert s._betas is before
     assert s.config.trained_betas is None
+
+
+def test_a_float64_table_is_not_shared():
+    s, betas = DDPMScheduler(), BETAS.double()
+    s.betas = betas
+    betas.mul_(0.5)
+    torch.testing.assert_close(s.add_noise(X, OUTPUT, T_PAIR), exact_noise(BETAS / 2, X, OUTPUT, T_PAIR).float())
+    s.timesteps = chosen = torch.tensor([900, 500, 0])
+    chosen[1] = 600
+    assert s.previous_timestep(900) == 600
 
 
 def test_what_cannot_be_followed_is_refused_until_it_is_repaired():
@@ -705,6 +723,32 @@ def test_bad_changes(change, message):
     with pytest.raises(UserError, match=message):
         change(s)
     assert all(torch.equal(a, b) for a, b in zip(everything(s), everything(DDPMScheduler()), strict=True))
+
+
+def test_a_compiled_step_follows():
+    s = DDPMScheduler()
+    s.set_timesteps(10)
+    t = torch.tensor([900, 800])
+
+    def denoise(output, t, x):
+        return s.step(output, t, x).prev_sample + s.add_noise(x, output, t)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(denoise, fullgraph=True, backend="eager")
+    found = []
+    for change in (
+        lambda: None,
+        lambda: s.register_to_config(prediction_type="v_prediction"),
+        lambda: setattr(s, "alphas_cumprod", s.alphas_cumprod * 0.9),
+        lambda: s.timesteps.copy_(torch.arange(900, 400, -50)),
+    ):
+        change()
+        assert s.timesteps[0] == 900  # as any loop over them does, which is when changes in place are seen
+        for function in (compiled, denoise):
+            torch.manual_seed(0)
+            found.append(function(OUTPUT, t, X))
+        torch.testing.assert_close(found[-2], found[-1], rtol=1e-6, atol=1e-6)
+    assert all((a - b).abs().max() > 1e-3 for a, b in itertools.pairwise(found[::2]))
 
 
 def test_a_measured_error_goes_with_the_process_that_it_was_measured_on():
