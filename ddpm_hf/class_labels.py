@@ -56,15 +56,20 @@ class Classes:
         count: How many, that of "no class" included; `None` for an unconditional network.
         names: The names that it was trained with; none for stock's networks.
         null: The label that stands for "no class" (classifier-free guidance), or `None` without class dropout.
+        embedding: `timestep` or `identity` for stock's networks that take a number or a vector per image instead of a
+            class (`class_embed_type`).
     """
 
     count: int | None
     names: tuple[str, ...] = ()
     null: int | None = None
+    embedding: str | None = None
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Classes:
         """Those of a `UNet2DModel`'s configuration."""
+        if (embedding := config.get("class_embed_type")) in ("timestep", "identity"):
+            return cls(None, embedding=embedding)
         return cls(config.get("num_class_embeds"), tuple(config.get("_class_names") or ()), config.get("_null_class"))
 
     def all_names(self) -> list[str]:
@@ -120,7 +125,7 @@ class Classes:
         return [number] if 0 <= number < (self.count or 0) and number != self.null else []
 
     def checked(self, labels: ClassLabels, guidance_scale: float, batch_size: int) -> torch.Tensor | None:
-        """`[B]` class indices, or `None` for an unconditional network.
+        """`[B]` class indices, or `None` for an unconditional network; what stands for them with an `embedding`.
 
         Args:
             labels: One for all images, or one per image; by name or number (see `index`). "No class" for `None`.
@@ -132,6 +137,8 @@ class Classes:
         """
         if not math.isfinite(guidance_scale):
             raise UserError(f"guidance_scale must be a finite number, got {guidance_scale}")
+        if self.embedding is not None:
+            return self._numbers(labels, guidance_scale, batch_size)
         if self.count is None:
             if labels is not None or guidance_scale != 1:
                 raise UserError("class_labels and guidance_scale are for class-conditional networks; this one is not")
@@ -146,6 +153,27 @@ class Classes:
         if len(indices) not in (1, batch_size):
             raise UserError(f"got {len(indices)} class_labels for {batch_size} images; give one, or one per image")
         return indices.expand(batch_size)
+
+    def _numbers(self, labels: Any, guidance_scale: float, batch_size: int) -> torch.Tensor:
+        """What a network with an `embedding` takes: `[B]` numbers, or `[B, D]` vectors."""
+        vectors = self.embedding == "identity"
+        wanted = "a vector" if vectors else "a number"
+        if labels is None or guidance_scale != 1:
+            raise UserError(
+                f"this network (class_embed_type={self.embedding!r}) takes {wanted} per image as class_labels, and no "
+                "guidance_scale"
+            )
+        try:
+            if not isinstance(labels, (torch.Tensor, np.ndarray)):
+                labels = [float(labels)] if isinstance(labels, (str, int, float)) else list(labels)
+                labels = [float(one) if isinstance(one, str) else one for one in labels]
+            values = torch.as_tensor(labels)
+            values = values.reshape(-1, values.shape[-1]) if vectors and values.ndim else values.reshape(-1)
+        except (TypeError, ValueError):
+            raise UserError(f"class_labels must be {wanted} per image for this network, got {labels!r}") from None
+        if len(values) not in (1, batch_size):
+            raise UserError(f"got {len(values)} class_labels for {batch_size} images; give one, or one per image")
+        return values.expand(batch_size, *values.shape[1:])
 
     def of_names(self, names: list[str] | None) -> list[ClassIndex]:
         """Return where a dataset's classes are among the network's.
@@ -185,6 +213,8 @@ class Classes:
         Raises:
             ValueError: A class that the network does not know, or no labels where it needs them.
         """
+        if self.embedding is not None:
+            raise UserError(f"this network (class_embed_type={self.embedding!r}) knows no classes of a dataset")
         if self.count is None:
             return None
         if data.labels is None:

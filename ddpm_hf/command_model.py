@@ -39,7 +39,9 @@ def add_sampler_flags(parser: Parser) -> None:
         default=None,
         help="which timesteps a short chain takes: leading, linspace or trailing; default: the model's",
     )
-    group.add_argument("--eta", type=float, default=0.0, help="noise of ddim: 0 none, 1 as much as ddpm")
+    group.add_argument(
+        "--eta", type=float | None, default=None, help="noise of ddim: 0 (the default) none, 1 as much as ddpm"
+    )
     group.add_argument(
         "--guidance_scale",
         type=float,

@@ -37,7 +37,7 @@ from .pipeline_ddpm import DDPMPipeline
 from .presets import OFFICIAL_NETWORK, PAPER_PROCESS, get_preset, nearest
 from .reports import write_text
 from .scheduling_ddpm import LEARNED_VARIANCES, DDPMScheduler
-from .unet_2d import UNet2DModel, parameter_count
+from .unet_2d import UNet2DModel, check_size, parameter_count
 from .weight_files import read_weights
 from .weight_names import (
     PYTORCH_DDPM_TABLE,
@@ -765,6 +765,7 @@ def _load(from_format: str, path: Path, options: ForeignOptions) -> tuple[DDPMPi
     learned = unet_options["out_channels"] == 2 * unet_options["in_channels"]
     process = _process(from_format, options, source, learned, assumed)
     unet = UNet2DModel(**unet_options, sample_size=options.sample_size)
+    check_size(unet, *np.broadcast_to(unet.config.sample_size, 2).tolist())
     levels = len(unet_options["block_out_channels"])
     network_name = "the network that its other tensors describe"
     _load_weights(unet, tensors, lambda name: our_key(name, levels), path, network_name)

@@ -145,7 +145,7 @@ def evaluate(
     variance_type: str | None = None,
     timestep_spacing: str | None = None,
     num_inference_steps: int | None = None,
-    eta: float = 0.0,
+    eta: float | None = None,
     guidance_scale: float = 1.0,
     seed: int = 0,
     features: Sequence[str] = ("inception",),

@@ -51,7 +51,7 @@ class _Walker:
     batch_size: int = 64
     class_labels: ClassLabels = None
     guidance_scale: float = 1.0
-    eta: float = 0.0
+    eta: float | None = None
     progress: bool = False
 
     def __post_init__(self) -> None:
@@ -203,7 +203,7 @@ def progressive_generation(
         seeds: One per image; the images are those of `pipe(seeds=seeds)`.
         points: How many points of the chain to keep beside the image, evenly spaced; all if it has fewer steps.
         options: `num_inference_steps` (T), `batch_size` (64), `class_labels` (one, or one per seed), `guidance_scale`
-            (1.0), `eta` (0.0), `progress` (False).
+            (1.0), `eta` (the scheduler's own), `progress` (False).
 
     Raises:
         ValueError: An argument is outside its range, or the sampler keeps its predicted x_0 to itself.

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from .class_labels import as_list
 from .errors import NotFiniteError, UserError
-from .pipeline_ddpm import DDPMPipeline, without_bar
+from .pipeline_ddpm import DDPMPipeline, check_is_ddpm, without_bar
 from .pipeline_inputs import one_per_image
 from .presets import nearest
 from .processes import processes, together
@@ -91,6 +91,7 @@ def with_sampler(
         )
     if sampler == "ddpm" and isinstance(pipe.scheduler, DDPMScheduler) and not (variance_type or timestep_spacing):
         return pipe
+    check_is_ddpm(pipe.scheduler)
     kind, options = _SAMPLERS[sampler]
     config = pipe.scheduler.config
     if sampler != "ddpm" and config.get("prediction_type") == "posterior_mean":
@@ -128,7 +129,8 @@ def check_sampler(pipe: DDPMPipeline, **options: Any) -> None:
     Raises:
         ValueError: One of them does not go with the others, the network or the sampler.
     """
-    options.setdefault("class_labels", None if pipe.classes.count is None else [])
+    unconditional = pipe.classes.count is None and pipe.classes.embedding is None
+    options.setdefault("class_labels", None if unconditional else [])
     try:
         pipe(seeds=[], output_type="pt", **options)
     except UserError:
@@ -149,7 +151,7 @@ def generate(
     desc: str = "sampling",
     class_labels: Sequence[int] | None = None,
     guidance_scale: float = 1.0,
-    eta: float = 0.0,
+    eta: float | None = None,
     image: Tensor | None = None,
     mask_image: Tensor | None = None,
     strength: float | None = None,
@@ -389,7 +391,7 @@ def _claim(folder: Path, has_images: bool, pipe: DDPMPipeline, seeds: Sequence[i
         **json.loads(json.dumps(pipe.settings)),
         "num_inference_steps": pipe.checked_steps(options.get("num_inference_steps")),
         "guidance_scale": options.get("guidance_scale", 1.0),
-        "eta": options.get("eta", 0.0),
+        "eta": pipe.checked_eta(options.get("eta")),
         "strength": options.get("strength"),
         "resample_length": options.get("resample_length", 10) if inpainting else None,
         "resample_times": options.get("resample_times", 10) if inpainting else None,

@@ -196,7 +196,7 @@ def draw_samples(
     seed: int = 0,
     batch_size: int = 256,
     num_inference_steps: int | None = None,
-    eta: float = 0.0,
+    eta: float | None = None,
     guidance_scale: float = 1.0,
     train: ImageSet | None = None,
     progress: bool = False,
@@ -226,7 +226,7 @@ def draw_samples(
     sampling: dict[str, Any] = {
         "sampler": type(pipe.scheduler).__name__,
         "num_inference_steps": steps,
-        "eta": eta,
+        "eta": pipe.checked_eta(eta),
         "guidance_scale": guidance_scale,
         "seed": seed,
         "scheduler": {key: value for key, value in pipe.scheduler.config.items() if not key.startswith("_")},

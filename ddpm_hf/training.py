@@ -61,7 +61,7 @@ from .run_identity import CONFIG, RunIdentity, check_output_is_ours
 from .scheduling_ddpm import DDPMScheduler
 from .training_batches import Batches, BatchPlan, image_size, load_split
 from .training_evaluation import TrainingEvaluation
-from .unet_2d import UNet2DModel, parameter_count, use_plain_attention
+from .unet_2d import UNet2DModel, check_size, parameter_count, use_plain_attention
 
 # How often the progress bar reads the loss from the device.
 _SECONDS_BETWEEN_READINGS = 1.0
@@ -203,7 +203,7 @@ class Trainer:
     def _check_size(self) -> None:
         """A size that the network cannot halve, said before any image is read."""
         with torch.device("meta"):
-            UNet2DModel(**self.recipe.unet)
+            check_size(UNet2DModel(**self.recipe.unet), *image_size(self.recipe))
 
     def _class_config(self) -> dict[str, Any]:
         """`UNet2DModel` arguments for the images' classes; with class dropout, one more class stands for none."""

@@ -41,10 +41,11 @@ class UNet2DModel(PortableConfigMixin, PrivateByDefault, StockUNet2DModel):
     - Convolutions and linear layers start from fan-avg uniform weights and zero biases; the last layer of every
       residual block, every attention block and the network itself starts at 1e-10, so a fresh network's output is
       nearly 0. Nothing is drawn where weights are about to be loaded.
-    - Sizes that cannot be halved often enough are refused with a sentence instead of failing inside.
+    - Images that cannot be halved often enough are refused with a sentence instead of failing inside. (`sample_size`
+      alone is not: a network says 28 and runs at 32.)
 
     Raises:
-        ValueError: Blocks, widths or sample size that do not fit together.
+        ValueError: Blocks and widths that do not fit together.
     """
 
     @register_to_config
@@ -80,18 +81,18 @@ class UNet2DModel(PortableConfigMixin, PrivateByDefault, StockUNet2DModel):
         num_train_timesteps: int | None = None,
     ):
         arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
-        for width in block_out_channels:
-            if norm_num_groups is not None and width % norm_num_groups:
-                raise UserError(
-                    f"block_out_channels={tuple(block_out_channels)} must be multiples of "
-                    f"norm_num_groups={norm_num_groups}, and {width} is not"
-                )
         # All arguments are handed on: stock's decorated __init__ writes the configuration once more from them.
-        super().__init__(**arguments)
+        try:
+            super().__init__(**arguments)
+        except ValueError as error:
+            for width in block_out_channels:
+                if norm_num_groups is not None and width % norm_num_groups:
+                    raise UserError(
+                        f"block_out_channels={tuple(block_out_channels)} must be multiples of "
+                        f"norm_num_groups={norm_num_groups}, and {width} is not"
+                    ) from error
+            raise
         self.__module__ = StockUNet2DModel.__module__  # what pipelines record as the component's library
-        self._factor = 2 ** sum(getattr(block, "downsamplers", None) is not None for block in self.down_blocks)
-        if sample_size is not None:
-            self._check_size(*(sample_size if isinstance(sample_size, (tuple, list)) else (sample_size, sample_size)))
         self._initialize()
 
     @classmethod
@@ -146,16 +147,6 @@ class UNet2DModel(PortableConfigMixin, PrivateByDefault, StockUNet2DModel):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    def _check_size(self, height: int, width: int) -> None:
-        for size in (height, width):
-            if size % self._factor or size < self._factor:
-                below = max(size // self._factor, 1) * self._factor
-                raise UserError(
-                    f"an image of {height}x{width} cannot be halved {self._factor.bit_length() - 1} time(s) as this "
-                    f"network does; use a multiple of {self._factor}, for example {below} or {below + self._factor}, "
-                    "or fewer block_out_channels"
-                )
-
     def forward(
         self,
         sample: Tensor,
@@ -177,9 +168,11 @@ class UNet2DModel(PortableConfigMixin, PrivateByDefault, StockUNet2DModel):
         Raises:
             ValueError: A size that cannot be halved often enough, a wrong number of channels or of timesteps.
         """
-        if sample.ndim != 4 or sample.shape[1] != self.config.in_channels:
-            raise UserError(f"expected images of shape [B, {self.config.in_channels}, H, W], got {list(sample.shape)}")
-        self._check_size(*sample.shape[2:])
+        # of the layer, which users replace by one with other channels and leave the configuration as it was
+        channels = getattr(self.conv_in, "in_channels", self.config.in_channels)
+        if sample.ndim != 4 or sample.shape[1] != channels:
+            raise UserError(f"expected images of shape [B, {channels}, H, W], got {list(sample.shape)}")
+        check_size(self, *sample.shape[2:])
         if isinstance(timestep, Tensor) and timestep.ndim and timestep.shape not in ((1,), sample.shape[:1]):
             raise UserError(
                 f"timestep must be one number, or one per image: got shape {tuple(timestep.shape)} for a batch of "
@@ -209,6 +202,23 @@ def check_weights(network: nn.Module) -> None:
         raise NotFiniteError(
             f"the network's weights {name} hold NaN or infinity; take an intact copy of the model{hint}"
         )
+
+
+def check_size(network: StockUNet2DModel, height: int, width: int) -> None:
+    """Check that images of this size can be halved as often as the network, stock's too, does it.
+
+    Raises:
+        ValueError: They cannot.
+    """
+    factor = 2 ** sum(getattr(block, "downsamplers", None) is not None for block in network.down_blocks)
+    for size in (height, width):
+        if size % factor or size < factor:
+            below = max(size // factor, 1) * factor
+            raise UserError(
+                f"an image of {height}x{width} cannot be halved {factor.bit_length() - 1} time(s) as this network "
+                f"does; use a multiple of {factor}, for example {below} or {below + factor}, or fewer "
+                "block_out_channels"
+            )
 
 
 def use_plain_attention(network: nn.Module) -> None:

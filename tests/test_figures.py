@@ -55,7 +55,7 @@ def gaussian() -> tuple[DDPMPipeline, GaussianData]:
         num_train_timesteps=40, beta_start=0.01, beta_end=0.2, variance_type="fixed_small", clip_sample=False
     )
     unet = ExactNoise(**make_small_unet().config)
-    unet.data = GaussianData(0.3, 0.4, np.asarray(scheduler.betas, dtype=np.float64))
+    unet.data = GaussianData(0.3, 0.4, scheduler._betas)
     return DDPMPipeline(unet, scheduler), unet.data
 
 

@@ -131,7 +131,7 @@ def test_wrong_variants_fail_the_official_bound(wrong):
 def test_terms_of_gaussian_data_are_the_closed_form(variance_type, t):
     """E L_{t-1} for the best prediction, over many pixels of x_0 ~ N(0.3, 0.5^2)."""
     scheduler = DDPMScheduler(variance_type=variance_type)
-    betas = scheduler.betas.numpy()
+    betas = scheduler._betas
     data = GaussianData(0.3, 0.5, betas)
     g = torch.Generator().manual_seed(t)
     n = 4000
@@ -149,7 +149,7 @@ def test_the_prior_of_gaussian_data_is_the_closed_form():
     g = torch.Generator().manual_seed(0)
     x_0 = 0.3 + 0.5 * torch.randn(4000, 1, 5, 5, generator=g, dtype=torch.float64)
     prior = prior_bpd(scheduler, x_0)
-    expected = GaussianData(0.3, 0.5, scheduler.betas.numpy()).prior_kl() / math.log(2)
+    expected = GaussianData(0.3, 0.5, scheduler._betas).prior_kl() / math.log(2)
     assert expected == pytest.approx(1e-5, rel=0.1)  # Section 4: "L_T = D_KL(q(x_T|x_0) || N(0, I)) ~ 1e-5 bits/dim"
     assert abs(prior.mean().item() - expected) < 4 * prior.std().item() / 4000**0.5
 
@@ -212,7 +212,7 @@ class DiscretisedGaussian:
 def test_bits_per_dim_of_gaussian_data_is_the_closed_form(variance_type):
     """The paper's whole process, T = 1000, with the best predictor: every term, the sum, and the entropy below it."""
     scheduler = DDPMScheduler(variance_type=variance_type)
-    data = DiscretisedGaussian(0.1, 0.3, scheduler.betas.numpy(), large=variance_type == "fixed_large")
+    data = DiscretisedGaussian(0.1, 0.3, scheduler._betas, large=variance_type == "fixed_large")
     x_0, expected = data.sample(32)
     unet = Predicts(data.process.alpha_bar, data.process.expected_x_0)
     result = bits_per_dim(unet, scheduler, x_0, clip_denoised=False)
@@ -412,7 +412,7 @@ def test_a_biased_estimator_fails_the_toy(toy):
 def test_the_paper_scale_estimate_agrees_within_its_own_error_bars():
     """T = 1000 and 50 evaluations instead of 1000, against the closed form."""
     scheduler = DDPMScheduler(variance_type="fixed_large")
-    data = DiscretisedGaussian(0.1, 0.3, scheduler.betas.numpy(), large=True)
+    data = DiscretisedGaussian(0.1, 0.3, scheduler._betas, large=True)
     x_0, expected = data.sample(200)
     unet = Predicts(data.process.alpha_bar, data.process.expected_x_0)
     estimate = stratified_bits_per_dim(unet, scheduler, x_0, num_evaluations=50, clip_denoised=False)
