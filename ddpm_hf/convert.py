@@ -115,7 +115,7 @@ class ForeignOptions:
     Attributes:
         sample_size: Height and width of the images.
         preset: One of the paper's experiments, or of OpenAI's released models (`RELEASED`); the network must agree.
-        ema: Take the averaged weights; `False` takes the raw ones.
+        ema: Take the EMA weights; `False` takes the raw ones.
         num_heads, num_heads_upsample, num_head_channels, use_new_attention_order: How OpenAI's attention is cut into
             heads, as in its training scripts; its files do not say it.
         noise_schedule, diffusion_steps, beta_start, beta_end: The forward process.
@@ -306,7 +306,7 @@ def _only_kind(path: Path, ema: bool, averaged: bool | None, why: str) -> str:
     """
     if averaged is None:
         if ema:
-            return "taken for averaged weights, as nothing in the file says it (if they are raw: --no_ema)"
+            return "taken for EMA weights, as nothing in the file says it (if they are raw: --no_ema)"
         return "taken for raw weights, as --no_ema says"
     if averaged == ema:
         return f"{'averaged' if averaged else 'raw'} weights ({why})"
@@ -315,7 +315,7 @@ def _only_kind(path: Path, ema: bool, averaged: bool | None, why: str) -> str:
             f"{path.name} holds the raw weights ({why}), which make far worse images; take the averaged ones, or "
             "--no_ema if that is what you want"
         )
-    raise ConversionError(f"{path.name} holds averaged weights only ({why}); leave out --no_ema, or take another file")
+    raise ConversionError(f"{path.name} holds EMA weights only ({why}); leave out --no_ema, or take another file")
 
 
 def _tensorflow() -> Any:
@@ -348,12 +348,12 @@ def _read_official_tf(path: Path, ema: bool) -> _Source:
         averaged = {name for name in names if name.endswith(EMA_SUFFIX)}
         if ema and not averaged:
             raise ConversionError(
-                f"{prefix!r} has no averaged weights (.../ExponentialMovingAverage); the raw ones make far worse "
+                f"{prefix!r} has no EMA weights (.../ExponentialMovingAverage); the raw ones make far worse "
                 "images, take them with --no_ema if that is what you want"
             )
         wanted = averaged if ema else {name for name in names if name not in averaged and "Adam" not in name}
         if averaged and not wanted:
-            raise ConversionError(f"{prefix!r} holds averaged weights only; leave out --no_ema")
+            raise ConversionError(f"{prefix!r} holds EMA weights only; leave out --no_ema")
         if not wanted:
             raise ConversionError(f"{prefix!r} has no variables called model/...; is it a DDPM checkpoint?")
         arrays = {name.removesuffix(EMA_SUFFIX): reader.get_tensor(name) for name in sorted(wanted)}
@@ -380,7 +380,7 @@ def _read_pesser(path: Path, ema: bool) -> _Source:
     remark = None
     if isinstance(content, (list, tuple)):  # ermongroup/ddim: [model, optimizer, epoch, step, ema]
         if not content or (ema and len(content) < 5):
-            raise ConversionError(f"{str(path)!r} holds no averaged weights; take the raw ones with --no_ema")
+            raise ConversionError(f"{str(path)!r} holds no EMA weights; take the raw ones with --no_ema")
         content = content[4 if ema else 0]
         weights = f"{'averaged' if ema else 'raw'} weights of a training checkpoint"
         remark = "x_0 is clipped as in its DDPM sampler; its DDIM sampler does not clip (--clip_sample false)"
@@ -931,7 +931,7 @@ def to_official(unet: UNet2DModel, state: Tensors | None = None) -> dict[str, np
 
 
 def convert_to_official(model: str | Path, output: str | Path, global_step: int = 0) -> Path:
-    """Write a TensorFlow checkpoint that the official code can load, with raw and averaged weights.
+    """Write a TensorFlow checkpoint that the official code can load, with raw and EMA weights.
 
     Args:
         model: A pipeline's folder (its weights serve as both), or a training checkpoint (`checkpoint-N` in a run's
@@ -955,7 +955,7 @@ def convert_to_official(model: str | Path, output: str | Path, global_step: int 
         unet = UNet2DModel.from_config(_read_config(config))
         tensors, state = load_checkpoint(model)
         if not {"model", "ema"} <= tensors.keys():
-            raise ConversionError(f"{str(model)!r} is no training checkpoint: it has no raw and averaged weights")
+            raise ConversionError(f"{str(model)!r} is no training checkpoint: it has no raw and EMA weights")
         raw, ema = (to_official(unet, tensors[name]) for name in ("model", "ema"))
         global_step = state["step"]
     else:

@@ -187,7 +187,7 @@ def _label_by_file(
         said = f"{where} has labels of {len(gone)} file(s) that are not there: {', '.join(gone[:3])}"
         said += " ..." if len(gone) > 3 else ""
         if reading.on_bad_image == "error":
-            raise UserError(f"{said}; mend it, or leave them out with --on_bad_image skip")
+            raise UserError(f"{said}; fix it, or leave them out with --on_bad_image skip")
         reading.report(f"left out: {said}")
     if len(set(names)) < len(names):
         raise UserError(f"{where} has one label per file, and some files of arrays hold several images")
@@ -304,7 +304,7 @@ def _links_to_nothing(folder: Path, listing: Listing, reading: Reading, suffixes
         named = ", ".join(f"{path.relative_to(folder)} -> {path.readlink()}" for path in gone[:20])
         more = f" and {len(gone) - 20} more" if len(gone) > 20 else ""
         raise UserError(
-            f"{len(gone)} link(s) in {str(folder)!r} lead to nothing: {named}{more}; mend or remove them, or leave "
+            f"{len(gone)} link(s) in {str(folder)!r} lead to nothing: {named}{more}; fix or remove them, or leave "
             "them out with --on_bad_image skip"
         )
     images = [path for path in gone if path.suffix.lower() in suffixes]

@@ -55,7 +55,7 @@ def _check_folder(folder: Path) -> None:
             "link(s) to folders",
             "give a folder of images as --train_data_dir, or put the files themselves there",
         ),
-        (listing.dangling, "link(s) to nothing", "mend or remove them"),
+        (listing.dangling, "link(s) to nothing", "fix or remove them"),
         (capitals, "file(s) with an ending in capitals", "rename them to .parquet"),
     ):
         if paths:
@@ -118,7 +118,10 @@ def choose_columns(
     if image_column is None:
         pictures = [key for key, feature in features.items() if _is_image(feature)]
         if not pictures:
-            raise UserError(f"the dataset {name!r} has no image column; its columns are {columns}")
+            raise UserError(
+                f"no column of the dataset {name!r} holds images; its columns are {columns}; one of addresses or file "
+                "names is read where --image_column names it"
+            )
         image_column = pictures[0]
         if len(pictures) > 1:
             report(f"{name!r} has the image columns {', '.join(pictures)}; took {image_column} (--image_column)")

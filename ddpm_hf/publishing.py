@@ -1,4 +1,4 @@
-"""What a training run shows of itself: the pipeline of averaged weights, sample grids, held-out numbers, the card.
+"""What a training run shows of itself: the pipeline of EMA weights, sample grids, held-out numbers, the card.
 
 `Trainer` asks `due` after each update and calls `watch` where something is, and `publish` at the end; all processes
 take part. Nothing here touches the network in training or its random numbers.
@@ -148,7 +148,7 @@ class Publisher:
         return due(step, self.config.save_images_steps) or self.evaluation.due(step)
 
     def watch(self, averaged: dict[str, Tensor], step: int) -> tuple[DDPMPipeline, EvaluationReport | None]:
-        """Make what is due after update `step` from the averaged weights: the model, and what was measured of it.
+        """Make what is due after update `step` from the EMA weights: the model, and what was measured of it.
 
         A model whose images or numbers are not finite has none to show, which is said; the run goes on.
         """
@@ -214,7 +214,7 @@ class Publisher:
             say(f"left as edited in {folder / CARD}: {', '.join(kept)}")
 
     def pipeline(self, averaged: dict[str, Tensor]) -> DDPMPipeline:
-        """The averaged weights in a float32 pipeline of their own, apart from the network in training."""
+        """The EMA weights in a float32 pipeline of their own, apart from the network in training."""
         unet = UNet2DModel(**self.unet_config)
         unet.load_state_dict(averaged)
         pipe = DDPMPipeline(unet.to(self.accelerator.device), DDPMScheduler(**self.recipe.scheduler))
@@ -258,7 +258,7 @@ class Publisher:
             "updates": f"{step} of {self.plan.total} images, seed {self.config.seed}",
             "optimizer": f"Adam(0.9, 0.999), learning rate {recipe.learning_rate:g} after {recipe.lr_warmup_steps} "
             f"warm-up updates, then {recipe.lr_scheduler}, gradient norm at most {recipe.max_grad_norm:g}",
-            "averaged weights": f"decay {recipe.ema_decay}" + (" after a warm-up" if recipe.ema_warmup else ""),
+            "EMA weights": f"decay {recipe.ema_decay}" + (" after a warm-up" if recipe.ema_warmup else ""),
             "objective": f"{recipe.loss}, {recipe.timestep_sampling} timesteps, dropout {recipe.unet['dropout']:g}",
             **(
                 {"classes": f"{len(self.data.class_names or [])}, dropped for {self.config.class_dropout:.0%}"}

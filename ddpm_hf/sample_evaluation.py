@@ -201,7 +201,7 @@ def draw_samples(
     train: ImageSet | None = None,
     progress: bool = False,
 ) -> Samples:
-    """Draw samples and keep their features, as the floats that the sampler gives and as whole grey levels.
+    """Draw samples and keep their features, as the floats that the sampler gives and as whole pixel values.
 
     Args:
         pipe: Network and sampler.
@@ -326,7 +326,7 @@ def add_sample_metrics(
                 report.add(key, *_pair(estimate), {"estimator": words, **against}, estimated_bias=bias)
                 report.settings[key]["seconds"] = round(time.monotonic() - started, 2)
                 biases[key] = bias
-            if kind == "float":  # the other numbers are defined for whole grey levels
+            if kind == "float":  # the other numbers are defined for whole pixel values
                 continue
             started = time.monotonic()
             if "kid" in metrics:
@@ -372,7 +372,7 @@ def find_neighbours(
     """The nearest training images of the first samples, and of as many held-out images, by pixels and by features.
 
     Args:
-        samples: Their kept images, and features of whole grey levels.
+        samples: Their kept images, and features of whole pixel values.
         train, held_out: Real images.
         spaces: Extractors to compare with, besides the pixels.
         k: How many neighbours.

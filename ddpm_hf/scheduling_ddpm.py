@@ -513,7 +513,7 @@ class DDPMScheduler(PrivateByDefault, StockDDPMScheduler):
         if not hasattr(timesteps, "__len__") or (isinstance(timesteps, (Tensor, np.ndarray)) and not timesteps.ndim):
             raise UserError(f"timesteps must be a list of whole numbers, got {timesteps!r}")
         given = timesteps.tolist() if isinstance(timesteps, (Tensor, np.ndarray)) else timesteps
-        chosen = np.array([whole_number("each of timesteps", t) for t in given], dtype=np.int64)
+        chosen = np.array([whole_number("each of timesteps", t, or_float=True) for t in given], dtype=np.int64)
         if not len(chosen):
             raise UserError("timesteps is empty; give at least one, for example timesteps=[999, 500, 0]")
         if (np.diff(chosen) >= 0).any():

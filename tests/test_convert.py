@@ -281,7 +281,7 @@ def test_ddim_process_and_what_its_sampler_does_not_clip(tmp_path, capsys):
     assert "x_0 not clipped" in capsys.readouterr().out
 
 
-# ---------------------------------------------------------------------- raw and averaged weights
+# ---------------------------------------------------------------------- raw and EMA weights
 
 
 def test_pesser_files_by_their_folder_and_by_their_contents(tmp_path, capsys, monkeypatch):
@@ -294,12 +294,12 @@ def test_pesser_files_by_their_folder_and_by_their_contents(tmp_path, capsys, mo
     load_foreign("pesser", raw, sample_size=16, ema=False)
     with pytest.raises(ConversionError, match=r"holds the raw weights .*diffusion_cifar10_model.* or --no_ema"):
         load_foreign("pesser", raw, sample_size=16)
-    with pytest.raises(ConversionError, match=r"holds averaged weights only .*leave out --no_ema"):
+    with pytest.raises(ConversionError, match=r"holds EMA weights only .*leave out --no_ema"):
         load_foreign("pesser", averaged, sample_size=16, ema=False)
     elsewhere = saved(tmp_path, state, "model.ckpt")
     arguments = ["convert", "--from", "pesser", "--checkpoint", str(elsewhere), "--sample_size", "16"]
     assert cli.main([*arguments, "--output", str(tmp_path / "a")]) == 0
-    assert "taken for averaged weights, as nothing in the file says it (if they are raw: --no_ema)" in (
+    assert "taken for EMA weights, as nothing in the file says it (if they are raw: --no_ema)" in (
         capsys.readouterr().out
     )
     assert cli.main([*arguments, "--no_ema", "--output", str(tmp_path / "b")]) == 0
@@ -312,7 +312,7 @@ def test_pesser_files_by_their_folder_and_by_their_contents(tmp_path, capsys, mo
 
 def test_no_ema_is_refused_where_the_weights_are_averaged(tmp_path):
     path = saved(tmp_path, foreign.make_improved(), "ema_0.9999_500000.pt")
-    with pytest.raises(ConversionError, match="averaged weights only"):
+    with pytest.raises(ConversionError, match="EMA weights only"):
         load_foreign("improved_diffusion", path, sample_size=16, num_heads=1, ema=False)
     path = saved(tmp_path, {"ema_model": foreign.make_pytorch_ddpm()}, "ckpt.pt")
     with pytest.raises(ConversionError, match="has no net_model; leave out --no_ema"):
@@ -520,7 +520,7 @@ def test_a_checkpoint_without_averages_is_refused_by_default(tmp_path):
     tf.raw_ops.SaveV2(
         prefix=str(tmp_path / "x"), tensor_names=["model/conv_in/b"], shape_and_slices=[""], tensors=[tf.zeros([3])]
     )
-    with pytest.raises(ConversionError, match=r"no averaged weights.*--no_ema"):
+    with pytest.raises(ConversionError, match=r"no EMA weights.*--no_ema"):
         load_foreign("official_tf", tmp_path / "x", sample_size=8)
 
 
@@ -582,7 +582,7 @@ def test_a_damaged_training_checkpoint_does_not_go_back(tmp_path, small_pipeline
 def test_a_checkpoint_without_averages_does_not_go_back(tmp_path, small_pipeline):
     small_pipeline.save_pretrained(tmp_path / "run")
     checkpoint = save_checkpoint(tmp_path / "run", 3, {"model": small_pipeline.unet.state_dict()}, {})
-    with pytest.raises(ConversionError, match="no raw and averaged weights"):
+    with pytest.raises(ConversionError, match="no raw and EMA weights"):
         convert_to_official(checkpoint, tmp_path / "back")
 
 

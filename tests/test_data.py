@@ -619,7 +619,7 @@ def test_what_datasets_would_leave_out_of_a_folder_is_refused(tmp_path):
             load_images(**{given: str(tmp_path / "near")})
     (tmp_path / "near" / "more").unlink()
     (tmp_path / "near" / "gone.parquet").symlink_to("nowhere")
-    with pytest.raises(ValueError, match=r"1 link\(s\) to nothing, .*: gone.parquet; mend or remove"):
+    with pytest.raises(ValueError, match=r"1 link\(s\) to nothing, .*: gone.parquet; fix or remove"):
         load_images(dataset_name=str(tmp_path / "near"))
     (tmp_path / "near" / "gone.parquet").unlink()
     shutil.copy(next((tmp_path / "far").glob("*.parquet")), tmp_path / "near" / "B.PARQUET")
@@ -752,7 +752,7 @@ def test_dataset_without_images_or_that_does_not_exist(tmp_path):
     (tmp_path / "set").mkdir()
     datasets.Dataset.from_dict({"x": [1]}).to_parquet(tmp_path / "set" / "train.parquet")
     for streaming in (False, True):
-        with pytest.raises(ValueError, match="no image column; its columns are x"):
+        with pytest.raises(ValueError, match="no column of .* holds images; its columns are x"):
             load_images(dataset_name=str(tmp_path / "set"), cache_dir=str(tmp_path / "cache"), streaming=streaming)
         with pytest.raises(ValueError, match="cannot load the dataset"):
             load_images(dataset_name=str(tmp_path / "nowhere"), streaming=streaming)
