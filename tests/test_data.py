@@ -752,7 +752,7 @@ def test_dataset_without_images_or_that_does_not_exist(tmp_path):
     (tmp_path / "set").mkdir()
     datasets.Dataset.from_dict({"x": [1]}).to_parquet(tmp_path / "set" / "train.parquet")
     for streaming in (False, True):
-        with pytest.raises(ValueError, match="no column of .* holds images; its columns are x"):
+        with pytest.raises(ValueError, match=r"no column of .* holds images; its columns are x"):
             load_images(dataset_name=str(tmp_path / "set"), cache_dir=str(tmp_path / "cache"), streaming=streaming)
         with pytest.raises(ValueError, match="cannot load the dataset"):
             load_images(dataset_name=str(tmp_path / "nowhere"), streaming=streaming)
