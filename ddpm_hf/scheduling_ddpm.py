@@ -253,7 +253,18 @@ class DDPMScheduler(PrivateByDefault, StockDDPMScheduler):
         """As stock's, with what stock does not know: the network's measured error and the `optimal` variance.
 
         Another schedule in `kwargs` takes the place of the configuration's `trained_betas`, which would hide it.
+
+        Raises:
+            ValueError: The configuration of a scheduler that has no betas, or as the constructor.
         """
+        if isinstance(config, dict) and "beta_schedule" not in {**config, **kwargs}:
+            # of another class's scheduler or file; a file of these classes may leave out what is its default
+            origin = config.get("_class_name", "another scheduler" if "_use_default_values" in config else None)
+            if origin not in (None, *cls._compatibles):
+                raise UserError(
+                    f"the configuration of {origin} has no betas, so it does not say which DDPM this is; give "
+                    "beta_schedule='linear' for the paper's"
+                )
         if kwargs.keys() & {"beta_schedule", "beta_start", "beta_end"}:
             kwargs.setdefault("trained_betas", None)
         if isinstance(config, dict) and "_variance_type" in config:

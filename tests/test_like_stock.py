@@ -45,6 +45,7 @@ DIFFERENCES = {
     "noise_at_minus_1": "stock counts from the end; here it is outside the schedule",
     "last_step_of_a_trailing_chain": "stock adds noise wherever t > 0; the last step gives the mean (Algorithm 2)",
     "leading_where_K_does_not_divide_T": "stock rounds T / K down and starts pure noise in the middle of the chain",
+    "step_of_mixed_dtypes": "stock's chain takes the wider dtype; here it keeps the sample's",
     "fixed_large_log": "NaN in stock",
     "learned": "stock reads the log-variance as a variance",
     "posterior_mean": "stock refuses to sample",
@@ -384,6 +385,11 @@ def step_in_half_precision(k):
     return [x.dtype for x in stepped(k.DDPMScheduler())] + [
         k.DDPMScheduler().step(OUTPUT.bfloat16(), 5, X.bfloat16()).prev_sample.dtype
     ]
+
+
+@compared
+def step_of_mixed_dtypes(k):
+    return [k.DDPMScheduler().step(OUTPUT, 5, X.bfloat16()).prev_sample.dtype]
 
 
 # ---------------------------------------------------------------------- arguments
@@ -859,6 +865,12 @@ def test_another_process_is_no_ddpm(unets):
     for sampler in ("ddpm", "ddim"):
         with pytest.raises(UserError, match="FlowMatchEulerDiscreteScheduler is for another process"):
             with_sampler(pipe, sampler)
+    for config in (pipe.scheduler.config, json.loads(pipe.scheduler.to_json_string())):
+        with pytest.raises(UserError, match=r"scheduler.* has no betas|FlowMatchEulerDiscreteScheduler has no betas"):
+            DDPMScheduler.from_config(config)
+    for config in ({"_class_name": "DDIMScheduler"}, {}):
+        assert DDPMScheduler.from_config(config).betas[-1] == pytest.approx(0.02)
+    DDPMScheduler.from_config(pipe.scheduler.config, beta_schedule="linear")
 
 
 # ---------------------------------------------------------------------- unusual repositories
