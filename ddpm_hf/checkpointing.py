@@ -18,13 +18,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -39,6 +39,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from .errors import UserError
+from .processes import say
+from .reports import flush
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 STATE_FILE, MANIFEST_FILE = "state.json", "manifest.json"
@@ -67,7 +69,11 @@ def training_state(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Te
 def restore_training_state(
     model: nn.Module, optimizer: Optimizer, weights: dict[str, Tensor], tensors: dict[str, Tensor], values: Any
 ) -> None:
-    """The inverse of `training_state`; every process passes the same whole tensors and keeps its share."""
+    """The inverse of `training_state`; every process passes the same whole tensors and keeps its share.
+
+    Files hold contiguous tensors. Adam's moments take their parameters' layout in memory, as the fused kernel needs:
+    it walks the memory of weights, gradients and moments side by side, whatever their strides are.
+    """
     options = StateDictOptions(full_state_dict=True)
     set_model_state_dict(model, dict(weights), options=options)
     state: dict[str, dict[str, Tensor]] = {}
@@ -76,6 +82,10 @@ def restore_training_state(
         state.setdefault(name, {})[entry] = value
     whole_state: dict[str, Any] = {"state": state, "param_groups": values}
     set_optimizer_state_dict(model, optimizer, whole_state, options=options)
+    for parameter, entries in optimizer.state.items():
+        for entry, value in entries.items():
+            if value.ndim:  # not the step counts
+                entries[entry] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def gather_shards(tensor: Tensor) -> Tensor:
@@ -84,23 +94,15 @@ def gather_shards(tensor: Tensor) -> Tensor:
 
 
 def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """This process's share of a whole tensor, sharded as `like`; on the device of `like`."""
+    """This process's share of a whole tensor: sharded, placed and laid out in memory as `like`."""
     if isinstance(like, DTensor):
-        return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
-    return tensor.to(like.device)
+        tensor = distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
+    return torch.empty_like(like).copy_(tensor)
 
 
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def write_directory(target: Path, fill: Callable[[Path], Any]) -> None:
@@ -115,8 +117,8 @@ def write_directory(target: Path, fill: Callable[[Path], Any]) -> None:
         partial.mkdir(parents=True)
         fill(partial)
         for path in sorted(partial.rglob("*")):
-            _fsync(path)
-        _fsync(partial)
+            flush(path)
+        flush(partial)
         shutil.rmtree(old, ignore_errors=True)
         if target.exists():
             target.rename(old)
@@ -126,7 +128,7 @@ def write_directory(target: Path, fill: Callable[[Path], Any]) -> None:
             if old.exists():
                 old.rename(target)
             raise
-        _fsync(target.parent)
+        flush(target.parent)
         shutil.rmtree(old, ignore_errors=True)
     except SafetensorError as error:  # safetensors has its own error for a full disk
         shutil.rmtree(partial, ignore_errors=True)
@@ -272,7 +274,7 @@ def find_checkpoint(output_dir: Path, which: str) -> tuple[Path, dict[str, dict[
         try:
             return path, *load_checkpoint(path)
         except CheckpointError as error:
-            print(f"warning: {error}; trying the one before it")
+            say(f"warning: {error}; trying the one before it")
     if checkpoints:
         raise CheckpointError(f"all {len(checkpoints)} checkpoints in {str(output_dir)!r} are damaged")
     return None

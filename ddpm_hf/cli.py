@@ -1,7 +1,7 @@
 """`ddpm-hf train | sample | evaluate | reproduce | convert | push ...`: which command it is, and what it ends with.
 
-A user's mistake gets one sentence on stderr and exit code 2. Heavy libraries are imported by the command that needs
-them.
+A user's mistake gets one sentence on stderr and exit code 2. A fault, of this package or of a library, gets a sentence
+that names the file with its traceback, and exit code 1. Heavy libraries are imported by the command that needs them.
 """
 
 from __future__ import annotations
@@ -9,7 +9,11 @@ from __future__ import annotations
 import difflib
 import os
 import sys
+import tempfile
+import time
+import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from jsonargparse import ArgumentError
 
@@ -20,6 +24,7 @@ from .command_line import Parser
 from .command_publish import push, push_parser, space, space_parser
 from .command_sample import sample, sample_parser
 from .command_train import parse_training_config, reproduce, reproduction_parser, train, training_parser
+from .errors import UserError
 
 __all__ = ["COMMANDS", "PARSERS", "main", "parse_training_config", "run", "train", "training_parser"]
 
@@ -64,38 +69,82 @@ showing it:
   space             a web page on the Hub to try it out
 
 ddpm-hf COMMAND --help lists the flags of a command, with their defaults and the paper's values;
-ddpm-hf --version says which version this is. DDPM_HF_TRACEBACK=1 shows where an error came from.
+ddpm-hf --version says which version this is. --debug, with any command (or DDPM_HF_TRACEBACK=1), shows the traceback
+of an error.
 eval "$(ddpm-hf --bash_completion)" lets bash complete commands and flags."""
 
 
 def run(command: Callable[..., int], arguments: Sequence[str], prog: str) -> int:
-    """Run one command; a user's mistake becomes one sentence on stderr and exit code 2, Ctrl-C exit code 130.
+    """Run one command and return its exit code.
 
-    So does a device whose memory is too small for what was asked.
-
-    The environment variable DDPM_HF_TRACEBACK=1 shows where the sentence came from.
+    A user's mistake becomes one sentence on stderr and exit code 2; so do a file, a disk or a connection that fails,
+    and too little memory. Ctrl-C is exit code 130. Any other exception is a fault: its traceback goes into a file that
+    a sentence names, and the exit code is 1. With `--debug` among the arguments, or the environment variable
+    DDPM_HF_TRACEBACK=1, exceptions are raised instead.
     """
+    debug = "--debug" in arguments or bool(os.environ.get("DDPM_HF_TRACEBACK"))
     try:
-        return command(arguments, prog)
+        return command([argument for argument in arguments if argument != "--debug"], prog)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except (ValueError, ArgumentError, OSError) as error:
-        if os.environ.get("DDPM_HF_TRACEBACK"):
+    except Exception as error:
+        if debug:
             raise
-        return _told(" ".join(str(error).split()))
-    except RuntimeError as error:  # by its name, as importing torch takes seconds
-        if type(error).__name__ != "OutOfMemoryError" or os.environ.get("DDPM_HF_TRACEBACK"):
-            raise
-        return _told("too little memory on the device; give a smaller --batch_size (training: --train_batch_size)")
+        if (sentence := _sentence(error)) is None:
+            print(f"error: {_fault(error, prog)}", file=sys.stderr)
+            return 1
+        print(f"error: {sentence}", file=sys.stderr)
+        return 2
     finally:
         _leave_processes()
 
 
-def _told(sentence: str) -> int:
-    """Print what is wrong; the exit code."""
-    print(f"error: {sentence}", file=sys.stderr)
-    return 2
+# Libraries whose errors about files and connections are sentences for users, and have no number of the system's.
+_SPEAKING = ("ddpm_hf", "huggingface_hub", "diffusers", "transformers", "datasets")
+
+
+def _sentence(error: Exception) -> str | None:
+    """What a user is told of an error; nothing where it is a fault."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, (UserError, ArgumentError)):
+        return text
+    # By its name, as importing torch takes seconds; on CPUs PyTorch has only these words.
+    if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
+        return "too little memory on the device; give a smaller --batch_size (training: --train_batch_size)"
+    if isinstance(error, MemoryError):
+        return "too little memory on this machine; give a smaller --batch_size, or fewer images"
+    if isinstance(error, OSError):
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        if error.errno is not None or str(frame.f_globals.get("__name__")).partition(".")[0] in _SPEAKING:
+            return text
+    return None
+
+
+def _fault(error: Exception, prog: str) -> str:
+    """Write a traceback into a file; a sentence that says where it is."""
+    words = " ".join("".join(traceback.format_exception_only(error)).split())
+    file = f"traceback-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt"
+    # What was typed stays out of it: there may be an access token among that.
+    content = f"{prog}\n{''.join(traceback.format_exception(error))}"
+    for folder in (_cache_dir, lambda: Path(tempfile.gettempdir())):
+        try:
+            path = folder() / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(content, encoding="utf-8")
+        except Exception:  # whatever is broken there, the next one is tried
+            continue
+        where = f"its traceback is in {path}, and --debug shows it"
+        break
+    else:
+        where = "--debug shows its traceback"
+    return f"unexpected, and not your mistake but a fault of ddpm-hf or of a library: {words}; {where}"
+
+
+def _cache_dir() -> Path:
+    from .processes import default_cache_dir  # there may be the libraries that failed
+
+    return default_cache_dir() / "tracebacks"
 
 
 def _leave_processes() -> None:
@@ -108,6 +157,8 @@ def _leave_processes() -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The `ddpm-hf` command."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = ["--debug"] if "--debug" in arguments else []
+    arguments = [argument for argument in arguments if argument != "--debug"]
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_HELP)
         return 0 if arguments else 2
@@ -125,7 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         hint = f" (did you mean {close[0]}?)" if close else ""
         print(f"error: unknown command {name!r}{hint}; the commands are {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
-    return run(COMMANDS[name], rest, f"ddpm-hf {name}")
+    return run(COMMANDS[name], [*rest, *debug], f"ddpm-hf {name}")
 
 
 if __name__ == "__main__":

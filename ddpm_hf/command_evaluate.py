@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence, Sized
 from pathlib import Path
@@ -94,7 +95,7 @@ def evaluate(arguments: Sequence[str], prog: str | None = None) -> int:
         raise UsageError(f"--output {values.output} is a file; name a folder, or FILE.json")
     from .evaluation import LIKELIHOOD_METRICS, load_splits, parse_metrics
     from .evaluation import evaluate as evaluate_model
-    from .processes import processes, start_process
+    from .processes import processes, start_process, together
     from .reports import writable_folder
 
     check_optimize(values.optimize)
@@ -103,16 +104,17 @@ def evaluate(arguments: Sequence[str], prog: str | None = None) -> int:
         writable_folder(output.parent, "--output")
     start_process()
     here = processes()
-    pipe = load_pipeline(values.model, values.dtype, values.tf32)
-    channels, height, width = pipe.image_shape
-    sets = load_splits(
-        None if values.split is None else [part.strip() for part in values.split.split(",")],
-        bool(set(metrics) - set(LIKELIHOOD_METRICS)),
-        **image_arguments(values),
-        validation_split=values.validation_split,
-        channels=channels,
-        resolution=(height, width),
-    )
+    with together():
+        pipe = load_pipeline(values.model, values.dtype, values.tf32)
+        channels, height, width = pipe.image_shape
+        sets = load_splits(
+            None if values.split is None else [part.strip() for part in values.split.split(",")],
+            bool(set(metrics) - set(LIKELIHOOD_METRICS)),
+            **image_arguments(values),
+            validation_split=values.validation_split,
+            channels=channels,
+            resolution=(height, width),
+        )
     chosen = None if values.split is None else sorted(sets, key=lambda split: split == "train")  # held out comes first
     num_images = sum(len(images) for images in sets.values() if isinstance(images, Sized))
     prepare = inference_optimization(values, _evaluations(pipe, values, metrics, num_images))
@@ -169,7 +171,9 @@ def _print_report(report: Any) -> None:
 
     for name, value in report.values.items():
         if name == "bits_per_dim":
-            print(f"bits/dim on {report.num_images} images: {value['value']:.4f} +- {value['standard_error']:.4f}")
+            error = value["standard_error"]
+            known = f" +- {error:.4f}" if math.isfinite(error) else ""  # of one image it is not
+            print(f"bits/dim on {report.num_images} images: {value['value']:.4f}{known}")
         else:
             print(f"{name}: {number(value['value'], value['standard_error'])}")
     for warning in report.warnings:
@@ -220,12 +224,13 @@ def optimal_variance(arguments: Sequence[str], prog: str | None = None) -> int:
     if not Path(values.model).is_dir():
         raise UsageError(f"--model {values.model!r} must be a folder on this machine: its scheduler is rewritten")
     start_process()
-    pipe = load_pipeline(values.model)
-    if not values.keep_variance_type and "learned" in (pipe.scheduler.config.get("variance_type") or ""):
-        raise UsageError("this network predicts its own variance; add --keep_variance_type")
-    channels, height, width = pipe.image_shape
-    data = load_images(**image_arguments(values), split="train", channels=channels, resolution=(height, width))
-    images = first_images(data, values.num_images)
+    with together():
+        pipe = load_pipeline(values.model)
+        if not values.keep_variance_type and "learned" in (pipe.scheduler.config.get("variance_type") or ""):
+            raise UsageError("this network predicts its own variance; add --keep_variance_type")
+        channels, height, width = pipe.image_shape
+        data = load_images(**image_arguments(values), split="train", channels=channels, resolution=(height, width))
+        images = first_images(data, values.num_images)
     error = prediction_error(pipe, images, batch_size=values.batch_size, seed=values.seed, progress=True)
     with together():
         if processes().is_main_process:

@@ -105,8 +105,9 @@ def draw_figure(values: Any) -> int:
     if values.animation is not None:
         check_writable(values.animation)
 
-    if (prepare := inference_optimization(values, sampling_evaluations(pipe, values, len(seeds)))) is not None:
-        prepare(pipe)
+    evaluations = sampling_evaluations(pipe, values, len(seeds))
+    if (prepare := inference_optimization(values, evaluations, shared=False)) is not None:
+        prepare(pipe)  # this process alone is here
     made: Any
     if given is None:
         draw = figures.progressive_generation if figure == "progressive" else figures.shared_latents

@@ -144,7 +144,7 @@ def check_config_file(path: str, known: Sequence[str]) -> None:
         content = yaml.safe_load(Path(path).read_text())
     except OSError as error:
         raise UsageError(f"cannot read --config {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: another encoding, or a date that is none
         raise UsageError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise UsageError(f"--config {path} must hold keys and values, such as 'preset: digits'")

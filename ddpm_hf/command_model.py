@@ -8,6 +8,7 @@ from typing import Any
 
 from .command_line import Parser, UsageError
 from .configuration import paper_value
+from .errors import UserError
 
 # Network evaluations from which on `--optimize auto` times the ways to make them, which takes about twenty.
 _LONG_RUN = 5000
@@ -38,7 +39,9 @@ def add_sampler_flags(parser: Parser) -> None:
         default=None,
         help="which timesteps a short chain takes: leading, linspace or trailing; default: the model's",
     )
-    group.add_argument("--eta", type=float, default=0.0, help="noise of ddim: 0 none, 1 as much as ddpm")
+    group.add_argument(
+        "--eta", type=float | None, default=None, help="noise of ddim: 0 (the default) none, 1 as much as ddpm"
+    )
     group.add_argument(
         "--guidance_scale",
         type=float,
@@ -72,7 +75,7 @@ def load_pipeline(model: str, dtype: str = "float32", tf32: bool = False) -> Any
     """The `DDPMPipeline` in a folder or on the Hub, on this process's device; without `tf32` float32 is just that.
 
     Raises:
-        UsageError: There is none.
+        UsageError: There is none, or a weight is NaN or infinite.
     """
     import torch
     from diffusers.utils import logging
@@ -80,6 +83,7 @@ def load_pipeline(model: str, dtype: str = "float32", tf32: bool = False) -> Any
     from .machine import use_tf32
     from .pipeline_ddpm import DDPMPipeline
     from .processes import processes
+    from .unet_2d import check_weights
 
     use_tf32(tf32)
     if dtype not in ("float32", "bfloat16", "float16"):
@@ -88,7 +92,9 @@ def load_pipeline(model: str, dtype: str = "float32", tf32: bool = False) -> Any
     if Path(model).exists() and not (Path(model) / "model_index.json").is_file():
         raise UsageError(f"--model {model} holds no pipeline: there is no model_index.json in it")
     try:
-        return DDPMPipeline.from_pretrained(model, dtype=getattr(torch, dtype)).to(processes().device)
+        pipe = DDPMPipeline.from_pretrained(model, dtype=getattr(torch, dtype))
+        check_weights(pipe.unet)  # before hours of work, not after them
+        return pipe.to(processes().device)
     except (OSError, ValueError) as error:
         raise UsageError(
             f"cannot load --model {model}: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
@@ -112,12 +118,13 @@ def sampling_evaluations(pipe: Any, values: Any, count: int) -> int:
     return batches * (values.num_inference_steps or pipe.scheduler.config.num_train_timesteps)
 
 
-def inference_optimization(values: Any, evaluations: int) -> Callable[[Any], None] | None:
+def inference_optimization(values: Any, evaluations: int, shared: bool = True) -> Callable[[Any], None] | None:
     """A function that makes a pipeline's network faster as `--optimize` says, and says how; `None` for nothing.
 
     Args:
         values: The flags.
         evaluations: About how many evaluations of the network follow, of a batch each.
+        shared: Whether all processes will call it; see `inference.optimize_for_inference`.
     """
     if values.optimize == "no" or (values.optimize == "auto" and evaluations < _LONG_RUN):
         return None
@@ -126,7 +133,9 @@ def inference_optimization(values: Any, evaluations: int) -> Callable[[Any], Non
         from .inference import optimize_for_inference
         from .processes import say
 
-        chosen = optimize_for_inference(pipe, compile=values.optimize == "compile", batch_size=values.batch_size)
+        chosen = optimize_for_inference(
+            pipe, compile=values.optimize == "compile", batch_size=values.batch_size, shared=shared
+        )
         say(f"network: {chosen}")
 
     return optimize
@@ -160,6 +169,6 @@ def read_images(flag: str, names: Sequence[str], image_shape: tuple[int, int, in
     for name in names:
         try:
             pixels.append(read_image(Path(name), ImageFormat(channels, (height, width))))
-        except ValueError as error:
+        except UserError as error:
             raise UsageError(f"cannot read --{flag} {name}: {error}") from error
     return torch.from_numpy(np.stack(pixels))

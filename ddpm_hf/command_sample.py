@@ -40,7 +40,7 @@ def sample_parser(prog: str | None = None) -> Parser:
         help="one image per seed, for example 0-63 or 0,5,8-11; default: 0-15, or one for each of several --image",
     )
     group.add_argument(
-        "--class_labels", type=str | None, default=None, help="classes by name or number, in turn: cats,dogs or 0,1"
+        "--class_labels", type=str, default=None, help="classes by name or number, in turn: cats,dogs or 0,1"
     )
     group.add_argument("--batch_size", type=PositiveInt, default=64, help="images at a time; does not change them")
     add_sampler_flags(parser)
@@ -94,13 +94,16 @@ def sample(arguments: Sequence[str], prog: str | None = None) -> int:
     if values.image is not None and values.strength is None and values.mask_image is None:
         raise UsageError("--image needs --strength (the share of the chain to go back, 0 to 1) or --mask_image FILE")
     from .generation import class_sequence, parse_seeds, write_samples
-    from .processes import say, start_process
+    from .processes import say, start_process, together
 
     check_optimize(values.optimize)
     start_process()
     default = "0-15" if values.image is None or len(values.image) == 1 else f"0-{len(values.image) - 1}"
     seeds = parse_seeds(default if values.seeds is None else values.seeds)
-    pipe = load_sampling_pipeline(values)
+    with together():
+        pipe = load_sampling_pipeline(values)
+        labels = class_sequence(pipe, values.class_labels, len(seeds))
+        given = _given_images(values, len(seeds), pipe.image_shape)
     prepare = inference_optimization(values, sampling_evaluations(pipe, values, len(seeds)))
     drawn = write_samples(
         pipe,
@@ -109,11 +112,11 @@ def sample(arguments: Sequence[str], prog: str | None = None) -> int:
         batch_size=values.batch_size,
         num_inference_steps=values.num_inference_steps,
         progress=True,
-        class_labels=class_sequence(pipe, values.class_labels, len(seeds)),
+        class_labels=labels,
         guidance_scale=values.guidance_scale,
         eta=values.eta,
         prepare=prepare,
-        **_given_images(values, len(seeds), pipe.image_shape),
+        **given,
     )
     say(
         f"wrote {drawn} images to {values.output}"

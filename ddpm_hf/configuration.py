@@ -7,6 +7,7 @@ says".
 from __future__ import annotations
 
 import dataclasses
+import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -172,6 +173,12 @@ class TrainingConfig:
     eval_inception_weights: str | None = _flag(
         None, "torch-fidelity's weights file; its own place if left out", _EVALUATION
     )
+    eval_batch_size: int | None = _flag(
+        None,
+        "images at a time, for evaluations and grids; changes no number; 256 (grids: 64) if left out, fewer of images "
+        "larger than 32x32, but never fewer than a micro-batch of the training",
+        _EVALUATION,
+    )
     best_metric: str | None = _flag(
         None,
         "keep the model that is best by this number in best/: bits_per_dim, fid_inception_train_float, ...",
@@ -188,7 +195,10 @@ class TrainingConfig:
     channels_last: bool | None = _flag(None, "channels_last memory layout; default: on NVIDIA GPUs", _MACHINE)
     cuda_graphs: bool = _flag(True, "NVIDIA GPUs: launch an update as one captured graph", _MACHINE)
     gradient_checkpointing: bool = _flag(False, "trade time for memory", _MACHINE)
-    report_to: str | None = _flag(None, "trackers by accelerate: tensorboard, wandb, ...; default: none", _MACHINE)
+    report_to: str | None = _flag(
+        None, "trackers by accelerate: tensorboard, wandb, ...; several as a,b; all; none (the default)", _MACHINE
+    )
+    logging_steps: int = _flag(10, "updates between the numbers that trackers get", _MACHINE)
     logging_dir: str = _flag("logs", "where trackers write, inside the output folder", _MACHINE)
     push_to_hub: bool = _flag(False, "publish the model on the Hub, with every checkpoint and at the end", _HUB)
     hub_model_id: str | None = _flag(None, "org/name on the Hub; the output folder's name if left out", _HUB)
@@ -208,22 +218,27 @@ class TrainingConfig:
         positive = (
             "max_train_steps train_batch_size total_batch_size gradient_accumulation_steps learning_rate "
             "max_grad_norm checkpointing_steps checkpoints_total_limit save_images_steps validation_steps "
-            "num_sample_images "
-            "ddpm_num_inference_steps eval_num_evaluations eval_num_samples num_cpu_threads"
+            "num_sample_images ddpm_num_inference_steps eval_num_evaluations eval_num_samples eval_batch_size "
+            "num_cpu_threads logging_steps"
         )
         for name in positive.split():
             value = getattr(self, name)
-            if value is not None and not value > 0:
+            # an infinite norm is a way to say that gradients are not scaled down
+            if value is not None and not (0 < value < math.inf or (name == "max_grad_norm" and value == math.inf)):
                 raise UserError(f"--{name} must be positive, got {value}")
         for name in ("lr_warmup_steps", "eval_num_images", "dataloader_num_workers"):
             value = getattr(self, name)
-            if value is not None and value < 0:
+            if value is not None and not 0 <= value < math.inf:
                 raise UserError(f"--{name} must not be negative, got {value}")
         sizes = self.resolution if isinstance(self.resolution, list) else [self.resolution]
         sizes = [1 if size is None else size for size in sizes]
         if len(sizes) not in (1, 2) or min(sizes) <= 0:
             raise UserError(f"--resolution takes one or two positive numbers, got {self.resolution}")
-        if self.value_range is not None and (len(self.value_range) != 2 or self.value_range[0] >= self.value_range[1]):
+        if (self.num_cpu_threads or 0) > 4096:
+            raise UserError(f"--num_cpu_threads is at most 4096, got {self.num_cpu_threads}")
+        if self.value_range is not None and (
+            len(self.value_range) != 2 or not -math.inf < self.value_range[0] < self.value_range[1] < math.inf
+        ):
             raise UserError(f"--value_range takes two rising numbers, for example 0 1, got {self.value_range}")
         if self.hub_model_id is not None and not self.push_to_hub:
             raise UserError(f"--hub_model_id {self.hub_model_id} needs --push_to_hub")
@@ -349,6 +364,22 @@ class TrainingConfig:
             return per_process, total // known, total
         return total // known, accumulation or 1, total
 
+    def evaluation_batch(self, num_processes: int, most: int = 256) -> int:
+        """Images at a time and process where nothing is trained.
+
+        Without gradients an image takes a small part of the memory that it takes in training, so a batch as large as a
+        micro-batch cannot be the first for which it is too little.
+
+        Args:
+            num_processes: All of them.
+            most: The largest batch, unless `eval_batch_size` says another.
+        """
+        if self.eval_batch_size is not None:
+            return self.eval_batch_size
+        size = self.resolved_preset().unet["sample_size"]
+        height, width = (size, size) if isinstance(size, int) else size
+        return min(most, max(self.batch_plan(num_processes)[0], 256 * 32 * 32 // (height * width), 1))
+
     def inference_steps(self, num_train_timesteps: int) -> int:
         """Steps of the sampler: a chain has no more than its T."""
         return min(self.ddpm_num_inference_steps, num_train_timesteps)
@@ -383,12 +414,14 @@ class ReproductionConfig:
     inception_weights: str | None = _flag(
         None, "torch-fidelity's weights file; its own place if left out", _COMPARISON
     )
-    batch_size: int = _flag(256, "images at a time; changes no number", _COMPARISON)
+    batch_size: int | None = _flag(
+        None, "images at a time; changes no number; as --eval_batch_size if left out", _COMPARISON
+    )
 
     def __post_init__(self) -> None:
         for name in ("num_samples", "num_inference_steps", "num_images", "batch_size"):
             value = getattr(self, name)
-            if value is not None and value < 1:
+            if value is not None and not 1 <= value < math.inf:
                 raise UserError(f"--{name} must be positive, got {value}")
 
     def feature_names(self) -> list[str]:

@@ -252,7 +252,7 @@ def load_folder(
     reading = reading_of(channels, resolution, background, **options)
     source = open_folder(Path(folder), reading)
     if source is None:
-        raise UserError(f"{str(folder)!r} holds parquet files; load_hub_dataset reads them")
+        raise UserError(f"{str(folder)!r} holds parquet files, or what save_to_disk wrote; load_hub_dataset reads it")
     return _load(source, torch.arange(len(source)), reading)
 
 

@@ -9,3 +9,7 @@ class UserError(ValueError):
     Commands print the sentence and end with exit code 2. Any other exception is a fault of this package or of a
     library, and keeps its traceback. It is a `ValueError`, so that code which catches those of stock diffusers works.
     """
+
+
+class NotFiniteError(UserError):
+    """An image, a number or a weight is NaN or infinite, where it would have become part of a result."""

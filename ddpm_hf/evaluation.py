@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
 
 from . import evaluation_plots as plots
 from .data import ImageDataset, Images, StreamedImages, load_hub_dataset, load_images
@@ -17,9 +16,10 @@ from .errors import UserError
 from .features import FeatureExtractor, make_extractor
 from .generation import check_sampler, with_sampler
 from .likelihood_evaluation import evaluate_likelihood
+from .model_card import recorded_name
 from .pipeline_ddpm import DDPMPipeline
 from .presets import nearest
-from .processes import default_cache_dir, processes, together
+from .processes import default_cache_dir, from_first, processes, together
 from .reports import EvaluationReport, as_markdown, writable_folder, write_text
 from .sample_evaluation import (
     Neighbours,
@@ -105,7 +105,7 @@ def load_splits(
     elif dataset_name is not None and len(given) == 1:
         try:
             held_out = {"test": load("test")}
-        except ValueError as error:
+        except UserError as error:
             if "unknown split" not in str(error).lower():  # in the words of datasets; anything else is to be heard
                 raise
             held_out = {}
@@ -145,7 +145,7 @@ def evaluate(
     variance_type: str | None = None,
     timestep_spacing: str | None = None,
     num_inference_steps: int | None = None,
-    eta: float = 0.0,
+    eta: float | None = None,
     guidance_scale: float = 1.0,
     seed: int = 0,
     features: Sequence[str] = ("inception",),
@@ -195,33 +195,37 @@ def evaluate(
         raise UserError("no images to evaluate on")
     if likelihood_splits is None:
         likelihood_splits = [split for split in sets if split != "train"] or list(sets)
-    extractors = checked_extractors(pipe, sets, wanted, num_samples, features, inception_weights)
-    if "rate_distortion" in metrics and num_evaluations is not None:
-        raise UserError("rate_distortion needs every term of the bound; leave out --num_evaluations")
-    sampling_pipe = with_sampler(pipe, sampler, variance_type, timestep_spacing)
-    if wanted:
-        check_sampler(sampling_pipe, num_inference_steps=num_inference_steps, eta=eta, guidance_scale=guidance_scale)
-    if seed < 0:
-        raise UserError(f"seed must be at least 0, got {seed}")
-    if output is not None:
-        writable_folder(output, "--output")
-    try:
-        writable_folder(cache_dir, "$DDPM_HF_CACHE" if cache_dir == default_cache_dir() else "--cache_dir")
-    except ValueError:
+    with together():  # what is missing on one machine is missing for all
+        extractors = checked_extractors(pipe, sets, wanted, num_samples, features, inception_weights)
+        if "rate_distortion" in metrics and num_evaluations is not None:
+            raise UserError("rate_distortion needs every term of the bound; leave out --num_evaluations")
+        sampling_pipe = with_sampler(pipe, sampler, variance_type, timestep_spacing)
         if wanted:
-            raise
-        work_dir = None if output is None else work_dir  # the likelihood does without, and cannot be resumed
+            check_sampler(
+                sampling_pipe, num_inference_steps=num_inference_steps, eta=eta, guidance_scale=guidance_scale
+            )
+        if seed < 0:
+            raise UserError(f"seed must be at least 0, got {seed}")
+        if output is not None:
+            writable_folder(output, "--output")
+        try:
+            writable_folder(cache_dir, "$DDPM_HF_CACHE" if cache_dir == default_cache_dir() else "--cache_dir")
+        except UserError:
+            if wanted:
+                raise
+            work_dir = None if output is None else work_dir  # the likelihood does without, and cannot be resumed
 
     if prepare is not None:
         prepare(pipe)
         sampling_pipe.network = pipe.network
     main_split = likelihood_splits[0] if set(metrics) & set(LIKELIHOOD_METRICS) else next(iter(sets))
-    report = EvaluationReport(sets[main_split].name, main_split, _count(sets[main_split]))
+    report = EvaluationReport(recorded_name(sets[main_split].name), main_split, _count(sets[main_split]))
     report.model = _model_settings(pipe, model_name)
     if set(metrics) & set(LIKELIHOOD_METRICS):
         bound_pipe = with_sampler(pipe, "ddpm", variance_type)  # the bound is the ancestral process's
         for position, split in enumerate(likelihood_splits):
-            data = first_images(sets[split], num_images)
+            with together():
+                data = first_images(sets[split], num_images)
             part = evaluate_likelihood(
                 bound_pipe,
                 data,
@@ -281,13 +285,11 @@ def evaluate(
                     add_neighbours(report, found, train, held_out)
                     if output is not None:
                         _save_neighbours(report, samples, train, found, held_out, output)
-        shared = [report]
-        broadcast_object_list(shared)
-        report = shared[0]
-    if output is not None and here.is_main_process:
-        report.save(output / "report.json")
-        write_text(output / "report.md", as_markdown(report))
-    here.wait_for_everyone()
+        report = from_first(report)
+    with together():
+        if output is not None and here.is_main_process:
+            report.save(output / "report.json")
+            write_text(output / "report.md", as_markdown(report))
     return report
 
 
@@ -344,7 +346,7 @@ def checked_extractors(
 def _model_settings(pipe: DDPMPipeline, name: str | None) -> dict[str, Any]:
     """Which model it was: its name, its revision if it is from the Hub, its weights' hash."""
     found: dict[str, Any] = {
-        "name": name or "a model",
+        "name": recorded_name(name) if name else "a model",
         "weights_sha256": weights_digest(pipe.unet),
         "parameters": parameter_count(pipe.unet),
         "image_shape": list(pipe.image_shape),

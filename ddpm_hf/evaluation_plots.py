@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from .errors import UserError
+from .reports import write_whole
 
 
 def _figure(width: float, height: float, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Any, Any]:
@@ -23,10 +24,7 @@ def _figure(width: float, height: float, rows: int = 1, columns: int = 1, **opti
 
 def save_figure(figure: Any, path: Path) -> None:
     """Write a PNG completely or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    figure.savefig(partial, format="png")
-    partial.replace(path)
+    write_whole(path, lambda partial: figure.savefig(partial, format="png"))
 
 
 def rate_distortion_figure(rate: Tensor, rmse: Tensor, title: str) -> Any:
@@ -105,7 +103,11 @@ def distances_figure(samples: Tensor, held_out: Tensor, held_out_name: str, titl
         weights = np.full(len(values), 100 / len(values))
         axis.hist(values.numpy(), bins, weights=weights, alpha=0.55, color=colour, label=f"{name} ({len(values)})")
     axis.axvline(
-        held_out.median().item(), color="#2c3e50", linestyle="--", linewidth=1.2, label=f"median of {held_out_name}"
+        held_out.quantile(0.5).item(),
+        color="#2c3e50",
+        linestyle="--",
+        linewidth=1.2,
+        label=f"median of {held_out_name}",
     )
     axis.set(xlabel="distance to the nearest training image", ylabel="percent")
     axis.legend()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .errors import UserError
+from .model_card import recorded_name
 from .shards import Rows, digest, weights_digest
 from .weight_files import read_weights
 
@@ -182,12 +183,13 @@ class VisionModel:
         settings = self._processor.to_dict()
         self.fingerprint = digest("transformers, pooled", weights_digest(net), settings)
         self.description = (
-            f"{type(net).__name__} {model}, pooled output, preprocessed by {type(self._processor).__name__}"
+            f"{type(net).__name__} {recorded_name(model)}, pooled output, preprocessed by "
+            f"{type(self._processor).__name__}"
         )
 
     def __call__(self, images: Tensor) -> Rows:
         if images.is_floating_point():
-            raise UserError(f"{self.name} takes whole grey levels")
+            raise UserError(f"{self.name} takes whole pixel values")
         batch = self._processor(
             images=list(_three_channels(images).cpu()), return_tensors="pt", input_data_format="channels_first"
         )

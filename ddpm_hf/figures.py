@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .class_labels import ClassLabels
+from .class_labels import ClassLabels, as_list
 from .errors import UserError
 from .image_tensors import to_uint8
 from .pipeline_ddpm import DDPMPipeline
@@ -51,7 +51,7 @@ class _Walker:
     batch_size: int = 64
     class_labels: ClassLabels = None
     guidance_scale: float = 1.0
-    eta: float = 0.0
+    eta: float | None = None
     progress: bool = False
 
     def __post_init__(self) -> None:
@@ -82,11 +82,7 @@ class _Walker:
 
     def labels(self, count: int) -> list[Any]:
         """One class label per seed."""
-        given = self.class_labels
-        if given is None or isinstance(given, (int, str)):
-            return [given] * count
-        labels = given.tolist() if isinstance(given, Tensor) else list(given)
-        labels = labels if isinstance(labels, list) else [labels]
+        labels = as_list(self.class_labels)
         if len(labels) not in (1, count):
             raise UserError(f"got {len(labels)} class_labels for {count} seeds; give one, or one per seed")
         return labels * (count // len(labels))
@@ -95,7 +91,7 @@ class _Walker:
         """For `DDPMPipeline.denoise`."""
         return {
             "num_inference_steps": self.num_inference_steps,
-            "class_labels": None if None in labels else list(labels),
+            "class_labels": None if all(label is None for label in labels) else list(labels),
             "guidance_scale": self.guidance_scale,
             "eta": self.eta,
         }
@@ -137,6 +133,7 @@ class _Walker:
                     x = step.prev_sample
                     self.bar.update()
                 x_t[rows] = x
+        self.pipe.check_finite(x_t)
         return x_t.cpu()
 
 
@@ -206,7 +203,7 @@ def progressive_generation(
         seeds: One per image; the images are those of `pipe(seeds=seeds)`.
         points: How many points of the chain to keep beside the image, evenly spaced; all if it has fewer steps.
         options: `num_inference_steps` (T), `batch_size` (64), `class_labels` (one, or one per seed), `guidance_scale`
-            (1.0), `eta` (0.0), `progress` (False).
+            (1.0), `eta` (the scheduler's own), `progress` (False).
 
     Raises:
         ValueError: An argument is outside its range, or the sampler keeps its predicted x_0 to itself.
@@ -232,6 +229,7 @@ def progressive_generation(
                     x_ts.append(step.sample.cpu())
                     x_0s.append(step.pred_original_sample.cpu())
                 walker.bar.update()
+            pipe.check_finite(step.prev_sample)
             image = [step.prev_sample.cpu()]
             parts.append(torch.stack([torch.stack(x_ts + image, dim=1), torch.stack(x_0s + image, dim=1)]))
     x_t, x_0 = torch.cat(parts, dim=1)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,13 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .errors import UserError
-from .pipeline_ddpm import DDPMPipeline, without_bar
+from .class_labels import as_list
+from .errors import NotFiniteError, UserError
+from .pipeline_ddpm import DDPMPipeline, check_is_ddpm, without_bar
 from .pipeline_inputs import one_per_image
 from .presets import nearest
 from .processes import processes, together
-from .reports import write_text
+from .reports import write_text, write_whole
 from .scheduling_ddpm import DDPMScheduler
 from .shards import digest, read_tensors, weights_digest, write_tensors
 from .visualize import image_grid, save_picture
@@ -37,6 +38,10 @@ _SAMPLERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "unipc": (UniPCMultistepScheduler, {}),
 }
 SAMPLERS = tuple(_SAMPLERS)
+_SPACINGS = ("leading", "linspace", "trailing")
+
+# How the images of a folder were made.
+_NOTE = "sampling.json"
 
 # Suffixes of files that cannot be written; without this check they would become folders.
 _OTHER_FILES = (".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".npy", ".zip", ".tar", ".safetensors")
@@ -86,6 +91,7 @@ def with_sampler(
         )
     if sampler == "ddpm" and isinstance(pipe.scheduler, DDPMScheduler) and not (variance_type or timestep_spacing):
         return pipe
+    check_is_ddpm(pipe.scheduler)
     kind, options = _SAMPLERS[sampler]
     config = pipe.scheduler.config
     if sampler != "ddpm" and config.get("prediction_type") == "posterior_mean":
@@ -102,6 +108,11 @@ def with_sampler(
             )
         options = {**options, "variance_type": variance_type}
     if timestep_spacing is not None:
+        if timestep_spacing not in _SPACINGS:
+            raise UserError(
+                f"unknown timestep_spacing {timestep_spacing!r}{nearest(timestep_spacing, _SPACINGS)}; it must be one "
+                f"of {', '.join(_SPACINGS)}"
+            )
         options = {**options, "timestep_spacing": timestep_spacing}
     made = DDPMPipeline(pipe.unet, kind.from_config(config, **options))
     made.network = pipe.network
@@ -118,8 +129,14 @@ def check_sampler(pipe: DDPMPipeline, **options: Any) -> None:
     Raises:
         ValueError: One of them does not go with the others, the network or the sampler.
     """
-    options.setdefault("class_labels", None if pipe.classes.count is None else [])
-    pipe(seeds=[], output_type="pt", **options)
+    unconditional = pipe.classes.count is None and pipe.classes.embedding is None
+    options.setdefault("class_labels", None if unconditional else [])
+    try:
+        pipe(seeds=[], output_type="pt", **options)
+    except UserError:
+        raise
+    except ValueError as error:  # stock's samplers refuse settings in words of their own
+        raise UserError(f"{type(pipe.scheduler).__name__}: {' '.join(str(error).split())}") from error
     if isinstance(pipe.scheduler, DDPMScheduler):
         pipe.scheduler.check_variance()
 
@@ -134,7 +151,7 @@ def generate(
     desc: str = "sampling",
     class_labels: Sequence[int] | None = None,
     guidance_scale: float = 1.0,
-    eta: float = 0.0,
+    eta: float | None = None,
     image: Tensor | None = None,
     mask_image: Tensor | None = None,
     strength: float | None = None,
@@ -164,7 +181,7 @@ def generate(
         raise UserError(f"batch_size must be at least 1, got {batch_size}")
     _check_labels(class_labels, seeds)
     steps = pipe.checked_steps(num_inference_steps)  # before a progress bar is shown
-    if strength is not None:
+    if strength is not None and 0 <= strength <= 1:  # the pipeline refuses others
         steps = round(steps * strength)
     if mask_image is not None:
         steps *= resample_times
@@ -206,14 +223,15 @@ def _share(values: Tensor | None, rows: slice | list[int]) -> Tensor | None:
 
 
 def class_sequence(pipe: DDPMPipeline, text: str | None, count: int) -> list[int] | None:
-    """`"cats,dogs"` or `"0,1"` to class indices for `count` images, in turn.
+    """Read `"cats,dogs"` or `"0,1"` (see `Classes.index`): class indices for `count` images, in turn.
 
     Raises:
         ValueError: A class that the network does not have.
     """
     if text is None:
         return None
-    chosen = [pipe.classes.index(part.strip()) for part in text.split(",")]
+    parts = [text] if text in pipe.classes.names else text.split(",")  # a name may hold a comma
+    chosen = [pipe.classes.index(part.strip()) for part in parts]
     return [chosen[i % len(chosen)] for i in range(count)]
 
 
@@ -245,6 +263,7 @@ def write_samples(
 
     Raises:
         ValueError: An output that cannot be written, or that holds other images.
+        NotFiniteError: The network made NaN or infinities; the batches before are kept.
     """
     output = Path(output)
     if batch_size < 1:
@@ -260,13 +279,15 @@ def write_samples(
     # What is drawn so far: the folder itself, or one beside the file that is made of it in the end.
     parts = _Parts(output.with_name(f".{output.name}.parts"))
     store = _Folder(output) if kind == "folder" else parts
-    drawn = store.finished()
     with together():  # so all have looked at what is finished before anybody adds to it
+        drawn = store.finished()
         # All arguments are checked before anything is written.
         given = {name: value for name, value in options.items() if name not in ("progress", "desc", "class_labels")}
         for name in ("image", "mask_image"):
             if given.get(name) is not None:
                 given[name] = one_per_image(given[name], len(seeds), name)[:1]
+        if options.get("class_labels") is not None and pipe.classes.count is not None:
+            options["class_labels"] = [pipe.classes.index(label) for label in as_list(options["class_labels"])]
         _check_labels(options.get("class_labels"), seeds)
         check_sampler(pipe, class_labels=None if options.get("class_labels") is None else [], **given)
         if here.is_main_process:
@@ -280,9 +301,14 @@ def write_samples(
     for name in ("image", "mask_image"):
         options[name] = _share(options.get(name), mine)
     options["progress"] = options.get("progress", False) and here.is_main_process
-    for part, images in generate(pipe, [seeds[i] for i in mine], batch_size=batch_size, **options):
-        store.add(part, images)
-    here.wait_for_everyone()
+    try:
+        with together():
+            for part, images in generate(pipe, [seeds[i] for i in mine], batch_size=batch_size, **options):
+                store.add(part, images)
+    except NotFiniteError:
+        if here.num_processes == 1 and not store.finished():
+            _unclaim(store.path)
+        raise
     with together():
         if kind != "folder" and here.is_main_process:
             images = parts.read(seeds)
@@ -295,10 +321,11 @@ def write_samples(
 
 
 def _write_npz(path: Path, images: Tensor) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
-        np.savez(file, images.permute(0, 2, 3, 1).numpy())
-    os.replace(partial, path)
+    def write(partial: Path) -> None:
+        with partial.open("wb") as file:  # to a name numpy would add .npz
+            np.savez(file, images.permute(0, 2, 3, 1).numpy())
+
+    write_whole(path, write)
 
 
 class _Folder:
@@ -318,7 +345,8 @@ class _Folder:
     def add(self, seeds: Sequence[int], images: Tensor) -> None:
         for seed, image in zip(seeds, images, strict=True):
             pixels = image.permute(1, 2, 0).numpy()
-            save_picture(Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels), self._file(seed))
+            picture = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+            save_picture(picture, self._file(seed), durable=False)  # what a crash empties is drawn again
 
 
 class _Parts:
@@ -363,7 +391,7 @@ def _claim(folder: Path, has_images: bool, pipe: DDPMPipeline, seeds: Sequence[i
         **json.loads(json.dumps(pipe.settings)),
         "num_inference_steps": pipe.checked_steps(options.get("num_inference_steps")),
         "guidance_scale": options.get("guidance_scale", 1.0),
-        "eta": options.get("eta", 0.0),
+        "eta": pipe.checked_eta(options.get("eta")),
         "strength": options.get("strength"),
         "resample_length": options.get("resample_length", 10) if inpainting else None,
         "resample_times": options.get("resample_times", 10) if inpainting else None,
@@ -373,7 +401,7 @@ def _claim(folder: Path, has_images: bool, pipe: DDPMPipeline, seeds: Sequence[i
     for name in ("image", "mask_image"):
         pixels = options.get(name)
         own[name] = _by_seed(seeds, None if pixels is None else [digest(one)[:16] for one in pixels])
-    note = folder / "sampling.json"
+    note = folder / _NOTE
     if has_images and not note.is_file():
         raise UserError(
             f"{str(folder)!r} holds images, and no sampling.json that says how they were made; name another --output"
@@ -396,6 +424,13 @@ def _claim(folder: Path, has_images: bool, pipe: DDPMPipeline, seeds: Sequence[i
             )
     made |= own
     write_text(note, json.dumps(made, indent=2) + "\n")
+
+
+def _unclaim(folder: Path) -> None:
+    """Take the note of `_claim` back, and the folder if nothing else is in it."""
+    (folder / _NOTE).unlink(missing_ok=True)
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def _by_seed(seeds: Sequence[int], values: Sequence[Any] | None) -> dict[str, Any]:

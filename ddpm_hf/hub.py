@@ -33,11 +33,11 @@ from huggingface_hub.utils import logging as hub_logging
 
 from .errors import UserError
 from .hub_errors import is_passing, sentence
-from .hub_files import CARD, INDEX, REPORT, SAMPLES, make_snapshot, read_card, take_report
+from .hub_files import CARD, INDEX, REPORT, SAMPLES, check_opens, make_snapshot, read_card, take_report
 from .model_card import CardFacts, ModelFacts, check_license, make_card, merge_cards, text_outside
 from .reports import EvaluationReport, write_text
 
-_WEIGHT_FILES = re.compile(r"[^/]+/.*\.(safetensors|bin|ckpt|msgpack|h5|index\.json)")
+_WEIGHT_FILES = re.compile(r"[^/]+/.*\.(safetensors|bin|ckpt|msgpack|h5|index(\.\w+)?\.json)")
 # What a card was when it was pushed last from here, so that an edit on the Hub can be told from one here.
 _RECORD = ".hub.json"
 
@@ -120,8 +120,8 @@ def open_destination(repo_id: str, private: bool, token: str) -> Destination:
         info = api.model_info(repo_id)
     if private and info.private is not True:
         raise PushError(
-            f"{repo_id} is public; add --private false (in training --hub_private_repo false) to publish there, or "
-            "name another repository"
+            f"{repo_id} is public; add --private false (in training --hub_private_repo false), in Python "
+            "private=False, to publish there, or name another repository"
         )
     files = tuple(sibling.rfilename for sibling in info.siblings or ())
     to = Destination(repo_id, bool(info.private), str(info.sha), files)
@@ -189,6 +189,7 @@ class Push:
         commit_message: What the commit is called.
         attempts: How often to try where the network or the Hub fails; 1, 2, 4, ... seconds in between.
         timeout: Seconds without any answer that count as such a failure.
+        create_pr: Propose the commit as a pull request instead of making it.
 
     Raises:
         ValueError: An argument cannot be taken.
@@ -203,6 +204,7 @@ class Push:
     commit_message: str = "Upload a DDPM"
     attempts: int = 5
     timeout: float = 60.0
+    create_pr: bool = False
 
     def __post_init__(self) -> None:
         check_repo_id(self.repo_id)
@@ -224,6 +226,7 @@ class Push:
         with_token = dataclasses.replace(self, token=known_token(self.token))
         staging = make_snapshot(Path(self.folder), with_token.token)
         try:
+            check_opens(staging, Path(self.folder))
             if self.report is not None:
                 take_report(Path(self.report), staging, with_token.token)
             return with_token.run_from(staging, say)
@@ -231,7 +234,7 @@ class Push:
             shutil.rmtree(staging, ignore_errors=True)
 
     def run_from(self, staging: Path, say: Callable[[str], None]) -> str:
-        """`run`, of what `make_snapshot` made of the folder before; the token must be known."""
+        """`run`, of a snapshot of the folder that was made, and opened, before; the token must be known."""
         card = read_card(staging / CARD) if (staging / CARD).exists() else None
         report = EvaluationReport.load(staging / REPORT) if (staging / REPORT).exists() else None
         numbers = None if report is None else dataclasses.asdict(report)
@@ -271,7 +274,11 @@ class Push:
             commit_message=self.commit_message,
             parent_commit=to.head,  # refused if somebody committed since: then the card is looked at again
             num_threads=2,
+            create_pr=self.create_pr,
         )
+        if self.create_pr:
+            say(f"proposed to {to}: {commit.pr_url}")
+            return str(commit.pr_url)
         _record_card(Path(self.folder), to.repo_id, _sha256(card) if is_own else None)
         if commit.oid == to.head:
             say(f"{to.repo_id} already has all of it")
@@ -326,7 +333,7 @@ def push(folder: str | Path, repo_id: str, say: Callable[[str], None] = print, *
 
     Raises:
         PushError: It did not happen, in one sentence; everything is still on disk.
-        OSError, ValueError: There is no DDPM in the folder, or an argument cannot be taken.
+        OSError, ValueError: There is no DDPM in the folder that opens, or an argument cannot be taken.
     """
     return Push(str(folder), repo_id, **options).run(say)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO
 
 from .hub import Push
-from .hub_files import make_snapshot
+from .hub_files import check_opens, make_snapshot
 
 
 class BackgroundPush:
@@ -39,9 +39,16 @@ class BackgroundPush:
 
     def offer(self, commit_message: str) -> None:
         """Push the folder as it is now; returns at once. A failure is told and stops nothing."""
+        folder = Path(self.push.folder)
         try:
-            staging = make_snapshot(Path(self.push.folder), self.push.token)
+            staging = make_snapshot(folder, self.push.token)
         except (OSError, ValueError) as error:
+            self._tell_failure(str(error))
+            return
+        try:
+            check_opens(staging, folder)  # here, where all that it takes is loaded already
+        except ValueError as error:
+            shutil.rmtree(staging, ignore_errors=True)
             self._tell_failure(str(error))
             return
         if self._waiting is not None:

@@ -1,4 +1,7 @@
-"""What goes wrong between here and the Hub, each in one sentence, and whether trying again can help."""
+"""What goes wrong between here and the Hub, each in one sentence, and whether trying again can help.
+
+Also what keeps the parts of a pipeline from becoming public unasked.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,11 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from huggingface_hub import constants, hf_hub_download, model_info
+from huggingface_hub import constants, hf_hub_download, model_info, whoami
 from huggingface_hub.errors import (
     DisabledRepoError,
     GatedRepoError,
@@ -31,6 +35,58 @@ _INDEX = "model_index.json"
 _HUB_ERRORS = (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled)
 # Time-outs, too many requests, and a commit by someone else in between; every 5xx besides.
 _PASSING = (408, 412, 429)
+
+
+class PrivateByDefault:
+    """A part of a pipeline that is pushed by itself: stock's way, but nobody else sees it unless `private=False`."""
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+        safe_serialization: bool = True,
+        **options: Any,
+    ) -> str:
+        """As stock's, into a repository that is private unless `private=False`.
+
+        Raises:
+            UserError: It exists and is public, or `safe_serialization=False` asks for a pickle.
+        """
+        if not safe_serialization:
+            raise UserError("safe_serialization=False would publish a pickle; leave it out for safetensors")
+        options |= {"commit_message": commit_message, "token": token, "create_pr": create_pr}
+        options["private"] = checked_privacy(repo_id, private, token)
+        return super().push_to_hub(repo_id, **options)  # type: ignore[misc]
+
+    def save_config(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **options: Any) -> None:
+        """As stock's; see `push_to_hub`."""
+        if push_to_hub:
+            options = private_options(save_directory, options)
+        super().save_config(save_directory, push_to_hub, **options)  # type: ignore[misc]
+
+
+def private_options(save_directory: str | os.PathLike[str], options: Mapping[str, Any]) -> dict[str, Any]:
+    """What `save_pretrained(..., push_to_hub=True)` was given, with `private` as `PrivateByDefault` has it."""
+    repo_id = options.get("repo_id") or Path(save_directory).name
+    return {**options, "private": checked_privacy(repo_id, options.get("private"), options.get("token"))}
+
+
+def checked_privacy(repo_id: str, private: bool | None, token: str | None) -> bool:
+    """What to make a repository with: private, unless it was asked for otherwise.
+
+    Raises:
+        UserError: It exists and is public, and that was not asked for.
+    """
+    if private is False:
+        return False
+    name = repo_id if "/" in repo_id else f"{whoami(token)['name']}/{repo_id}"
+    with suppress(RepositoryNotFoundError):
+        if model_info(name, token=token).private is not True:
+            raise UserError(f"{name} is public; pass private=False to publish there, or name another repository")
+    return True
 
 
 def chain(error: BaseException | None) -> Iterator[BaseException]:

@@ -7,16 +7,19 @@ import os
 import re
 import shutil
 import tempfile
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import UserError
 from .hub_errors import check_pipeline
-from .model_card import CardFacts, ModelFacts, make_card, merge_cards, public_name
+from .model_card import WEIGHTS, CardFacts, ModelFacts, make_card, merge_cards, public_name
 from .reports import EvaluationReport, report_file, write_text
 
-if TYPE_CHECKING:  # torch and diffusers take seconds, which a push does not need
+if TYPE_CHECKING:  # torch and diffusers take seconds, which mistakes on the command line need not wait for
     from .pipeline_ddpm import DDPMPipeline
 
 CARD, REPORT, SAMPLES, INDEX = "README.md", "evaluation.json", "samples.png", "model_index.json"
@@ -24,7 +27,9 @@ CARD, REPORT, SAMPLES, INDEX = "README.md", "evaluation.json", "samples.png", "m
 # push of the same folder may be going on, in the background or in another terminal.
 _SNAPSHOT = (".push-", ".snapshot")
 _EXTRAS = (CARD, REPORT, "LICENSE", "samples*.png", "samples*.gif")
-_COMPONENT_FILES = ("config.json", "scheduler_config.json", "*.safetensors", "*.safetensors.index.json")
+_COMPONENT_FILES = ("config.json", "scheduler_config.json", "*.safetensors", "*.safetensors.index*.json")
+_VARIANT = re.compile(r"diffusion_pytorch_model\.([^.]+?)(-\d+-of-\d+)?\.safetensors")
+_OPENING = threading.Lock()  # diffusers changes torch.nn.init for everybody while it loads
 _TOKEN = re.compile(rb"hf_[A-Za-z0-9]{30,}")
 _LARGEST_TEXT = 10_000_000
 _ONE_DAY = 86_400.0
@@ -89,16 +94,78 @@ def published_files(folder: Path) -> list[str]:
     Not published is everything else: checkpoints, logs, the training configuration, hidden files.
 
     Raises:
-        OSError, ValueError: There is no DDPM in it.
+        OSError, ValueError: There is no DDPM in it, or it holds a variant of the weights only.
     """
     check_pipeline(folder)
     index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
     parts = [name for name, value in index.items() if isinstance(value, list) and (folder / name).is_dir()]
     patterns = [INDEX, *_EXTRAS, *(f"{part}/{pattern}" for part in parts for pattern in _COMPONENT_FILES)]
     found = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
-    if not any(path.suffix == ".safetensors" for path in found):
+    weights = [path for path in found if path.suffix == ".safetensors"]
+    if not weights:
         raise OSError(f"{str(folder)!r} has no safetensors weights to publish")
+    if not any(WEIGHTS.fullmatch(path.name) for path in weights) and (variants := _variants(folder)):
+        raise UserError(
+            f"{str(folder)!r} holds the variant {variants[0]!r} of the weights only, which from_pretrained without "
+            f"variant= does not open; save it as a whole model first: DDPMPipeline.from_pretrained({str(folder)!r}, "
+            f"variant={variants[0]!r}).save_pretrained(FOLDER)"
+        )
     return sorted(path.relative_to(folder).as_posix() for path in found)
+
+
+def _variants(folder: Path) -> list[str]:
+    """What variants of the weights there are, such as `fp16`."""
+    found = (_VARIANT.fullmatch(path.name) for path in folder.glob("unet/*.safetensors"))
+    return sorted({match[1] for match in found if match is not None})
+
+
+def check_opens(snapshot: Path, folder: Path) -> None:
+    """Open what is published as a reader will, by its card: `DDPMPipeline.from_pretrained` without further arguments.
+
+    Args:
+        snapshot: What `make_snapshot` made.
+        folder: What it was made of, for messages.
+
+    Raises:
+        UserError: It does not open, or the network is not the one that the files hold, or holds NaN.
+    """
+    from .pipeline_ddpm import DDPMPipeline
+    from .unet_2d import check_weights
+
+    for variant in (None, *_variants(snapshot)):
+        how = "from_pretrained" if variant is None else f"from_pretrained(..., variant={variant!r})"
+        try:
+            with _OPENING, _without_bars():
+                pipe = DDPMPipeline.from_pretrained(snapshot, variant=variant, local_files_only=True)
+            check_weights(pipe.unet)
+        except MemoryError:
+            raise
+        except Exception as error:  # damaged files end in the errors of several libraries
+            why = (str(error).strip().splitlines() or [type(error).__name__])[0].replace(str(snapshot), str(folder))
+            raise UserError(f"{how} does not open {str(folder)!r}, so it is not published: {why}") from error
+        here, held = (
+            sum(value.numel() for value in pipe.unet.state_dict().values()),
+            ModelFacts.read(snapshot).parameters,
+        )
+        if variant is None and here != held:
+            raise UserError(
+                f"the weight files of {str(folder)!r} hold {held:,} numbers and its network {here:,}, so it is not "
+                "published; remove the files that belong to another model"
+            )
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """diffusers shows no bar while it loads."""
+    from diffusers.utils import logging
+
+    enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            logging.enable_progress_bar()
 
 
 def make_snapshot(folder: Path, token: str | None = None) -> Path:

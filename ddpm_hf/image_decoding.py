@@ -106,6 +106,6 @@ def refuse_bad(bad: list[tuple[str, ValueError]], total: int, report: Callable[[
     sentence = "; ".join(f"{where} ({error})" for where, error in bad[:shown])
     more = f"; and {len(bad) - shown} more, named above" if len(bad) > shown else ""
     raise UserError(
-        f"cannot read {len(bad)} of {total} images: {sentence}{more}; mend or remove them, or leave them out with "
+        f"cannot read {len(bad)} of {total} images: {sentence}{more}; fix or remove them, or leave them out with "
         "--on_bad_image skip"
     )

@@ -21,7 +21,11 @@ import hashlib
 import io
 import zipfile
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
+from urllib.error import HTTPError
+from urllib.parse import quote
+from urllib.request import Request, urlopen
 
 import numpy as np
 from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
@@ -32,6 +36,7 @@ ARRAY_SUFFIXES = (".npy", ".npz")
 ARRAY_LAYOUTS = ("HWC", "CHW")
 # Names of the images and of their labels in .npz files: the plain ones, and those that numpy.savez makes up.
 _IMAGE_KEYS, _LABEL_KEYS = ("images", "arr_0"), ("labels", "arr_1")
+_SECONDS_FOR_A_URL = 60  # without a byte from its server
 
 
 @dataclass(frozen=True)
@@ -84,7 +89,8 @@ def read_bytes(source: Path | bytes | str) -> bytes:
     """The encoded bytes of an image file.
 
     Args:
-        source: The file, its bytes, or its URL as `datasets` writes it: `hf://...`, `zip://a.png::images.zip`.
+        source: The file, its bytes, or its URL: `https://...`, or as `datasets` writes it: `hf://...`,
+            `zip://a.png::images.zip`.
 
     Raises:
         ConnectionError: The server of a URL cannot be reached.
@@ -94,6 +100,8 @@ def read_bytes(source: Path | bytes | str) -> bytes:
         return source
     if isinstance(source, Path):
         return source.read_bytes()
+    if source.lower().startswith(("http://", "https://")):
+        return _download(source)
     from datasets.utils.file_utils import xopen
 
     try:
@@ -103,6 +111,31 @@ def read_bytes(source: Path | bytes | str) -> bytes:
         raise ConnectionError(f"cannot read {source}: {error}") from error
     except FileNotFoundError:  # which fsspec may say with a part of the name alone, or without
         raise FileNotFoundError(f"there is no {source}") from None
+    except ImportError as error:
+        raise UserError(f"cannot read {source}: {' '.join(str(error).split())}") from None
+
+
+def _download(url: str) -> bytes:
+    """The bytes at a web address.
+
+    Raises:
+        ConnectionError: Its server cannot be reached, breaks off, is overloaded or fails.
+        OSError: It answers that there is no such file, or that it does not give it.
+    """
+    # Characters that may not be in a URL, such as spaces, as browsers do it.
+    request = Request(quote(url, safe="!#$%&'()*+,/:;=?@[]~"), headers={"User-Agent": "ddpm_hf"})
+    try:
+        with urlopen(request, timeout=_SECONDS_FOR_A_URL) as response:
+            return response.read()
+    except HTTPError as error:
+        error.close()
+        if error.code in (404, 410):
+            raise FileNotFoundError(f"there is no {url}") from None
+        said = f"cannot read {url}: the server answers {error.code} {error.reason}"
+        raise (ConnectionError if error.code >= 500 or error.code in (408, 429) else OSError)(said) from None
+    except (OSError, HTTPException) as error:
+        reason = " ".join(str(getattr(error, "reason", error)).split()) or type(error).__name__
+        raise ConnectionError(f"cannot read {url}: {reason}") from error
 
 
 def read_image(

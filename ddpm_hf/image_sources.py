@@ -15,13 +15,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from .class_labels import sorted_names
 from .errors import UserError
 from .image_decoding import Reading
 from .image_files import ARRAY_SUFFIXES, open_arrays
-from .image_tables import bytes_or_path, choose_columns, open_table
+from .image_folders import LABEL_FILE, Listing, few, list_folder, read_label_file
+from .image_tables import bytes_or_path, choose_columns, is_saved_table, open_table
 from .image_tensors import ImageDataset
 
 _ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".7z", ".rar", ".zst")
+# What `datasets` reads columns from in a folder of images.
+_METADATA = ("metadata.csv", "metadata.jsonl")
 _SPLIT_NAMES = {"train", "training", "test", "testing", "val", "valid", "validation", "dev"}
 
 
@@ -119,7 +123,7 @@ class Tensors(Source):
 
 
 def _number_labels(values: Sequence[Any], where: str) -> tuple[Tensor, list[str]]:
-    """Class indices 0, 1, ... of whole numbers or strings, in their order.
+    """Class indices 0, 1, ... of whole numbers or strings, in their order (see `sorted_names`).
 
     Raises:
         ValueError: A missing label, or something else than numbers and strings.
@@ -128,24 +132,78 @@ def _number_labels(values: Sequence[Any], where: str) -> tuple[Tensor, list[str]
     if not kinds <= {int} and not kinds <= {str}:
         strange = next(value for value in values if not isinstance(value, int | str)) if kinds - {int, str} else "both"
         raise UserError(f"labels are whole numbers or strings, and {where} has {strange!r}")
-    names = sorted(set(values))
+    names = sorted_names({str(value) for value in values})
     index = {name: i for i, name in enumerate(names)}
-    return torch.tensor([index[value] for value in values], dtype=torch.long), [str(name) for name in names]
+    return torch.tensor([index[str(value)] for value in values], dtype=torch.long), names
 
 
-def _label_first_folders(source: Source, root: Path, parents: list[Path]) -> None:
-    """Labels from the names of the first-level folders, if every image is in one and there are several."""
-    if all(parent != root for parent in parents):
-        labels, names = _number_labels([parent.relative_to(root).parts[0] for parent in parents], str(root))
+def _label_first_folders(
+    source: Source, root: Path, paths: list[Path], folders: list[str], report: Callable[[str], None]
+) -> None:
+    """Labels from the names of the first-level folders, if every image is in one and there are several.
+
+    Args:
+        source: Is given the labels.
+        root: The folder.
+        paths: The file of each image.
+        folders: The first-level folders, some of which may hold no images.
+        report: Is called with a warning where some images have no class, or some folders no images.
+    """
+    outside = [path for path in paths if path.parent == root]
+    if not outside:
+        labels, names = _number_labels([path.relative_to(root).parts[0] for path in paths], str(root))
         if len(names) > 1:
             source.labels, source.class_names = labels, names
+            if empty := sorted(set(folders) - set(names)):
+                report(f"no images are in {', '.join(empty)} in {str(root)!r}, so these are no classes")
+    elif len({path.relative_to(root).parts[0] for path in paths if path.parent != root}) > 1:
+        report(
+            f"{len(outside)} of {len(paths)} images in {str(root)!r} are in no folder ({few(outside, root)}), so none "
+            "of them has a class here"
+        )
+
+
+def _label_by_file(
+    source: Source, root: Path, paths: list[Path], given: dict[str, int | str], files: list[Path], reading: Reading
+) -> None:
+    """Labels from `dataset.json`.
+
+    Args:
+        source: Is given the labels.
+        root: The folder.
+        paths: The file of each image.
+        given: Labels by the files' paths in the folder; none if it is empty.
+        files: All files that are there, readable or not.
+        reading: Whether missing files are an error.
+
+    Raises:
+        UserError: Labels of files that are not there, or of several images in one file.
+    """
+    where = repr(str(root / LABEL_FILE))
+    if not given:
+        return
+    names = [path.relative_to(root).as_posix() for path in paths]
+    if gone := sorted(set(given) - {path.relative_to(root).as_posix() for path in files}):
+        said = f"{where} has labels of {len(gone)} file(s) that are not there: {', '.join(gone[:3])}"
+        said += " ..." if len(gone) > 3 else ""
+        if reading.on_bad_image == "error":
+            raise UserError(f"{said}; fix it, or leave them out with --on_bad_image skip")
+        reading.report(f"left out: {said}")
+    if len(set(names)) < len(names):
+        raise UserError(f"{where} has one label per file, and some files of arrays hold several images")
+    if bare := [path for path, name in zip(paths, names, strict=True) if name not in given]:
+        reading.report(
+            f"{len(bare)} of {len(paths)} images have no label in {where} ({few(bare, root)}), so none has one here"
+        )
+    else:
+        source.labels, source.class_names = _number_labels([given[name] for name in names], where)
 
 
 # ---------------------------------------------------------------------- folders and files
 
 
 def open_folder(folder: Path, reading: Reading) -> Source | None:
-    """What is in a folder; `None` for parquet files, which `datasets` reads.
+    """What is in a folder; `None` for parquet files and what `save_to_disk` wrote, which `datasets` reads.
 
     Raises:
         ValueError: There is no such folder, no images are in it or several kinds of files, it is of a kind that is not
@@ -156,13 +214,62 @@ def open_folder(folder: Path, reading: Reading) -> Source | None:
         return _open_single_file(folder, reading)
     if not folder.is_dir():
         raise UserError(f"the image folder {shown} does not exist")
+    if is_saved_table(folder):
+        return None
     Image.init()
     readable = {suffix for suffix, kind in Image.EXTENSION.items() if kind in Image.OPEN}
+    listing = list_folder(folder)
+    paths = sorted([*listing.files, *_links_to_nothing(folder, listing, reading, {*readable, *ARRAY_SUFFIXES})])
+    images, arrays, parquet, others = _by_kind(paths, readable)
+    kinds = [kind for kind in (images, arrays, parquet) if kind]
+    if len(kinds) > 1:
+        examples = ", ".join(str(kind[0].relative_to(folder)) for kind in kinds)
+        raise UserError(f"{shown} holds images in several kinds of files ({examples}); keep one kind in the folder")
+    if not kinds:
+        archives = [path.name for path in others if path.suffix.lower() in _ARCHIVES]
+        raise UserError(
+            f"no images in {shown}; "
+            + (
+                f"it holds the archive {archives[0]}: unpack it first"
+                if archives
+                else "it should hold files such as .png or .jpg, or folders of them"
+            )
+        )
+    labels = None if parquet else read_label_file(folder)
+    hidden = [path for path in listing.hidden if path.suffix.lower() in readable and not path.name.startswith("._")]
+    _report_left_out(folder, others, hidden, listing.loops, labels is not None, reading.report)
+    if parquet:
+        return None
+    files = images or arrays
+    first = {path.relative_to(folder).parts[0].lower() for path in files if path.parent != folder}
+    if labels is None and len(first) > 1 and first <= _SPLIT_NAMES:
+        raise UserError(
+            f"the folders {', '.join(sorted(first))} in {shown} look like splits, not classes; name the one to use, "
+            f"for example {str(folder / sorted(first, key=lambda name: 'train' not in name)[0])!r}"
+        )
+    name = folder.resolve().name
+    source = _Files(name, images) if images else _open_arrays(name, arrays, reading)
+    paths = files
+    if isinstance(source, _Arrays):
+        paths = [path for path, stack in zip(source.paths, source.stacks, strict=True) for _ in stack]
+    if labels is not None:
+        _label_by_file(source, folder, paths, labels, files, reading)
+    elif source.labels is None:  # labels in array files say more than the folders that these are in
+        _label_first_folders(source, folder, paths, listing.folders, reading.report)
+    return source
+
+
+def _by_kind(paths: list[Path], readable: set[str]) -> tuple[list[Path], list[Path], list[Path], list[Path]]:
+    """Files by their endings: images (of the endings `readable`), arrays, parquet files, others.
+
+    Raises:
+        UserError: A file of a kind that is not read and says where to go instead.
+    """
     images: list[Path] = []
     arrays: list[Path] = []
     parquet: list[Path] = []
     others: list[Path] = []
-    for path in _list_files(folder):
+    for path in paths:
         suffix = path.suffix.lower()
         if path.name == "data.mdb":
             raise UserError(
@@ -183,53 +290,53 @@ def open_folder(folder: Path, reading: Reading) -> Source | None:
         elif suffix == ".parquet":
             kind = parquet
         kind.append(path)
-    kinds = [kind for kind in (images, arrays, parquet) if kind]
-    if len(kinds) > 1:
-        examples = ", ".join(str(kind[0].relative_to(folder)) for kind in kinds)
-        raise UserError(f"{shown} holds images in several kinds of files ({examples}); keep one kind in the folder")
-    if not kinds:
-        archives = [path.name for path in others if path.suffix.lower() in _ARCHIVES]
-        raise UserError(
-            f"no images in {shown}; "
-            + (
-                f"it holds the archive {archives[0]}: unpack it first"
-                if archives
-                else "it should hold files such as .png or .jpg, or folders of them"
-            )
-        )
-    if others:
-        few = ", ".join(str(path.relative_to(folder)) for path in others[:3]) + (" ..." if len(others) > 3 else "")
-        reading.report(f"{len(others)} file(s) in {shown} are not images by their ending, and were left alone: {few}")
-    if parquet:
-        return None
-    files = images or arrays
-    first = {path.relative_to(folder).parts[0].lower() for path in files if path.parent != folder}
-    if len(first) > 1 and first <= _SPLIT_NAMES:
-        raise UserError(
-            f"the folders {', '.join(sorted(first))} in {shown} look like splits, not classes; name the one to use, "
-            f"for example {str(folder / sorted(first, key=lambda name: 'train' not in name)[0])!r}"
-        )
-    name = folder.resolve().name
-    source = _Files(name, images) if images else _open_arrays(name, arrays, reading)
-    parents = [path.parent for path in files]
-    if isinstance(source, _Arrays):
-        parents = [path.parent for path, stack in zip(source.paths, source.stacks, strict=True) for _ in stack]
-    _label_first_folders(source, folder, parents)
-    return source
+    return images, arrays, parquet, others
 
 
-def _list_files(folder: Path) -> list[Path]:
-    """All files but hidden ones, in the order of their paths."""
-    try:
-        found = sorted(folder.rglob("*"))
-    except OSError as error:
-        raise UserError(f"cannot list the image folder {str(folder)!r}: {error.strerror}") from None
-    return [
-        path
-        for path in found
-        if path.is_file()
-        and not any(part.startswith(".") or part == "__MACOSX" for part in path.relative_to(folder).parts)
-    ]
+def _links_to_nothing(folder: Path, listing: Listing, reading: Reading, suffixes: set[str]) -> list[Path]:
+    """Links to files that are not there: those that would be images, to be reported as such when they are read.
+
+    Raises:
+        UserError: There are some, and they are not to be skipped.
+    """
+    gone = listing.dangling
+    if gone and reading.on_bad_image == "error":
+        named = ", ".join(f"{path.relative_to(folder)} -> {path.readlink()}" for path in gone[:20])
+        more = f" and {len(gone) - 20} more" if len(gone) > 20 else ""
+        raise UserError(
+            f"{len(gone)} link(s) in {str(folder)!r} lead to nothing: {named}{more}; fix or remove them, or leave "
+            "them out with --on_bad_image skip"
+        )
+    images = [path for path in gone if path.suffix.lower() in suffixes]
+    for path in gone:
+        if path not in images:
+            reading.report(f"left out {path}: a link to {path.readlink()}, which is not there")
+    return images
+
+
+def _report_left_out(
+    folder: Path,
+    others: list[Path],
+    hidden: list[Path],
+    loops: list[Path],
+    labelled: bool,
+    report: Callable[[str], None],
+) -> None:
+    """Say what in a folder is not read, and why; `labelled` if the labels are read from its `dataset.json`."""
+    shown = repr(str(folder))
+    others = [path for path in others if not (labelled and path == folder / LABEL_FILE)]
+    if tables := [path for path in others if path.name in _METADATA]:
+        report(
+            f"{few(tables, folder)} in {shown} is not read; --dataset_name {shown} takes images and columns from it"
+        )
+        others = [path for path in others if path not in tables]
+    for paths, what in (
+        (others, "file(s) in {} are not images by their ending, and were left alone"),
+        (hidden, "hidden image(s) in {} were left out"),
+        (loops, "link(s) in {} lead back to a folder above them, and were not followed"),
+    ):
+        if paths:
+            report(f"{len(paths)} {what.format(shown)}: {few(paths, folder)}")
 
 
 def _open_single_file(path: Path, reading: Reading) -> Source | None:
@@ -278,6 +385,24 @@ def _open_arrays(name: str, paths: list[Path], reading: Reading, stack_only: boo
 # ---------------------------------------------------------------------- tables
 
 
+def _report_image_folder(folder: Path, num_rows: int, labelled: bool, report: Callable[[str], None]) -> None:
+    """Say what `datasets` leaves out of a folder of image files: files without a row, classes where some have none."""
+    Image.init()
+    images = [path for path in list_folder(folder).files if path.suffix.lower() in Image.EXTENSION]
+    table = next((path for path in map(folder.joinpath, _METADATA) if path.is_file()), None)
+    if table is not None and num_rows < len(images):
+        report(
+            f"{len(images) - num_rows} of {len(images)} images in {str(folder)!r} are not in {table.name}: left out"
+        )
+    parts = {path.relative_to(folder).parts[0] for path in images if path.parent != folder}
+    outside = [path for path in images if path.parent == folder]
+    if not labelled and table is None and outside and len(parts) > 1:
+        report(
+            f"{len(outside)} of {len(images)} images in {str(folder)!r} are in no folder ({few(outside, folder)}), so "
+            "none of them has a class here"
+        )
+
+
 def open_rows(
     name: str,
     split: str,
@@ -299,6 +424,8 @@ def open_rows(
     image, label = choose_columns(name, data.features, image_column, label_column, report)
     if not len(data):
         raise UserError(f"the dataset {name!r} has no images in split {split!r}")
+    if Path(name).is_dir() and not is_saved_table(Path(name)):
+        _report_image_folder(Path(name), len(data), label is not None, report)
     # Bytes instead of decoded images: what datasets would decode has lost 16-bit levels and alpha by then.
     raw = data.select_columns([image]).cast_column(image, datasets.Image(decode=False))
     source = _Rows(name, raw, image)

@@ -17,7 +17,6 @@ from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
-from accelerate.utils import broadcast_object_list
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
@@ -26,7 +25,7 @@ from . import __version__
 from .errors import UserError
 from .machine import keep_freed_memory
 from .pipeline_ddpm import DDPMPipeline
-from .processes import default_cache_dir, processes
+from .processes import default_cache_dir, from_first, processes, together
 from .reports import write_text
 from .shards import digest
 from .unet_2d import UNet2DModel, use_plain_attention
@@ -224,6 +223,7 @@ def optimize_for_inference(
     compile: bool = False,
     batch_size: int = 16,
     execution: Execution | None = None,
+    shared: bool = True,
 ) -> Execution:
     """Let a pipeline compute its network in the fastest way that this machine has for it: `pipe.network` afterwards.
 
@@ -237,9 +237,10 @@ def optimize_for_inference(
         compile: Try `torch.compile` as well, which takes up to minutes, and a C++ compiler on CPUs.
         batch_size: Images per evaluation, for the timing.
         execution: This one, without timing any.
+        shared: Whether all processes call this, for one choice; `False` where one does, and waits for no other.
 
     Returns:
-        What was chosen, the same on all processes.
+        What was chosen, the same on all processes that share the choice.
 
     Raises:
         ValueError: An unknown precision, or no batch.
@@ -251,27 +252,28 @@ def optimize_for_inference(
         return execution
     if precision is None:
         precision = {dtype: name for name, dtype in PRECISIONS.items()}.get(pipe.unet.dtype, "fp32")
-    pipe.network = _fastest(pipe, Execution(precision), compile, batch_size)
+    pipe.network = _fastest(pipe, Execution(precision), compile, batch_size, shared)
     return pipe.network.execution
 
 
-def _fastest(pipe: DDPMPipeline, plain: Execution, compile: bool, batch_size: int) -> InferenceNetwork:
-    """The network computed as was chosen before, or as is chosen now, by the first process for all."""
+def _fastest(pipe: DDPMPipeline, plain: Execution, compile: bool, batch_size: int, shared: bool) -> InferenceNetwork:
+    """The network computed as was chosen before, or as is chosen now; if `shared`, by the first process for all."""
     key = _fingerprint(pipe, plain.precision, compile)
-    found: list[Any] = [None]
+    found = None
     with suppress(KeyError, TypeError, ValueError):  # not there, or another version's
-        found[0] = asdict(Execution(**_read_choices()[key]))
-    broadcast_object_list(found)
-    if found[0] is not None:
-        return InferenceNetwork(pipe.unet, Execution(**found[0]))
-    networks = {way: InferenceNetwork(pipe.unet, way) for way in _candidates(pipe.unet, plain, compile)}
-    seconds = _seconds(networks, pipe.image_shape, batch_size)
+        found = Execution(**_read_choices()[key])
+    found = from_first(found) if shared else found
+    if found is not None:
+        return InferenceNetwork(pipe.unet, found)
+    with together() if shared else nullcontext():
+        networks = {way: InferenceNetwork(pipe.unet, way) for way in _candidates(pipe.unet, plain, compile)}
+        seconds = _seconds(networks, pipe.image_shape, batch_size)
     best = min(seconds, key=lambda way: seconds[way])
-    chosen: list[Any] = [asdict(best if seconds[best] < _WORTH_IT * seconds[plain] else plain)]
-    broadcast_object_list(chosen)
-    if processes().is_main_process:
-        _write_choices({**_read_choices(), key: chosen[0]})
-    return networks[Execution(**chosen[0])]
+    chosen = best if seconds[best] < _WORTH_IT * seconds[plain] else plain
+    chosen = from_first(chosen) if shared else chosen
+    if not shared or processes().is_main_process:
+        _write_choices({**_read_choices(), key: asdict(chosen)})
+    return networks[chosen]
 
 
 def _candidates(unet: UNet2DModel, plain: Execution, compile: bool) -> list[Execution]:

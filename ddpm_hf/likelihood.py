@@ -13,9 +13,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .distributions import bound_term, mean_flat, nats_to_bits, normal_kl
-from .errors import UserError
+from .errors import NotFiniteError, UserError
 from .randomness import derived_generator
-from .scheduling_ddpm import DDPMScheduler
+from .scheduling_ddpm import DDPMScheduler, infinite_to_nan
 
 
 @dataclass
@@ -148,9 +148,29 @@ def _evaluate(
     """The bound's terms `[B]` and the squared errors `[B]` of the predicted x_0, for one draw of x_t."""
     x_t = scheduler.add_noise(x_0, noise.to(x_0), t)
     seen = x_t.to(getattr(unet, "dtype", x_t.dtype))  # a network in bf16; the bound's own arithmetic is x_0's
-    output = unet(seen, t, **model_kwargs).sample.to(x_0.dtype)
+    output = infinite_to_nan(unet(seen, t, **model_kwargs).sample.to(x_0.dtype))
     term, pred_x_0 = _terms(scheduler, output, x_0, x_t, t, clip_denoised, cdf)
     return term, mean_flat((pred_x_0 - x_0).square())
+
+
+def _check_finite(terms: Tensor, t: Tensor, dtype: Any) -> None:
+    """Bits/dim are numbers.
+
+    Args:
+        terms: Of the bound, any number.
+        t: The timestep of each, or one for all.
+        dtype: What the network computes in.
+
+    Raises:
+        NotFiniteError: They are not; says where the network failed.
+    """
+    if not (finite := terms.isfinite()).all():
+        first = int(t.expand_as(terms)[~finite][0])
+        hint = ", float16 ends at 65504: use bfloat16 or float32" if dtype == torch.float16 else ""
+        raise NotFiniteError(
+            f"the bound's term at t={first} is not finite: the network's output there, or one of its weights, is NaN "
+            f"or infinite{hint}"
+        )
 
 
 def _streams(seed: int, images: Sequence[int]) -> list[torch.Generator]:
@@ -216,6 +236,7 @@ def bits_per_dim(
 
     Raises:
         ValueError: No images, images outside [-1, 1], a batch size below 1.
+        NotFiniteError: A term is NaN or infinite.
     """
     _check_images(x_0, batch_size)
     T, n = scheduler.config.num_train_timesteps, len(x_0)
@@ -232,6 +253,7 @@ def bits_per_dim(
                 noise = torch.stack([torch.randn(batch.shape[1:], generator=g, dtype=x_0.dtype) for g in streams])
                 term, error = _evaluate(unet, scheduler, batch, t, noise, clip_denoised, cdf, labels)
                 terms[rows, step], mse[rows, step] = term.float().cpu(), error.float().cpu()
+                _check_finite(terms[rows, step], torch.tensor(step), getattr(unet, "dtype", None))
                 bar.update(len(batch))
     prior = prior_bpd(scheduler, x_0).float().cpu()
     return LikelihoodResult(prior + terms.sum(1), prior, terms, mse)
@@ -315,6 +337,7 @@ def stratified_bits_per_dim(
                 t_part = t[part].to(x_0.device)
                 term, _ = _evaluate(unet, scheduler, batch, t_part, noise[part], clip_denoised, cdf, labels)
                 terms.append(term.double().cpu())
+                _check_finite(terms[-1], t[part], getattr(unet, "dtype", None))
                 bar.update(len(part))
             draws[start : images.stop] = (torch.cat(terms).view(len(images), 2, -1) * width).sum(2)
     prior = prior_bpd(scheduler, x_0).double().cpu()

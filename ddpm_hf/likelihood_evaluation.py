@@ -16,8 +16,9 @@ from . import evaluation_plots as plots
 from .errors import UserError
 from .image_tensors import ImageDataset, to_model_range
 from .likelihood import LikelihoodResult, bits_per_dim, stratified_bits_per_dim
+from .model_card import recorded_name
 from .pipeline_ddpm import DDPMPipeline, evaluating
-from .processes import processes
+from .processes import processes, together
 from .reports import EvaluationReport, write_text
 from .scheduling_ddpm import DDPMScheduler
 from .shards import Rows, all_rows, digest, images_digest, weights_digest
@@ -58,7 +59,7 @@ def evaluate_likelihood(
     pipe.check_images_fit(data)
     if rate_distortion and num_evaluations is not None:
         raise UserError("rate_distortion needs every term of the bound; leave out --num_evaluations")
-    report = EvaluationReport(data.name, split, len(data))
+    report = EvaluationReport(recorded_name(data.name), split, len(data))
     started = time.monotonic()
     rows = likelihood_rows(pipe, data, num_evaluations, batch_size, seed, progress, work_dir)
     total = rows["total"]
@@ -171,14 +172,17 @@ def _add_rate_distortion(
         {"reverse steps": k, "rate (bits/dim)": rate[T - k].item(), "distortion (RMSE)": error[T - k].item()}
         for k in steps
     ]
-    if output is not None and processes().is_main_process:
-        title = f"Progressive lossy code, {report.num_images} images of {report.dataset}, {split}"
-        name = f"rate_distortion_{split}"
-        plots.save_figure(plots.rate_distortion_figure(rate, error, title), output / f"{name}.png")
-        text = io.StringIO()
-        writer = csv.writer(text)
-        writer.writerow(["t", "rate_bits_per_dim", "rmse_grey_levels", "term_bits_per_dim"])
-        terms = full.terms_bpd.mean(0)
-        writer.writerows(zip(range(T), rate.tolist(), error.tolist(), terms.tolist(), strict=True))
-        write_text(output / f"{name}.csv", text.getvalue())
-        report.pictures.append(f"{name}.png")
+    if output is None:
+        return
+    name = f"rate_distortion_{split}"
+    report.pictures.append(f"{name}.png")
+    with together():
+        if processes().is_main_process:
+            title = f"Progressive lossy code, {report.num_images} images of {report.dataset}, {split}"
+            plots.save_figure(plots.rate_distortion_figure(rate, error, title), output / f"{name}.png")
+            text = io.StringIO()
+            writer = csv.writer(text)
+            writer.writerow(["t", "rate_bits_per_dim", "rmse_grey_levels", "term_bits_per_dim"])
+            terms = full.terms_bpd.mean(0)
+            writer.writerows(zip(range(T), rate.tolist(), error.tolist(), terms.tolist(), strict=True))
+            write_text(output / f"{name}.csv", text.getvalue())

@@ -1,11 +1,15 @@
-"""Settings of the machine that decide how fast tensors are computed, handed out and copied."""
+"""Settings of the machine that decide how fast, and to which bits, tensors are computed, handed out and copied."""
 
 from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
+import torch.utils.deterministic
 from torch import Tensor
 
 from .errors import UserError
@@ -74,6 +78,54 @@ def compiler_problem(device: torch.device) -> str | None:
     except exc.InvalidCxxCompiler:
         return "there is no C++ compiler"
     return None
+
+
+def has_deterministic_algorithms(device: torch.device) -> bool:
+    """Whether `deterministic_algorithms` is for this device: for NVIDIA GPUs, CPUs need nothing.
+
+    Earlier versions of PyTorch refuse products in that mode unless CUBLAS_WORKSPACE_CONFIG was set before the first
+    product on a GPU. It is set here; `False` where this is too late.
+    """
+    if device.type != "cuda":
+        return False
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    one = torch.ones(1, 1, device=device)
+    try:
+        with deterministic_algorithms():
+            one @ one
+    except RuntimeError as error:
+        if "CUBLAS_WORKSPACE_CONFIG" not in str(error):
+            raise
+        return False
+    return True
+
+
+@contextmanager
+def deterministic_algorithms() -> Iterator[None]:
+    """Within, NVIDIA GPUs compute the same bits every time.
+
+    By default the gradients of float32 convolutions, of attention and of embeddings are sums in whatever order the
+    threads arrive, cuDNN's algorithms may be chosen by time (`benchmark`), and compiled kernels' sizes are. PyTorch's
+    deterministic mode has other algorithms for all of these, and turns on Inductor's. New memory is not filled, as it
+    would be in that mode by default: nothing reads it before it is written.
+
+    Raises:
+        RuntimeError: Within, by PyTorch, at an operation that has no deterministic algorithm.
+    """
+    filling: Any = torch.utils.deterministic
+    cudnn = torch.backends.cudnn
+    enabled, warns = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    fills, times = filling.fill_uninitialized_memory, cudnn.benchmark
+    torch.use_deterministic_algorithms(True)
+    filling.fill_uninitialized_memory = cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=warns)
+        filling.fill_uninitialized_memory, cudnn.benchmark = fills, times
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

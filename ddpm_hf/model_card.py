@@ -31,7 +31,7 @@ from .reports import number
 
 _SECTION = re.compile(r"<!-- ddpm_hf:(\w+) (\w{8}) -->\n(.*?)<!-- /ddpm_hf:\1 -->", re.DOTALL)
 _FRONT = re.compile(r"\A---\n(.*?\n)?---(?:\n|\Z)", re.DOTALL)
-_WEIGHTS = re.compile(r"diffusion_pytorch_model(-\d+-of-\d+)?\.safetensors")
+WEIGHTS = re.compile(r"diffusion_pytorch_model(-\d+-of-\d+)?\.safetensors")
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 
 _HEADINGS = {
@@ -84,6 +84,7 @@ class ModelFacts:
         num_train_timesteps: T.
         prediction_type: As the scheduler's configuration has it.
         classes: How many classes the network takes, or `None`.
+        first_class: What its first class is called, or 0: for the example.
     """
 
     image_shape: tuple[int, int, int]
@@ -91,6 +92,7 @@ class ModelFacts:
     num_train_timesteps: int
     prediction_type: str
     classes: int | None
+    first_class: str | int = 0
 
     @classmethod
     def read(cls, folder: Path) -> ModelFacts:
@@ -103,13 +105,14 @@ class ModelFacts:
         scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
         size = unet["sample_size"]
         height, width = size if isinstance(size, list) else (size, size)
-        weights = [path for path in sorted((folder / "unet").iterdir()) if _WEIGHTS.fullmatch(path.name)]
+        weights = [path for path in sorted((folder / "unet").iterdir()) if WEIGHTS.fullmatch(path.name)]
         return cls(
             (unet["in_channels"], height, width),
             sum(_count_weights(path) for path in weights),
             scheduler["num_train_timesteps"],
             scheduler.get("prediction_type", "epsilon"),
             unet.get("num_class_embeds"),
+            (unet.get("_class_names") or [0])[0],
         )
 
 
@@ -201,7 +204,7 @@ def _summary(model: ModelFacts, facts: CardFacts) -> str:
 def _use(model: ModelFacts, name: str) -> str:
     """Both loading snippets; stock's only where stock samples the same."""
     steps = "" if model.num_train_timesteps == 1000 else f", num_inference_steps={model.num_train_timesteps}"
-    labels = "" if model.classes is None else ", class_labels=0"
+    labels = "" if model.classes is None else f", class_labels={model.first_class!r}"
     ours = _python("ddpm_hf", name, f"batch_size=4{labels}")
     if model.prediction_type not in ("epsilon", "sample", "v_prediction"):
         stock = f"Stock diffusers refuses to sample from it: its scheduler does not know `{model.prediction_type}`."
@@ -264,13 +267,21 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)
 
 
+def is_local(name: str) -> bool:
+    """Whether a dataset's or model's name is a path of this machine rather than a name on the Hub, here and now."""
+    return public_name(name) != name or Path(name).exists()
+
+
+def recorded_name(name: str) -> str:
+    """A name as it is recorded where it may be published later, and elsewhere: of what is local, the last part."""
+    return Path(name).resolve().name if Path(name).exists() else public_name(name)
+
+
 def public_name(name: str) -> str:
-    """A dataset's name without the path of anybody's disk."""
-    if "\\" in name:
+    """A name without the path of anybody's disk, by its form alone: what exists here may not be what was meant."""
+    if "\\" in name or re.match(r"[A-Za-z]:/", name):
         return PureWindowsPath(name).name
-    path = Path(name)
-    local = path.is_absolute() or name.startswith((".", "~")) or (path.parent != Path() and path.exists())
-    return path.name if local else name
+    return Path(name).name if name.startswith(("/", ".", "~")) else name
 
 
 def _digest(text: str) -> str:
@@ -340,7 +351,7 @@ def front_matter(card: str) -> dict[str, Any]:
     """
     try:
         front = yaml.safe_load(_split(card)[0])
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none
         raise UserError("the front matter of the card is not YAML") from error
     if not isinstance(front, (dict, NoneType)):
         raise UserError("the front matter of the card has no keys and values")

@@ -35,7 +35,7 @@ def make_betas(beta_schedule: str, num_train_timesteps: int, beta_start: float, 
     T = num_train_timesteps
     for name, value in (("beta_start", beta_start), ("beta_end", beta_end)):
         # Below 0, sqrt would give a complex number, whose real part numpy takes for beta.
-        if isinstance(value, bool) or not isinstance(value, numbers.Real) or value < 0:
+        if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= value < math.inf:
             raise UserError(f"{name} must be a number between 0 and 1, got {value!r}; the paper's are 1e-4 and 0.02")
     if beta_schedule == "linear":
         return np.linspace(beta_start, beta_end, T, dtype=np.float64)
@@ -82,6 +82,34 @@ def rescale_zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
     return 1.0 - np.append(alpha_bar[:1], alpha_bar[1:] / alpha_bar[:-1])
 
 
+def tables_of(betas: np.ndarray) -> dict[str, np.ndarray]:
+    """The tables of a diffusers scheduler that follow from beta_t, by their names there; float64 `[T]` each."""
+    return {"betas": betas, "alphas": 1.0 - betas, "alphas_cumprod": np.cumprod(1.0 - betas)}
+
+
+def betas_of(name: str, table: np.ndarray) -> np.ndarray:
+    """The beta_t to which one of those tables belongs: the inverse of `tables_of`."""
+    if name == "betas":
+        return table
+    if name == "alphas":
+        return 1.0 - table
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return 1.0 - np.append(table[:1], table[1:] / table[:-1])
+
+
+def first_outside(betas: np.ndarray, may_end_at_1: bool = False) -> int | None:
+    """The first t at which beta_t does not lie strictly between 0 and 1; `None` if there is none.
+
+    Args:
+        betas: `[T]`.
+        may_end_at_1: The last one may be 1: nothing is left of the image.
+    """
+    outside = ~((betas > 0) & (betas < 1))
+    if may_end_at_1 and betas[-1] == 1:
+        outside[-1] = False
+    return int(outside.argmax()) if outside.any() else None
+
+
 class Chain:
     """Coefficients of one reverse chain over the timesteps `t_1 > t_2 > ...`, the last of which steps to the data.
 
@@ -93,19 +121,12 @@ class Chain:
     Args:
         betas: `[T]` float64.
         timesteps: `t_1 > t_2 > ...`.
-        prediction_type: What the network predicts.
         prediction_error: `[T]`, E (x_0 - predicted x_0)^2 per pixel, for the optimal variance.
     """
 
-    def __init__(
-        self,
-        betas: np.ndarray,
-        timesteps: np.ndarray,
-        prediction_type: str,
-        prediction_error: np.ndarray | None = None,
-    ):
+    def __init__(self, betas: np.ndarray, timesteps: np.ndarray, prediction_error: np.ndarray | None = None):
         T, t = len(betas), np.asarray(timesteps, dtype=np.int64)
-        alpha_bar = np.cumprod(1.0 - betas)
+        self.alpha_bar = alpha_bar = np.cumprod(1.0 - betas)
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             # 1 - alpha_bar and 1 - alpha by way of logarithms: a difference of numbers close to 1 has lost digits (at
             # beta = 1e-4 the last 4 of 16), a ratio of alpha_bar that underflowed has none left.
@@ -122,12 +143,11 @@ class Chain:
             one_before = np.where(t > 0, log_alpha_bar[t - 1], 0.0)
             trained_c_0 = betas[t] * np.exp(0.5 * one_before) / rest
             trained_c_t = -np.expm1(one_before) * np.sqrt(1.0 - betas[t]) / rest
-            x_t_part, output_part = {
+            # x_0 = from_x_t x_t + from_output output, where the output is epsilon (Eq. 15) or mu_tilde
+            x_0_from = {
                 "epsilon": (np.sqrt(1.0 / a_bar), -np.sqrt(rest / a_bar)),
-                "sample": (np.zeros_like(a_bar), np.ones_like(a_bar)),
-                "v_prediction": (np.sqrt(a_bar), -np.sqrt(rest)),
                 "posterior_mean": (-trained_c_t / trained_c_0, 1.0 / trained_c_0),
-            }[prediction_type]
+            }
             # The step to the data has beta_tilde = 0. For the likelihood's sake the official code gives it its
             # neighbour's log-variance instead of log 0, whichever the fixed variance.
             last_variance = beta_tilde[-2] if len(t) > 1 else beta[-1]
@@ -135,8 +155,10 @@ class Chain:
                 "sqrt_alpha_bar": np.sqrt(a_bar),  # q(x_t|x_0) mean, Eq. 4
                 "sqrt_one_minus_alpha_bar": np.sqrt(rest),  # q(x_t|x_0) standard deviation, Eq. 4
                 "log_one_minus_alpha_bar": np.where(a_bar < 0.5, np.log1p(-a_bar), np.log(rest)),
-                "x_0_from_x_t": x_t_part,  # x_0 = x_0_from_x_t x_t + x_0_from_output output (Eq. 15 for epsilon)
-                "x_0_from_output": output_part,
+                "epsilon_from_x_t": x_0_from["epsilon"][0],
+                "epsilon_from_output": x_0_from["epsilon"][1],
+                "posterior_mean_from_x_t": x_0_from["posterior_mean"][0],
+                "posterior_mean_from_output": x_0_from["posterior_mean"][1],
                 "mean_from_x_0": c_0,  # mu_tilde = mean_from_x_0 x_0 + mean_from_x_t x_t, Eq. 7
                 "mean_from_x_t": c_t,
                 "beta_tilde": beta_tilde,  # Eq. 7
@@ -162,7 +184,10 @@ class Chain:
         self.is_whole = len(t) == T
         self.previous = dict(zip(t.tolist(), [*t[1:].tolist(), -1], strict=True))
         # Where alpha_bar vanishes nothing is left of x_0, and epsilon cannot give it back: float32 would overflow.
-        self.undefined = set(t[~((np.abs(x_t_part) < 1e30) & (np.abs(output_part) < 1e30))].tolist())
+        self.undefined = {
+            prediction_type: set(t[~((np.abs(from_x_t) < 1e30) & (np.abs(from_output) < 1e30))].tolist())
+            for prediction_type, (from_x_t, from_output) in x_0_from.items()
+        }
         self._on_device: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def row(self, t: int) -> dict[str, float]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
+import math
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -14,22 +18,31 @@ from diffusers.models.modeling_utils import ModelMixin  # noqa: F401  (looked up
 from diffusers.pipelines.ddpm.pipeline_ddpm import DDPMPipeline as StockDDPMPipeline
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from diffusers.schedulers.scheduling_ddim_cogvideox import CogVideoXDDIMScheduler
+from diffusers.schedulers.scheduling_ddim_parallel import DDIMParallelScheduler
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler as StockDDPMScheduler
+from diffusers.schedulers.scheduling_ddpm_parallel import DDPMParallelScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin  # noqa: F401  (looked up here by name, see load_config)
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 
 from .class_labels import Classes, ClassLabels
-from .errors import UserError
+from .errors import NotFiniteError, UserError
 from .hub_errors import check_pipeline, patiently
 from .pipeline_inputs import KnownPixels, count_and_generators, images_in_model_range, mask_of, one_per_image
-from .scheduling_ddpm import DDPMScheduler
-from .unet_2d import PortableConfigMixin, UNet2DModel
+from .scheduling_ddpm import DDPMScheduler, infinite_to_nan, whole_number
+from .unet_2d import PortableConfigMixin, UNet2DModel, check_size, check_weights
 
 logger = logging.get_logger(__name__)
 
 # What stock repositories name, and our class of the same name that opens it.
 _OURS = {("diffusers", "UNet2DModel"), ("diffusers", "DDPMScheduler")}
+# More than stock's DDIM loses by rounding in float32, a few units in the last place of 1. Its root, 7e-4, is a tenth
+# of a grey level.
+_ROUNDING = 2.0**-21
+
+# Stock's schedulers whose every step is T // K timesteps long, wherever their timesteps lead.
+_FIXED_STRIDE = (DDIMScheduler, DDIMParallelScheduler, CogVideoXDDIMScheduler)
 
 
 @dataclass
@@ -74,10 +87,14 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
     _warned_of_a_late_start: ClassVar = False
 
     def __init__(self, unet: UNet2DModel, scheduler: Any):
-        if type(scheduler) is StockDDPMScheduler:
-            scheduler = DDPMScheduler.from_config(scheduler.config)
         super().__init__(unet=unet, scheduler=scheduler)
         self._network: Any = None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; stock's `DDPMScheduler` becomes this package's, later too (`pipe.scheduler = ...`)."""
+        if name == "scheduler" and type(value) is StockDDPMScheduler:
+            value = DDPMScheduler.from_config(value.config)
+        super().__setattr__(name, value)
 
     @property
     def network(self) -> Any:
@@ -147,6 +164,59 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
         made = cls(**parts)
         return made if dtype is None else made.to(dtype)
 
+    def save_pretrained(
+        self,
+        save_directory: Any,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """As stock's; `push_to_hub=True` also publishes the folder, as `push_to_hub` does, and takes its arguments.
+
+        Raises:
+            UserError: What is to be published cannot be.
+        """
+        names = ("repo_id", "commit_message", "private", "token", "create_pr")
+        options = {name: kwargs.pop(name) for name in names if name in kwargs} if push_to_hub else {}
+        if push_to_hub:
+            _check_published_form(safe_serialization, variant)
+        super().save_pretrained(save_directory, safe_serialization, variant, max_shard_size, **kwargs)
+        if push_to_hub:
+            _push(save_directory, options.pop("repo_id", None) or Path(save_directory).resolve().name, **options)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+    ) -> str:
+        """Publish the pipeline on the Hub with a card, as `ddpm-hf push` does.
+
+        Args:
+            repo_id: `namespace/name`, or a name in the token's own namespace; made if it does not exist.
+            commit_message: What the commit is called.
+            private: Only `False` makes a new repository public, or publishes in a public one.
+            token: Instead of the one that `hf auth login` or HF_TOKEN left.
+            create_pr: Propose the commit as a pull request instead of making it.
+            safe_serialization, variant: Stock's; pickles are not published, nor a variant without the whole model.
+
+        Returns:
+            The commit's (or the pull request's) address.
+
+        Raises:
+            UserError: It did not happen; the sentence says why.
+        """
+        _check_published_form(safe_serialization, variant)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return _push(folder, repo_id, commit_message, private, token, create_pr)
+
     @property
     def settings(self) -> dict[str, Any]:
         """All that decides, beside the weights, which image a seed gives, as JSON values."""
@@ -167,23 +237,26 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
         """Channels, height and width of the images.
 
         Raises:
-            ValueError: The network has no `sample_size`.
+            ValueError: The network has no `sample_size`, or one that it cannot halve often enough.
         """
         size = self.unet.config.sample_size
         if size is None:
             raise UserError("the network's configuration has no sample_size; set it to the images' size")
         height, width = size if isinstance(size, (tuple, list)) else (size, size)
+        check_size(self.unet, height, width)
         return self.unet.config.in_channels, height, width
 
     def checked_steps(self, num_inference_steps: int | None) -> int:
         """The number of sampler steps: the chain's T for `None`.
 
         Raises:
-            ValueError: Not between 1 and T.
+            ValueError: Not between 1 and T, or a scheduler that does not sample from a DDPM.
         """
+        check_is_sampler(self.scheduler)
         T = self.scheduler.config.num_train_timesteps
         if num_inference_steps is None:
             return T
+        num_inference_steps = whole_number("num_inference_steps", num_inference_steps, or_float=True)
         if not 1 <= num_inference_steps <= T:
             raise UserError(
                 f"num_inference_steps must be between 1 and the {T} steps of the chain, got {num_inference_steps}"
@@ -201,7 +274,7 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
         seeds: Iterable[int] | None = None,
         class_labels: ClassLabels = None,
         guidance_scale: float = 1.0,
-        eta: float = 0.0,
+        eta: float | None = None,
         image: Any = None,
         strength: float | None = None,
         mask_image: Any = None,
@@ -218,15 +291,18 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
             batch_size: How many images; 1 by default, or as many as there are seeds or given images. 0 gives none.
             generator: One generator for all, or one per image; draws as in stock.
             num_inference_steps: Steps of the chain; the scheduler's T by default (1000 in the paper).
-            output_type: `pil`, `np` (`[B, H, W, C]` in [0, 1]) or `pt` (`[B, C, H, W]` in [0, 1]).
+            output_type: `pil`, `np` (also `numpy` or `None`; `[B, H, W, C]` in [0, 1]) or `pt` (`[B, C, H, W]` in
+                [0, 1]).
             return_dict: `False` gives a tuple.
             seeds: One seed per image, instead of `generator`: image i depends on its own seed only. They draw on the
                 pipeline's device; for the CPU's images on a GPU pass CPU generators.
-            class_labels: For class-conditional networks: one class for all images, or one per image; by number, or by
-                the name that the network was trained with.
+            class_labels: For class-conditional networks: one class for all images, or one per image; by the name
+                that the network was trained with, or by number. If any class is called by a number, a number is such
+                a name; else it counts the classes from 0. `None` is "no class", which has no number.
             guidance_scale: Classifier-free guidance (Ho & Salimans 2022): 1 samples the class as it was learned,
                 more exaggerates it, at two network evaluations per step. Needs a network trained with class dropout.
-            eta: For DDIM: 0 is deterministic, 1 as random as the ancestral sampler.
+            eta: For DDIM: 0 is deterministic, 1 as random as the ancestral sampler. By default the scheduler's own (0
+                for DDIM, 0.3 for TCD).
             image: Start from this image instead of from noise: a PIL image (scaled and cropped to fit), an array
                 `[H, W, C]` or a tensor `[C, H, W]` in [0, 1], or a batch or list of them. Needs `strength` or
                 `mask_image`.
@@ -245,7 +321,10 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
 
         Raises:
             ValueError: An argument is outside its range, or `seeds` is given with `generator`, or counts disagree.
+            NotFiniteError: The network made NaN or infinities, of which there is no picture.
         """
+        if output_type in ("numpy", None):
+            output_type = "np"
         if output_type not in ("pil", "np", "pt"):
             raise UserError(f"output_type must be 'pil', 'np' or 'pt', got {output_type!r}")
         if output_type == "pil" and self.image_shape[0] not in (1, 3):
@@ -304,12 +383,33 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def as_output(self, x_0: torch.Tensor, output_type: str) -> Any:
-        """`[B, C, H, W]` in the [-1, 1] scale as `pil`, `np` or `pt`, see `__call__`."""
+        """`[B, C, H, W]` in the [-1, 1] scale as `pil`, `np` or `pt`, see `__call__`.
+
+        Raises:
+            NotFiniteError: They hold NaN or infinities.
+        """
+        self.check_finite(x_0)
         images = (x_0 / 2 + 0.5).clamp(0, 1)
         if output_type == "pt":
             return images
         array = images.cpu().permute(0, 2, 3, 1).numpy()
         return array if output_type == "np" else self.numpy_to_pil(array) if len(array) else []
+
+    def check_finite(self, x_0: torch.Tensor) -> None:
+        """Images at the end of the chain are numbers: NaN and infinities would become black and white pixels.
+
+        Raises:
+            NotFiniteError: They are not; names the weight that is to blame, if one is.
+        """
+        if bool(x_0.isfinite().all()):
+            return
+        check_weights(self.unet)
+        dtype = str(self.network.dtype).removeprefix("torch.")
+        hints = {"float16": "; float16 ends at 65504, use bfloat16 or float32", "float32": ""}
+        raise NotFiniteError(
+            f"the images are not finite: the network, in {dtype}, or {type(self.scheduler).__name__} made NaN or "
+            f"infinities on the way{hints.get(dtype, '; try float32')}"
+        )
 
     def _set_timesteps(self, steps: int) -> None:
         """The chain's timesteps. Stock's schedulers round some numbers of steps to chains that make no image.
@@ -331,6 +431,13 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
                     "of the image; better: timestep_spacing='trailing'"
                 )
             return
+        config, first = self.scheduler.config, int(timesteps[0])
+        vanishes = alpha_bar[first] == 0 or (config.get("rescale_betas_zero_snr") and first == T - 1)
+        if vanishes and config.get("prediction_type") == "epsilon":  # stock divides by 0, and clips what comes of it
+            raise UserError(
+                f"alpha_bar vanishes at t={first}, where 'epsilon' says nothing about x_0; use prediction_type="
+                "'v_prediction' or 'sample' with this schedule, or timesteps that leave it out"
+            )
         # PNDM and second-order solvers evaluate some timesteps twice on purpose.
         once = getattr(self.scheduler, "order", 1) == 1 and "PNDM" not in type(self.scheduler).__name__
         if late or (once and len(timesteps.unique()) < len(timesteps)):
@@ -339,11 +446,11 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
                 f"{type(self.scheduler).__name__} {what} with {steps} steps; use timestep_spacing='trailing', or "
                 "another number of steps"
             )
-        if isinstance(self.scheduler, DDIMScheduler) and (timesteps.diff() != -(T // steps)).any():
+        if isinstance(self.scheduler, _FIXED_STRIDE) and (timesteps.diff() != -(T // steps)).any():
             raise UserError(
-                f"stock's DDIM takes each of {steps} steps to be {T // steps} of the {T} timesteps long, and with "
-                f"{self.scheduler.config.timestep_spacing!r} spacing they are not; use 'leading' or 'trailing' "
-                f"spacing and a number of steps that divides {T}"
+                f"stock's {type(self.scheduler).__name__} takes each of {steps} steps to be {T // steps} of the {T} "
+                f"timesteps long, and with {self.scheduler.config.timestep_spacing!r} spacing they are not; use "
+                f"'leading' or 'trailing' spacing and a number of steps that divides {T}"
             )
 
     def _start_of(self, strength: float | None, inpainting: bool) -> int:
@@ -370,7 +477,7 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
         stop: int | None = None,
         class_labels: ClassLabels = None,
         guidance_scale: float = 1.0,
-        eta: float = 0.0,
+        eta: float | None = None,
     ) -> Iterator[DenoisingStep]:
         """Walk the chain down, step by step: what `__call__` and the paper's figures are made of.
 
@@ -389,10 +496,10 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
         yield from self._walking(class_labels, guidance_scale, eta, generator, len(x_t))(x_t, start, stop)
 
     def _walking(
-        self, class_labels: ClassLabels, guidance_scale: float, eta: float, generator: Any, batch_size: int
+        self, class_labels: ClassLabels, guidance_scale: float, eta: float | None, generator: Any, batch_size: int
     ) -> Walk:
         """What takes steps down the chain, with all that is the same in every stretch of it checked."""
-        self._check_eta(eta)
+        self.checked_eta(eta)
         labels = self.classes.checked(class_labels, guidance_scale, batch_size)
         return partial(
             self._walk,
@@ -411,12 +518,18 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
         generator: Any,
         labels: torch.Tensor | None,
         guidance_scale: float,
-        eta: float,
+        eta: float | None,
     ) -> Iterator[DenoisingStep]:
         """`denoise` over the timesteps that are set."""
         if start and hasattr(self.scheduler, "set_begin_index"):
             self.scheduler.set_begin_index(start)
         extra = self._step_options(generator, eta)
+        etas = self._etas(eta) if eta and isinstance(self.scheduler, DDIMScheduler) else None
+        # a learned variance is for the ancestral samplers only
+        learned = "learned" in (self.scheduler.config.get("variance_type") or "")
+        ancestral = isinstance(self.scheduler, DDPMScheduler) or (
+            learned and isinstance(self.scheduler, DDPMParallelScheduler)
+        )
         timesteps = self.scheduler.timesteps
         on_device = timesteps.to(x_t.device)  # once, so that no step waits for the device
         network = self.network
@@ -425,8 +538,11 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
             for index in range(start, len(timesteps) if stop is None else min(stop, len(timesteps))):
                 seen = self.scheduler.scale_model_input(x_t, timesteps[index]).to(dtype)
                 output = self._predict(network, seen, on_device[index], labels, guidance_scale).float()
-                if not isinstance(self.scheduler, DDPMScheduler):
-                    output = output[:, : x_t.shape[1]]  # a learned variance is for the ancestral sampler only
+                output = infinite_to_nan(output)
+                if not ancestral:
+                    output = output[:, : x_t.shape[1]]
+                if etas is not None:
+                    extra["eta"] = etas[index]
                 made = self.scheduler.step(output, timesteps[index], x_t, **extra)
                 x_0 = getattr(made, "pred_original_sample", None)
                 step = DenoisingStep(index, int(timesteps[index]), x_t, x_0, made.prev_sample)
@@ -450,13 +566,14 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
         Yields:
             One `DenoisingStep` per step, with x_t and the x_0 predicted from it.
         """
+        self.checked_steps(options.get("num_inference_steps"))
         batch_size, generator = count_and_generators(batch_size, generator, seeds, self._execution_device)
         shape = (batch_size, *self.image_shape)
         x_t = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=torch.float32)
         yield from self.denoise(x_t * self.scheduler.init_noise_sigma, generator, **options)
 
     def _check_repaint(self, length: int, times: int) -> None:
-        if not isinstance(self.scheduler, (DDPMScheduler, DDIMScheduler)):
+        if not isinstance(self.scheduler, (DDPMScheduler, DDIMScheduler, DDIMParallelScheduler)):
             raise UserError(f"mask_image works with the ddpm and ddim samplers, not {type(self.scheduler).__name__}")
         if length < 1 or times < 1:
             raise UserError(f"resample_length and resample_times must be at least 1, got {length} and {times}")
@@ -467,7 +584,9 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
         """RePaint (Lugmayr et al. 2022, Algorithm 1): the known pixels come from q(x_{t-1}|x_0), the others from p."""
         # alpha_bar at every point of the chain; the data, at its end, has 1
         timesteps = self.scheduler.timesteps
-        alpha_bar = [*self.scheduler.alphas_cumprod[timesteps.cpu()].tolist(), 1.0]
+        scheduler = self.scheduler
+        table = scheduler.alpha_bar if isinstance(scheduler, DDPMScheduler) else scheduler.alphas_cumprod.cpu()
+        alpha_bar = [*table[timesteps.cpu()].tolist(), 1.0]
 
         def noisy(x: torch.Tensor, signal: float) -> torch.Tensor:
             """sqrt(signal) x + sqrt(1 - signal) noise."""
@@ -486,18 +605,42 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
                 if again:
                     x_t = noisy(x_t, alpha_bar[first] / alpha_bar[last])
 
-    def _check_eta(self, eta: float) -> None:
+    def checked_eta(self, eta: float | None) -> float:
+        """The eta in force: for `None` the scheduler's own default, 0 where it has none.
+
+        Raises:
+            ValueError: Not between 0 and 1, or given to a scheduler that has none.
+        """
+        known = inspect.signature(self.scheduler.step).parameters.get("eta")
+        if eta is None:
+            return 0.0 if known is None else known.default
         if not 0 <= eta <= 1:
             raise UserError(f"eta must be between 0 and 1, got {eta}")
-        if eta and "eta" not in inspect.signature(self.scheduler.step).parameters:
+        if eta and known is None:
             raise UserError(f"eta={eta} is for the ddim sampler; {type(self.scheduler).__name__} has none")
+        return eta
 
-    def _step_options(self, generator: Any, eta: float) -> dict[str, Any]:
+    def _etas(self, eta: float) -> list[float]:
+        """eta for each of DDIM's timesteps: where alpha_bar_t is 0 or nearly so, as high as float32 allows.
+
+        There sigma^2 = 1 - alpha_bar_prev (Song et al. 2021, Eq. 16 at eta = 1), and stock takes the root of the
+        difference of the two, which rounding makes negative.
+        """
+        t = self.scheduler.timesteps.cpu()
+        previous = t - self.scheduler.config.num_train_timesteps // len(t)
+        alpha_bar = self.scheduler.alphas_cumprod.double().cpu()
+        now, then = alpha_bar[t], alpha_bar[previous.clamp(min=0)]
+        then = torch.where(previous >= 0, then, float(self.scheduler.final_alpha_cumprod))
+        variance = (1 - then) / (1 - now) * (1 - now / then)
+        largest = ((1 - then - _ROUNDING).clamp(min=0) / variance).sqrt()
+        return [eta if math.isnan(most) else min(eta, most) for most in largest.tolist()]  # NaN: no variance at all
+
+    def _step_options(self, generator: Any, eta: float | None) -> dict[str, Any]:
         """What the scheduler's `step` takes beyond the usual: deterministic ones take no generator, DDIM an eta."""
         known = inspect.signature(self.scheduler.step).parameters
         options: dict[str, Any] = {"generator": generator} if "generator" in known else {}
         if "eta" in known:
-            options["eta"] = eta
+            options["eta"] = self.checked_eta(eta)
         if "use_clipped_model_output" in known:
             # Where x_0 is clipped, eps has to follow, or x_t is no longer the mixture of both that the network knows.
             options["use_clipped_model_output"] = True
@@ -532,6 +675,69 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
         guided = without + guidance_scale * (with_class - without)
         channels = image.shape[1]  # a learned variance is not guided
         return torch.cat([guided[:, :channels], with_class[:, channels:]], dim=1)
+
+
+def _check_published_form(safe_serialization: bool, variant: str | None) -> None:
+    """Safetensors under their usual names are published, and nothing else.
+
+    Raises:
+        UserError: Something else was asked for.
+    """
+    if not safe_serialization:
+        raise UserError("safe_serialization=False would publish a pickle; leave it out for safetensors")
+    if variant:
+        raise UserError(
+            f"variant={variant!r} alone does not open with from_pretrained as the card says; push without variant, "
+            "after pipe.to(torch.float16) for smaller weights"
+        )
+
+
+def _push(
+    folder: Any,
+    repo_id: str,
+    commit_message: str | None = None,
+    private: bool | None = None,
+    token: str | None = None,
+    create_pr: bool = False,
+) -> str:
+    """See `DDPMPipeline.push_to_hub`."""
+    # By its name: `hub` stands above this module, and only those who push need it.
+    hub = importlib.import_module(f"{__package__}.hub")
+    options: dict[str, Any] = {} if commit_message is None else {"commit_message": commit_message}
+    return hub.push(folder, repo_id, private=private is not False, token=token, create_pr=create_pr, **options)
+
+
+def check_is_ddpm(scheduler: Any) -> None:
+    """Check that a scheduler knows the paper's process: x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps.
+
+    Raises:
+        ValueError: It has another one (EDM, flow matching, consistency models, score SDEs, discrete diffusion, ...).
+    """
+    config = scheduler.config
+    alpha_bar = getattr(scheduler, "alphas_cumprod", None)
+    flow = config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction"
+    if flow or not isinstance(alpha_bar, torch.Tensor) or len(alpha_bar) != config.get("num_train_timesteps"):
+        raise UserError(
+            f"{type(scheduler).__name__} is for another process than a DDPM's, whose networks see x_t at one of T "
+            "timesteps; use DDPMScheduler, DDIMScheduler, DPMSolverMultistepScheduler or another with alphas_cumprod"
+        )
+
+
+def check_is_sampler(scheduler: Any) -> None:
+    """Check that a scheduler takes a DDPM's network from noise to images by `step(model_output, timestep, sample)`.
+
+    Raises:
+        ValueError: It does not.
+    """
+    if isinstance(scheduler, DDPMScheduler):
+        return
+    check_is_ddpm(scheduler)
+    name, parameters = type(scheduler).__name__, inspect.signature(scheduler.step).parameters
+    needed = [argument for argument, p in parameters.items() if p.default is p.empty and p.kind != p.VAR_KEYWORD]
+    # UnCLIP's has to be told where each step leads, and goes to t - 1 otherwise
+    if needed != ["model_output", "timestep", "sample"] or "prev_timestep" in parameters or "Inverse" in name:
+        what = "goes from images to noise" if "Inverse" in name else "needs more than the network's output"
+        raise UserError(f"{name} {what}, so it does not sample here; use DDIMScheduler.from_config({name}'s config)")
 
 
 @contextmanager

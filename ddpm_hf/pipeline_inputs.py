@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -47,18 +48,28 @@ def count_and_generators(
     if seeds is not None:
         if generator is not None:
             raise UserError("pass either seeds or generator, and not both")
-        seeds = list(seeds)
+        seeds = [_index("each of seeds", seed) for seed in seeds]
         if batch_size not in (None, len(seeds)):
             raise UserError(f"batch_size={batch_size} but {len(seeds)} seeds; leave batch_size out")
         return len(seeds), [torch.Generator(device).manual_seed(seed) for seed in seeds]
-    batch_size = 1 if batch_size is None else batch_size
+    batch_size = 1 if batch_size is None else _index("batch_size", batch_size)
     if batch_size < 0:
         raise UserError(f"batch_size must not be negative, got {batch_size}")
     if isinstance(generator, (list, tuple)):
         generator = list(generator)
         if len(generator) != batch_size:
             raise UserError(f"got {len(generator)} generators for batch_size={batch_size}; pass one per image")
+    for one in generator if isinstance(generator, list) else [generator]:
+        if one is not None and not isinstance(one, torch.Generator):
+            raise UserError(f"generator must be a torch.Generator, or a list of them, got {one!r}")
     return batch_size, generator
+
+
+def _index(name: str, value: Any) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise UserError(f"{name} must be a whole number, got {value!r}") from None
 
 
 def images_in_model_range(image: Any, image_shape: tuple[int, int, int]) -> Tensor:

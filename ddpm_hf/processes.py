@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import os
 import signal
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedType, gather_object
+from accelerate.utils import DistributedType
 from tqdm.auto import tqdm
 
-from .errors import UserError
+from .errors import NotFiniteError, UserError
+
+# How long processes wait for one that works for all. One that dies ends the others at once, however long this is.
+_LONGEST_WAIT = timedelta(days=7)
 
 
 def default_cache_dir() -> Path:
@@ -44,24 +49,69 @@ def say(text: str) -> None:
         tqdm.write(text)
 
 
+_group_of: dict[Any, Any] = {}  # the default process group to the one of `_waiting_group`
+
+
+def _waiting_group() -> Any:
+    """All processes, in a group of their own in which they may wait for hours; all have to call this.
+
+    A collective of the default group, which the network's gradients need, ends after 10 minutes on GPUs, and the run
+    with it. One process that reads all images, computes FID or writes to a slow disk takes longer than that.
+    """
+    world = torch.distributed.group.WORLD
+    if world not in _group_of:
+        _group_of.clear()
+        _group_of[world] = torch.distributed.new_group(backend="gloo", timeout=_LONGEST_WAIT)
+    return _group_of[world]
+
+
+def gather(own: Any) -> list[Any]:
+    """Return what each process passes, in their order, in all of them; each waits for the last one, however long."""
+    here = processes()
+    found = [own] * here.num_processes
+    if here.num_processes > 1:
+        torch.distributed.all_gather_object(found, own, group=_waiting_group())
+    return found
+
+
+def from_first(own: Any) -> Any:
+    """Return what the first process passes, in all of them."""
+    return gather(own if processes().is_main_process else None)[0]
+
+
 @contextmanager
 def together() -> Iterator[None]:
     """What fails on one process fails on all, instead of leaving the others waiting for it; all have to come here.
 
+    They wait for the last one, however long.
+
     Raises:
-        ValueError: With the other process's sentence, where it failed there and not here.
+        UserError: With the other process's sentence, where a user's mistake, a file or the memory failed there and
+            nothing here; a NotFiniteError if that is what it was there.
+        RuntimeError: The same of any other error there, which is a fault; its traceback is there too.
     """
+    if processes().num_processes > 1:
+        _waiting_group()  # while they are still near each other
     failed: Exception | None = None
     try:
         yield
     except Exception as error:
         failed = error
-    sentences = gather_object([None if failed is None else str(failed) or type(failed).__name__])
+    outcomes = gather(None if failed is None else (_kind_elsewhere(failed), str(failed) or type(failed).__name__))
     if failed is not None:
         raise failed
-    for index, sentence in enumerate(sentences):
-        if sentence is not None:
-            raise UserError(f"process {index} failed: {sentence}")
+    for index, outcome in enumerate(outcomes):
+        if outcome is not None:
+            kind, sentence = outcome
+            raise kind(f"process {index} failed: {sentence}")
+
+
+def _kind_elsewhere(error: Exception) -> type[Exception]:
+    """What the other processes raise: commands print it as a sentence where they print the error itself so."""
+    if isinstance(error, NotFiniteError):
+        return NotFiniteError
+    told = (UserError, OSError, MemoryError, torch.OutOfMemoryError)
+    return UserError if isinstance(error, told) else RuntimeError
 
 
 def same_everywhere(verb: str, what: str, advice: str) -> None:
@@ -70,7 +120,7 @@ def same_everywhere(verb: str, what: str, advice: str) -> None:
     Raises:
         ValueError: On every process: what the first one and another one have found.
     """
-    found = gather_object([what])
+    found = gather(what)
     for index, other in enumerate(found):
         if other != found[0]:
             raise UserError(f"process 0 {verb} {found[0]}, and process {index} {verb} {other}; {advice}")
@@ -97,6 +147,16 @@ def forget_another_precision(wanted: str | None) -> None:
             f"for {wanted}"
         )
     AcceleratorState._reset_state()
+
+
+def reduce_in_float32(accelerator: Accelerator) -> None:
+    """Let FSDP 2 add up the processes' gradients in float32, whatever the network computes in, as DDP does.
+
+    accelerate would have it do so in the network's precision.
+    """
+    plugin = accelerator.state.fsdp_plugin if accelerator.distributed_type == DistributedType.FSDP else None
+    if plugin is not None and plugin.mixed_precision_policy is not None:
+        plugin.mixed_precision_policy = dataclasses.replace(plugin.mixed_precision_policy, reduce_dtype=torch.float32)
 
 
 def refuse_foreign_engines() -> None:
@@ -147,15 +207,25 @@ def set_cpu_threads(wanted: int | None, num_processes: int) -> None:
         torch.set_num_threads(wanted)
 
 
-def known_tracker(name: str | None) -> str | None:
-    """A tracker that accelerate knows and that is installed."""
-    if name is None:
-        return None
+def known_trackers(text: str | None) -> list[str]:
+    """Return the trackers of `"tensorboard,wandb"` (`all`: those that are installed; `none` or `None`: no tracker).
+
+    Raises:
+        UserError: accelerate does not know one, or it is not installed.
+    """
+    names = [part.strip().lower() for part in (text or "none").split(",") if part.strip()]
     installed = [str(tracker) for tracker in get_available_trackers()]
-    if name not in installed:
-        have = ", ".join(installed) or "none"
-        raise UserError(f"--report_to {name!r} is not an installed tracker (installed: {have}); pip install it first")
-    return name
+    have = f"(installed: {', '.join(installed) or 'none'})"
+    if names == ["none"]:
+        return []
+    if names == ["all"] and installed:
+        return installed
+    for name in names:
+        if name not in installed:
+            raise UserError(
+                f"--report_to {name!r} is not an installed tracker {have}; pip install it first, or give none"
+            )
+    return list(dict.fromkeys(names))
 
 
 def end_with_the_launcher() -> None:

@@ -1,4 +1,4 @@
-"""What a training run shows of itself: the pipeline of averaged weights, sample grids, held-out numbers, the card.
+"""What a training run shows of itself: the pipeline of EMA weights, sample grids, held-out numbers, the card.
 
 `Trainer` asks `due` after each update and calls `watch` where something is, and `publish` at the end; all processes
 take part. Nothing here touches the network in training or its random numbers.
@@ -8,26 +8,30 @@ from __future__ import annotations
 
 import dataclasses
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast, gather_object
+from accelerate.utils import broadcast
 from torch import Tensor
 
-from .configuration import TrainingConfig, due
+from .class_labels import ClassIndex
+from .configuration import TrainingConfig, TrainingError, due
 from .data import Images, StreamedImages
+from .errors import NotFiniteError
 from .evaluation import EvaluationReport
 from .generation import generate, with_sampler
 from .hub import Push, check_destination
 from .hub_background import BackgroundPush
 from .hub_files import CARD, REPORT, SAMPLES, write_card, write_pipeline
-from .model_card import CardFacts, check_license, public_name
+from .model_card import CardFacts, check_license, is_local, recorded_name
 from .pipeline_ddpm import DDPMPipeline
 from .presets import Preset
-from .processes import say, together
+from .processes import gather, say, together
 from .scheduling_ddpm import DDPMScheduler
 from .training_batches import BatchPlan
 from .training_evaluation import TrainingEvaluation
@@ -40,9 +44,36 @@ def precision_name(accelerator: Accelerator) -> str:
     return {"no": "float32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
 
 
+@contextmanager
+def _memory_advice(step: int) -> Iterator[None]:
+    """Say which flag helps where the device's memory is too small for what is shown of a run.
+
+    Raises:
+        TrainingError: It is.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            f"too little memory on the device for the samples and numbers after update {step}; give a smaller "
+            "--eval_batch_size, and go on with --resume_from_checkpoint latest"
+        ) from error
+
+
 def describe_images(data: Images, name: str | None = None) -> str:
     """How many images of what; `name` for readers who are not to see where on this machine they are."""
     return f"{'a stream' if isinstance(data, StreamedImages) else f'{len(data)} images'} of {name or data.name}"
+
+
+def describe_classes(data: Images, class_conditional: bool) -> str | None:
+    """Which classes a run is trained on, or does not use; `None` where there are none."""
+    names = data.class_names
+    if not names:
+        return None
+    named = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+    if class_conditional:
+        return f"{len(names)} classes: {named}"
+    return f"the images' {len(names)} classes are not used (--class_conditional): {named}"
 
 
 @dataclass
@@ -96,15 +127,16 @@ class Publisher:
 
     def push(self, averaged: dict[str, Tensor], step: int) -> None:
         """Put the model as it is after update `step` into the output folder, and on its way to the Hub."""
-        if self.pushes is None:
-            return
-        try:
-            self._write_pipeline(self.pipeline(averaged))
-            self._write_card(step, None)
-        except (OSError, ValueError) as error:  # the disk refuses, or a card cannot be read: the run goes on without
-            say(f"not published after update {step}: {error}")
-        else:
-            self.pushes.offer(f"After update {step}")
+        with together():
+            if self.pushes is None:
+                return
+            try:
+                self._write_pipeline(self.pipeline(averaged))
+                self._write_card(step, None)
+            except (OSError, ValueError) as error:  # a full disk, or a card that cannot be read: the run goes on
+                say(f"not published after update {step}: {error}")
+            else:
+                self.pushes.offer(f"After update {step}")
 
     @property
     def output_dir(self) -> Path:
@@ -116,21 +148,34 @@ class Publisher:
         return due(step, self.config.save_images_steps) or self.evaluation.due(step)
 
     def watch(self, averaged: dict[str, Tensor], step: int) -> tuple[DDPMPipeline, EvaluationReport | None]:
-        """Make what is due after update `step` from the averaged weights: the model, and what was measured of it."""
-        pipe = self._shared_pipeline(averaged)
-        if due(step, self.config.save_images_steps):
-            self.sample_grid(pipe, f"samples-{step}.png")
-        return pipe, self.evaluation.measure(pipe) if self.evaluation.due(step) else None
+        """Make what is due after update `step` from the EMA weights: the model, and what was measured of it.
+
+        A model whose images or numbers are not finite has none to show, which is said; the run goes on.
+        """
+        with _memory_advice(step):
+            pipe = self._shared_pipeline(averaged)
+            try:
+                if due(step, self.config.save_images_steps):
+                    self.sample_grid(pipe, f"samples-{step}.png")
+                return pipe, self.evaluation.measure(pipe) if self.evaluation.due(step) else None
+            except NotFiniteError as error:
+                say(f"nothing to show after update {step}: {error}")
+                return pipe, None
 
     def publish(self, averaged: dict[str, Tensor], step: int) -> DDPMPipeline:
-        """Write the pipeline (safetensors), sample grid, report and card into the output folder."""
+        """Write the pipeline (safetensors), sample grid, report and card into the output folder.
+
+        Raises:
+            NotFiniteError: The model makes no images or numbers that are finite; nothing is pushed.
+        """
         pipe, folder, main = self._shared_pipeline(averaged), self.output_dir, self.accelerator.is_main_process
         with together():
             if main:
                 self._write_pipeline(pipe)
         say(f"wrote the pipeline to {folder}")
-        self.sample_grid(pipe, SAMPLES)
-        report = self.evaluation.measure(pipe)
+        with _memory_advice(step):
+            self.sample_grid(pipe, SAMPLES)
+            report = self.evaluation.measure(pipe)
         if report is not None:
             self.evaluation.keep(pipe, report, step)
         with together():
@@ -157,8 +202,8 @@ class Publisher:
             folder,
             CardFacts(
                 name=folder.resolve().name,
-                dataset=public_name(self.data.name),
-                dataset_id=on_hub if on_hub is not None and not Path(on_hub).exists() else None,
+                dataset=recorded_name(self.data.name),
+                dataset_id=on_hub if on_hub is not None and not is_local(on_hub) else None,
                 recipe=self.recipe_for_card(step),
                 report=dataclasses.asdict(report) if report is not None else None,
                 sample=pictures[-1].name if pictures else None,
@@ -169,7 +214,7 @@ class Publisher:
             say(f"left as edited in {folder / CARD}: {', '.join(kept)}")
 
     def pipeline(self, averaged: dict[str, Tensor]) -> DDPMPipeline:
-        """The averaged weights in a float32 pipeline of their own, apart from the network in training."""
+        """The EMA weights in a float32 pipeline of their own, apart from the network in training."""
         unet = UNet2DModel(**self.unet_config)
         unet.load_state_dict(averaged)
         pipe = DDPMPipeline(unet.to(self.accelerator.device), DDPMScheduler(**self.recipe.scheduler))
@@ -178,7 +223,8 @@ class Publisher:
 
     def _shared_pipeline(self, averaged: dict[str, Tensor]) -> DDPMPipeline:
         """`pipeline`, with the first process's weights in all, for rounding may differ between them."""
-        pipe = self.pipeline(averaged)
+        with together():
+            pipe = self.pipeline(averaged)
         if self.accelerator.num_processes > 1:
             broadcast(pipe.unet.state_dict())
         return pipe
@@ -191,27 +237,28 @@ class Publisher:
         batches = generate(
             with_sampler(pipe, config.sampler),
             seeds,
+            batch_size=config.evaluation_batch(a.num_processes, most=64),
             num_inference_steps=config.inference_steps(pipe.scheduler.config.num_train_timesteps),
-            class_labels=[seed % len(classes) for seed in seeds] if classes else None,
-        )
-        drawn = gather_object(
-            [(seed, image) for part, images in batches for seed, image in zip(part, images, strict=True)]
+            class_labels=[ClassIndex(seed % len(classes)) for seed in seeds] if classes else None,
         )
         with together():
+            drawn = [(seed, image) for part, images in batches for seed, image in zip(part, images, strict=True)]
+        shares = gather(drawn)
+        with together():
             if a.is_main_process:
-                images = torch.stack([image for _, image in sorted(drawn, key=lambda pair: pair[0])])
-                save_picture(image_grid(images), self.output_dir / name)
+                whole = sorted((pair for share in shares for pair in share), key=lambda pair: pair[0])
+                save_picture(image_grid(torch.stack([image for _, image in whole])), self.output_dir / name)
         say(f"wrote {self.output_dir / name}")
 
     def recipe_for_card(self, step: int) -> dict[str, Any]:
         """What the card lists under "Training"."""
-        recipe, images = self.recipe, describe_images(self.data, public_name(self.data.name))
+        recipe, images = self.recipe, describe_images(self.data, recorded_name(self.data.name))
         return {
             "images": images + (", random flips" if recipe.random_flip else ""),
             "updates": f"{step} of {self.plan.total} images, seed {self.config.seed}",
             "optimizer": f"Adam(0.9, 0.999), learning rate {recipe.learning_rate:g} after {recipe.lr_warmup_steps} "
             f"warm-up updates, then {recipe.lr_scheduler}, gradient norm at most {recipe.max_grad_norm:g}",
-            "averaged weights": f"decay {recipe.ema_decay}" + (" after a warm-up" if recipe.ema_warmup else ""),
+            "EMA weights": f"decay {recipe.ema_decay}" + (" after a warm-up" if recipe.ema_warmup else ""),
             "objective": f"{recipe.loss}, {recipe.timestep_sampling} timesteps, dropout {recipe.unet['dropout']:g}",
             **(
                 {"classes": f"{len(self.data.class_names or [])}, dropped for {self.config.class_dropout:.0%}"}

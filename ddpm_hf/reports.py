@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import functools
 import importlib.metadata
 import json
 import math
 import os
 import platform
+import re
+import time
+import uuid
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from .errors import UserError
+from .errors import NotFiniteError, UserError
 
 # Settings that may differ between two runs whose numbers are the same.
 _INCIDENTAL = ("seconds", "batch_size")
+# A file while it is written (`write_whole`); after a day its writer was killed.
+_PARTIAL, _ONE_DAY = re.compile(r"\..+\.[0-9a-f]{32}\.partial"), 86_400.0
 
 
 def library_versions() -> dict[str, str]:
@@ -62,7 +71,7 @@ class EvaluationReport:
 
     def save(self, path: str | Path) -> None:
         """Write the report as JSON, completely or not at all."""
-        write_text(Path(path), json.dumps(finite(dataclasses.asdict(self)), indent=2) + "\n")
+        write_text(Path(path), json.dumps(finite(dataclasses.asdict(self)), indent=2, allow_nan=False) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> EvaluationReport:
@@ -91,7 +100,15 @@ class EvaluationReport:
         return report
 
     def add(self, name: str, value: float, standard_error: float, settings: dict[str, Any], **more: float) -> None:
-        """One number, with its error and how it was made (`estimator` in words, and what else there is to say)."""
+        """One number, with its error and how it was made (`estimator` in words, and what else there is to say).
+
+        Raises:
+            NotFiniteError: It is NaN or infinite. Its error, and `more`, may be NaN: not known, as from one image.
+        """
+        if not math.isfinite(value):
+            raise NotFiniteError(
+                f"{name} is {value}, which is no result; the model, or what it was compared with, is at fault"
+            )
         self.values[name] = {"value": value, "standard_error": standard_error, **more}
         self.settings[name] = settings
 
@@ -129,12 +146,67 @@ def writable_folder(folder: Path, flag: str) -> None:
         raise UserError(f"cannot write to {flag} {folder}: permission denied")
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file, in UTF-8, completely or not at all."""
+def write_whole(path: Path, write: Callable[[Path], Any], durable: bool = True) -> None:
+    """Write a file completely or not at all, and flush it to the disk.
+
+    Any number of threads, processes and machines may write the same file: each has a partial file of its own, and the
+    last one to finish counts.
+
+    Args:
+        path: The file; its folder is made.
+        write: Writes a file of the name that it is given, which ends in `.partial`.
+        durable: `False` leaves the flushing to the system: for many small files that can be made again, as it takes
+            milliseconds.
+
+    Raises:
+        OSError: It cannot be written; what was at `path` before is still there.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    _remove_partial_files(path.parent)
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+    try:
+        write(partial)
+        if durable:
+            flush(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    if durable:
+        flush(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text in UTF-8, as `write_whole` does."""
+    write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def flush(path: Path) -> None:
+    """Put a file's content, or the names in a folder, onto the disk, so that a crash of the machine cannot take it.
+
+    Windows, and some network file systems, flush no folders.
+    """
+    folder = path.is_dir()
+    if folder and os.name == "nt":
+        return
+    mode = os.O_RDWR if os.name == "nt" else os.O_RDONLY  # Windows flushes what may be written
+    try:
+        descriptor = os.open(path, mode)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if not folder or error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES):
+            raise
+
+
+@functools.cache
+def _remove_partial_files(folder: Path) -> None:
+    """Remove what writers that were killed have left in a folder; it is looked at once per process."""
+    for path in folder.glob(".*.partial"):
+        with suppress(OSError):  # another process removes them too
+            if _PARTIAL.fullmatch(path.name) and time.time() - path.stat().st_mtime > _ONE_DAY:
+                path.unlink()
 
 
 def finite(content: Any) -> Any:

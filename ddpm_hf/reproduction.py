@@ -18,12 +18,10 @@ import dataclasses
 import json
 import math
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from accelerate.utils import broadcast_object_list
 
 from .configuration import ReproductionConfig, TrainingConfig
 from .data import Images, StreamedImages
@@ -32,7 +30,16 @@ from .evaluation import EvaluationReport, evaluate, load_splits
 from .model_card import public_name
 from .pipeline_ddpm import DDPMPipeline
 from .presets import Preset, get_preset
-from .processes import end_with_the_launcher, only_run_in, processes, say, set_cpu_threads, together
+from .processes import (
+    end_with_the_launcher,
+    from_first,
+    gather,
+    only_run_in,
+    processes,
+    say,
+    set_cpu_threads,
+    together,
+)
 from .reports import finite, number, plain, table, write_text
 from .sample_evaluation import PAPER_SAMPLES
 from .scheduling_ddpm import DDPMScheduler
@@ -57,7 +64,15 @@ PAPER_TABLE_4: Mapping[int, tuple[float, float]] = {
 
 FOLDER, STAGES = "reproduction", "stages.json"
 # Settings that change nothing of what is trained or published, or are set here.
-_INCIDENTAL = ("output_dir", "resume_from_checkpoint", "num_cpu_threads", "dataloader_num_workers", "report_to")
+_INCIDENTAL = (
+    "output_dir",
+    "resume_from_checkpoint",
+    "num_cpu_threads",
+    "dataloader_num_workers",
+    "report_to",
+    "logging_steps",
+    "eval_batch_size",
+)
 
 
 @dataclass(frozen=True)
@@ -168,15 +183,11 @@ def reproduce(config: TrainingConfig, options: ReproductionConfig) -> Reproducti
 
 def _stages(folder: Path) -> dict[str, Any]:
     """What is finished; the same in every process."""
-    found: list[Any] = [{}]
+    found: Any = {}
     if processes().is_main_process:
-        try:
-            content = json.loads((folder / FOLDER / STAGES).read_text(encoding="utf-8"))
-            found = [content if isinstance(content, dict) else {}]
-        except (OSError, ValueError):
-            pass
-    broadcast_object_list(found)
-    return found[0]
+        with suppress(OSError, ValueError):
+            found = json.loads((folder / FOLDER / STAGES).read_text(encoding="utf-8"))
+    return from_first(found if isinstance(found, dict) else {})
 
 
 def _finish(folder: Path, stage: str, content: dict[str, Any]) -> None:
@@ -196,12 +207,10 @@ def _trained(config: TrainingConfig) -> DDPMPipeline | None:
     stage = _stages(folder).get("training")
     if stage is None or stage["settings"] != _training_settings(config):
         return None
-    try:
-        with together():
-            pipe = DDPMPipeline.from_pretrained(folder)
-    except (OSError, ValueError):
-        return None
-    if weights_digest(pipe.unet) != stage["weights"]:
+    pipe = None
+    with together(), suppress(OSError, ValueError):  # what is damaged is made again, from the last checkpoint
+        pipe = DDPMPipeline.from_pretrained(folder)
+    if not all(gather(pipe is not None and weights_digest(pipe.unet) == stage["weights"])) or pipe is None:
         return None
     here = processes()
     set_cpu_threads(config.num_cpu_threads, here.num_processes)
@@ -268,10 +277,12 @@ def _measured(
         }
     )
     stage = _stages(folder).get("evaluation")
-    if stage is not None and stage["settings"] == settings and (folder / FOLDER / "report.json").is_file():
+    if stage is not None and stage["settings"] == settings and from_first((folder / FOLDER / "report.json").is_file()):
         say("the evaluation is finished")
-        return EvaluationReport.load(folder / FOLDER), stage["sizes"]
-    sets = _load_sets(config)
+        with together():
+            return EvaluationReport.load(folder / FOLDER), stage["sizes"]
+    with together():
+        sets = _load_sets(config)
     with ExitStack() as held:
         with together():
             if here.is_main_process:
@@ -281,7 +292,7 @@ def _measured(
             sets,
             options.metrics(),
             num_images=options.num_images,
-            batch_size=options.batch_size,
+            batch_size=options.batch_size or config.evaluation_batch(here.num_processes),
             output=folder / FOLDER,
             model_name=config.output_dir,
             progress=True,

@@ -33,6 +33,7 @@ _CHANGEABLE = (
     "random_flip",
     "timestep_sampling",
 )
+_CHANGEABLE_SETTINGS = ("class_dropout", "center_crop", "tf32")
 
 
 def check_output_is_ours(config: TrainingConfig) -> None:
@@ -70,7 +71,7 @@ class RunIdentity:
         unet_config: The network's arguments.
         data: The training images.
         plan: How an update's images are cut.
-        precision: What the network computes in.
+        computation: How the network is computed: `precision`, `channels_last`, `compile`.
     """
 
     config: TrainingConfig
@@ -78,7 +79,7 @@ class RunIdentity:
     unet_config: dict[str, Any]
     data: Images
     plan: BatchPlan
-    precision: str
+    computation: dict[str, Any]
 
     def fixed(self) -> dict[str, Any]:
         """What makes two runs different runs: a checkpoint of one is refused by the other."""
@@ -94,9 +95,13 @@ class RunIdentity:
 
     def changeable(self) -> dict[str, Any]:
         """What may be changed on the way."""
-        return {name: getattr(self.recipe, name) for name in _CHANGEABLE} | {
+        return {
+            **{name: getattr(self.recipe, name) for name in _CHANGEABLE},
+            **{name: getattr(self.config, name) for name in _CHANGEABLE_SETTINGS},
             "dropout": self.recipe.unet["dropout"],
-            "precision": self.precision,
+            **self.computation,
+            "train_batch_size": self.plan.micro,
+            "number of processes": self.plan.num_processes,
         }
 
     def check_checkpoint(self, path: Path, state: dict[str, Any]) -> None:
@@ -116,7 +121,7 @@ class RunIdentity:
                     "the same setting, or start anew in another folder"
                 )
         for name, here in self.changeable().items():
-            if (was := state["recipe"].get(name)) != here:
+            if (was := state["recipe"].get(name, here)) != here:  # 0.1.0 did not write all of them
                 say(f"changed since {path.name}: {name} was {was} and is {here} from now on")
         folder = self.config.output_dir
         later = [other.name for other in list_checkpoints(Path(folder)) if checkpoint_step(other) > state["step"]]

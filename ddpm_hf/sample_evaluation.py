@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
+from .class_labels import ClassIndex
 from .errors import UserError
 from .features import FeatureExtractor
 from .metrics import (
@@ -33,7 +33,7 @@ from .metrics import (
     precision_recall,
 )
 from .pipeline_ddpm import DDPMPipeline, without_bar
-from .processes import processes, together
+from .processes import from_first, processes, together
 from .randomness import derived_generator
 from .reports import EvaluationReport
 from .shards import all_rows, digest, images_digest, read_tensors, weights_digest, write_tensors
@@ -131,14 +131,14 @@ def real_images(
     """
     if len(images) < 2:
         raise UserError(f"samples are compared with real images, and {images.name!r} ({split}) has {len(images)}")
-    content = [""]
+    content = ""
     with together():
         if processes().is_main_process:
-            content[0] = images_digest(images)
-    broadcast_object_list(content)
+            content = images_digest(images)
+    content = from_first(content)
     found, keys = {}, {}
     for extractor in extractors:
-        key = digest(content[0], extractor.fingerprint)
+        key = digest(content, extractor.fingerprint)
 
         def features_of(ids: list[int], extractor: FeatureExtractor = extractor) -> dict[str, Tensor]:
             return {"features": extractor(images.batch(torch.tensor(ids))[0])["features"]}
@@ -183,8 +183,8 @@ def _labels_of_samples(
 
         return frequent, "drawn with the frequencies of the training images"
     if classes.null is not None:
-        return (lambda ids: [classes.null] * len(ids)), "none: the label that stands for no class"
-    return (lambda ids: [i % classes.count for i in ids]), f"in turn, 0..{classes.count - 1}"
+        return (lambda ids: [None] * len(ids)), "none: the label that stands for no class"
+    return (lambda ids: [ClassIndex(i % classes.count) for i in ids]), f"in turn, 0..{classes.count - 1}"
 
 
 def draw_samples(
@@ -196,12 +196,12 @@ def draw_samples(
     seed: int = 0,
     batch_size: int = 256,
     num_inference_steps: int | None = None,
-    eta: float = 0.0,
+    eta: float | None = None,
     guidance_scale: float = 1.0,
     train: ImageSet | None = None,
     progress: bool = False,
 ) -> Samples:
-    """Draw samples and keep their features, as the floats that the sampler gives and as whole grey levels.
+    """Draw samples and keep their features, as the floats that the sampler gives and as whole pixel values.
 
     Args:
         pipe: Network and sampler.
@@ -226,7 +226,7 @@ def draw_samples(
     sampling: dict[str, Any] = {
         "sampler": type(pipe.scheduler).__name__,
         "num_inference_steps": steps,
-        "eta": eta,
+        "eta": pipe.checked_eta(eta),
         "guidance_scale": guidance_scale,
         "seed": seed,
         "scheduler": {key: value for key, value in pipe.scheduler.config.items() if not key.startswith("_")},
@@ -326,7 +326,7 @@ def add_sample_metrics(
                 report.add(key, *_pair(estimate), {"estimator": words, **against}, estimated_bias=bias)
                 report.settings[key]["seconds"] = round(time.monotonic() - started, 2)
                 biases[key] = bias
-            if kind == "float":  # the other numbers are defined for whole grey levels
+            if kind == "float":  # the other numbers are defined for whole pixel values
                 continue
             started = time.monotonic()
             if "kid" in metrics:
@@ -372,7 +372,7 @@ def find_neighbours(
     """The nearest training images of the first samples, and of as many held-out images, by pixels and by features.
 
     Args:
-        samples: Their kept images, and features of whole grey levels.
+        samples: Their kept images, and features of whole pixel values.
         train, held_out: Real images.
         spaces: Extractors to compare with, besides the pixels.
         k: How many neighbours.

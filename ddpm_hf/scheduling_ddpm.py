@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import json
 import math
+import numbers
 import operator
 from collections.abc import Sequence
-from typing import Any
+from contextlib import suppress
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from diffusers.configuration_utils import register_to_config
+from diffusers.configuration_utils import FrozenDict, register_to_config
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler as StockDDPMScheduler
 from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 from diffusers.utils import logging
@@ -22,7 +24,17 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from .errors import UserError
-from .noise_schedule import OFFICIAL_SCHEDULES, STOCK_SCHEDULES, Chain, make_betas, rescale_zero_terminal_snr
+from .hub_errors import PrivateByDefault
+from .noise_schedule import (
+    OFFICIAL_SCHEDULES,
+    STOCK_SCHEDULES,
+    Chain,
+    betas_of,
+    first_outside,
+    make_betas,
+    rescale_zero_terminal_snr,
+    tables_of,
+)
 from .presets import get_preset, nearest
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "posterior_mean")
@@ -34,9 +46,48 @@ TIMESTEP_SPACINGS = ("linspace", "leading", "trailing")
 # What a saved `prediction_type` ends with where the network also predicts the log-variance.
 _ON_DISK_LEARNED = "_and_log_variance"
 
+# What the tables are made from: changed afterwards, it would say something else than the tables do.
+_BUILT_INTO_TABLES = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "rescale_betas_zero_snr",
+)
+
 logger = logging.get_logger(__name__)
 
 Timestep = int | Tensor
+
+
+def infinite_to_nan(x: Tensor) -> Tensor:
+    """The same values, bit by bit, with NaN for infinities, in one kernel and without waiting for the device.
+
+    An infinite prediction would be clipped into the range of images and look like one; NaN stays NaN to the end.
+    """
+    return torch.add(x, x, alpha=0)
+
+
+def _version(x: Tensor) -> int:
+    """How often a tensor was written to in place; 0 for those of inference mode, which do not count it."""
+    return 0 if x.is_inference() else x._version
+
+
+def _as_table(name: str, value: Any, T: int) -> Tensor:
+    """One number per timestep of a user's as a floating-point tensor, the very same one where it can be watched."""
+    try:
+        table = value if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value, dtype=np.float32))
+    except (TypeError, ValueError):
+        raise UserError(f"{name} must be a tensor of numbers, got {value!r}") from None
+    if table.shape != (T,) or not table.is_floating_point():
+        raise UserError(
+            f"{name} must be {T} numbers, one per timestep, got {table.dtype} of shape {list(table.shape)}"
+        )
+    if table.is_inference():
+        with torch.inference_mode(False):
+            return table.clone()
+    return table.detach() if table.requires_grad else table
 
 
 def _affine(a: Any, x: Tensor, b: Any, y: Tensor) -> Tensor:
@@ -53,11 +104,36 @@ def _choice(name: str, value: Any, known: Sequence[str], otherwise: str = "") ->
         )
 
 
-class DDPMScheduler(StockDDPMScheduler):
+class _Config(FrozenDict):
+    """A configuration whose values cannot be overwritten in place, where `step` or what is saved would miss it."""
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self._check_new(name, value)
+        super().__setitem__(name, value)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self._check_new(name, value)
+        super().__setattr__(name, value)
+
+    def _check_new(self, name: str, value: Any) -> None:
+        if name in self and name in self.__dict__ and not name.startswith("_"):
+            raise UserError(f"config.{name} cannot be written to; use scheduler.register_to_config({name}={value!r})")
+
+
+def _plain_number(value: Any) -> Any:
+    """NumPy's and PyTorch's single numbers as Python's, which JSON knows."""
+    return value.item() if isinstance(value, (np.generic, Tensor)) and value.ndim == 0 else value
+
+
+class DDPMScheduler(PrivateByDefault, StockDDPMScheduler):
     """Ho et al.'s diffusion process, exact to the official code, with the interface of `diffusers.DDPMScheduler`.
 
     Arguments, their defaults and the saved configuration are stock's; a saved scheduler opens in stock diffusers.
-    Tables are float64 and cast where they are used. Beyond stock:
+    It computes with float64 tables, cast where they are used; `betas`, `alphas` and `alphas_cumprod` are float32 as in
+    stock. What is set after construction counts, or is refused: `register_to_config(prediction_type=...)`, assigned
+    `timesteps`, and an assigned `betas`, `alphas` or `alphas_cumprod`, which the other two follow and which is saved
+    as `trained_betas`. So does what is written into these tensors in place (in a compiled `step`, once one of them was
+    read again outside of it). Beyond stock:
 
     - `prediction_type="posterior_mean"`: the network predicts mu-tilde, the mean of q(x_{t-1}|x_t,x_0) (the paper's
       ablation, Table 2; `xprev` in the official code). Stock refuses to sample with it.
@@ -87,7 +163,10 @@ class DDPMScheduler(StockDDPMScheduler):
         ValueError: An argument is outside its range; the message says which value and what to write instead.
     """
 
+    _internal_dict: Any  # the configuration
     _warned_of_fixed_large = False
+    # EDM's process is another one: its networks see sigma instead of t.
+    _compatibles: ClassVar = [name for name in StockDDPMScheduler._compatibles if name != "EDMEulerScheduler"]
 
     @register_to_config
     def __init__(
@@ -114,16 +193,14 @@ class DDPMScheduler(StockDDPMScheduler):
         if isinstance(prediction_type, str) and prediction_type.endswith(_ON_DISK_LEARNED):  # see to_json_string
             prediction_type = prediction_type.removesuffix(_ON_DISK_LEARNED)
             self.register_to_config(prediction_type=prediction_type)
-        _choice("variance_type", variance_type, (*FIXED_VARIANCES, OPTIMAL_VARIANCE, *LEARNED_VARIANCES))
-        _choice("prediction_type", prediction_type, PREDICTION_TYPES)
-        _choice("timestep_spacing", timestep_spacing, TIMESTEP_SPACINGS)
-        if not (isinstance(num_train_timesteps, int) and num_train_timesteps >= 1):
+        self._check_settings(self.config)
+        num_train_timesteps = self.config.num_train_timesteps
+        if (
+            isinstance(num_train_timesteps, bool)
+            or not isinstance(num_train_timesteps, int)
+            or num_train_timesteps < 1
+        ):
             raise UserError(f"num_train_timesteps must be a positive whole number, got {num_train_timesteps!r}")
-        _whole_number("steps_offset", steps_offset)
-        if not clip_sample_range > 0:
-            raise UserError(f"clip_sample_range must be positive, got {clip_sample_range!r}; images lie in [-1, 1]")
-        if not 0 <= dynamic_thresholding_ratio <= 1:
-            raise UserError(f"dynamic_thresholding_ratio must be in [0, 1], got {dynamic_thresholding_ratio!r}")
 
         if trained_betas is not None:
             try:
@@ -143,10 +220,8 @@ class DDPMScheduler(StockDDPMScheduler):
                 f"trained_betas has {betas.size} values for num_train_timesteps={num_train_timesteps}; "
                 "give exactly one beta per timestep"
             )
-        highest = 1.0 if beta_schedule == "jsd" else math.nextafter(1.0, 0.0)  # jsd ends at exactly 1
-        outside = ~((betas > 0) & (betas <= highest))
-        if outside.any():
-            t = int(outside.argmax())
+        may_end_at_1 = beta_schedule == "jsd" or trained_betas is not None  # alpha_bar_T = 0
+        if (t := first_outside(betas, may_end_at_1)) is not None:
             raise UserError(
                 f"betas must lie strictly between 0 and 1, got {float(betas[t])!r} at t={t}; the paper's schedule is "
                 "beta_schedule='linear' with beta_start=1e-4 and beta_end=0.02"
@@ -154,17 +229,15 @@ class DDPMScheduler(StockDDPMScheduler):
         if rescale_betas_zero_snr:
             betas = rescale_zero_terminal_snr(betas)
 
-        self.betas = torch.from_numpy(betas)
-        self.alphas = 1.0 - self.betas
-        self.alphas_cumprod = torch.cumprod(self.alphas, dim=0)
-        self.one = torch.tensor(1.0, dtype=torch.float64)
+        self.one = torch.tensor(1.0)
         self.init_noise_sigma = 1.0
-        self.variance_type = variance_type
         self.custom_timesteps = False
         self.num_inference_steps: int | None = None
-        self.timesteps = torch.arange(num_train_timesteps - 1, -1, -1)
-        self._process = self._chain_over(self.timesteps.numpy())  # the paper's, over all T timesteps
-        self._chain = self._process  # the one that `step` walks
+        self._betas = betas
+        self._public: dict[str, Tensor] = {}  # the tables and timesteps that users see and may write to
+        self._seen: dict[str, int] = {}  # how often each of them had been written to when it was last looked at
+        self._use_timesteps(np.arange(num_train_timesteps - 1, -1, -1), None, None)
+        self._use_betas(betas)
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> DDPMScheduler:
@@ -177,7 +250,12 @@ class DDPMScheduler(StockDDPMScheduler):
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """As stock's, with what stock does not know: the network's measured error and the `optimal` variance."""
+        """As stock's, with what stock does not know: the network's measured error and the `optimal` variance.
+
+        Another schedule in `kwargs` takes the place of the configuration's `trained_betas`, which would hide it.
+        """
+        if kwargs.keys() & {"beta_schedule", "beta_start", "beta_end"}:
+            kwargs.setdefault("trained_betas", None)
         if isinstance(config, dict) and "_variance_type" in config:
             config = dict(config)
             config["variance_type"] = config.pop("_variance_type")
@@ -219,16 +297,239 @@ class DDPMScheduler(StockDDPMScheduler):
             raise UserError(f"the prediction error must be {T} finite numbers from 0 on, got {list(values.shape)}")
         # seven digits are more than the measurement has
         self.register_to_config(_prediction_error=[float(f"{value:.7g}") for value in values.tolist()])
-        self._process = self._chain_over(self._process.timesteps)
-        self._chain = self._chain_over(self._chain.timesteps)
+        self._make_chains()
+
+    # ------------------------------------------------------------------ state that users may change
+
+    def register_to_config(self, **kwargs: Any) -> None:
+        """Change settings, as stock's trainers do; they hold from the next call on, and are saved.
+
+        Raises:
+            ValueError: A value outside its range, or a setting that the tables were made from.
+        """
+        kwargs = {name: _plain_number(value) for name, value in kwargs.items()}
+        if "_betas" in self.__dict__:
+            for name in kwargs.keys() & _BUILT_INTO_TABLES:
+                if not np.array_equal(kwargs[name], self.config[name]):
+                    raise UserError(
+                        f"{name} cannot change once the tables are made; make another scheduler: "
+                        f"DDPMScheduler.from_config(scheduler.config, {name}=...)"
+                    )
+            self._check_settings({**self.config, **kwargs})
+        super().register_to_config(**kwargs)
+        self._internal_dict = _Config(self._internal_dict)
+
+    @staticmethod
+    def _check_settings(config: Any) -> None:
+        """Check the settings that are read where they are used."""
+        if config["variance_type"] is not None:  # stock's DPM-Solvers write null, which is stock's `fixed_small`
+            known = (*FIXED_VARIANCES, OPTIMAL_VARIANCE, *LEARNED_VARIANCES)
+            _choice("variance_type", config["variance_type"], known)
+        _choice("prediction_type", config["prediction_type"], PREDICTION_TYPES)
+        _choice("timestep_spacing", config["timestep_spacing"], TIMESTEP_SPACINGS)
+        whole_number("steps_offset", config["steps_offset"])
+        for name in ("clip_sample", "thresholding", "rescale_betas_zero_snr"):
+            if config[name] not in (True, False, None):
+                raise UserError(f"{name} must be True or False, got {config[name]!r}")
+        for name in ("clip_sample_range", "sample_max_value", "dynamic_thresholding_ratio"):
+            if isinstance(config[name], bool) or not isinstance(config[name], numbers.Real):
+                raise UserError(f"{name} must be a number, got {config[name]!r}")
+        for name in ("clip_sample_range", "sample_max_value"):
+            if not 0 < config[name] < math.inf:
+                raise UserError(
+                    f"{name} must be positive and finite, got {config[name]!r}; images lie in [-1, 1], and "
+                    "clip_sample=False does not clip"
+                )
+        if not 0 <= config["dynamic_thresholding_ratio"] <= 1:
+            raise UserError(
+                f"dynamic_thresholding_ratio must be in [0, 1], got {config['dynamic_thresholding_ratio']!r}"
+            )
+
+    @property
+    def config(self) -> Any:
+        """The settings in force."""
+        if not torch.compiler.is_compiling() and "_sampling_chain" in self.__dict__:  # not while it is being made
+            self._follow(but="timesteps")
+        return self._internal_dict
+
+    @property
+    def variance_type(self) -> str:
+        """The reverse process's variance; `fixed_small` where the configuration has none, as in stock."""
+        return self._internal_dict.variance_type or "fixed_small"
+
+    @variance_type.setter
+    def variance_type(self, value: str) -> None:
+        self.register_to_config(variance_type=value)
+
+    @property
+    def betas(self) -> Tensor:
+        """beta_t, float32 `[T]`; may be assigned."""
+        return self._read("betas")
+
+    @betas.setter
+    def betas(self, value: Any) -> None:
+        self._write_table("betas", value)
+
+    @property
+    def alphas(self) -> Tensor:
+        """1 - beta_t, float32 `[T]`; may be assigned."""
+        return self._read("alphas")
+
+    @alphas.setter
+    def alphas(self, value: Any) -> None:
+        self._write_table("alphas", value)
+
+    @property
+    def alphas_cumprod(self) -> Tensor:
+        """alpha_bar_t, float32 `[T]`; may be assigned."""
+        return self._read("alphas_cumprod")
+
+    @alphas_cumprod.setter
+    def alphas_cumprod(self, value: Any) -> None:
+        self._write_table("alphas_cumprod", value)
+
+    @property
+    def alpha_bar(self) -> np.ndarray:
+        """alpha_bar_t, float64 `[T]`: what `alphas_cumprod` rounds."""
+        return self._process.alpha_bar
+
+    @property
+    def timesteps(self) -> Tensor:
+        """The timesteps that `step` walks through, int64 from high to low; may be assigned."""
+        return self._read("timesteps")
+
+    @timesteps.setter
+    def timesteps(self, value: Any) -> None:
+        self._follow(but="timesteps")
+        device = value.device if isinstance(value, Tensor) else self._public["timesteps"].device
+        self._use_timesteps(self._falling(value), value if isinstance(value, Tensor) else None, device)
+
+    def _read(self, name: str) -> Tensor:
+        self._follow(but=name)
+        with suppress(UserError):  # else what stands there could not be repaired; its next use refuses it
+            self._follow()
+        return self._public[name]
+
+    def _write_table(self, name: str, value: Any) -> None:
+        self._follow(but=name)
+        self._follow_tables({name: value})
+
+    @property
+    def _process(self) -> Chain:
+        """The paper's chain, over all T timesteps."""
+        self._follow()
+        return self._whole_chain
+
+    @property
+    def _chain(self) -> Chain:
+        """The chain that `step` walks, over `timesteps`."""
+        self._follow()
+        return self._sampling_chain
+
+    def _follow(self, but: str = "") -> None:
+        """Take over what was written in place into the public tables and timesteps since they were last looked at."""
+        if torch.compiler.is_compiling():
+            return
+        changed = [name for name, x in self._public.items() if _version(x) != self._seen[name] and name != but]
+        if not changed:
+            return
+        if tables := {name: self._public[name] for name in changed if name != "timesteps"}:
+            self._follow_tables(tables)
+        if "timesteps" in changed:
+            timesteps = self._public["timesteps"]
+            self._use_timesteps(self._falling(timesteps), timesteps, timesteps.device)
+
+    def _follow_tables(self, written: dict[str, Any]) -> None:
+        """Make the tables that a user wrote the process's, unless they are those in force as their dtype rounds them.
+
+        Raises:
+            ValueError: Not T numbers, betas outside (0, 1), or tables that contradict each other.
+        """
+        T, in_force = len(self._betas), tables_of(self._betas)
+        tables = {name: _as_table(name, value, T) for name, value in written.items()}
+        betas: np.ndarray | None = None
+        for name, table in tables.items():
+            dtype = table.dtype if table.dtype.itemsize < 4 else torch.float32
+            if torch.equal(table.cpu().to(dtype), torch.from_numpy(in_force[name]).float().to(dtype)):
+                continue
+            found = np.array(table.double().cpu())  # a copy: what is written into the table later has to be seen
+            if betas is not None and not np.allclose(tables_of(betas)[name], found, rtol=1e-3, atol=1e-5):
+                raise UserError(f"{' and '.join(tables)} were written to and contradict each other; write one of them")
+            betas = betas_of(name, found)
+            if (t := first_outside(betas, may_end_at_1=True)) is not None:
+                raise UserError(
+                    f"every beta must lie strictly between 0 and 1, and {name} as set gives {betas[t]:g} at t={t}"
+                )
+        if betas is not None:
+            self._register_betas(betas)
+            self._use_betas(betas)
+        self._public |= tables
+        self._seen |= {name: _version(table) for name, table in tables.items()}
+
+    def _register_betas(self, betas: np.ndarray) -> None:
+        """Save the betas with the rest. An error measured on another process is not this one's."""
+        new: dict[str, Any] = {"trained_betas": betas.tolist(), "rescale_betas_zero_snr": False}
+        if self._internal_dict.get("_prediction_error") is not None:
+            new["_prediction_error"] = None
+        # no longer defaults, or another scheduler's `from_config` would leave them out
+        defaults = [name for name in self._internal_dict.get("_use_default_values", []) if name not in new]
+        super().register_to_config(**new, _use_default_values=defaults)
+        self._internal_dict = _Config(self._internal_dict)
+
+    def _use_betas(self, betas: np.ndarray) -> None:
+        """Make these the betas in force, float64 `[T]`, and the public tables follow."""
+        self._betas = betas
+        with torch.inference_mode(False):  # tensors made in inference mode do not count what is written into them
+            tables = {name: torch.from_numpy(table).float() for name, table in tables_of(betas).items()}
+        self._public |= tables
+        self._seen |= {name: _version(table) for name, table in tables.items()}
+        self._make_chains()
+
+    def _use_timesteps(self, chosen: np.ndarray, given: Tensor | None, device: Any) -> None:
+        """Walk these (checked) timesteps from now on; `given` is the tensor that holds them, if there is one."""
+        with torch.inference_mode(False):
+            if given is None or given.is_inference() or given.dtype != torch.int64:
+                given = torch.from_numpy(chosen.copy()).to(device)
+        self._public["timesteps"] = given
+        self._seen["timesteps"] = _version(given)
+        self._sampling_chain = self._chain_over(chosen)
+
+    def _make_chains(self) -> None:
+        self._whole_chain = self._chain_over(np.arange(len(self._betas) - 1, -1, -1))
+        self._sampling_chain = self._chain_over(self._sampling_chain.timesteps)
 
     def _chain_over(self, timesteps: np.ndarray) -> Chain:
-        error = self.config.get("_prediction_error")
-        chain = Chain(
-            self.betas.numpy(), timesteps, self.config.prediction_type, None if error is None else np.array(error)
-        )
-        chain.on(self.timesteps.device, torch.float32)
+        error = self._internal_dict.get("_prediction_error")
+        chain = Chain(self._betas, timesteps, None if error is None else np.array(error))
+        chain.on(self._public["timesteps"].device, torch.float32)
         return chain
+
+    def _falling(self, timesteps: Any) -> np.ndarray:
+        """Timesteps of a user's, int64 `[K]`.
+
+        Raises:
+            ValueError: No list of whole numbers, empty, repeated, rising or outside the schedule.
+        """
+        if not hasattr(timesteps, "__len__") or (isinstance(timesteps, (Tensor, np.ndarray)) and not timesteps.ndim):
+            raise UserError(f"timesteps must be a list of whole numbers, got {timesteps!r}")
+        given = timesteps.tolist() if isinstance(timesteps, (Tensor, np.ndarray)) else timesteps
+        chosen = np.array([whole_number("each of timesteps", t, or_float=True) for t in given], dtype=np.int64)
+        if not len(chosen):
+            raise UserError("timesteps is empty; give at least one, for example timesteps=[999, 500, 0]")
+        if (np.diff(chosen) >= 0).any():
+            k = int((np.diff(chosen) >= 0).argmax())
+            raise UserError(
+                f"timesteps must fall from high to low without repeats, but {chosen[k]} is followed by "
+                f"{chosen[k + 1]}; try sorted(set(timesteps), reverse=True)"
+            )
+        return self._inside(chosen)
+
+    def _inside(self, chosen: np.ndarray, hint: str = "") -> np.ndarray:
+        T = len(self._betas)
+        if chosen[0] >= T or chosen[-1] < 0:
+            wrong = chosen[0] if chosen[0] >= T else chosen[-1]
+            raise UserError(f"timestep {wrong} is outside the schedule, which counts from 0 to {T - 1}{hint}")
+        return chosen
 
     def to_json_string(self) -> str:
         """The configuration as it is saved: stock's, changed where stock would sample nonsense from it.
@@ -237,6 +538,7 @@ class DDPMScheduler(StockDDPMScheduler):
         refuses to sample and names it; this class takes the suffix off again. `fixed_large_log`, which is NaN in
         stock, is saved as `fixed_large`, which means the same; `optimal` as `fixed_small`, with a note for this class.
         """
+        self._follow(but="timesteps")
         config = json.loads(super().to_json_string())
         if self.variance_type == "learned":
             config["prediction_type"] += _ON_DISK_LEARNED
@@ -248,10 +550,13 @@ class DDPMScheduler(StockDDPMScheduler):
 
     # ------------------------------------------------------------------ checks and coefficients
 
-    def _coefficients(self, chain: Chain, t: Timestep, like: Tensor, as_tensors: bool = False) -> dict[str, Any]:
+    def _coefficients(
+        self, chain: Chain, t: Timestep, like: Tensor, as_tensors: bool = False, broadcast: bool = False
+    ) -> dict[str, Any]:
         """The chain's numbers at t, to multiply tensors of `like`'s shape and working precision with.
 
         One t known on the host gives Python floats (no kernels), unless `as_tensors`; else `[B, 1, ..., 1]` tensors.
+        With `broadcast` one image may be at many timesteps.
         A `t` that lies on an accelerator is not checked: that would wait for the device.
         """
         dtype = _working_dtype(like)
@@ -260,19 +565,16 @@ class DDPMScheduler(StockDDPMScheduler):
         if isinstance(t, Tensor):
             if t.is_floating_point() or t.is_complex() or t.dtype == torch.bool:
                 raise UserError(f"timesteps must be whole numbers, got a tensor of {t.dtype}")
-            if t.ndim > 1 or (t.ndim == 1 and len(t) not in (1, len(like))):
+            if t.ndim > 1 or (t.ndim == 1 and len(t) not in (1, len(like)) and not (broadcast and len(like) == 1)):
                 raise UserError(
                     f"timesteps must be one number, or one per image: got shape {tuple(t.shape)} "
                     f"for a batch of {len(like)}"
                 )
         else:
-            t = _whole_number("a timestep", t)
+            t = whole_number("a timestep", t)
         for value in set(t.reshape(-1).tolist() if isinstance(t, Tensor) else [t]):
-            if not 0 <= value < self.config.num_train_timesteps:
-                raise UserError(
-                    f"t={value} is outside the schedule; timesteps count from 0 to "
-                    f"{self.config.num_train_timesteps - 1}"
-                )
+            if not 0 <= value < len(self._betas):
+                raise UserError(f"t={value} is outside the schedule; timesteps count from 0 to {len(self._betas) - 1}")
             if value not in chain.previous:
                 raise UserError(
                     f"t={value} is not among the {len(chain.previous)} timesteps of the sampling chain; pass a value "
@@ -290,25 +592,33 @@ class DDPMScheduler(StockDDPMScheduler):
         Args:
             original_samples: x_0, `[B, ...]`.
             noise: Standard normal, the shape of x_0.
-            timesteps: int, 0-d or `[B]`, 0..T-1.
+            timesteps: int, 0-d or `[B]`, 0..T-1. Any of the three may be one for all, as one image at 8 timesteps.
 
         Returns:
-            x_t in the dtype of x_0; bf16 and fp16 are computed in float32 and rounded once.
+            x_t in the dtype of x_0 and the noise; bf16 and fp16 are computed in float32 and rounded once.
 
         Raises:
             ValueError: Shapes that do not fit, a t outside the schedule.
         """
-        _check_same_shape("original_samples", original_samples, "noise", noise)
-        c = self._coefficients(self._process, timesteps, original_samples)
-        x_0, noise = _working(original_samples), _working(noise)
-        return _affine(c["sqrt_alpha_bar"], x_0, c["sqrt_one_minus_alpha_bar"], noise).to(original_samples.dtype)
+        c, x_0, noise, dtype = self._mixed("original_samples", original_samples, noise, timesteps)
+        return _affine(c["sqrt_alpha_bar"], x_0, c["sqrt_one_minus_alpha_bar"], noise).to(dtype)
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Timestep) -> Tensor:
         """v = sqrt(alpha_bar_t) noise - sqrt(1 - alpha_bar_t) x_0 (Salimans & Ho 2022). Arguments as `add_noise`."""
-        _check_same_shape("sample", sample, "noise", noise)
-        c = self._coefficients(self._process, timesteps, sample)
-        x_0, noise = _working(sample), _working(noise)
-        return _affine(c["sqrt_alpha_bar"], noise, -c["sqrt_one_minus_alpha_bar"], x_0).to(sample.dtype)
+        c, x_0, noise, dtype = self._mixed("sample", sample, noise, timesteps)
+        return _affine(c["sqrt_alpha_bar"], noise, -c["sqrt_one_minus_alpha_bar"], x_0).to(dtype)
+
+    def _mixed(self, name: str, x_0: Tensor, noise: Tensor, t: Timestep) -> tuple[dict[str, Any], Tensor, Tensor, Any]:
+        """Coefficients for images and noise, both in working precision, and the dtype that their mixture has."""
+        if x_0.shape != noise.shape and (
+            not x_0.ndim or x_0.shape[1:] != noise.shape[1:] or 1 not in (len(x_0), len(noise))
+        ):
+            _check_same_shape(name, x_0, "noise", noise)
+        dtype = torch.promote_types(x_0.dtype, noise.dtype)
+        working = torch.promote_types(_working_dtype(x_0), _working_dtype(noise))
+        x_0, noise = x_0.to(working), noise.to(working)
+        like = x_0 if len(x_0) >= len(noise) else noise
+        return self._coefficients(self._process, t, like, broadcast=True), x_0, noise, dtype
 
     def q_mean_variance(self, x_0: Tensor, t: Timestep) -> tuple[Tensor, Tensor, Tensor]:
         """Mean, variance and log-variance of q(x_t|x_0) (Eq. 4).
@@ -354,7 +664,7 @@ class DDPMScheduler(StockDDPMScheduler):
         checked where it is needed.
         """
         _check_same_shape("x_0", x_0, "noise", noise)
-        kind = self.config.prediction_type
+        kind = self._prediction_type
         if kind == "epsilon":
             return noise
         if kind == "sample":
@@ -364,6 +674,13 @@ class DDPMScheduler(StockDDPMScheduler):
         return self.q_posterior(x_0, self.add_noise(x_0, noise, t), t)[0]
 
     # ------------------------------------------------------------------ the reverse process
+
+    @property
+    def _prediction_type(self) -> str:
+        kind = self._internal_dict.prediction_type
+        if kind not in PREDICTION_TYPES:  # a configuration put there whole
+            _choice("prediction_type", kind, PREDICTION_TYPES)
+        return kind
 
     def split_output(self, model_output: Tensor, x_t: Tensor) -> tuple[Tensor, Tensor | None]:
         """The network's output as (prediction, raw variance or `None`), each the shape of `x_t`.
@@ -400,20 +717,26 @@ class DDPMScheduler(StockDDPMScheduler):
         dtype = _working_dtype(x_t)
         output, raw_variance = self.split_output(output, x_t)
         output, x_t = output.to(dtype), x_t.to(dtype)
-        kind = self.config.prediction_type
-        if chain.undefined and not torch.compiler.is_compiling():
-            for value in chain.undefined.intersection(torch.as_tensor(t).reshape(-1).tolist()):
+        kind = self._prediction_type
+        undefined = chain.undefined.get(kind)
+        if undefined and not torch.compiler.is_compiling():
+            for value in undefined.intersection(torch.as_tensor(t).reshape(-1).tolist()):
                 raise UserError(
                     f"alpha_bar vanishes at t={value}, where {kind!r} says nothing about x_0; use prediction_type="
                     "'v_prediction' or 'sample' with this schedule, or timesteps that leave it out"
                 )
 
         # Eq. 15, or its like for the other predictions
-        x_0 = output if kind == "sample" else _affine(c["x_0_from_x_t"], x_t, c["x_0_from_output"], output)
-        if clip and self.config.thresholding:
+        if kind == "sample":
+            x_0 = output
+        elif kind == "v_prediction":
+            x_0 = _affine(c["sqrt_alpha_bar"], x_t, -c["sqrt_one_minus_alpha_bar"], output)
+        else:
+            x_0 = _affine(c[f"{kind}_from_x_t"], x_t, c[f"{kind}_from_output"], output)
+        if clip and self._internal_dict.thresholding:
             x_0 = self._threshold_sample(x_0)
         elif clip:
-            x_0 = x_0.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
+            x_0 = x_0.clamp(-self._internal_dict.clip_sample_range, self._internal_dict.clip_sample_range)
 
         # Eq. 7 at the predicted x_0; a network that predicts the mean itself is taken at its word over the whole
         # chain, as in the official code, which clips x_0 for display only; over fewer steps it comes from its x_0
@@ -493,9 +816,10 @@ class DDPMScheduler(StockDDPMScheduler):
                     f"got {len(generator)} generators for a batch of {len(sample)}; pass one generator, or one per "
                     "image"
                 )
-        c = self._coefficients(self._chain, timestep, sample)
-        clip = self.config.clip_sample or self.config.thresholding
-        mean, log_variance, x_0 = self._reverse(self._chain, c, timestep, model_output, sample, clip)
+        chain = self._chain
+        c = self._coefficients(chain, timestep, sample)
+        clip = self._internal_dict.clip_sample or self._internal_dict.thresholding
+        mean, log_variance, x_0 = self._reverse(chain, c, timestep, model_output, sample, clip)
 
         if self.variance_type == OPTIMAL_VARIANCE:
             log_variance = c["log_optimal_noise"]
@@ -534,42 +858,28 @@ class DDPMScheduler(StockDDPMScheduler):
         Raises:
             ValueError: None or both given, K outside 1..T, timesteps empty, repeated, rising or outside the schedule.
         """
-        T = self.config.num_train_timesteps
+        self._follow(but="timesteps")
+        config, T = self._internal_dict, len(self._betas)
         if (num_inference_steps is None) == (timesteps is None):
             raise UserError("pass either num_inference_steps or timesteps, and not both")
         if timesteps is not None:
-            if not hasattr(timesteps, "__len__"):
-                raise UserError(f"timesteps must be a list of whole numbers, got {timesteps!r}")
-            chosen = np.array([_whole_number("each of timesteps", t) for t in timesteps], dtype=np.int64)
-            if not len(chosen):
-                raise UserError("timesteps is empty; give at least one, for example timesteps=[999, 500, 0]")
-            if (np.diff(chosen) >= 0).any():
-                k = int((np.diff(chosen) >= 0).argmax())
-                raise UserError(
-                    f"timesteps must fall from high to low without repeats, but {chosen[k]} is followed by "
-                    f"{chosen[k + 1]}; try sorted(set(timesteps), reverse=True)"
-                )
+            chosen = self._falling(timesteps)
         else:
-            K = _whole_number("num_inference_steps", num_inference_steps)
+            K = whole_number("num_inference_steps", num_inference_steps, or_float=True)
             if not 1 <= K <= T:
                 raise UserError(f"num_inference_steps must be between 1 and the {T} steps of the chain, got {K}")
-            spacing = self.config.timestep_spacing
+            spacing, offset = config.timestep_spacing, config.steps_offset
             if spacing == "linspace":
                 chosen = np.linspace(0, T - 1, K).round().astype(np.int64)[::-1]
             elif spacing == "leading":
-                chosen = (np.arange(K) * T // K)[::-1] + self.config.steps_offset
+                chosen = (np.arange(K) * T // K)[::-1] + offset
             else:
                 chosen = np.round(T - np.arange(K) * (T / K)).astype(np.int64) - 1
-        if chosen[0] >= T or chosen[-1] < 0:
-            wrong = chosen[0] if chosen[0] >= T else chosen[-1]
-            offset = self.config.steps_offset if timesteps is None else 0
-            hint = f"; steps_offset={offset} leads beyond it, use 0" if offset else ""
-            raise UserError(f"timestep {wrong} is outside the schedule, which counts from 0 to {T - 1}{hint}")
+            self._inside(chosen, f"; steps_offset={offset} leads beyond it, use 0" if offset else "")
 
         self.custom_timesteps = timesteps is not None
         self.num_inference_steps = len(chosen)
-        self.timesteps = torch.from_numpy(chosen.copy()).to(device)
-        self._chain = self._chain_over(chosen)
+        self._use_timesteps(chosen, None, device)
         if self.variance_type in ("fixed_large", "fixed_large_log") and len(chosen) < T:
             self._warn_of_fixed_large(len(chosen))
 
@@ -582,16 +892,21 @@ class DDPMScheduler(StockDDPMScheduler):
                 "variance_type='optimal' (after ddpm-hf optimal_variance) or 'fixed_small', or the ddim sampler"
             )
 
-    def previous_timestep(self, timestep: Timestep) -> int:
+    def previous_timestep(self, timestep: Timestep) -> Timestep:
         """The chain's next timestep after (below) `timestep`, or -1 where that is the data.
+
+        Returns:
+            A 0-d tensor as in stock; `timestep - 1`, of its own type, where the chain is that of a new scheduler.
 
         Raises:
             ValueError: `timestep` is not among `timesteps`.
         """
-        t = _whole_number("timestep", timestep)
-        if t not in self._chain.previous:
-            raise UserError(f"t={t} is not among the {len(self._chain.previous)} timesteps of the sampling chain")
-        return self._chain.previous[t]
+        chain, t = self._chain, whole_number("timestep", timestep)
+        if t not in chain.previous:
+            raise UserError(f"t={t} is not among the {len(chain.previous)} timesteps of the sampling chain")
+        if chain.is_whole and self.num_inference_steps is None:
+            return timestep - 1
+        return self._public["timesteps"].new_tensor(chain.previous[t])
 
 
 def _working_dtype(x: Tensor) -> torch.dtype:
@@ -612,8 +927,15 @@ def _check_same_shape(name_1: str, x_1: Tensor, name_2: str, x_2: Tensor) -> Non
         )
 
 
-def _whole_number(name: str, value: Any) -> int:
+def whole_number(name: str, value: Any, or_float: bool = False) -> int:
+    """The value as an int; with `or_float` also 10.0, which stock takes.
+
+    Raises:
+        ValueError: It is no whole number.
+    """
     try:
+        if or_float and isinstance(value, (float, np.floating)) and float(value).is_integer():
+            return int(value)
         if not isinstance(value, bool):
             return operator.index(value)
     except TypeError:

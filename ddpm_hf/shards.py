@@ -11,20 +11,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .errors import UserError
-from .processes import processes, together
+from .errors import NotFiniteError, UserError
+from .processes import gather, processes, together
+from .reports import write_whole
 
 Rows = dict[str, Tensor]
 
@@ -61,17 +60,11 @@ def write_tensors(path: Path, tensors: Rows) -> None:
     Raises:
         OSError: It cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     try:
-        save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, partial)
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        write_whole(path, lambda partial: save_file(plain, partial))
     except SafetensorError as error:  # safetensors has its own error for a full disk
         raise OSError(f"cannot write {path}: {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def read_tensors(path: Path) -> Rows | None:
@@ -104,6 +97,7 @@ def all_rows(
 
     Raises:
         ValueError: A batch size below 1, or a folder that the processes do not share.
+        NotFiniteError: A row holds NaN or infinity; it is not kept.
     """
     if batch_size < 1:
         raise UserError(f"batch_size must be at least 1, got {batch_size}")
@@ -111,7 +105,7 @@ def all_rows(
     parts: list[Rows] = [] if folder is None else _kept(folder)
     done = {i for part in parts for i in part["ids"].tolist()}
     missing = [i for i in range(count) if i not in done]
-    here.wait_for_everyone()  # nobody writes before everybody has looked, so all agree on what is missing
+    gather(None)  # nobody writes before everybody has looked, so all agree on what is missing
     batch_size = max(1, min(batch_size, -(-len(missing) // here.num_processes)))
     batches = [missing[start : start + batch_size] for start in range(0, len(missing), batch_size)]
     mine = batches[here.process_index :: here.num_processes]
@@ -120,14 +114,27 @@ def all_rows(
     with together(), tqdm(total=sum(map(len, mine)), desc=desc, unit=unit, disable=quiet) as bar:
         for ids in mine:
             rows = {"ids": torch.tensor(ids), **{name: value.cpu() for name, value in make(ids).items()}}
+            _check_finite(rows, desc)
             made.append(rows)
             if folder is not None:
                 write_tensors(folder / f"{ids[0]:08d}.safetensors", rows)
             bar.update(len(ids))
     if here.num_processes > 1:
-        made = gather_object(made) if folder is None else _kept(folder)
+        made = [rows for part in gather(made) for rows in part] if folder is None else _kept(folder)
         parts = parts if folder is None else []
-    return _in_order([*parts, *made], count, folder)
+    with together():
+        return _in_order([*parts, *made], count, folder)
+
+
+def _check_finite(rows: Rows, desc: str) -> None:
+    for name, value in rows.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            row = int(
+                (~value.isfinite()).flatten(1 if value.ndim > 1 else 0).view(len(value), -1).any(1).int().argmax()
+            )
+            raise NotFiniteError(
+                f"{desc}: {name} of image {int(rows['ids'][row])} is not finite, and no number is made of it"
+            )
 
 
 def _kept(folder: Path) -> list[Rows]:

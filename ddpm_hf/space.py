@@ -28,8 +28,9 @@ from huggingface_hub.utils import get_session
 
 from .errors import UserError
 from .hub import PushError, check_repo_id, known_token, retried
-from .hub_files import CARD, make_snapshot, read_card
+from .hub_files import CARD, check_opens, make_snapshot, read_card
 from .model_card import check_license, front_matter
+from .reports import flush
 
 GRADIO = "6.31.0"  # constraints.txt pins the same
 PYTHON = "3.11"
@@ -136,7 +137,8 @@ def write_space(
         token: Must not be in any of the texts.
 
     Raises:
-        OSError, ValueError: There is no DDPM in `run`, or it is too large for a Space, or `output` holds something.
+        OSError, ValueError: There is no DDPM in `run` that opens, or it is too large for a Space, or `output` holds
+            something.
     """
     run, output = Path(run), Path(output)
     if not run.is_dir():
@@ -151,7 +153,10 @@ def write_space(
     try:
         _write(run, staging, model_id, license, token)
         staging.chmod(0o755)  # temporary folders are for their owner only
+        for path in (*staging.rglob("*"), staging):
+            flush(path)
         staging.replace(output)
+        flush(output.parent)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
@@ -169,6 +174,8 @@ def _write(run: Path, folder: Path, model_id: str | None, license: str | None, t
                     f"{str(run)!r} has {size / 1e9:.1f} GB, too much for a Space: push it with ddpm-hf push, and name "
                     "it with --model_id"
                 )
+        check_opens(snapshot, run)
+        if model_id is None:
             shutil.copytree(snapshot, folder / MODEL)
     finally:
         shutil.rmtree(snapshot, ignore_errors=True)

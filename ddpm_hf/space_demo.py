@@ -28,7 +28,7 @@ from .likelihood import stratified_bits_per_dim
 from .pipeline_ddpm import DDPMPipeline
 from .presets import nearest
 from .scheduling_ddpm import DDPMScheduler
-from .unet_2d import parameter_count
+from .unet_2d import check_weights, parameter_count
 from .visualize import image_grid
 
 ANY_CLASS = "any"
@@ -98,7 +98,7 @@ def checked_seeds(text: Any, most: int) -> list[int]:
         raise UserError(f"{count} seeds are too many here; at most {most} images at a time")
     try:
         return parse_seeds(text)
-    except ValueError as error:  # it speaks of a flag, which there is none of here
+    except UserError as error:  # it speaks of a flag, which there is none of here
         raise UserError(str(error).replace("--seeds", "the seeds")) from None
 
 
@@ -156,6 +156,7 @@ class Demo:
                 pipe = DDPMPipeline.from_pretrained(beside if beside is not None and beside.is_dir() else name)
                 if pipe.image_shape[0] not in (1, 3):
                     raise UserError(f"{name!r} makes images of {pipe.image_shape[0]} channels, which are no pictures")
+                check_weights(pipe.unet)
                 self._loaded[name] = pipe.to("cuda" if torch.cuda.is_available() else "cpu")
             return self._loaded[name]
 
@@ -172,7 +173,7 @@ class Demo:
         pipe = self.load(model)
         classes = pipe.classes
         known = [name for i, name in enumerate(classes.all_names()) if i != classes.null]
-        return [ANY_CLASS, *known] if classes.null is not None else known
+        return [ANY_CLASS, *known] if classes.null is not None and ANY_CLASS not in known else known
 
     def describe(self, model: Any) -> str:
         """One line about a model."""
@@ -189,12 +190,15 @@ class Demo:
         Raises:
             ValueError: There is no such class.
         """
-        known = self.classes(model)
-        if label in (None, "", ANY_CLASS) and (not known or ANY_CLASS in known):
+        known, classes = self.classes(model), self.load(model).classes
+        unsaid = label in (None, "")
+        if (unsaid or (label == ANY_CLASS and ANY_CLASS not in classes.names)) and (
+            not known or classes.null is not None
+        ):
             return None
-        if label in (None, ""):
+        if unsaid:
             label = known[0]
-        return self.load(model).classes.index(str(label)[:_LONGEST_TEXT])
+        return classes.index(str(label)[:_LONGEST_TEXT])
 
     def _options(self, model: Any, steps: Any, label: Any, guidance: Any) -> dict[str, Any]:
         pipe = self.load(model)
@@ -250,6 +254,7 @@ class Demo:
                 worked += now - resumed
                 text = f"step {done} of {count}, t = {step.timestep} of {T}: {done / worked:.1f} steps/s"
                 text = f"stopped at {text}" if stopped else text
+                pipe.check_finite(x_t)
                 yield Progress(_picture(x_t), None if x_0 is None else _picture(x_0), [], text)
                 if stopped:
                     return

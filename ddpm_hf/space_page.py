@@ -19,6 +19,7 @@ import gradio as gr
 import torch
 from PIL import Image
 
+from .errors import UserError
 from .generation import SAMPLERS
 from .space_demo import ANY_CLASS, Demo, Limits
 
@@ -30,13 +31,13 @@ _AN_HOUR = 3600
 
 
 def _told(action: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
-    """The same, with ValueErrors and OSErrors shown to the visitor as sentences."""
+    """The same, with UserErrors and OSErrors shown to the visitor as sentences."""
 
     @functools.wraps(action)
     def wrapped(*values: Any) -> Iterator[Any]:
         try:
             yield from action(*values)
-        except (ValueError, OSError) as error:
+        except (UserError, OSError) as error:
             raise gr.Error(" ".join(str(error).split()), print_exception=False) from None
         except torch.OutOfMemoryError:
             raise gr.Error("too little memory for that; try fewer images", print_exception=False) from None
@@ -216,6 +217,6 @@ def serve(models: str, limits: Limits, folder: Path) -> None:
             run_history=False,
             enable_monitoring=False,
         )
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

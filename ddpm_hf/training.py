@@ -19,6 +19,7 @@ from accelerate.utils import DistributedType
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
 from .checkpointing import (
@@ -39,6 +40,8 @@ from .machine import (
     check_precision,
     compiler_problem,
     default_precision,
+    deterministic_algorithms,
+    has_deterministic_algorithms,
     keep_freed_memory,
     to_device,
     use_tf32,
@@ -50,9 +53,10 @@ from .processes import (
     end_with_the_launcher,
     forget_another_precision,
     interruptible,
-    known_tracker,
+    known_trackers,
     lonely_launch,
     only_run_in,
+    reduce_in_float32,
     refuse_foreign_engines,
     same_everywhere,
     say,
@@ -60,14 +64,14 @@ from .processes import (
     stop_signals,
     together,
 )
-from .publishing import Publisher, describe_images, precision_name
+from .publishing import Publisher, describe_classes, describe_images, precision_name
 from .randomness import derive_seed
 from .run_identity import CONFIG, RunIdentity, check_output_is_ours
 from .scheduling_ddpm import DDPMScheduler
 from .training_batches import Batches, BatchPlan, MicroBatch, image_size, load_split
 from .training_evaluation import TrainingEvaluation
 from .training_update import CapturedUpdate, Update
-from .unet_2d import UNet2DModel, parameter_count, use_plain_attention
+from .unet_2d import UNet2DModel, check_size, parameter_count, use_plain_attention
 
 # How often the progress bar reads the loss from the device.
 _SECONDS_BETWEEN_READINGS = 1.0
@@ -95,15 +99,22 @@ class Trainer:
         precision = config.mixed_precision or default_precision()
         check_precision(precision)
         forget_another_precision(precision)
-        self.accelerator = Accelerator(
-            cpu=cpu_only(),
-            mixed_precision=precision,
-            log_with=known_tracker(config.report_to),
-            project_dir=str(self.output_dir / config.logging_dir),
-        )
+        trackers: Any = known_trackers(config.report_to)
+        try:
+            self.accelerator = Accelerator(
+                cpu=cpu_only(),
+                mixed_precision=precision,
+                log_with=trackers or None,
+                project_dir=str(self.output_dir / config.logging_dir),
+            )
+        except (ValueError, ImportError) as error:  # what a launcher, or its configuration, asked for
+            raise UserError(
+                f"accelerate cannot do what it was launched for: {' '.join(str(error).split())}"
+            ) from error
         self.device = self.accelerator.device
         self.precision = precision_name(self.accelerator)
         self._check_machine()
+        reduce_in_float32(self.accelerator)
         on_nvidia = self.device.type == "cuda"
         self.channels_last = on_nvidia if config.channels_last is None else config.channels_last
         self.compiled = self._compiles()
@@ -119,6 +130,12 @@ class Trainer:
             set_cpu_threads(config.num_cpu_threads, local)
             keep_freed_memory()
         use_tf32(config.tf32)
+        self._deterministic = has_deterministic_algorithms(self.device)
+        if self.device.type == "cuda" and not self._deterministic:
+            say(
+                "this process has used the GPU already, so this run may not end in the same bits when it is repeated "
+                "or resumed; set CUBLAS_WORKSPACE_CONFIG=:4096:8 before Python starts"
+            )
         micro, accumulation, _ = config.batch_plan(self.accelerator.num_processes)
         self.plan = BatchPlan(micro, accumulation, self.accelerator.process_index, self.accelerator.num_processes)
 
@@ -131,7 +148,8 @@ class Trainer:
                 raise UserError(f"{self.data.name!r} has no images to train on")
             self.evaluation = TrainingEvaluation(config, self.data)
             self.unet_config = {**self.recipe.unet, **self._class_config()}
-        self.identity = RunIdentity(config, self.recipe, self.unet_config, self.data, self.plan, self.precision)
+        computation = {"precision": self.precision, "channels_last": self.channels_last, "compile": self.compiled}
+        self.identity = RunIdentity(config, self.recipe, self.unet_config, self.data, self.plan, computation)
         same_everywhere("has", describe_images(self.data), "all of them need the same images")
         self.publisher = Publisher(
             config, self.recipe, self.unet_config, self.accelerator, self.data, self.evaluation, self.plan
@@ -170,6 +188,8 @@ class Trainer:
         )
         self._adam = optimizer
         self.step = 0  # optimizer updates done
+        # For the trackers: update, loss and gradient norm, what else there is.
+        self._unlogged: list[tuple[int, Tensor, dict[str, float]]] = []
         self.batches = Batches(
             self.data.on(self.device) if isinstance(self.data, ImageDataset) else self.data,
             self.plan,
@@ -194,6 +214,8 @@ class Trainer:
                 "the first FSDP keeps one flat tensor per block, which checkpoints here do not hold; use FSDP 2 "
                 "(examples/accelerate/fsdp2.yaml) or several processes (examples/accelerate/multi_gpu.yaml)"
             )
+        if a.distributed_type == DistributedType.FSDP and self.config.channels_last:
+            raise UserError("FSDP 2 does not shard weights in channels_last; leave --channels_last out")
         if a.mixed_precision == "fp16" and a.scaler is None:
             raise UserError(
                 "--mixed_precision fp16 needs a GPU, and there is none here; use bf16, or leave it out for float32"
@@ -219,7 +241,7 @@ class Trainer:
     def _check_size(self) -> None:
         """A size that the network cannot halve, said before any image is read."""
         with torch.device("meta"):
-            UNet2DModel(**self.recipe.unet)
+            check_size(UNet2DModel(**self.recipe.unet), *image_size(self.recipe))
 
     def _class_config(self) -> dict[str, Any]:
         """`UNet2DModel` arguments for the images' classes; with class dropout, one more class stands for none."""
@@ -239,14 +261,8 @@ class Trainer:
     # ------------------------------------------------------------------ one update
 
     def _made_update(self) -> Update:
-        """The update as one captured graph, where the machine and the run's settings let it be one."""
-        a, config = self.accelerator, self.config
-        captured = (
-            config.cuda_graphs and a.num_processes == 1 and a.scaler is None and not config.gradient_checkpointing
-        )
-        kind = CapturedUpdate if captured and self.device.type == "cuda" else Update
-        return kind(
-            accelerator=a,
+        return (CapturedUpdate if self.captured else Update)(
+            accelerator=self.accelerator,
             model=self.model,
             unet=self.unet,
             scheduler=self.scheduler,
@@ -300,6 +316,20 @@ class Trainer:
             f"lower the learning rate; the last checkpoint is {kept[-1] if kept else 'none yet'}"
         )
 
+    def _settle_buckets(self) -> None:
+        """A backward pass of no effect, after which several processes' gradients are added up as they will be always.
+
+        DDP sends gradients in buckets, and arranges them anew after its first backward pass. With three processes and
+        more, the order of the sums depends on them: a resumed run's first update would differ by rounding.
+        """
+        if not isinstance(self.model, DistributedDataParallel):
+            return
+        images = torch.zeros(self.plan.micro, *self.batches.image_shape, device=self.device)
+        t = torch.zeros(self.plan.micro, dtype=torch.long, device=self.device)
+        options = {"class_labels": t} if self.config.class_conditional else {}
+        self.model(images, t, **options).sample.sum().backward()
+        self.optimizer.zero_grad(set_to_none=True)
+
     # ------------------------------------------------------------------ the run
 
     def train(self, end_processes: bool = True) -> DDPMPipeline | None:
@@ -352,40 +382,54 @@ class Trainer:
         """The updates that are left; whether all were made (`False`: the run was asked to stop)."""
         config, last = self.config, self.recipe.max_train_steps
         end_with_the_launcher()
+        self.model.train()
+        deterministic = deterministic_algorithms if self._deterministic else nullcontext
+        with deterministic():
+            self._settle_buckets()
         started, first = time.monotonic(), self.step
         bar = tqdm(
             total=last, initial=first, desc="training", unit="step", disable=not self.accelerator.is_main_process
         )
         shown = started
-        self.model.train()
         with bar:
             if 0 < self.step < last and self.evaluation.missed(self.step):  # ended between checkpoint and evaluation
                 self._watch(stop)
             while self.step < last:
-                loss, norm = self._update(self.step)
+                with deterministic():
+                    loss, norm = self._update(self.step)
                 self.step += 1
                 bar.update()
                 now = time.monotonic()
+                images_per_second = (self.step - first) * self.plan.total / (now - started)
+                if self.accelerator.trackers and (due(self.step, config.logging_steps) or self.step == last):
+                    values = {"lr": self.lr_schedule.get_last_lr()[0], "images_per_second": images_per_second}
+                    self._unlogged.append((self.step, torch.stack([loss, norm]), values))
                 if now - shown > _SECONDS_BETWEEN_READINGS or self.step == last:
-                    self._show(bar, loss, norm, (self.step - first) * self.plan.total / (now - started))
+                    self._show(bar, loss, norm, images_per_second)
                     shown = now
                 saved = due(self.step, config.checkpointing_steps) or self.step == last
                 if saved:
                     self._save()
                 if self.step < last:
-                    self._watch(stop)
+                    try:
+                        self._watch(stop)
+                    except UserError:  # too little memory for it: what was trained is not lost, and it is made again
+                        if not saved:
+                            self._save()
+                        raise
                     if saved and config.push_to_hub:
                         self.publisher.push(self._ema_state_dict(), self.step)
                 stopping = self._all_agree_to_stop(stop)
                 if stopping and not saved:
                     self._save()
                 if stopping and self.step < last:
+                    self._log()
                     bar.close()
                     self._say_stopped()
                     return False
         seconds = time.monotonic() - started
-        images_per_second = (self.step - first) * self.plan.total / seconds
-        say(f"trained {self.step - first} updates in {seconds:.1f} s, {images_per_second:.0f} images/s")
+        speed = (self.step - first) * self.plan.total / seconds
+        say(f"trained {self.step - first} updates in {seconds:.1f} s, {speed:.0f} images/s")
         return True
 
     def _publish(self, stop: dict[str, bool]) -> DDPMPipeline | None:
@@ -410,10 +454,14 @@ class Trainer:
             raise OSError(f"cannot write to --output_dir {self.config.output_dir}: {error.strerror}") from error
 
     def _start_trackers(self) -> None:
-        if self.config.report_to:
+        if self.accelerator.log_with:
             plain = {key: value for key, value in self.config.public_values().items() if value is not None}
             plain = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in plain.items()}
-            self.accelerator.init_trackers("ddpm_hf", config=plain)
+            with together():
+                try:
+                    self.accelerator.init_trackers("ddpm_hf", config=plain)
+                except Exception as error:  # each has errors of its own, for a missing login for example
+                    raise UserError(f"--report_to {self.config.report_to} cannot start: {error}") from error
 
     def _watch(self, stop: dict[str, bool]) -> None:
         """What the publisher has to show of the averaged weights after this update; all processes take part.
@@ -432,6 +480,7 @@ class Trainer:
             pipe, report = self.publisher.watch(self._ema_state_dict(), self.step)
         if report is not None:
             self.evaluation.keep(pipe, report, self.step)
+            self._log()  # some trackers take updates in their order only
             self.accelerator.log({name: entry["value"] for name, entry in report.values.items()}, step=self.step)
 
     def _computation(self) -> list[str]:
@@ -446,6 +495,8 @@ class Trainer:
             f"{self.recipe.max_train_steps - self.step} updates of {self.plan.total} images "
             f"on {self.device.type} ({', '.join([f'{a.num_processes} process(es)', *self._computation()])})",
         ]
+        if classes := describe_classes(self.data, config.class_conditional):
+            lines.append(classes)
         if self.plan.accumulation > 1:
             lines.append(
                 f"each update gathers {self.plan.accumulation} micro-batches of {self.plan.micro} images per process"
@@ -460,20 +511,23 @@ class Trainer:
         return "\n".join(lines)
 
     def _show(self, bar: Any, loss: Tensor, norm: Tensor, images_per_second: float) -> None:
-        """Read the numbers from the device, show them and hand them to the trackers."""
+        """Read the numbers from the device and show them; trackers get theirs."""
         if self.publisher.pushes is not None:
             self.publisher.pushes.poll()
-        values = {
-            "loss": loss.item() * self.accelerator.num_processes,  # from this process's share, scaled to the whole
-            "lr": self.lr_schedule.get_last_lr()[0],
-            "grad_norm": norm.item(),
-            "images_per_second": images_per_second,
-        }
         bar.set_postfix_str(
-            f"loss {values['loss']:.4f}, lr {values['lr']:.2e}, grad {values['grad_norm']:.2f}, "
-            f"{images_per_second:.0f} images/s"
+            f"loss {loss.item() * self.accelerator.num_processes:.4f}, lr {self.lr_schedule.get_last_lr()[0]:.2e}, "
+            f"grad {norm.item():.2f}, {images_per_second:.0f} images/s"
         )
-        self.accelerator.log(values, step=self.step)
+        self._log()
+
+    def _log(self) -> None:
+        """Hand the numbers of every `logging_steps`-th update to the trackers, read from the device at once."""
+        noted, self._unlogged = self._unlogged, []
+        read = torch.stack([pair for _, pair, _ in noted]).tolist() if noted else []
+        for (step, _, values), (loss, norm) in zip(noted, read, strict=True):
+            # The loss is of this process's share, scaled to the whole.
+            loss *= self.accelerator.num_processes
+            self.accelerator.log({"loss": loss, "grad_norm": norm, **values}, step=step)
 
     def _all_agree_to_stop(self, stop: dict[str, bool]) -> bool:
         if self.accelerator.num_processes == 1:

@@ -22,8 +22,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import broadcast_object_list
-
 from .checkpointing import write_directory
 from .configuration import TrainingConfig, due
 from .data import Images
@@ -42,7 +40,7 @@ from .generation import check_sampler, with_sampler
 from .hub_files import REPORT
 from .pipeline_ddpm import DDPMPipeline
 from .presets import nearest
-from .processes import default_cache_dir, processes, say, together
+from .processes import default_cache_dir, from_first, processes, say, together
 from .reports import finite, number, plain, writable_folder, write_text
 from .training_batches import load_split
 
@@ -162,7 +160,7 @@ class TrainingEvaluation:
             extractors = check_sampling(
                 pipe, self.sets, self.metrics, num_samples=config.eval_num_samples, **self._sampling(pipe)
             )
-        except ValueError as error:  # evaluate's flags have other names here
+        except UserError as error:  # evaluate's flags have other names here
             text = re.sub(r"--(num_samples|features|inception_weights)", r"--eval_\1", str(error))
             raise UserError(text) from error
         if (best := config.best_metric) is not None:
@@ -191,9 +189,12 @@ class TrainingEvaluation:
         config = self.config
         if not self.metrics:
             return None
+        batch_size = config.evaluation_batch(processes().num_processes)
         if not self._samples:
             data = first_images(self.sets["validation"], config.eval_num_images)
-            report = evaluate_likelihood(pipe, data, "validation", num_evaluations=config.eval_num_evaluations)
+            report = evaluate_likelihood(
+                pipe, data, "validation", num_evaluations=config.eval_num_evaluations, batch_size=batch_size
+            )
         else:
             work = self.folder / _WORK
             report = evaluate(
@@ -203,6 +204,7 @@ class TrainingEvaluation:
                 num_images=config.eval_num_images,
                 num_evaluations=config.eval_num_evaluations,
                 num_samples=config.eval_num_samples,
+                batch_size=batch_size,
                 output=work,
                 **self._sampling(pipe),
             )
@@ -212,7 +214,8 @@ class TrainingEvaluation:
         for name, entry in report.values.items():
             if name == "bits_per_dim":
                 value, error = entry["value"], entry["standard_error"]
-                say(f"bits/dim on {report.num_images} held-out images: {value:.3f} +- {error:.3f}")
+                known = f" +- {error:.3f}" if math.isfinite(error) else ""
+                say(f"bits/dim on {report.num_images} held-out images: {value:.3f}{known}")
             else:
                 say(f"{name}: {number(entry['value'], entry['standard_error'])}")
         return report
@@ -231,12 +234,9 @@ class TrainingEvaluation:
 
     def missed(self, step: int) -> bool:
         """Whether update `step` was to be measured, and the run ended before; the same answer in every process."""
-        answer = [False]
-        if self.due(step):
-            if processes().is_main_process:
-                answer = [str(step) not in self._history()]
-            broadcast_object_list(answer)
-        return answer[0]
+        if not self.due(step):
+            return False
+        return from_first(str(step) not in self._history() if processes().is_main_process else None)
 
     def keep(self, pipe: DDPMPipeline, report: EvaluationReport, step: int) -> None:
         """Note what was measured after update `step`, and keep the model if it is the best so far.
@@ -256,7 +256,7 @@ class TrainingEvaluation:
         folder, value = self.folder / BEST, report.values[name]["value"]
         try:
             best: EvaluationReport | None = EvaluationReport.load(folder / REPORT)
-        except ValueError:
+        except UserError:
             best = None
         if best is not None and not _comparable(best, report, name):
             say(f"{folder} was chosen by another number than {name} as it is measured now, and is chosen anew")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import wraps
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from diffusers.models.unets.unet_2d import UNet2DModel as StockUNet2DModel
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
 
-from .errors import UserError
+from .errors import NotFiniteError, UserError
+from .hub_errors import PrivateByDefault, private_options
 from .presets import get_preset
 
 # `variance_scaling(scale=1e-10)` stands in for zero in the official code (nn.py, default_init).
@@ -30,7 +32,7 @@ class PortableConfigMixin:
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
 
-class UNet2DModel(PortableConfigMixin, StockUNet2DModel):
+class UNet2DModel(PortableConfigMixin, PrivateByDefault, StockUNet2DModel):
     """The U-Net of Ho et al. 2020 (Appendix B), starting from the official initialisation.
 
     Arguments, their defaults, state-dict keys and the saved configuration are stock's, and so is the output for the
@@ -39,10 +41,11 @@ class UNet2DModel(PortableConfigMixin, StockUNet2DModel):
     - Convolutions and linear layers start from fan-avg uniform weights and zero biases; the last layer of every
       residual block, every attention block and the network itself starts at 1e-10, so a fresh network's output is
       nearly 0. Nothing is drawn where weights are about to be loaded.
-    - Sizes that cannot be halved often enough are refused with a sentence instead of failing inside.
+    - Images that cannot be halved often enough are refused with a sentence instead of failing inside. (`sample_size`
+      alone is not: a network says 28 and runs at 32.)
 
     Raises:
-        ValueError: Blocks, widths or sample size that do not fit together.
+        ValueError: Blocks and widths that do not fit together.
     """
 
     @register_to_config
@@ -78,19 +81,44 @@ class UNet2DModel(PortableConfigMixin, StockUNet2DModel):
         num_train_timesteps: int | None = None,
     ):
         arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
-        for width in block_out_channels:
-            if norm_num_groups is not None and width % norm_num_groups:
-                raise UserError(
-                    f"block_out_channels={tuple(block_out_channels)} must be multiples of "
-                    f"norm_num_groups={norm_num_groups}, and {width} is not"
-                )
         # All arguments are handed on: stock's decorated __init__ writes the configuration once more from them.
-        super().__init__(**arguments)
+        try:
+            super().__init__(**arguments)
+        except ValueError as error:
+            for width in block_out_channels:
+                if norm_num_groups is not None and width % norm_num_groups:
+                    raise UserError(
+                        f"block_out_channels={tuple(block_out_channels)} must be multiples of "
+                        f"norm_num_groups={norm_num_groups}, and {width} is not"
+                    ) from error
+            raise
         self.__module__ = StockUNet2DModel.__module__  # what pipelines record as the component's library
-        self._factor = 2 ** sum(getattr(block, "downsamplers", None) is not None for block in self.down_blocks)
-        if sample_size is not None:
-            self._check_size(*(sample_size if isinstance(sample_size, (tuple, list)) else (sample_size, sample_size)))
         self._initialize()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """As stock's, but a network of which weights are missing is refused; stock leaves them random.
+
+        Raises:
+            UserError: The files hold nothing for some of the weights; names one.
+        """
+        told = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        if missing := sorted(info.get("missing_keys", ())):
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise UserError(
+                f"the weights of {str(pretrained_model_name_or_path)!r} do not fit its config.json: they have no "
+                f"{missing[0]}{more}"
+            )
+        return (model, info) if told else model
+
+    @wraps(StockUNet2DModel.save_pretrained, assigned=())  # stock looks at the arguments
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As stock's; what `push_to_hub=True` publishes is private unless `private=False`."""
+        if kwargs.get("push_to_hub"):
+            kwargs = private_options(save_directory, kwargs)
+            save_directory = str(save_directory)  # stock splits it
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> UNet2DModel:
@@ -119,16 +147,6 @@ class UNet2DModel(PortableConfigMixin, StockUNet2DModel):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    def _check_size(self, height: int, width: int) -> None:
-        for size in (height, width):
-            if size % self._factor or size < self._factor:
-                below = max(size // self._factor, 1) * self._factor
-                raise UserError(
-                    f"an image of {height}x{width} cannot be halved {self._factor.bit_length() - 1} time(s) as this "
-                    f"network does; use a multiple of {self._factor}, for example {below} or {below + self._factor}, "
-                    "or fewer block_out_channels"
-                )
-
     def forward(
         self,
         sample: Tensor,
@@ -150,15 +168,57 @@ class UNet2DModel(PortableConfigMixin, StockUNet2DModel):
         Raises:
             ValueError: A size that cannot be halved often enough, a wrong number of channels or of timesteps.
         """
-        if sample.ndim != 4 or sample.shape[1] != self.config.in_channels:
-            raise UserError(f"expected images of shape [B, {self.config.in_channels}, H, W], got {list(sample.shape)}")
-        self._check_size(*sample.shape[2:])
+        # of the layer, which users replace by one with other channels and leave the configuration as it was
+        channels = getattr(self.conv_in, "in_channels", self.config.in_channels)
+        if sample.ndim != 4 or sample.shape[1] != channels:
+            raise UserError(f"expected images of shape [B, {channels}, H, W], got {list(sample.shape)}")
+        check_size(self, *sample.shape[2:])
         if isinstance(timestep, Tensor) and timestep.ndim and timestep.shape not in ((1,), sample.shape[:1]):
             raise UserError(
                 f"timestep must be one number, or one per image: got shape {tuple(timestep.shape)} for a batch of "
                 f"{len(sample)}"
             )
         return super().forward(sample, timestep, class_labels, return_dict)
+
+
+def not_finite_weight(network: nn.Module) -> str | None:
+    """The name of the first weight that holds NaN or infinity, or `None`."""
+    for name, value in network.state_dict().items():
+        if value.is_floating_point() and not value.isfinite().all():
+            return name
+    return None
+
+
+def check_weights(network: nn.Module) -> None:
+    """Refuse a network whose output can only be NaN.
+
+    Raises:
+        NotFiniteError: A weight holds NaN or infinity; names it, and what may help.
+    """
+    if (name := not_finite_weight(network)) is not None:
+        hint = (
+            ", or load it in float32 or bfloat16 if it is" if next(network.parameters()).dtype == torch.float16 else ""
+        )
+        raise NotFiniteError(
+            f"the network's weights {name} hold NaN or infinity; take an intact copy of the model{hint}"
+        )
+
+
+def check_size(network: StockUNet2DModel, height: int, width: int) -> None:
+    """Check that images of this size can be halved as often as the network, stock's too, does it.
+
+    Raises:
+        ValueError: They cannot.
+    """
+    factor = 2 ** sum(getattr(block, "downsamplers", None) is not None for block in network.down_blocks)
+    for size in (height, width):
+        if size % factor or size < factor:
+            below = max(size // factor, 1) * factor
+            raise UserError(
+                f"an image of {height}x{width} cannot be halved {factor.bit_length() - 1} time(s) as this network "
+                f"does; use a multiple of {factor}, for example {below} or {below + factor}, or fewer "
+                "block_out_channels"
+            )
 
 
 def use_plain_attention(network: nn.Module) -> None:

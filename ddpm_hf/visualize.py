@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from .errors import UserError
+from .reports import write_whole
 
 ANIMATION_FORMATS = {".gif": "GIF", ".png": "PNG", ".apng": "PNG", ".webp": "WEBP"}
 
@@ -115,9 +116,9 @@ def _wrapped(text: str, width: int, width_of: Callable[[str], int]) -> list[str]
 # ---------------------------------------------------------------------- files
 
 
-def save_picture(picture: Image.Image, path: str | Path) -> None:
-    """Write a PNG completely or not at all."""
-    _write(Path(path), lambda partial: picture.save(partial, format="PNG"))
+def save_picture(picture: Image.Image, path: str | Path, durable: bool = True) -> None:
+    """Write a PNG completely or not at all; `durable` as in `reports.write_whole`."""
+    write_whole(Path(path), lambda partial: picture.save(partial, format="PNG"), durable)
 
 
 def save_animation(frames: Sequence[Image.Image], path: str | Path, duration: int = 60, hold: int = 2000) -> None:
@@ -140,7 +141,7 @@ def save_animation(frames: Sequence[Image.Image], path: str | Path, duration: in
     first, *others = [_enlarged(frame, size) for frame in frames]
     durations = [duration] * len(others) + [hold]
     options = {"lossless": True} if file_format == "WEBP" else {}
-    _write(
+    write_whole(
         path,
         lambda partial: first.save(
             partial, file_format, save_all=True, append_images=others, duration=durations, loop=0, **options
@@ -183,13 +184,3 @@ def check_writable(path: str | Path) -> None:
             pass
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from None
-
-
-def _write(path: Path, write: Callable[[Path], None]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        write(partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -8,7 +8,7 @@ ermongroup/ddim use it as it is. Nothing here reads files.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
@@ -63,6 +63,36 @@ def layout_from_tf(array: np.ndarray) -> Tensor:
 # ---------------------------------------------------------------------- PyTorch namings
 
 
+class _Looked(dict[str, Tensor]):
+    """A state dict that knows which of its tensors were taken, by `[]`."""
+
+    def __init__(self, tensors: Tensors):
+        super().__init__(tensors)
+        self.left = dict.fromkeys(tensors)
+
+    def __getitem__(self, name: str) -> Tensor:
+        self.left.pop(name, None)
+        return super().__getitem__(name)
+
+    def check_nothing_left(self) -> None:
+        """Every tensor was taken.
+
+        Raises:
+            ConversionError: Some were not; names the first of them.
+        """
+        if self.left:
+            raise ConversionError(
+                f"no place for {listed(list(self.left))} in a network of this format; is the format right?"
+            )
+
+
+def listed(names: list[str], shown: int = 3) -> str:
+    """The first of the names, and how many more there are."""
+    others = len(names) - shown
+    more = f" and {others} other tensor{'s' if others > 1 else ''}" if others > 0 else ""
+    return ", ".join(names[:shown]) + more
+
+
 def _layers(tensors: Tensors, names: dict[str, str]) -> Tensors:
     """`{new}.weight` for every `{old}.weight` (and bias) that there is."""
     return {
@@ -78,13 +108,13 @@ def _renamed(tensors: Tensors, source: str, target: str, parts: dict[str, str]) 
     return _layers(tensors, {f"{source}.{old}": f"{target}.{new}" for old, new in parts.items()})
 
 
-def _numbers_below(tensors: Tensors, prefix: str) -> list[int]:
+def _numbers_below(tensors: Collection[str], prefix: str) -> list[int]:
     """Sorted n for which there are tensors `{prefix}.{n}. ...`."""
     pattern = re.compile(re.escape(prefix) + r"\.(\d+)\.")
     return sorted({int(m[1]) for name in tensors if (m := pattern.match(name))})
 
 
-def _levels(tensors: Tensors, prefix: str, is_last: Callable[[str], bool]) -> list[list[str]]:
+def _levels(tensors: Collection[str], prefix: str, is_last: Callable[[str], bool]) -> list[list[str]]:
     """Consecutive blocks `{prefix}.{n}` grouped by level; `is_last` says where a level ends."""
     levels: list[list[str]] = [[]]
     for n in _numbers_below(tensors, prefix):
@@ -95,6 +125,7 @@ def _levels(tensors: Tensors, prefix: str, is_last: Callable[[str], bool]) -> li
     return levels
 
 
+PYTORCH_DDPM_TABLE = "time_embedding.timembedding.0.weight"  # of sines and cosines, [T, ch]
 _PYTORCH_DDPM_BLOCK = {
     "block1.0": "norm1",
     "block1.2": "conv1",
@@ -116,10 +147,16 @@ def canonical_from_pytorch_ddpm(tensors: Tensors) -> Tensors:
     """The state dict of `UNet` in `model.py` of w86763777/pytorch-ddpm, by canonical names.
 
     Its table of sines and cosines is left out; the first layer after it is reordered to ours.
+
+    Raises:
+        ConversionError: A tensor that this network does not have, or a table of something else.
     """
+    tensors = looked = _Looked(tensors)
     out: Tensors = {}
     embedding = "time_embedding.timembedding"
     out |= _renamed(tensors, embedding, "temb", {"1": "dense.0", "3": "dense.1"})
+    if PYTORCH_DDPM_TABLE in tensors:
+        _check_table(tensors[PYTORCH_DDPM_TABLE])
     if "temb.dense.0.weight" in out:
         # Its sines and cosines alternate; ours are all sines, then all cosines.
         first = out["temb.dense.0.weight"]
@@ -141,7 +178,20 @@ def canonical_from_pytorch_ddpm(tensors: Tensors) -> Tensors:
     out |= _renamed(tensors, "middleblocks.0", "mid.block_1", _PYTORCH_DDPM_BLOCK)
     out |= _renamed(tensors, "middleblocks.0", "mid.attn_1", _PYTORCH_DDPM_ATTENTION)
     out |= _renamed(tensors, "middleblocks.1", "mid.block_2", _PYTORCH_DDPM_BLOCK)
+    looked.check_nothing_left()
     return out
+
+
+def _check_table(table: Tensor) -> None:
+    """Row t holds the sines and cosines of t that our network computes, to what half precision keeps of them."""
+    T, ch = table.shape
+    exponents = torch.arange(0, ch, 2, dtype=torch.float64) / ch
+    angles = torch.arange(T, dtype=torch.float64)[:, None] * 10000**-exponents
+    expected = torch.stack([angles.sin(), angles.cos()], dim=-1).reshape(T, ch)
+    if not (table.double() - expected).abs().max() < 0.01:
+        raise ConversionError(
+            f"{PYTORCH_DDPM_TABLE} does not hold the sines and cosines of t = 0..{T - 1}, which a UNet2DModel computes"
+        )
 
 
 _IMPROVED_BLOCK = {
@@ -155,13 +205,15 @@ _IMPROVED_BLOCK = {
 
 
 def canonical_from_improved_diffusion(tensors: Tensors) -> Tensors:
-    """The state dict of `UNetModel` in `improved_diffusion/unet.py` of openai/improved-diffusion, by canonical names.
+    """The state dict of `UNetModel` of openai/improved-diffusion or openai/guided-diffusion, by canonical names.
 
     Attention keeps its joint `qkv`; `split_qkv` cuts it.
 
     Raises:
-        ConversionError: It was trained with `conv_resample=False`, which our network does not have.
+        ConversionError: It was trained with `conv_resample=False`, which our network does not have, or a tensor is
+            none of this network's.
     """
+    tensors = looked = _Looked(tensors)
     out: Tensors = {}
     out |= _renamed(tensors, "time_embed", "temb", {"0": "dense.0", "2": "dense.1"})
     names = {"input_blocks.0.0": "conv_in", "out.0": "norm_out", "out.2": "conv_out", "label_emb": "label_emb"}
@@ -173,28 +225,34 @@ def canonical_from_improved_diffusion(tensors: Tensors) -> Tensors:
             "this family does not have"
         )
 
+    def upsampler(block: str) -> str | None:
+        ends = ("conv.weight", "in_layers.2.weight")  # a convolution, or a residual block (resblock_updown)
+        return next((f"{block}.{k}" for k in (1, 2) if any(f"{block}.{k}.{end}" in tensors for end in ends)), None)
+
+    up = [level for level in _levels(tensors, "output_blocks", lambda block: upsampler(block) is not None) if level]
+    # A residual block that halves the image looks like any other; but as many as on the way up belong to a level.
+    resblock_updown = any(re.match(r"output_blocks\.\d+\.[12]\.in_layers\.", name) for name in tensors)
+    halves = {n for n in inputs if f"input_blocks.{n}.0.op.weight" in tensors}
+    if resblock_updown:
+        halves = set(range(len(up[0]), inputs[-1], len(up[0])))
+
     def down_ends(block: str) -> bool:
-        return f"{block}.0.op.weight" in tensors
+        return int(block.rsplit(".", 1)[1]) in halves
 
-    def up_conv(block: str) -> str | None:
-        return next((f"{block}.{k}" for k in (1, 2) if f"{block}.{k}.conv.weight" in tensors), None)
-
-    down = _levels(
-        {k: v for k, v in tensors.items() if not k.startswith("input_blocks.0.")}, "input_blocks", down_ends
-    )
-    up = _levels(tensors, "output_blocks", lambda block: up_conv(block) is not None)
+    down = _levels([name for name in tensors if not name.startswith("input_blocks.0.")], "input_blocks", down_ends)
+    resampler = {"op": "conv", "conv": "conv", **_IMPROVED_BLOCK}
     for side, levels in (("down", down), ("up", up[::-1])):
         for level, blocks in enumerate(levels):
-            for i, block in enumerate(b for b in blocks if not down_ends(b)):
+            for i, block in enumerate(b for b in blocks if side == "up" or not down_ends(b)):
                 out |= _renamed(tensors, f"{block}.0", f"{side}.{level}.block.{i}", _IMPROVED_BLOCK)
                 out |= _improved_attention(tensors, f"{block}.1", f"{side}.{level}.attn.{i}")
-            for block in filter(down_ends, blocks):
-                out |= _renamed(tensors, f"{block}.0", f"{side}.{level}.downsample", {"op": "conv"})
-            for convolution in filter(None, map(up_conv, blocks)):
-                out |= _renamed(tensors, convolution, f"{side}.{level}.upsample", {"conv": "conv"})
+            samplers = [f"{b}.0" for b in blocks if down_ends(b)] if side == "down" else map(upsampler, blocks)
+            for block in filter(None, samplers):
+                out |= _renamed(tensors, block, f"{side}.{level}.{side}sample", resampler)
     out |= _renamed(tensors, "middle_block.0", "mid.block_1", _IMPROVED_BLOCK)
     out |= _improved_attention(tensors, "middle_block.1", "mid.attn_1")
     out |= _renamed(tensors, "middle_block.2", "mid.block_2", _IMPROVED_BLOCK)
+    looked.check_nothing_left()
     return out
 
 
@@ -203,45 +261,81 @@ def _improved_attention(tensors: Tensors, source: str, target: str) -> Tensors:
     return _renamed(tensors, source, target, {"norm": "norm", "qkv": "qkv", "proj_out": "proj_out"})
 
 
-def split_qkv(tensors: Tensors, num_heads: int) -> Tensors:
-    """improved-diffusion keeps, head by head, the rows of q, k and v; ours are three matrices of all heads."""
+def head_channels(widths: set[int], num_heads: int | None = None, num_head_channels: int | None = None) -> int | None:
+    """Channels per attention head, the same wherever there is attention; `None` for one head over all channels.
+
+    Args:
+        widths: Channels of all attention blocks.
+        num_heads, num_head_channels: One of them, as in the training script.
+
+    Raises:
+        ConversionError: They do not divide the channels, or differ by level, which UNet2DModel cannot.
+    """
+    parts = num_heads or num_head_channels or 1
+    if odd := sorted(width for width in widths if width % parts):
+        name = "num_heads" if num_heads else "num_head_channels"
+        raise ConversionError(f"{name}={parts} does not divide the {odd[0]} channels of an attention block")
+    if num_heads == 1 or widths == {num_head_channels}:
+        return None
+    if num_heads is not None and len(widths) > 1:
+        raise ConversionError(
+            f"{num_heads} heads over attention widths {sorted(widths)} need a head size per level, and "
+            "UNet2DModel has one for all, so this network cannot be converted"
+        )
+    return num_head_channels or max(widths) // parts
+
+
+def split_qkv(tensors: Tensors, head_channels: int | None, by_letter: bool = False) -> Tensors:
+    """The joint `qkv` of OpenAI's attention as three matrices of all heads, which ours has.
+
+    Args:
+        tensors: By canonical names.
+        head_channels: Channels per head; `None` for one head.
+        by_letter: The rows are q of all heads, then k, then v (`use_new_attention_order`); else q, k and v of the
+            first head, then those of the second.
+    """
     out: Tensors = {}
     for name, value in tensors.items():
         if ".qkv." not in name:
             out[name] = value
             continue
-        rows, rest = value.shape[0], value.shape[1:]
-        if rows % (3 * num_heads):
-            raise ConversionError(f"{name} of shape {tuple(value.shape)} cannot be cut into {num_heads} heads")
-        heads = value.reshape(num_heads, 3, rows // (3 * num_heads), *rest)
-        for k, letter in enumerate("qkv"):
-            out[name.replace(".qkv.", f".{letter}.")] = heads[:, k].reshape(rows // 3, *rest)
+        width, rest = value.shape[0] // 3, value.shape[1:]
+        size = head_channels or width
+        if by_letter:
+            letters = value.reshape(3, width, *rest)
+        else:
+            letters = value.reshape(width // size, 3, size, *rest).transpose(0, 1).reshape(3, width, *rest)
+        for letter, part in zip("qkv", letters, strict=True):
+            out[name.replace(".qkv.", f".{letter}.")] = part
     return out
 
 
 # ---------------------------------------------------------------------- canonical names to ours
 
 
-def infer_architecture(tensors: Tensors, traits: dict[str, Any], num_heads: int = 1) -> dict[str, Any]:
-    """`UNet2DModel` arguments (all but `sample_size`) from canonical names and shapes.
+def infer_architecture(tensors: Tensors, traits: dict[str, Any]) -> dict[str, Any]:
+    """`UNet2DModel` arguments (all but `sample_size`) from canonical names and shapes, added to the family's `traits`.
 
     Raises:
         ConversionError: Something is missing, or no `UNet2DModel` of this family has it.
     """
-    for needed in ("conv_in.weight", "conv_out.weight", "temb.dense.0.weight", "mid.block_1.conv1.weight"):
-        if needed not in tensors:
-            raise ConversionError(f"{needed} (in the official naming) is missing; is the format right?")
+    levels = _numbers_below(tensors, "down")
+    ends = ("conv_in", "conv_out", "temb.dense.0", "mid.block_1.conv1", "mid.block_1.temb_proj")
+    for needed in (*ends, *(f"down.{level}.block.0.conv1" for level in levels or [0])):
+        if f"{needed}.weight" not in tensors:
+            raise ConversionError(f"{needed}.weight (in the official naming) is missing; is the format right?")
     for name in tensors:
         if ".conv_shortcut." in name:
             raise ConversionError(f"{name}: 3x3 shortcuts (conv_shortcut=True) have no counterpart in UNet2DModel")
-    levels = _numbers_below(tensors, "down")
+    resnets = any(".downsample.conv1." in name for name in tensors)  # resblock_updown
     widths, attends, depth = [], [], set()
     for level in levels:
         blocks = _numbers_below(tensors, f"down.{level}.block")
         depth.add(len(blocks))
         widths.append(tensors[f"down.{level}.block.0.conv1.weight"].shape[0])
         attends.append(bool(_numbers_below(tensors, f"down.{level}.attn")))
-        if level < levels[-1] and f"down.{level}.downsample.conv.weight" not in tensors:
+        sampler = f"down.{level}.downsample.{'conv1' if resnets else 'conv'}.weight"
+        if level < levels[-1] and sampler not in tensors:
             raise ConversionError(
                 f"down.{level} has no convolution between resolutions (resamp_with_conv=False), which UNet2DModel "
                 "needs here"
@@ -254,28 +348,28 @@ def infer_architecture(tensors: Tensors, traits: dict[str, Any], num_heads: int 
             f"the first level has {widths[0]} channels after a first convolution to {block_in}; UNet2DModel has the "
             "same number in both"
         )
+    if (embedded := tensors["temb.dense.0.weight"].shape[-1]) != block_in:
+        raise ConversionError(
+            f"t is embedded in {embedded} sines and cosines, and the first convolution goes to {block_in} channels; "
+            "UNet2DModel has the same number in both"
+        )
+    plain = ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D") if resnets else ("DownBlock2D", "UpBlock2D")
     arguments = {
         **traits,
         "in_channels": tensors["conv_in.weight"].shape[1],
         "out_channels": tensors["conv_out.weight"].shape[0],
         "block_out_channels": tuple(widths),
         "layers_per_block": depth.pop(),
-        "down_block_types": tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attends),
-        "up_block_types": tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)),
+        "down_block_types": tuple("AttnDownBlock2D" if a else plain[0] for a in attends),
+        "up_block_types": tuple("AttnUpBlock2D" if a else plain[1] for a in reversed(attends)),
         "add_attention": "mid.attn_1.norm.weight" in tensors,
     }
     if tensors["mid.block_1.temb_proj.weight"].shape[0] == 2 * widths[-1]:
         arguments |= {"resnet_time_scale_shift": "scale_shift", "attn_norm_num_groups": arguments["norm_num_groups"]}
     if "label_emb.weight" in tensors:
         arguments["num_class_embeds"] = tensors["label_emb.weight"].shape[0]
-    if num_heads > 1:
-        attended = {width for width, a in zip(widths, attends, strict=True) if a} | {widths[-1]}
-        if len(attended) > 1:
-            raise ConversionError(
-                f"{num_heads} heads over attention widths {sorted(attended)} need a head size per level, and "
-                "UNet2DModel has one for all; only num_heads=1 fits this network"
-            )
-        arguments["attention_head_dim"] = attended.pop() // num_heads
+    if resnets:
+        arguments |= {"downsample_type": "resnet", "upsample_type": "resnet"}
     return arguments
 
 
@@ -290,11 +384,11 @@ _OUR_PARTS = {
 _OUR_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
 
 
-def our_key(name: str, levels: int) -> str:
+def our_key(name: str, levels: int) -> str | None:
     """The state-dict key of a canonical name; official `up.0` is the finest level, ours the coarsest.
 
-    Raises:
-        ConversionError: The name is none of the official network's.
+    Returns:
+        The key, or `None` for a name that is none of the official network's.
     """
     fixed = {
         "temb.dense.0": "time_embedding.linear_1",
@@ -304,7 +398,7 @@ def our_key(name: str, levels: int) -> str:
         "conv_out": "conv_out",
         "label_emb": "class_embedding",
     }
-    stem, tail = name.rsplit(".", 1)
+    stem, _, tail = name.rpartition(".")
     if stem in fixed:
         return f"{fixed[stem]}.{tail}"
     if m := re.fullmatch(r"mid\.(block|attn)_(\d)\.(\w+)", stem):
@@ -316,10 +410,12 @@ def our_key(name: str, levels: int) -> str:
         kind, parts = ("resnets", _OUR_PARTS) if m[3] == "block" else ("attentions", _OUR_ATTENTION)
         if m[5] in parts:
             return f"{m[1]}_blocks.{level}.{kind}.{m[4]}.{parts[m[5]]}.{tail}"
-    if m := re.fullmatch(r"(down|up)\.(\d+)\.(down|up)sample\.conv", stem):
+    if m := re.fullmatch(r"(down|up)\.(\d+)\.(down|up)sample\.(\w+)", stem):
         level = int(m[2]) if m[1] == "down" else levels - 1 - int(m[2])
-        return f"{m[1]}_blocks.{level}.{m[3]}samplers.0.conv.{tail}"
-    raise ConversionError(f"{name} (in the official naming) is no part of a DDPM network")
+        parts = {"conv": "conv", **_OUR_PARTS}
+        if m[4] in parts:
+            return f"{m[1]}_blocks.{level}.{m[3]}samplers.0.{parts[m[4]]}.{tail}"
+    return None
 
 
 def canonical_from_ours(key: str, levels: int) -> str:

@@ -1,7 +1,8 @@
 """Run by tests: trains in child processes that are killed (SIGKILL), resumes, and reports what was found, as JSON.
 
-usage: driver_kill.py FOLDER random KILLS     kill at random moments of a run
-       driver_kill.py FOLDER writes           kill at every system call of a checkpoint's write
+usage: driver_kill.py FOLDER random KILLS SETTINGS     kill at random moments of a run with these settings (JSON)
+       driver_kill.py FOLDER writes                    kill at every system call of a checkpoint's write
+       driver_kill.py FOLDER compiled SETTINGS         kill a run whose network is compiled, a tiny one
 
 This process imports everything once and forks, since a child that starts from nothing takes ten seconds to import. It
 never computes anything itself, so that the children's PyTorch is as fresh as after a start.
@@ -23,7 +24,8 @@ import ddpm_hf.checkpointing as checkpointing
 import ddpm_hf.presets as presets
 from ddpm_hf import Trainer, TrainingConfig
 
-INTERVAL, STEPS = 3, 40
+INTERVAL = 3
+settings = {"max_train_steps": 40}  # and those of the command line
 digits = presets.PRESETS["digits"]
 unet = {**digits.unet, "block_out_channels": (8, 16), "dropout": 0.1}
 presets.PRESETS = {**presets.PRESETS, "digits": dataclasses.replace(digits, unet=unet)}
@@ -38,7 +40,6 @@ def train(folder: Path, before=lambda trainer: None) -> None:
         preset="digits",
         output_dir=str(folder),
         resume_from_checkpoint="latest",
-        max_train_steps=STEPS,
         total_batch_size=8,
         checkpointing_steps=INTERVAL,
         checkpoints_total_limit=2,
@@ -46,6 +47,7 @@ def train(folder: Path, before=lambda trainer: None) -> None:
         ddpm_num_inference_steps=2,
         eval_num_images=2,
         eval_num_evaluations=2,
+        **settings,
     )
     trainer = Trainer(config)
     before(trainer)
@@ -84,7 +86,9 @@ def newest(folder: Path) -> int:
 
 
 def final_tensors_equal(a: Path, b: Path) -> bool:
-    one, two = (checkpointing.load_checkpoint(path / f"checkpoint-{STEPS}")[0] for path in (a, b))
+    one, two = (
+        checkpointing.load_checkpoint(path / f"checkpoint-{settings['max_train_steps']}")[0] for path in (a, b)
+    )
     return all(
         one[part].keys() == two[part].keys() and all(one[part][k].equal(two[part][k]) for k in one[part])
         for part in ("model", "ema", "optimizer")
@@ -160,6 +164,34 @@ def kills_in_writes(folder: Path) -> dict:
     return {"kills": n, "kept": sorted(set(kept))}
 
 
+def kill_a_compiled_run(folder: Path) -> dict:
+    """SIGKILL after update 4, once; how often anything was compiled is told by the cache."""
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "cache")
+    small = {**unet, "block_out_channels": (8,), "layers_per_block": 1, "mid_block_type": None}
+    small |= {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+    presets.PRESETS = {**presets.PRESETS, "digits": dataclasses.replace(digits, unet=small)}
+    run_to_the_end(folder / "whole")
+    kernels = files(folder / "cache" / "fxgraph")
+    run = folder / "run"
+
+    def armed(trainer):
+        step = trainer._step_optimizer
+        trainer._step_optimizer = lambda *a: os.kill(os.getpid(), signal.SIGKILL) if trainer.step == 4 else step(*a)
+
+    assert os.waitpid(start(run, armed), 0)[1] == signal.SIGKILL
+    kept = newest(run)
+    run_to_the_end(run)
+    return {
+        "kept": kept,
+        "compiled_once": bool(kernels) and files(folder / "cache" / "fxgraph") == kernels,
+        "equal": final_tensors_equal(folder / "whole", run),
+    }
+
+
 folder, mode = Path(sys.argv[1]), sys.argv[2]
-result = random_kills(folder, int(sys.argv[3])) if mode == "random" else kills_in_writes(folder)
+if mode == "writes":
+    result = kills_in_writes(folder)
+else:
+    settings |= json.loads(sys.argv[-1])
+    result = random_kills(folder, int(sys.argv[3])) if mode == "random" else kill_a_compiled_run(folder)
 print(json.dumps(result))

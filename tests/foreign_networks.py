@@ -216,19 +216,28 @@ def run_pytorch_ddpm(state: State, x: Tensor, t: Tensor) -> Tensor:
     return _conv(state, "tail.2", F.silu(_norm(state, "tail.0", h, eps)), padding=1)
 
 
-# ---------------------------------------------------------------------- openai/improved-diffusion
+# ---------------------------------------------------------------------- openai/improved-diffusion, guided-diffusion
 
 
 def make_improved(
-    ch=32, mult=(1, 2), blocks=1, attends=(False, True), out=3, scale_shift=False, classes=None
+    ch=32,
+    mult=(1, 2),
+    blocks=1,
+    attends=(False, True),
+    out=3,
+    scale_shift=False,
+    classes=None,
+    updown=False,
+    channels=3,
 ) -> State:
+    """`updown`: residual blocks change the resolution (guided-diffusion's `resblock_updown`)."""
     state: State = {}
     temb = 4 * ch
     _layer(state, "time_embed.0", temb, ch)
     _layer(state, "time_embed.2", temb, temb)
     if classes:
         state["label_emb.weight"] = torch.randn(classes, temb)
-    _layer(state, "input_blocks.0.0", ch, 3, 3, 3)
+    _layer(state, "input_blocks.0.0", ch, channels, 3, 3)
 
     def block(name, n_in, n_out):
         _layer(state, f"{name}.in_layers.0", n_in, norm=True)
@@ -254,7 +263,10 @@ def make_improved(
             n += 1
             skips.append(now)
         if level < len(mult) - 1:
-            _layer(state, f"input_blocks.{n}.0.op", now, now, 3, 3)
+            if updown:
+                block(f"input_blocks.{n}.0", now, now)
+            else:
+                _layer(state, f"input_blocks.{n}.0.op", now, now, 3, 3)
             n += 1
             skips.append(now)
     block("middle_block.0", now, now)
@@ -268,14 +280,28 @@ def make_improved(
             if attends[level]:
                 attention(f"output_blocks.{n}.1", now)
             if level and i == blocks:
-                _layer(state, f"output_blocks.{n}.{2 if attends[level] else 1}.conv", now, now, 3, 3)
+                name = f"output_blocks.{n}.{2 if attends[level] else 1}"
+                if updown:
+                    block(name, now, now)
+                else:
+                    _layer(state, f"{name}.conv", now, now, 3, 3)
             n += 1
     _layer(state, "out.0", now, norm=True)
     _layer(state, "out.2", out, now, 3, 3)
     return state
 
 
-def run_improved(state: State, x: Tensor, t: Tensor, heads: int = 1, labels: Tensor | None = None) -> Tensor:
+def run_improved(
+    state: State,
+    x: Tensor,
+    t: Tensor,
+    heads: int = 1,
+    labels: Tensor | None = None,
+    head_channels: int | None = None,
+    new_order: bool = False,
+    halving: tuple[int, ...] = (),
+) -> Tensor:
+    """`halving`: the input blocks that are residual and halve the resolution."""
     eps, ch = 1e-5, state["input_blocks.0.0.weight"].shape[0]
     angles = t[:, None].float() * _frequencies(ch // 2, ch // 2)
     temb = _linear(state, "time_embed.0", torch.cat([angles.cos(), angles.sin()], dim=1))
@@ -283,8 +309,9 @@ def run_improved(state: State, x: Tensor, t: Tensor, heads: int = 1, labels: Ten
     if labels is not None:
         temb = temb + state["label_emb.weight"][labels]
 
-    def block(name, x):
-        h = _conv(state, f"{name}.in_layers.2", F.silu(_norm(state, f"{name}.in_layers.0", x, eps)), padding=1)
+    def block(name, x, resample=lambda h: h):
+        h = resample(F.silu(_norm(state, f"{name}.in_layers.0", x, eps)))
+        h, x = _conv(state, f"{name}.in_layers.2", h, padding=1), resample(x)
         emb = _linear(state, f"{name}.emb_layers.1", F.silu(temb))[:, :, None, None]
         if emb.shape[1] == 2 * h.shape[1]:
             scale, shift = emb.chunk(2, dim=1)
@@ -300,7 +327,11 @@ def run_improved(state: State, x: Tensor, t: Tensor, heads: int = 1, labels: Ten
         h = _norm(state, f"{name}.norm", x, eps).flatten(2)
         h = F.conv1d(h, state[f"{name}.qkv.weight"], state[f"{name}.qkv.bias"])
         b, c, size = x.shape[0], x.shape[1], h.shape[2]
-        q, k, v = h.reshape(b * heads, 3, c // heads, size).unbind(1)
+        n = c // head_channels if head_channels else heads
+        if new_order:
+            q, k, v = (part.reshape(b * n, c // n, size) for part in h.chunk(3, dim=1))
+        else:
+            q, k, v = h.reshape(b * n, 3, c // n, size).unbind(1)
         h = _attend(q, k, v).reshape(b, c, size)
         h = F.conv1d(h, state[f"{name}.proj_out.weight"], state[f"{name}.proj_out.bias"])
         return x + h.view_as(x)
@@ -311,6 +342,8 @@ def run_improved(state: State, x: Tensor, t: Tensor, heads: int = 1, labels: Ten
         name = f"input_blocks.{n}"
         if f"{name}.0.op.weight" in state:
             hs.append(_conv(state, f"{name}.0.op", hs[-1], stride=2, padding=1))
+        elif n in halving:
+            hs.append(block(f"{name}.0", hs[-1], lambda h: F.avg_pool2d(h, 2)))
         else:
             hs.append(attention(f"{name}.1", block(f"{name}.0", hs[-1])))
         n += 1
@@ -322,5 +355,7 @@ def run_improved(state: State, x: Tensor, t: Tensor, heads: int = 1, labels: Ten
         for k in (1, 2):
             if f"{name}.{k}.conv.weight" in state:
                 h = _conv(state, f"{name}.{k}.conv", F.interpolate(h, scale_factor=2), padding=1)
+            if f"{name}.{k}.in_layers.2.weight" in state:
+                h = block(f"{name}.{k}", h, lambda h: F.interpolate(h, scale_factor=2))
         n += 1
     return _conv(state, "out.2", F.silu(_norm(state, "out.0", h, eps)), padding=1)

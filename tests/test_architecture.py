@@ -20,6 +20,7 @@ FLOORS = (
         "weight_names",
         "weight_files",
         "image_files",
+        "image_folders",
         "hub_errors",
         "reports",
         "command_line",

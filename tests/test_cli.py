@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from PIL import Image
 
 from ddpm_hf import PRESETS, DDPMPipeline, cli
 from ddpm_hf.data import load_digits
+from ddpm_hf.errors import UserError
 from ddpm_hf.generation import with_sampler
 
 
@@ -85,11 +87,16 @@ def test_every_preset_has_a_configuration_that_changes_nothing_of_it(repository_
         (["--config", "{tmp}/unknown.yaml"], ["'learning_rat'", "did you mean 'learning_rate'?"]),
         (["--config", "{tmp}/list.yaml"], ["keys and values"]),
         (["--config", "{tmp}/broken.yaml"], ["not valid YAML"]),
+        (["--config", "{tmp}/date.yaml"], ["not valid YAML", "month"]),
+        (["--preset", "digits", "--num_cpu_threads", "99999999999"], ["--num_cpu_threads", "4096"]),
         (["--preset", "digits", "--output_dir", "{tmp}/list.yaml"], ["is a file"]),
         (["--preset", "digits", "--resume_from_checkpoint", "checkpoint-7"], ["checkpoint-7"]),
         (["--preset", "digits", "--resolution", "8", "x"], ["--resolution", "'x'"]),
         (["--preset", "digits", "--class_dropout", "0.1"], ["--class_conditional"]),
         (["--preset", "digits", "--report_to", "nothing"], ["'nothing'", "tensorboard"]),
+        (["--preset", "digits", "--report_to", "tensorboard,nothing"], ["'nothing'", "tensorboard"]),
+        (["--preset", "digits", "--eval_batch_size", "0"], ["--eval_batch_size", "positive"]),
+        (["--preset", "digits", "--logging_steps", "0"], ["--logging_steps", "positive"]),
         (["--preset", "digits", "--value_range", "1", "0"], ["--value_range"]),
     ],
 )
@@ -98,6 +105,7 @@ def test_training_mistakes(tmp_path, capsys, monkeypatch, arguments, words):
     (tmp_path / "unknown.yaml").write_text("preset: digits\nlearning_rat: 1\n")
     (tmp_path / "list.yaml").write_text("- 1\n")
     (tmp_path / "broken.yaml").write_text("a: [1\n")
+    (tmp_path / "date.yaml").write_text("output_dir: 2026-13-01\n")
     before = sorted(tmp_path.iterdir())
     arguments = [word.replace("{tmp}", str(tmp_path)) for word in arguments]
     if "--output_dir" not in arguments:
@@ -129,6 +137,7 @@ def test_other_mistakes(tmp_path, capsys, small_pipeline):
         (["sample", *model, *out, "--seeds", "a"], "'a'"),
         (["sample", *model, *out, "--sampler", "eulr"], "'eulr'"),
         (["sample", *model, *out, "--batch_size", "0"], "batch_size"),
+        (["sample", *model, *out, "--sampler", "ddim", "--timestep_spacing", "x"], "leading, linspace, trailing"),
         (["sample", *model, *out, "--num_inference_steps", "1001"], "1001"),
         (["sample", *model, "--output", str(tmp_path / "x.gif")], "x.gif"),
         (["evaluate", *model, "--metrics", "fid2", "--dataset", "digits"], "'fid2'"),
@@ -148,6 +157,7 @@ def test_other_mistakes(tmp_path, capsys, small_pipeline):
         (["push"], "give RUN and --repo_id"),
         (["convert", "--to", "official_tf", "--checkpoint", str(tmp_path / "no"), *out], "no folder"),
         (["sample", *model, *out, "--class_labels", "cats"], "not class-conditional"),
+        (["sample", *model, *out, "--class_labels", "null"], "class 'null'"),
         (["evaluate", *model, "--dataset", "digits", "--split", "test"], "validation"),
         (["evaluate", *model, "--dataset", "digits", "--num_evaluations", "3"], "even"),
     ]:
@@ -166,15 +176,15 @@ def test_too_little_memory_on_the_device_is_one_sentence(capsys, monkeypatch):
     def too_large(*_):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    def other(*_):
-        raise RuntimeError("another mistake")
+    def of_the_cpu(*_):
+        torch.empty(2**60)
 
     assert cli.run(too_large, [], "ddpm-hf sample") == 2
     assert capsys.readouterr().err == (
         "error: too little memory on the device; give a smaller --batch_size (training: --train_batch_size)\n"
     )
-    with pytest.raises(RuntimeError, match="another mistake"):
-        cli.run(other, [], "ddpm-hf sample")
+    assert cli.run(of_the_cpu, [], "ddpm-hf sample") == 2
+    assert "error: too little memory on the device; give a smaller --batch_size" in capsys.readouterr().err
     monkeypatch.setenv("DDPM_HF_TRACEBACK", "1")
     with pytest.raises(torch.cuda.OutOfMemoryError):
         cli.run(too_large, [], "ddpm-hf sample")
@@ -278,13 +288,87 @@ def test_bash_completes_commands_and_flags(capsys, typed, offered):
     assert set(done.stdout.split()) == offered
 
 
-def test_an_unexpected_error_keeps_its_traceback(monkeypatch):
-    def bug(arguments, prog):
-        raise RuntimeError("a bug")
+def library_fault(arguments, prog):
+    [3].index(5)  # ValueError: 5 is not in list
 
-    monkeypatch.setitem(cli.COMMANDS, "sample", bug)
-    with pytest.raises(RuntimeError, match="a bug"):
-        cli.main(["sample"])
+
+def own_mistake(arguments, prog):
+    raise UserError("give another number than 5")
+
+
+@pytest.mark.parametrize("arguments", [["sample", "--token", "hf_secret"], ["sample"]])
+def test_a_librarys_value_error_is_a_fault_whose_traceback_is_in_a_file(monkeypatch, capsys, tmp_path, arguments):
+    monkeypatch.setitem(cli.COMMANDS, "sample", library_fault)
+    monkeypatch.setenv("DDPM_HF_CACHE", str(tmp_path / "cache"))
+    assert cli.main(arguments) == 1
+    out, err = capsys.readouterr()
+    assert (out, len(err.splitlines())) == ("", 1)
+    assert "not your mistake" in err
+    assert "ValueError: 5 is not in list" in err
+    file = Path(re.search(r"its traceback is in (\S+), and --debug shows it", err)[1])
+    assert file.is_relative_to(tmp_path)
+    written = file.read_text()
+    assert "[3].index(5)" in written
+    assert "hf_secret" not in written
+
+
+def test_where_no_cache_can_be_written_the_traceback_is_in_the_systems_folder(monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(cli.COMMANDS, "sample", library_fault)
+    monkeypatch.setenv("DDPM_HF_CACHE", "/proc/nothing")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert cli.main(["sample"]) == 1
+    assert "[3].index(5)" in next(tmp_path.glob("traceback-*.txt")).read_text()
+    assert str(tmp_path) in capsys.readouterr().err
+    monkeypatch.setattr("tempfile.tempdir", "/proc/nothing")
+    assert cli.main(["sample"]) == 1
+    assert "index(5)" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [library_fault, own_mistake])
+@pytest.mark.parametrize("arguments", [["--debug", "sample"], ["sample", "--debug"], ["sample"]])
+def test_debug_shows_where_an_error_came_from(monkeypatch, command, arguments):
+    monkeypatch.setitem(cli.COMMANDS, "sample", command)
+    if "--debug" not in arguments:
+        monkeypatch.setenv("DDPM_HF_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="5"):
+        cli.main(arguments)
+
+
+def test_debug_goes_with_every_command(monkeypatch):
+    for name in cli.COMMANDS:
+        monkeypatch.setitem(cli.COMMANDS, name, lambda arguments, prog: len(arguments))
+        assert cli.main(["--debug", name]) == cli.main([name, "--debug"]) == 0  # the command itself does not see it
+        assert cli.main([name, "--debug", "--seed", "1"]) == 2
+
+
+def raised_by(library: str, error: str) -> Exception:
+    """An error as it comes out of a module of that library."""
+    try:
+        exec(f"raise {error}", {"__name__": library})
+    except Exception as caught:
+        return caught
+
+
+@pytest.mark.parametrize(
+    ("library", "error", "code"),
+    [
+        ("ddpm_hf.hub", "OSError('no connection to the Hub')", 2),
+        ("huggingface_hub.file_download", "OSError('not in the cache')", 2),
+        ("diffusers.models.modeling_utils", "EnvironmentError('no file named diffusion.safetensors')", 2),
+        ("anything", "OSError(28, 'No space left on device')", 2),
+        ("anything", "PermissionError(13, 'Permission denied')", 2),
+        ("inspect", "OSError('could not get source code')", 1),
+        ("numpy", "ValueError('operands could not be broadcast together')", 1),
+        ("anything", "KeyError('x')", 1),
+    ],
+)
+def test_which_errors_are_sentences(monkeypatch, capsys, library, error, code):
+    def command(arguments, prog):
+        raise raised_by(library, error)
+
+    monkeypatch.setitem(cli.COMMANDS, "sample", command)
+    assert cli.main(["sample"]) == code
+    assert ("not your mistake" in capsys.readouterr().err) == (code == 1)
 
 
 def test_sample_and_evaluate_from_the_command_line(tmp_path, capsys, small_pipeline):

@@ -42,6 +42,25 @@ def test_batch_plan(settings, processes, plan):
 
 
 @pytest.mark.parametrize(
+    ("settings", "processes", "evaluation", "grid"),
+    [
+        ({"preset": "cifar10"}, 1, 256, 64),
+        ({"preset": "cifar10", "train_batch_size": 4}, 1, 256, 64),
+        ({"preset": "digits"}, 2, 256, 64),
+        ({"preset": "cifar10", "resolution": 64, "train_batch_size": 8}, 1, 64, 64),
+        ({"preset": "lsun_church256"}, 8, 8, 8),  # 256 x 256: as many as one process trains on at a time
+        ({"preset": "lsun_church256", "train_batch_size": 2}, 1, 4, 4),  # as many pixels as 256 images of 32 x 32
+        ({"preset": "lsun_church256", "train_batch_size": 2, "eval_batch_size": 1}, 1, 1, 1),
+        ({"preset": "digits", "eval_batch_size": 300}, 1, 300, 300),
+    ],
+)
+def test_images_at_a_time_where_nothing_is_trained(settings, processes, evaluation, grid):
+    config = TrainingConfig(**settings)
+    assert config.evaluation_batch(processes) == evaluation
+    assert config.evaluation_batch(processes, most=64) == grid
+
+
+@pytest.mark.parametrize(
     ("settings", "processes"),
     [
         ({"train_batch_size": 48}, 1),
@@ -71,6 +90,16 @@ def test_a_total_batch_size_that_cannot_be_reached(settings, processes):
         ("sampler", "euler"),
         ("timestep_sampling", "importance"),
         ("eval_num_evaluations", 5),
+        ("learning_rate", float("nan")),
+        ("learning_rate", float("inf")),
+        ("max_grad_norm", float("nan")),
+        ("lr_warmup_steps", float("nan")),
+        ("dropout", float("nan")),
+        ("class_dropout", float("nan")),
+        ("ema_max_decay", float("nan")),
+        ("validation_split", float("nan")),
+        ("value_range", [0.0, float("nan")]),
+        ("value_range", [float("-inf"), 1.0]),
     ],
 )
 def test_values_out_of_range_are_named(name, value):

@@ -1,6 +1,10 @@
 """Other people's weights: the same outputs as their networks, and clear refusals."""
 
+import dataclasses
+import hashlib
+import importlib
 import json
+import math
 import pickle
 import shutil
 import sys
@@ -14,8 +18,10 @@ from safetensors.torch import load_file, save_file
 
 from ddpm_hf import DDPMPipeline, UNet2DModel, cli
 from ddpm_hf.checkpointing import CheckpointError, save_checkpoint
-from ddpm_hf.convert import ConversionError, convert, convert_to_official, load_foreign
-from ddpm_hf.presets import PRESETS
+from ddpm_hf.convert import ConversionError, convert, convert_to_official, load_foreign, to_official
+from ddpm_hf.presets import OFFICIAL_NETWORK, PRESETS
+
+convert_module = importlib.import_module("ddpm_hf.convert")
 
 
 @pytest.fixture
@@ -82,7 +88,7 @@ def test_improved_diffusion(tmp_path, x_and_t, network, heads):
 
 def test_improved_diffusion_with_classes(tmp_path, x_and_t):
     state, labels = foreign.make_improved(classes=5), torch.tensor([4, 1])
-    unet = load_foreign("improved_diffusion", saved(tmp_path, state), sample_size=16).unet
+    unet = load_foreign("improved_diffusion", saved(tmp_path, state), sample_size=16, num_heads=1).unet
     agrees(unet, foreign.run_improved(state, *x_and_t, labels=labels), *x_and_t, class_labels=labels)
 
 
@@ -95,6 +101,290 @@ def test_improved_diffusion_options_that_do_not_fit(tmp_path):
         load_foreign("improved_diffusion", saved(tmp_path, uneven), sample_size=16, num_heads=4)
     with pytest.raises(ConversionError, match="raw weights"):
         load_foreign("improved_diffusion", saved(tmp_path, pooled, "model500000.pt"), sample_size=16)
+
+
+# What guided-diffusion has beyond improved-diffusion; with one residual block per level, input block 2 halves.
+@pytest.mark.parametrize(
+    ("network", "options"),
+    [
+        ({"updown": True, "scale_shift": True, "out": 6}, {"num_heads": 4, "use_new_attention_order": True}),
+        ({"updown": True, "attends": (True, True)}, {"num_head_channels": 16, "use_new_attention_order": True}),
+        ({"attends": (True, True)}, {"num_head_channels": 16, "use_new_attention_order": False}),
+        ({"updown": True, "attends": (True, False)}, {"num_heads": 1}),
+    ],
+)
+def test_guided_diffusion(tmp_path, x_and_t, network, options):
+    state = foreign.make_improved(**network)
+    heads, size = options.get("num_heads", 1), options.get("num_head_channels")
+    how = {"heads": heads, "head_channels": size, "new_order": options.get("use_new_attention_order", False)}
+    expected = foreign.run_improved(state, *x_and_t, **how, halving=(2,) if network.get("updown") else ())
+    pipe = load_foreign("guided_diffusion", saved(tmp_path, state), sample_size=16, **options)
+    agrees(pipe.unet, expected, *x_and_t)
+    pipe.save_pretrained(tmp_path / "out")
+    agrees(diffusers.UNet2DModel.from_pretrained(tmp_path / "out", subfolder="unet"), expected, *x_and_t)
+
+
+@pytest.mark.parametrize(
+    ("format_", "options", "words"),
+    [
+        ("improved_diffusion", {}, "--num_heads is needed"),
+        ("guided_diffusion", {}, "--num_heads or --num_head_channels is needed"),
+        ("guided_diffusion", {"num_heads": 4}, "--use_new_attention_order is needed"),
+        ("guided_diffusion", {"num_heads": 4, "num_head_channels": 16}, "give --num_heads or --num_head_channels"),
+        ("improved_diffusion", {"num_heads": 3}, "num_heads=3 does not divide the 64 channels"),
+        ("improved_diffusion", {"num_heads": 4, "num_heads_upsample": 2}, "--num_heads_upsample 2 differs"),
+        (
+            "improved_diffusion",
+            {"num_heads": 4, "use_new_attention_order": True},
+            "takes no --use_new_attention_order",
+        ),
+        ("improved_diffusion", {"num_heads": 0}, "num_heads must be at least 1"),
+        ("improved_diffusion", {"num_heads": 1, "learn_sigma": True}, "no channels for a learned variance"),
+        ("improved_diffusion", {"num_heads": 1, "variance_type": "learned"}, "no channels for a learned variance"),
+        ("improved_diffusion", {"num_heads": 1, "noise_schedule": "quad"}, "one of linear, cosine, got 'quad'"),
+        ("improved_diffusion", {"num_heads": 1, "diffusion_steps": 500}, "only a multiple of 1000 timesteps"),
+        ("improved_diffusion", {"preset": "guided_diffusion_lsun_cat"}, "goes with --from guided_diffusion"),
+        ("improved_diffusion", {"preset": "improved_diffusion_lsun_uncond"}, "did you mean 'improved_diffusion_lsun_"),
+    ],
+)
+def test_what_openai_files_do_not_say_is_asked_for(tmp_path, format_, options, words):
+    path = saved(tmp_path, foreign.make_improved())
+    with pytest.raises(ValueError, match=words):
+        load_foreign(format_, path, **{"sample_size": 16, **options})
+
+
+def test_a_network_of_guided_diffusion_is_not_taken_for_improved_diffusion(tmp_path):
+    path = saved(tmp_path, foreign.make_improved(updown=True))
+    with pytest.raises(ConversionError, match="give --from guided_diffusion"):
+        load_foreign("improved_diffusion", path, sample_size=16, num_heads=4)
+
+
+@pytest.mark.parametrize("format_", ["pesser", "pytorch_ddpm", "official_tf"])
+def test_heads_are_refused_where_attention_has_one(tmp_path, format_):
+    with pytest.raises(ValueError, match="takes no --num_heads: its attention has one head"):
+        load_foreign(format_, tmp_path / "any", sample_size=16, num_heads=1)
+
+
+# ---------------------------------------------------------------------- the diffusion process
+
+
+def process_of(tmp_path, **options):
+    path = saved(tmp_path, foreign.make_improved(out=6 if options.pop("learned", False) else 3))
+    return load_foreign("improved_diffusion", path, sample_size=16, num_heads=1, **options).scheduler
+
+
+def test_rescaled_timesteps_become_the_chain_that_saw_whole_numbers(tmp_path):
+    """4000 cosine timesteps, of which the network saw t/4: every fourth, betas from their definition."""
+    scheduler = process_of(tmp_path, learned=True, noise_schedule="cosine", diffusion_steps=4000)
+
+    def f(t):
+        return math.cos((t / 4000 + 0.008) / 1.008 * math.pi / 2) ** 2
+
+    alpha_bar = torch.tensor([1 - min(1 - f(t + 1) / f(t), 0.999) for t in range(4000)], dtype=torch.float64).cumprod(
+        0
+    )
+    assert scheduler.config.num_train_timesteps == 1000
+    assert scheduler.config.variance_type == "learned_range"
+    assert torch.allclose(scheduler.alphas_cumprod.double(), alpha_bar[::4].float().double(), rtol=1e-6, atol=0)
+    stock = diffusers.DDPMScheduler.from_config(json.loads(scheduler.to_json_string()))
+    assert torch.allclose(stock.alphas_cumprod.double(), alpha_bar[::4], rtol=1e-3, atol=1e-7)  # stock's float32
+    whole = process_of(tmp_path, noise_schedule="cosine", diffusion_steps=4000, rescale_timesteps=False)
+    assert whole.config.num_train_timesteps == 4000
+    assert torch.allclose(whole.alphas_cumprod.double(), alpha_bar.float().double(), rtol=1e-6, atol=0)
+
+
+def test_their_linear_betas_are_scaled_by_1000_over_t(tmp_path):
+    scheduler = process_of(tmp_path, diffusion_steps=500, rescale_timesteps=False, predict_xstart=True)
+    assert torch.allclose(scheduler.betas[[0, -1]].double(), torch.tensor([2e-4, 0.04], dtype=torch.float64))
+    assert scheduler.config.prediction_type == "sample"
+    assert scheduler.config.variance_type == "fixed_large"
+    assert process_of(tmp_path, sigma_small=True).config.variance_type == "fixed_small"
+
+
+def small_release(monkeypatch):
+    """The released CIFAR-10 model's preset, with a network of 32 channels."""
+    name = "improved_diffusion_cifar10_uncond_50M_500K"
+    small = convert_module._openai_network(32, 32, 1, (16, 8))
+    monkeypatch.setitem(
+        convert_module.RELEASED, name, dataclasses.replace(convert_module.RELEASED[name], network=small)
+    )
+    return name
+
+
+def test_a_released_model_needs_its_preset_only(tmp_path, monkeypatch, capsys):
+    network = {"mult": (1, 2, 2, 2), "attends": (False, True, True, False), "scale_shift": True}
+    path = saved(tmp_path, foreign.make_improved(**network, out=6), "cifar10_uncond_50M_500K.pt")
+    preset = small_release(monkeypatch)
+    arguments = ["convert", "--from", "improved_diffusion", "--checkpoint", str(path), "--output", str(tmp_path / "o")]
+    assert cli.main([*arguments, "--sample_size", "32", "--num_heads", "4"]) == 2
+    assert f"give --preset {preset}" in capsys.readouterr().err
+    assert cli.main([*arguments, "--preset", preset, "--noise_schedule", "linear"]) == 2
+    assert "says noise_schedule=cosine, and the flags say linear" in capsys.readouterr().err
+    assert cli.main([*arguments, "--preset", preset]) == 0
+    told = capsys.readouterr().out
+    assert "timesteps: 1000, every 4th of 4000" in told
+    assert "assumed" not in told
+    assert "every 4th of 4000" in (tmp_path / "o" / "README.md").read_text()
+    pipe = diffusers.DDPMPipeline.from_pretrained(tmp_path / "o")
+    assert pipe.unet.config.attention_head_dim == 16  # 64 channels, 4 heads
+    assert pipe.scheduler.config.num_train_timesteps == 1000
+    plain = saved(tmp_path, foreign.make_improved(**network), "plain.pt")  # without learned variance
+    with pytest.raises(ConversionError, match=r"has out_channels=3, and the preset .* has 6"):
+        load_foreign("improved_diffusion", plain, preset=preset)
+
+
+def test_pytorch_ddpm_files_say_their_timesteps_and_size(tmp_path, capsys):
+    state = foreign.make_pytorch_ddpm(T=500)
+    path = saved(tmp_path, {"net_model": state, "ema_model": state, "x_T": torch.zeros(4, 3, 16, 16)}, "ckpt.pt")
+    pipe = load_foreign("pytorch_ddpm", path)
+    assert (pipe.scheduler.config.num_train_timesteps, pipe.unet.config.sample_size) == (500, 16)
+    assert pipe.scheduler.config.variance_type == "fixed_large"
+    assert not pipe.scheduler.config.clip_sample  # its sampler clips the finished image only
+    assert load_foreign("pytorch_ddpm", path, clip_sample=True).scheduler.config.clip_sample
+    out = ["--output", str(tmp_path / "out")]
+    for flags, words in (
+        (["--sample_size", "64"], "16 pixels high and wide, and not 64"),
+        (["--T", "1000"], "trained with 500 timesteps"),
+        (["--noise_schedule", "quad"], "takes no --noise_schedule"),
+    ):
+        assert cli.main(["convert", "--from", "pytorch_ddpm", "--checkpoint", str(path), *out, *flags]) == 2
+        assert words in capsys.readouterr().err
+    arguments = ["convert", "--from", "pytorch_ddpm", "--checkpoint", str(path), *out, "--beta_1", "0.001"]
+    assert cli.main([*arguments, "--var_type", "fixedsmall"]) == 0
+    config = json.loads((tmp_path / "out" / "scheduler" / "scheduler_config.json").read_text())
+    assert (config["beta_start"], config["beta_end"], config["variance_type"]) == (0.001, 0.02, "fixed_small")
+    told = capsys.readouterr().out
+    assert "--beta_end 0.02" in told
+    assert "--beta_start" not in told
+    state["time_embedding.timembedding.0.weight"] = state["time_embedding.timembedding.0.weight"].flip(0)
+    with pytest.raises(ConversionError, match=r"sines and cosines of t = 0\.\.499"):
+        load_foreign("pytorch_ddpm", saved(tmp_path, state), sample_size=16)
+
+
+def test_ddim_process_and_what_its_sampler_does_not_clip(tmp_path, capsys):
+    state = foreign.make_pesser()
+    path = saved(tmp_path, [state, {}, 5, 100, {**state, "logvar": torch.zeros(700)}], "ckpt.pth")
+    arguments = ["convert", "--from", "pesser", "--checkpoint", str(path), "--sample_size", "16"]
+    assert cli.main([*arguments, "--beta_schedule", "sigmoid", "--output", str(tmp_path / "a")]) == 0
+    told = capsys.readouterr().out
+    assert "its DDIM sampler does not clip (--clip_sample false)" in told
+    assert "T = 700" in told
+    scheduler = DDPMPipeline.from_pretrained(tmp_path / "a").scheduler
+    sigmoid = torch.sigmoid(torch.linspace(-6, 6, 700, dtype=torch.float64)) * (0.02 - 1e-4) + 1e-4
+    assert torch.allclose(scheduler.betas.double(), sigmoid, rtol=1e-6)
+    with pytest.raises(ValueError, match="jsd has no beta_end"):
+        load_foreign("pesser", path, sample_size=16, noise_schedule="jsd", beta_end=0.01)
+    preset = next(name for name, p in PRESETS.items() if p.scheduler["prediction_type"] == "posterior_mean")
+    with pytest.raises(ValueError, match="trains no network that predicts 'posterior_mean'"):
+        load_foreign("pesser", path, preset=preset)
+    assert cli.main([*arguments, "--clip_sample", "false", "--output", str(tmp_path / "b")]) == 0
+    assert "x_0 not clipped" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------- raw and EMA weights
+
+
+def test_pesser_files_by_their_folder_and_by_their_contents(tmp_path, capsys, monkeypatch):
+    state = foreign.make_pesser()
+    for folder in ("ema_diffusion_cifar10_model", "diffusion_cifar10_model"):
+        (tmp_path / folder).mkdir()
+        torch.save(state, tmp_path / folder / "model-790000.ckpt")
+    averaged, raw = (tmp_path / f"{ema}diffusion_cifar10_model" / "model-790000.ckpt" for ema in ("ema_", ""))
+    load_foreign("pesser", averaged, sample_size=16)
+    load_foreign("pesser", raw, sample_size=16, ema=False)
+    with pytest.raises(ConversionError, match=r"holds the raw weights .*diffusion_cifar10_model.* or --no_ema"):
+        load_foreign("pesser", raw, sample_size=16)
+    with pytest.raises(ConversionError, match=r"holds EMA weights only .*leave out --no_ema"):
+        load_foreign("pesser", averaged, sample_size=16, ema=False)
+    elsewhere = saved(tmp_path, state, "model.ckpt")
+    arguments = ["convert", "--from", "pesser", "--checkpoint", str(elsewhere), "--sample_size", "16"]
+    assert cli.main([*arguments, "--output", str(tmp_path / "a")]) == 0
+    assert "taken for EMA weights, as nothing in the file says it (if they are raw: --no_ema)" in (
+        capsys.readouterr().out
+    )
+    assert cli.main([*arguments, "--no_ema", "--output", str(tmp_path / "b")]) == 0
+    assert "taken for raw weights, as --no_ema says" in (tmp_path / "b" / "README.md").read_text()
+    known = hashlib.md5(elsewhere.read_bytes(), usedforsecurity=False).hexdigest()
+    monkeypatch.setitem(convert_module._PESSER_RAW, known, "cifar10")
+    with pytest.raises(ConversionError, match=r"raw weights .it is pesser's released cifar10"):
+        load_foreign("pesser", elsewhere, sample_size=16)
+
+
+def test_no_ema_is_refused_where_the_weights_are_averaged(tmp_path):
+    path = saved(tmp_path, foreign.make_improved(), "ema_0.9999_500000.pt")
+    with pytest.raises(ConversionError, match="EMA weights only"):
+        load_foreign("improved_diffusion", path, sample_size=16, num_heads=1, ema=False)
+    path = saved(tmp_path, {"ema_model": foreign.make_pytorch_ddpm()}, "ckpt.pt")
+    with pytest.raises(ConversionError, match="has no net_model; leave out --no_ema"):
+        load_foreign("pytorch_ddpm", path, sample_size=16, ema=False)
+
+
+# ---------------------------------------------------------------------- what a file holds beside the network
+
+
+MAKERS = {
+    "pesser": foreign.make_pesser,
+    "pytorch_ddpm": foreign.make_pytorch_ddpm,
+    "improved_diffusion": foreign.make_improved,
+}
+
+
+@pytest.mark.parametrize("format_", MAKERS)
+def test_tensors_without_a_place_are_named(tmp_path, format_):
+    heads = {"num_heads": 1} if format_ == "improved_diffusion" else {}
+    extra = {f"extra.{i}.weight": torch.zeros(3) for i in range(5)}
+    with pytest.raises(
+        ConversionError, match=r"extra\.0\.weight, extra\.1.weight, extra\.2.weight and 2 other tensors"
+    ):
+        load_foreign(format_, saved(tmp_path, MAKERS[format_]() | extra), sample_size=16, **heads)
+    with pytest.raises(ConversionError, match="no place for loose"):
+        load_foreign(format_, saved(tmp_path, MAKERS[format_]() | {"loose": torch.zeros(3)}), sample_size=16, **heads)
+
+
+@pytest.mark.parametrize("format_", MAKERS)
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "_orig_mod.module.", "module._orig_mod."])
+def test_prefixes_of_wrappers_are_stripped(tmp_path, format_, prefix):
+    heads = {"num_heads": 1} if format_ == "improved_diffusion" else {}
+    state = MAKERS[format_]()
+    plain = load_foreign(format_, saved(tmp_path, state), sample_size=16, **heads).unet.state_dict()
+    wrapped = saved(tmp_path, {f"{prefix}{name}": value for name, value in state.items()})
+    unet = load_foreign(format_, wrapped, sample_size=16, **heads).unet
+    assert all(torch.equal(value, plain[name]) for name, value in unet.state_dict().items())
+    first = next(iter(state))
+    with pytest.raises(ConversionError, match=f"holds {first} twice"):
+        load_foreign(format_, saved(tmp_path, state | {f"{prefix}{first}": state[first]}), sample_size=16, **heads)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({"state": {0: {}}, "param_groups": []}, "but an optimizer's state"),
+        ({"state_dict": {"a": torch.zeros(1)}, "epoch": 3}, "but 'state_dict'; save the one with the weights alone"),
+        ([torch.zeros(1)], "but a list"),
+        ({}, "holds no state dict"),
+    ],
+)
+def test_files_that_hold_something_else(tmp_path, content, words):
+    with pytest.raises(ConversionError, match=words):
+        load_foreign("improved_diffusion", saved(tmp_path, content, "opt010000.pt"), sample_size=16, num_heads=1)
+
+
+def test_weights_in_half_precision_are_said_and_broken_ones_refused(tmp_path, capsys):
+    state = foreign.make_pesser()
+    path = saved(tmp_path, {name: value.half() for name, value in state.items()})
+    arguments = ["--checkpoint", str(path), "--sample_size", "16", "--output", str(tmp_path / "out")]
+    assert cli.main(["convert", "--from", "pesser", *arguments]) == 0
+    assert "precision: float16 in the file, float32 here" in capsys.readouterr().out
+    for name, value in (("conv_in.bias", torch.full((32,), float("nan"))), ("conv_in.bias", torch.zeros(32).long())):
+        with pytest.raises(ConversionError, match=r"conv_in\.bias holds something else than finite numbers"):
+            load_foreign("pesser", saved(tmp_path, {**state, name: value}), sample_size=16)
+
+
+@pytest.mark.parametrize("network", [{"channels": 6}, {"channels": 6, "out": 6}, {"channels": 4}])
+def test_super_resolution_networks_are_refused(tmp_path, network):
+    path = saved(tmp_path, foreign.make_improved(**network))
+    with pytest.raises(ConversionError, match=f"from {network['channels']} channels to {network.get('out', 3)}"):
+        load_foreign("improved_diffusion", path, sample_size=16, num_heads=1)
 
 
 # ---------------------------------------------------------------------- stock repositories
@@ -157,6 +447,26 @@ def test_stock_repositories_that_do_not_fit(tmp_path):
         load_foreign("diffusers", tmp_path / "b")
 
 
+def test_stock_repositories_of_other_processes(tmp_path, capsys):
+    stock = stock_pipeline()
+    stock.save_pretrained(tmp_path / "a")
+    scheduler, index = tmp_path / "a" / "scheduler" / "scheduler_config.json", tmp_path / "a" / "model_index.json"
+    diffusers.DDIMScheduler(beta_end=0.01).save_pretrained(tmp_path / "a" / "scheduler")
+    arguments = ["convert", "--from", "diffusers", "--checkpoint", str(tmp_path / "a"), "--output"]
+    assert cli.main([*arguments, str(tmp_path / "b")]) == 0
+    assert "scheduler: its DDIMScheduler as a DDPMScheduler over the same betas" in capsys.readouterr().out
+    assert DDPMPipeline.from_pretrained(tmp_path / "b").scheduler.config.beta_end == 0.01
+    diffusers.ScoreSdeVeScheduler().save_pretrained(tmp_path / "a" / "scheduler")
+    with pytest.raises(ConversionError, match="ScoreSdeVeScheduler, whose process is no DDPM's"):
+        load_foreign("diffusers", tmp_path / "a")
+    scheduler.write_text(json.dumps({"_class_name": "DDPMScheduler", "variance_type": "learned"}))
+    with pytest.raises(ConversionError, match="variance_type='learned', which no DDPM samples with"):
+        load_foreign("diffusers", tmp_path / "a")
+    index.write_text(json.dumps({**json.loads(index.read_text()), "vqvae": ["diffusers", "VQModel"]}))
+    with pytest.raises(ConversionError, match="more than a network and a scheduler: vqvae"):
+        load_foreign("diffusers", tmp_path / "a")
+
+
 # ---------------------------------------------------------------------- the official checkpoint
 
 # TensorFlow reads and writes the official format; the fixture holds the official checkpoint's variables.
@@ -210,7 +520,7 @@ def test_a_checkpoint_without_averages_is_refused_by_default(tmp_path):
     tf.raw_ops.SaveV2(
         prefix=str(tmp_path / "x"), tensor_names=["model/conv_in/b"], shape_and_slices=[""], tensors=[tf.zeros([3])]
     )
-    with pytest.raises(ConversionError, match=r"no averaged weights.*--no_ema"):
+    with pytest.raises(ConversionError, match=r"no EMA weights.*--no_ema"):
         load_foreign("official_tf", tmp_path / "x", sample_size=8)
 
 
@@ -272,7 +582,7 @@ def test_a_damaged_training_checkpoint_does_not_go_back(tmp_path, small_pipeline
 def test_a_checkpoint_without_averages_does_not_go_back(tmp_path, small_pipeline):
     small_pipeline.save_pretrained(tmp_path / "run")
     checkpoint = save_checkpoint(tmp_path / "run", 3, {"model": small_pipeline.unet.state_dict()}, {})
-    with pytest.raises(ConversionError, match="no raw and averaged weights"):
+    with pytest.raises(ConversionError, match="no raw and EMA weights"):
         convert_to_official(checkpoint, tmp_path / "back")
 
 
@@ -501,3 +811,17 @@ def test_no_local_path_is_saved(tmp_path, small_pipeline):
     for file in (tmp_path / "b").rglob("*.json"):
         assert str(tmp_path) not in file.read_text(), file
         assert "_name_or_path" not in json.loads(file.read_text())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_not_converted(tmp_path, value):
+    state = foreign.make_pesser()
+    state["conv_in.bias"][0] = value
+    with pytest.raises(ConversionError, match=r"conv_in\.bias holds NaN or infinity"):
+        convert("pesser", saved(tmp_path, state), tmp_path / "out", sample_size=16)
+    unet = UNet2DModel(**{**SMALL_NETWORK, **OFFICIAL_NETWORK, "block_out_channels": (32, 32)})
+    with torch.no_grad():
+        unet.conv_in.bias[0] = value
+    with pytest.raises(ConversionError, match=r"conv_in\.bias hold NaN or infinity"):
+        to_official(unet)
+    assert not (tmp_path / "out").exists()

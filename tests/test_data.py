@@ -1,6 +1,9 @@
 """Datasets: where images come from, in memory, as needed and streamed, and what is refused."""
 
 import io
+import json
+import os
+import re
 import shutil
 import threading
 import tracemalloc
@@ -12,6 +15,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 from sklearn.datasets import load_digits as sklearn_digits
 
@@ -117,7 +121,10 @@ def test_no_labels_where_they_would_say_nothing(folder):
     assert load_folder(folder / "cat").labels is None  # no folders
     assert load_folder(folder / "cat").class_names is None
     write_png(folder / "outside.png", 5)
-    assert load_folder(folder).labels is None  # one image has no folder
+    said = []
+    assert load_folder(folder, report=said.append).labels is None
+    assert len(said) == 1
+    assert re.search(r"1 of 4 images in .* are in no folder \(outside.png\), so none of them has a class", said[0])
     write_png(folder.parent / "one" / "only" / "a.png", 5)
     assert load_folder(folder.parent / "one").labels is None  # a single class
 
@@ -127,6 +134,178 @@ def test_folders_named_like_splits_are_not_classes(tmp_path):
         write_png(tmp_path / split / "a.png", 0)
     with pytest.raises(ValueError, match=r"test, train in .* look like splits.*/train'"):
         load_folder(tmp_path)
+
+
+def test_classes_called_by_numbers_are_in_their_order(tmp_path):
+    for name in ("10", "3", "1", "2"):
+        write_png(tmp_path / name / "a.png", int(name))
+    data = load_folder(tmp_path, channels=1)
+    assert data.class_names == ["1", "2", "3", "10"]
+    assert {level: data.class_names[label] for level, label in zip(levels(data.images), data.labels, strict=True)} == {
+        1: "1",
+        2: "2",
+        3: "3",
+        10: "10",
+    }
+
+
+def test_folders_without_images_are_no_classes(folder):
+    (folder / "owl" / "deep").mkdir(parents=True)
+    said = []
+    assert load_folder(folder, report=said.append).class_names == ["cat", "dog"]
+    assert said == [f"no images are in owl in {str(folder)!r}, so these are no classes"]
+
+
+def test_links_are_followed(folder, tmp_path):
+    """As torchvision does: folders, files, and through links in linked folders."""
+    write_png(tmp_path / "far" / "e.PNG", 50)
+    write_png(tmp_path / "farther" / "f.png", 60)
+    write_png(tmp_path / "single.png", 25)
+    (folder / "eel").symlink_to(tmp_path / "far")
+    (tmp_path / "far" / "more").symlink_to("../farther")
+    (folder / "cat" / "c.png").symlink_to(tmp_path / "single.png")
+    data = load_folder(folder, channels=1)
+    assert levels(data.images) == [10, 20, 25, 30, 50, 60]
+    assert [data.class_names[label] for label in data.labels] == ["cat"] * 3 + ["dog"] + ["eel"] * 2
+    found = {path for path, _ in torchvision.datasets.ImageFolder(str(folder)).samples}
+    assert len(found) == 6 + 2  # what is hidden, too
+    (tmp_path / "a link").symlink_to(folder)
+    assert torch.equal(load_folder(tmp_path / "a link", channels=1).images, data.images)
+
+
+def test_links_that_lead_back_are_not_followed(folder):
+    (folder / "cat" / "up").symlink_to("..")
+    (folder / "outside").symlink_to("../..")
+    (folder / "cat" / "other").symlink_to("../dog")
+    (folder / "dog" / "other").symlink_to("../cat")
+    said = []
+    data = load_folder(folder, channels=1, report=said.append)
+    # cat: its own, and dog's through the link; dog: cat's, whose links lead back, and its own.
+    assert [
+        (data.class_names[label], level) for label, level in zip(data.labels, levels(data.images), strict=True)
+    ] == [
+        *[("cat", 10), ("cat", 20), ("cat", 30)],
+        *[("dog", 30), ("dog", 10), ("dog", 20)],
+    ]
+    assert len(said) == 1
+    assert said[0].startswith("5 link(s) in ")
+    assert "lead back to a folder above them, and were not followed: cat/other/other, cat/up, dog/" in said[0]
+
+
+def test_links_to_nothing_are_named(folder):
+    (folder / "cat" / "gone.png").symlink_to("nowhere.png")
+    (folder / "eel").symlink_to("/nowhere/eel")
+    (folder / "self").symlink_to("self")
+    with pytest.raises(
+        ValueError, match=r"3 link\(s\) in .* lead to nothing: cat/gone.png -> nowhere.png, eel -> /now"
+    ):
+        load_folder(folder)
+    said = []
+    data = load_folder(folder, channels=1, on_bad_image="skip", report=said.append)
+    assert levels(data.images) == [10, 20, 30]
+    assert data.class_names == ["cat", "dog"]
+    assert [line.split(":")[0] for line in said] == [
+        f"left out {folder / name}" for name in ("eel", "self", "cat/gone.png")
+    ]
+
+
+def test_hidden_images_and_unreadable_folders_are_named(folder, monkeypatch):
+    write_png(folder / "cat" / ".d.png", 40)
+    (folder / "cat" / "._b.jpg").write_bytes(b"what macOS writes beside a file")
+    said = []
+    load_folder(folder, report=said.append)
+    assert said == [f"1 hidden image(s) in {str(folder)!r} were left out: cat/.d.png"]
+    scandir = os.scandir
+
+    def closed(path):
+        if str(path).endswith("dog"):
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    with pytest.raises(ValueError, match=r"cannot list the image folder '.*dog': Permission denied"):
+        load_folder(folder)
+
+
+@pytest.fixture
+def shards_with_labels(tmp_path):
+    """As StyleGAN's and EDM's tools write them: the folders are parts, and the labels are in a file."""
+
+    def write(labels):
+        for i in range(4):
+            write_png(tmp_path / "edm" / f"{i // 2:05d}" / f"img{i:08d}.png", i)
+        (tmp_path / "edm" / "dataset.json").write_text(labels if isinstance(labels, str) else json.dumps(labels))
+        return tmp_path / "edm"
+
+    return write
+
+
+NAMES = [f"{i // 2:05d}/img{i:08d}.png" for i in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected", "names"),
+    [
+        ([[name, label] for name, label in zip(NAMES, [10, 9, 10, 0], strict=True)], [2, 1, 2, 0], ["0", "9", "10"]),
+        (dict(zip(NAMES, ["b", "a", "a", "b"], strict=True)), [1, 0, 0, 1], ["a", "b"]),
+        ([[name.replace("/", "\\"), 3] for name in NAMES], [0, 0, 0, 0], ["3"]),
+        (None, None, None),
+    ],
+    ids=["numbers", "names", "Windows", "none"],
+)
+def test_labels_of_stylegan_and_edm(shards_with_labels, labels, expected, names):
+    data = load_folder(shards_with_labels({"labels": labels}), channels=1)
+    assert levels(data.images) == [0, 1, 2, 3]
+    assert (None if data.labels is None else data.labels.tolist()) == expected
+    assert data.class_names == names
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([[name, [0.0, 1.0]] for name in NAMES], r"whole numbers or strings, and .* has \[0.0, 1.0\] for '00000/img0"),
+        ([[name, 1.0] for name in NAMES], "has 1.0 for"),
+        ([[name, True] for name in NAMES], "has True for"),
+        (
+            [*[[name, 1] for name in NAMES], ["00009/a.png", 1]],
+            r"labels of 1 file\(s\) that are not there: 00009/a.png;",
+        ),
+        ([[NAMES[0], 1], [NAMES[0], 2]], "has two labels for '00000/img00000000.png': 1 and 2"),
+        ([1, 2], "must be pairs of a file and its label, got 1"),
+        ("{", "cannot read the labels in '.*dataset.json': Expecting"),
+    ],
+)
+def test_labels_of_stylegan_that_are_refused(shards_with_labels, labels, message):
+    with pytest.raises(ValueError, match=message):
+        load_folder(shards_with_labels(labels if isinstance(labels, str) else {"labels": labels}))
+
+
+def test_labels_of_stylegan_that_do_not_fit_the_files(shards_with_labels):
+    said = []
+    folder = shards_with_labels({"labels": [[name, 1] for name in NAMES[:3]]})
+    assert load_folder(folder, report=said.append).labels is None
+    assert re.fullmatch(rf"1 of 4 images have no label in .* \({NAMES[3]}\), so none has one here", said[0])
+    said.clear()
+    folder = shards_with_labels({"labels": [[name, 1] for name in [*NAMES, "gone.png"]]})
+    assert load_folder(folder, on_bad_image="skip", report=said.append).labels.tolist() == [0] * 4
+    assert "left out: " in said[0]
+    assert "1 file(s) that are not there: gone.png" in said[0]
+    said.clear()
+    folder = shards_with_labels({"info": "of another kind"})
+    assert load_folder(folder, report=said.append).class_names == ["00000", "00001"]
+    assert "1 file(s)" in said[0]
+
+
+def test_columns_beside_images_are_pointed_to(folder):
+    (folder / "metadata.csv").write_text("file_name,label\ncat/a.png,x\n")
+    said = []
+    load_folder(folder, report=said.append)
+    table = load_images(dataset_name=str(folder), channels=1, report=said.append)  # lists one of the three images
+    assert table.class_names == ["x"]
+    assert said.pop() == f"2 of 3 images in {str(folder)!r} are not in metadata.csv: left out"
+    assert said == [
+        f"metadata.csv in {str(folder)!r} is not read; --dataset_name {str(folder)!r} takes images and columns from it"
+    ]
 
 
 def test_other_files_are_reported(folder):
@@ -189,7 +368,7 @@ def test_bad_files_are_replaced_where_they_are_found_late(folder):
 
 
 def test_mixed_sizes_need_a_resolution(folder):
-    write_png(folder / "odd.png", 0, (9, 8))
+    write_png(folder / "cat" / "odd.png", 0, (9, 8))
     with pytest.raises(ValueError, match=r"8x8.*8x9.*--resolution"):
         load_folder(folder)
     assert load_folder(folder, resolution=(8, 8)).images.shape == (4, 3, 8, 8)
@@ -410,6 +589,45 @@ AB = datasets.ClassLabel(names=["a", "b"])
 
 
 @pytest.mark.parametrize("given", ["dataset_name", "train_data_dir"])
+def test_what_save_to_disk_wrote_is_opened(tmp_path, given):
+    features = datasets.Features(image=datasets.Image(), label=AB)
+    table = datasets.Dataset.from_list(
+        [{"image": {"bytes": png_bytes(level), "path": None}, "label": level % 2} for level in range(4)], features
+    )
+    table.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict(train=table, test=table.select([1])).save_to_disk(tmp_path / "several")
+    datasets.DatasetDict(test=table.select([1]), dev=table).save_to_disk(tmp_path / "no train")
+    for name, expected in (("one", [0, 1, 2, 3]), ("several", [0, 1, 2, 3]), ("no train/test", [1])):
+        data = load_images(**{given: str(tmp_path / name)}, channels=1)
+        assert levels(data.images) == expected
+        assert [data.class_names[label] for label in data.labels] == ["ab"[level % 2] for level in expected]
+        streamed = load_images(**{given: str(tmp_path / name)}, channels=1, resolution=(8, 8), streaming=True)
+        assert levels(streamed.take(9).images) == expected
+        assert sorted(levels(streamed.batch_at(0, range(len(expected)), len(expected), 0)[0])) == expected
+    with pytest.raises(
+        ValueError, match=r"unknown split 'train' of '.*no train'; it has .*; name the folder of one, such"
+    ):
+        load_images(**{given: str(tmp_path / "no train")})
+
+
+def test_what_datasets_would_leave_out_of_a_folder_is_refused(tmp_path):
+    write_parquet(tmp_path / "far", [png_bytes(1)])
+    write_parquet(tmp_path / "near", [png_bytes(2)])
+    (tmp_path / "near" / "more").symlink_to("../far")
+    for given in ("dataset_name", "train_data_dir"):
+        with pytest.raises(ValueError, match=r"holds 1 link\(s\) to folders, which datasets would leave out: more; "):
+            load_images(**{given: str(tmp_path / "near")})
+    (tmp_path / "near" / "more").unlink()
+    (tmp_path / "near" / "gone.parquet").symlink_to("nowhere")
+    with pytest.raises(ValueError, match=r"1 link\(s\) to nothing, .*: gone.parquet; fix or remove"):
+        load_images(dataset_name=str(tmp_path / "near"))
+    (tmp_path / "near" / "gone.parquet").unlink()
+    shutil.copy(next((tmp_path / "far").glob("*.parquet")), tmp_path / "near" / "B.PARQUET")
+    with pytest.raises(ValueError, match=r"1 file\(s\) with an ending in capitals, .*: B.PARQUET; rename"):
+        load_images(train_data_dir=str(tmp_path / "near"))
+
+
+@pytest.mark.parametrize("given", ["dataset_name", "train_data_dir"])
 def test_parquet_through_datasets_keeps_16_bits_and_labels(tmp_path, given):
     deep = io.BytesIO()
     Image.fromarray(np.full((8, 8), 257 * 100, dtype=np.uint16)).save(deep, format="PNG")
@@ -534,7 +752,7 @@ def test_dataset_without_images_or_that_does_not_exist(tmp_path):
     (tmp_path / "set").mkdir()
     datasets.Dataset.from_dict({"x": [1]}).to_parquet(tmp_path / "set" / "train.parquet")
     for streaming in (False, True):
-        with pytest.raises(ValueError, match="no image column; its columns are x"):
+        with pytest.raises(ValueError, match=r"no column of .* holds images; its columns are x"):
             load_images(dataset_name=str(tmp_path / "set"), cache_dir=str(tmp_path / "cache"), streaming=streaming)
         with pytest.raises(ValueError, match="cannot load the dataset"):
             load_images(dataset_name=str(tmp_path / "nowhere"), streaming=streaming)
@@ -806,3 +1024,12 @@ def test_labels_that_only_some_array_files_have(tmp_path):
     assert data.labels is None
     assert len(said) == 1
     assert "1 of 2 array files" in said[0]
+
+
+def test_labels_in_array_files_are_not_replaced_by_their_folders(tmp_path):
+    for part, labels in (("part0", [7, 5]), ("part1", [5, 10])):
+        (tmp_path / "set" / part).mkdir(parents=True)
+        images = np.full((2, 4, 4, 3), labels[0], np.uint8)
+        np.savez(tmp_path / "set" / part / "a.npz", images=images, labels=np.array(labels))
+    data = load_folder(tmp_path / "set")
+    assert [data.class_names[label] for label in data.labels] == ["7", "5", "5", "10"]

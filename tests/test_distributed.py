@@ -67,12 +67,7 @@ def test_sharded_weights_are_saved_whole_and_resume_to_the_same_bits(tmp_path):
     assert "started at update 0" in run_sharded(tmp_path / "whole")
     shutil.copytree(tmp_path / "whole" / "checkpoint-3", tmp_path / "resumed" / "checkpoint-3")
     assert "started at update 3" in run_sharded(tmp_path / "resumed")
-    for part in ("model", "ema", "optimizer"):
-        whole, resumed = (
-            load_file(tmp_path / run / "checkpoint-6" / f"{part}.safetensors") for run in ("whole", "resumed")
-        )
-        assert whole.keys() == resumed.keys()
-        assert all(torch.equal(whole[name], resumed[name]) for name in whole), part
+    assert same_end(tmp_path / "whole", tmp_path / "resumed")
     # And what was saved are whole tensors, the same as of a run without shards.
     plain = launch(tmp_path / "plain", 1, max_train_steps=6, lr_scheduler="cosine")
     pipe = DDPMPipeline.from_pretrained(tmp_path / "whole")
@@ -80,10 +75,30 @@ def test_sharded_weights_are_saved_whole_and_resume_to_the_same_bits(tmp_path):
     assert np.abs(weights.detach().numpy() - np.array(plain["weights"])).max() < 1e-4
 
 
+def test_three_processes_resume_to_the_same_bits(tmp_path):
+    """The sum of three depends on its order, so on the buckets that DDP makes after its first backward pass."""
+    torchrun(3, "driver_resumed.py", tmp_path)
+    assert same_end(tmp_path / "whole", tmp_path / "resumed")
+    assert not same_end(tmp_path / "whole", tmp_path / "unsettled")
+
+
+def same_end(one: Path, other: Path) -> bool:
+    """Whether every tensor of two runs' last checkpoints is the same."""
+    for part in ("model", "ema", "optimizer"):
+        a, b = (load_file(run / "checkpoint-6" / f"{part}.safetensors") for run in (one, other))
+        if a.keys() != b.keys() or not all(torch.equal(a[name], b[name]) for name in a):
+            return False
+    return True
+
+
 def run_sharded(output_dir: Path) -> str:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_addr", "127.0.0.1"]
-    driver = [str(DRIVER.with_name("driver_sharded.py")), str(output_dir)]
-    command = [*torchrun, "--master_port", str(free_port()), *driver]
+    return torchrun(2, "driver_sharded.py", output_dir)
+
+
+def torchrun(processes: int, driver: str, folder: Path) -> str:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+    launcher += ["--master_addr", "127.0.0.1"]
+    command = [*launcher, "--master_port", str(free_port()), str(DRIVER.with_name(driver)), str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=DRIVER.parent.parent)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
@@ -99,14 +114,20 @@ FLAGS = {**SETTINGS, "max_train_steps": 4, "checkpointing_steps": 2}
 
 
 def two_machines(*flags: list[str]) -> list[tuple[int, str]]:
-    """Exit codes and outputs of two processes of one run, each with its own flags, without a launcher over them."""
+    """Exit codes and outputs of two processes of one run, each with its own flags."""
+    driver = [str(DRIVER.with_name("driver_folders.py"))]
+    driver += [text for name, value in FLAGS.items() for text in (f"--{name}", str(value))]
+    return two_processes([*driver, *flags[0]], [*driver, *flags[1]])
+
+
+def two_processes(*commands: list[str]) -> list[tuple[int, str]]:
+    """Exit codes and outputs of two Python processes that belong together, without a launcher over them."""
     port = str(free_port())
     both = []
     for rank in range(2):
         place = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
         place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        command = [sys.executable, str(DRIVER.with_name("driver_folders.py"))]
-        command += [text for name, value in FLAGS.items() for text in (f"--{name}", str(value))] + flags[rank]
+        command = [sys.executable, *commands[rank]]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         both.append(subprocess.Popen(command, env={**os.environ, **place}, cwd=DRIVER.parent.parent, **pipes))
     try:
@@ -139,6 +160,39 @@ def test_what_fails_on_one_machine_ends_all_with_its_sentence(tmp_path):
     assert re.search("error: process 1 failed: .*not-here", said_by_first)
     assert re.search("error: .*not-here", said_by_second)
     assert "Traceback" not in said_by_first + said_by_second
+
+
+def test_a_figure_is_drawn_by_one_process_which_waits_for_no_other(tmp_path, small_pipeline, monkeypatch):
+    """And which chooses by itself how to compute the network, as the others have ended."""
+    small_pipeline.save_pretrained(tmp_path / "model")
+    monkeypatch.setenv("DDPM_HF_CACHE", str(tmp_path / "cache"))  # where no choice is kept yet
+    command = ["-m", "ddpm_hf.cli", "sample", "--model", str(tmp_path / "model"), "--output", str(tmp_path / "f.png")]
+    command += ["--figure", "progressive", "--seeds", "0,1", "--num_inference_steps", "4", "--optimize", "yes"]
+    (first, drawn), (second, _) = two_processes(command, command)
+    assert (first, second) == (0, 0), drawn
+    assert "network: fp32" in drawn
+    assert (tmp_path / "f.png").is_file()
+    assert len(json.loads((tmp_path / "cache" / "executions.json").read_text())) == 1
+
+
+def test_processes_wait_longer_than_a_collective_and_what_fails_on_one_fails_on_all(tmp_path):
+    driver = [str(DRIVER.with_name("driver_waiting.py")), str(tmp_path)]
+    ends = two_processes(driver, driver)
+    assert [code for code, _ in ends] == [0, 0], ends
+    first, second = (json.loads(next(line for line in out.splitlines() if line[:1] == "{")) for _, out in ends)
+    assert first["waited"] == second["waited"] == ["first", "second"]
+    assert first["a mistake"] == ["UserError", True, "give another folder"]
+    assert second["a mistake"] == ["UserError", True, "process 0 failed: give another folder"]
+    assert (first["a disk"][0], second["a disk"][:2]) == ("OSError", ["UserError", True])
+    assert (first["a fault"][0], second["a fault"][:2]) == ("ValueError", ["RuntimeError", False])
+    assert second["a fault"][2] == "process 0 failed: 5 is not in list"
+    for what, words in {"samples": "No space left", "features": "Inception weights are not on this machine"}.items():
+        assert first[what][:2] == ["UserError", True]
+        assert "process 1 failed" in first[what][2]
+        assert words in first[what][2]
+        assert words in second[what][2]
+    # One warning for each damaged checkpoint, not one from each process.
+    assert [out.count("warning:") for _, out in ends] == [2, 0]
 
 
 CONFIGURATIONS = {  # name: machines, processes on this one, precision

@@ -297,3 +297,32 @@ def test_comparing_takes_two_reports(tmp_path, capsys):
 def test_flags_of_a_figures_images_need_a_figure(tmp_path, capsys):
     assert cli.main(["sample", *MODEL, "--background", "black", "--output", str(tmp_path / "x.png")]) == 2
     assert "--background goes with --figure interpolation" in capsys.readouterr().err
+
+
+def test_a_model_with_a_weight_that_is_nan_gives_one_sentence_and_nothing_else(tmp_path, capsys):
+    pipe = DDPMPipeline(make_small_unet(), DDPMScheduler(num_train_timesteps=10))
+    with torch.no_grad():
+        pipe.unet.conv_in.weight[0, 0, 0, 0] = float("nan")
+    pipe.save_pretrained(tmp_path / "model")
+    before = sorted(tmp_path.rglob("*"))
+    out = str(tmp_path / "out")
+    for command in (
+        ["sample", "--output", out],
+        ["sample", "--output", f"{out}.png"],
+        ["sample", "--output", f"{out}.png", "--figure", "progressive"],
+        ["evaluate", "--dataset", "digits", "--num_images", "2", "--num_evaluations", "2", "--output", out],
+        ["optimal_variance", "--dataset", "digits", "--num_images", "2"],
+    ):
+        assert cli.main([*command, "--model", str(tmp_path / "model")]) == 2
+        printed, error = capsys.readouterr()
+        assert "wrote" not in printed
+        assert "the network's weights conv_in.weight hold NaN or infinity" in error.splitlines()[-1]
+        assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_one_image_has_bits_and_no_error(tmp_path, capsys):
+    DDPMPipeline(make_small_unet(), DDPMScheduler(num_train_timesteps=10)).save_pretrained(tmp_path / "model")
+    command = ["evaluate", "--model", str(tmp_path / "model"), "--dataset", "digits", "--num_images", "1"]
+    assert cli.main([*command, "--output", str(tmp_path / "report.json")]) == 0
+    assert "nan" not in capsys.readouterr().out
+    assert json.loads((tmp_path / "report.json").read_text())["values"]["bits_per_dim"]["standard_error"] is None

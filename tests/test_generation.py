@@ -8,13 +8,15 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import FIXTURES, make_small_unet
+from conftest import FIXTURES, SMALL_NETWORK, make_small_unet
+from diffusers.models.unets.unet_2d import UNet2DOutput
 from oracles import GaussianData
 from PIL import Image
 
 import ddpm_hf.generation as generation
-from ddpm_hf import DDPMPipeline, DDPMScheduler
+from ddpm_hf import DDPMPipeline, DDPMScheduler, UNet2DModel
 from ddpm_hf.data import load_digits
+from ddpm_hf.errors import NotFiniteError, UserError
 from ddpm_hf.generation import class_sequence, generate, parse_seeds, with_sampler, write_samples
 
 
@@ -325,3 +327,37 @@ def test_the_pipeline_keeps_its_progress_bar(small_pipeline):
     small_pipeline.set_progress_bar_config(desc="mine")
     list(generate(small_pipeline, [0], num_inference_steps=5))
     assert small_pipeline._progress_bar_config == {"desc": "mine"}
+
+
+class FailsLater(UNet2DModel):
+    """A network that is right for so many images, and NaN for the next ones."""
+
+    good = 0
+
+    def forward(self, sample, timestep, class_labels=None, return_dict=True):
+        value = float("nan") if self.good < 0 else 0.1
+        if int(timestep) == 0:
+            self.good -= len(sample)
+        return UNet2DOutput(sample=torch.full_like(sample, value))
+
+
+@pytest.mark.parametrize("name", ["out", "out.npz", "out.png"])
+def test_images_that_are_not_finite_are_not_written_and_the_good_ones_before_stay(tmp_path, name):
+    pipe = DDPMPipeline(FailsLater(**SMALL_NETWORK), DDPMScheduler(num_train_timesteps=2))
+    output = tmp_path / name
+    pipe.unet.good = -1
+    with pytest.raises(NotFiniteError, match="the images are not finite"):
+        write_samples(pipe, [0, 1, 2, 3], output, batch_size=2)
+    assert list(tmp_path.iterdir()) == []
+    pipe.unet.good = 1  # the first batch of two, and no more
+    with pytest.raises(NotFiniteError):
+        write_samples(pipe, [0, 1, 2, 3], output, batch_size=2)
+    assert not output.is_file()
+    pipe.unet.good = 100
+    assert write_samples(pipe, [0, 1, 2, 3], output, batch_size=2) == 2
+
+
+def test_a_strength_that_is_no_number(small_pipeline):
+    image = torch.zeros(1, 1, 8, 8, dtype=torch.uint8)
+    with pytest.raises(UserError, match="strength must be between 0 and 1, got nan"):
+        list(generate(small_pipeline, [0], image=image, strength=float("nan")))

@@ -18,7 +18,7 @@ from datasets import Dataset
 from diffusers import DDPMPipeline as StockDDPMPipeline
 from diffusers import UNet2DModel as StockUNet2DModel
 from hub.server import Fault, HubServer
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, constants
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -26,8 +26,8 @@ from safetensors.torch import load_file, save_file
 from ddpm_hf import DDPMPipeline, EvaluationReport, cli
 from ddpm_hf.checkpointing import remove_leftovers
 from ddpm_hf.hub import Push
-from ddpm_hf.hub_files import make_snapshot, published_files, take_report, write_card, write_pipeline
-from ddpm_hf.model_card import CardFacts
+from ddpm_hf.hub_files import check_opens, make_snapshot, published_files, take_report, write_card, write_pipeline
+from ddpm_hf.model_card import CardFacts, public_name
 
 TOKEN = "hf_test_token"
 MODEL = FIXTURES / "digits_model"
@@ -63,9 +63,9 @@ def environment(hub: HubServer, home: Path, token: str | None = TOKEN) -> dict[s
     return {**os.environ, **hub.environment(home, token), "OMP_NUM_THREADS": "1"}
 
 
-def push_all(hub: HubServer, home: Path, *jobs: dict, token: str | None = TOKEN) -> list[dict]:
+def push_all(hub: HubServer, home: Path, *jobs: dict, token: str | None = TOKEN, opening: bool = False) -> list[dict]:
     """Several pushes at once, in one process of their own."""
-    command = [sys.executable, str(DRIVERS / "driver_push.py")]
+    command = [sys.executable, str(DRIVERS / "driver_push.py"), *["open"] * opening]
     env = environment(hub, home, token)
     done = subprocess.run(command, input=json.dumps(jobs), capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
@@ -294,6 +294,99 @@ def test_mistakes_before_anything_is_sent(tmp_path, run_folder, capsys, monkeypa
         assert words in err
 
 
+# ------------------------------------------------------------------------- what opens
+
+
+def broken(folder: Path, how: str) -> str:
+    """Break a model's folder in one of the ways that copying and saving have; what is said of it."""
+    unet = folder / "unet"
+    weights, config = unet / "diffusion_pytorch_model.safetensors", unet / "config.json"
+    pipe = StockDDPMPipeline.from_pretrained(folder)
+    if how in ("variant", "sharded variant"):
+        weights.unlink()
+        pipe.save_pretrained(folder, variant="fp16", max_shard_size="1MB" if "sharded" in how else "1GB")
+        return (
+            r"holds the variant 'fp16' of the weights only.*from_pretrained\('.*', variant='fp16'\)\.save_pretrained"
+        )
+    if how == "pickle":
+        weights.unlink()
+        pipe.save_pretrained(folder, safe_serialization=False)
+        return "no safetensors weights"
+    if how == "missing shard":
+        weights.unlink()
+        pipe.save_pretrained(folder, max_shard_size="1MB")
+        next(unet.glob("*-00002-of-*")).unlink()
+        return "from_pretrained does not open"
+    if how == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-1000])
+        return "from_pretrained does not open"
+    if how == "not a number":
+        tensors = load_file(weights)
+        tensors["conv_in.weight"][0, 0, 0, 0] = float("nan")
+        save_file(tensors, weights, metadata={"format": "pt"})
+        return "weights conv_in.weight hold NaN"
+    if how == "weight missing":
+        tensors = load_file(weights)
+        del tensors["conv_in.bias"]
+        save_file(tensors, weights, metadata={"format": "pt"})
+        return "do not fit its config.json: they have no conv_in.bias"
+    values = json.loads(config.read_text())
+    if how == "another network":
+        config.write_text(
+            json.dumps(values | {"block_out_channels": [value * 2 for value in values["block_out_channels"]]})
+        )
+        return "from_pretrained does not open"
+    assert how == "a part of the network"
+    config.write_text(json.dumps(values | {"layers_per_block": values["layers_per_block"] - 1}))
+    return "remove the files that belong to another model|do not fit"
+
+
+WAYS_TO_BREAK = (
+    "variant",
+    "sharded variant",
+    "pickle",
+    "missing shard",
+    "truncated",
+    "not a number",
+    "weight missing",
+    "another network",
+    "a part of the network",
+)
+
+
+@pytest.mark.parametrize("how", WAYS_TO_BREAK)
+def test_what_does_not_open_is_not_published(tmp_path, capfd, monkeypatch, how):
+    folder = tmp_path / "model"
+    shutil.copytree(MODEL, folder)
+    words = broken(folder, how)
+    before = tree(folder)
+    job = Push(str(folder), "org/m", token=TOKEN)  # offline, but this is looked at before anything is sent
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with pytest.raises((ValueError, OSError), match=words):
+        job.run()
+    assert cli.main(["space", str(folder), "--output", str(tmp_path / "space")]) == 2
+    error = capfd.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ")
+    assert ".push-" not in error
+    assert not (tmp_path / "space").exists()
+    assert tree(folder) == before
+
+
+@pytest.mark.parametrize("options", [{"max_shard_size": "1MB"}, {"variant": "fp16"}])
+def test_shards_and_variants_beside_the_whole_open_as_they_were(tmp_path, options):
+    folder, stock = tmp_path / "model", StockDDPMPipeline.from_pretrained(MODEL)
+    if "variant" in options:
+        shutil.copytree(MODEL, folder)
+        options = options | {"max_shard_size": "1MB"}
+    stock.save_pretrained(folder, **options)
+    staging = make_snapshot(folder)
+    check_opens(staging, folder)
+    for package in (StockDDPMPipeline, DDPMPipeline):
+        for variant in {None, options.get("variant")}:
+            opened = package.from_pretrained(staging, variant=variant).unet.state_dict()
+            assert all(torch.equal(opened[name], value) for name, value in stock.unet.state_dict().items())
+
+
 # ------------------------------------------------------------------------- pushes
 
 
@@ -369,7 +462,7 @@ def test_pushes_recover_from_every_fault_with_equal_weights(hub, tmp_path):
         folder = tmp_path / name
         hub.faults.append(fault(large_model(folder) if name == "large" else variant(folder, number)))
         jobs.append({"folder": str(folder), "repo_id": f"org/{name}", "timeout": 1.0 if "slow" in name else 10.0})
-    results = push_all(hub, tmp_path / "home", *jobs)
+    results = push_all(hub, tmp_path / "home", *jobs, opening=True)
     assert [result for result in results if "error" in result] == []
     assert [fault for fault in hub.faults if fault.happened != fault.times] == []
     for name in faults:
@@ -497,6 +590,100 @@ def test_an_edit_on_the_hub_during_a_push_is_not_lost(hub, run_folder, tmp_path)
     assert [commit["summary"] for commit in hub.commits("models", "org/m")][-2:] == ["edit", "Upload a DDPM"]
     assert "# Renamed" in hub.read("models", "org/m", "README.md").decode()
     assert hub.read("models", "org/m", "samples.png") == b"another picture"
+
+
+def push_objects(hub: HubServer, home: Path, *jobs: dict) -> list[dict]:
+    """Pushes of pipelines and their parts from Python, in one process of their own."""
+    command = [sys.executable, str(DRIVERS / "driver_objects.py")]
+    jobs = [{"model": str(MODEL), **job} for job in jobs]
+    env = environment(hub, home)
+    done = subprocess.run(command, input=json.dumps(jobs), capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_what_python_pushes_is_private_unless_asked_and_has_our_card(hub, tmp_path):
+    for name in ("public", "public-unet", "public-scheduler", "careful", "careful-unet", "careful-scheduler"):
+        hub.create("models", f"org/{name}", private=False)
+    hub.create("models", "org/proposed", private=True)
+    folder = str(tmp_path / "saved")
+    saving = {"method": "save_pretrained", "arguments": [folder], "push_to_hub": True}
+    config = {"what": "unet", "method": "save_config", "arguments": [folder], "push_to_hub": True}
+    results = push_objects(
+        hub,
+        tmp_path / "home",
+        {"arguments": ["org/pipe"], "commit_message": "Mine", "token": TOKEN},
+        {"arguments": ["org/open"], "private": False},
+        {"arguments": ["org/public"], "private": False},
+        {"arguments": ["org/proposed"], "create_pr": True},
+        {**saving, "repo_id": "org/saved"},
+        saving,
+        {"what": "unet", "arguments": ["org/unet"]},
+        {"what": "scheduler", "arguments": ["org/scheduler"]},
+        {"what": "unet", **saving, "repo_id": "org/saved-unet"},
+        {"what": "scheduler", **saving, "repo_id": "org/saved-scheduler"},
+        {**config, "repo_id": "org/config"},
+        {"what": "unet", "arguments": ["org/public-unet"], "private": False},
+        {"arguments": ["org/careful"]},
+        {**saving, "repo_id": "org/careful"},
+        {"what": "unet", "arguments": ["org/careful-unet"]},
+        {"what": "unet", **saving, "repo_id": "org/careful-unet"},
+        {"what": "scheduler", "arguments": ["org/careful-scheduler"]},
+        {"arguments": ["org/pickle"], "safe_serialization": False},
+        {"what": "unet", "arguments": ["org/pickle"], "safe_serialization": False},
+        {"arguments": ["org/variant"], "variant": "fp16"},
+    )
+    errors = [result["error"] for result in results if "error" in result]
+    assert [result for result in results[:12] if "error" in result] == []
+    assert [" is public; " in error for error in errors] == [True] * 5 + [False] * 3
+    assert all("private=False" in error for error in errors[:5])
+    assert ["pickle" in error for error in errors[5:]] == [True, True, False]
+    assert "does not open with from_pretrained" in errors[-1]
+    private = ("pipe", "saved", "unet", "scheduler", "saved-unet", "saved-scheduler", "config")
+    assert all(hub.info("models", f"org/{name}")["private"] for name in private)
+    assert hub.info("models", "tester/saved")["private"]
+    assert not hub.info("models", "org/open")["private"]
+    for name in ("careful", "careful-unet", "careful-scheduler", "proposed"):
+        assert set(hub.files("models", f"org/{name}")) == {".gitattributes"}
+    assert not any((hub.root / "models" / "org" / name).exists() for name in ("pickle", "variant"))
+    assert results[3]["url"] == f"{hub.url}/org/proposed/discussions/1"
+    assert hub.commits("models", "org/pipe")[-1]["summary"] == "Mine"
+    for name in ("org/pipe", "org/saved", "org/open", "tester/saved"):
+        card = hub.read("models", name, "README.md").decode()
+        assert card.count(f'from_pretrained("{name}")') == 2
+    jobs = [{"name": name, "token": TOKEN} for name in ("org/pipe", "org/saved", "org/public")]
+    for package in ("ddpm_hf", "diffusers"):
+        loaded = load_all(hub, tmp_path / package, package, *jobs)
+        assert [result.get("weights") for result in loaded] == [weights_hash(MODEL)] * 3
+
+
+def test_a_relative_path_of_images_is_no_name_on_the_hub_wherever_it_is_pushed_from(hub, tmp_path, monkeypatch):
+    """Recorded where the images are; published from elsewhere."""
+    pictures = np.random.default_rng(0).integers(0, 256, (16, 8, 8), dtype=np.uint8)
+    work = tmp_path / "work"
+    (work / "data" / "org").mkdir(parents=True)
+    Dataset.from_dict({"image": [Image.fromarray(picture) for picture in pictures]}).to_parquet(
+        work / "data" / "org" / "train.parquet"
+    )
+    shutil.copytree(MODEL, work / "runs" / "mine")
+    evaluate = "evaluate --model runs/mine --dataset_name data/org --num_images 2 --num_evaluations 2 --split train"
+    recipe = "train --preset digits --dataset_name data/org --max_train_steps 1 --total_batch_size 4 --output_dir made"
+    recipe += " --num_sample_images 1 --ddpm_num_inference_steps 1 --validation_split 0.25 --eval_num_images 2"
+    monkeypatch.chdir(work)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    assert cli.main([*evaluate.split(), "--output", "runs/mine/evaluation.json"]) == 0
+    assert cli.main([*recipe.split(), "--eval_num_evaluations", "2", "--cache_dir", str(tmp_path / "cache")]) == 0
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "hub-name" / "pets").mkdir(parents=True)  # what exists here says nothing of what was meant there
+    for name in ("runs/mine", "made"):
+        staging = make_snapshot(work / name)
+        push_all(hub, tmp_path / "home", {"folder": str(work / name), "repo_id": f"org/{Path(name).name}"})
+        published = tree(staging) | {"README.md": hub.read("models", f"org/{Path(name).name}", "README.md")}
+        assert not [file for file, data in published.items() if b"data/org" in data or b"runs/mine" in data], name
+        report = json.loads(published["evaluation.json"])
+        assert report["dataset"] == "org"
+        assert ModelCard(published["README.md"].decode()).data.datasets is None
+    assert public_name("hub-name/pets") == "hub-name/pets"
 
 
 # ------------------------------------------------------------------------- loads

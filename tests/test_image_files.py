@@ -2,14 +2,19 @@
 
 import io
 import struct
+import threading
 import warnings
 import zipfile
 import zlib
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote
 
+import datasets
 import numpy as np
 import pytest
 from PIL import Image
 
+from ddpm_hf.data import load_images
 from ddpm_hf.image_files import (
     ImageFormat,
     crop_box,
@@ -404,6 +409,75 @@ def test_an_image_at_a_url(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.utils.file_utils.xopen", away)
     with pytest.raises(ConnectionError, match=r"cannot read zip://in/a\.png::.*: Server Disconnected"):
         read_image(url, ImageFormat())  # no image is bad because of that, and none is to be skipped
+
+
+@pytest.fixture
+def web(monkeypatch):
+    """A server on this machine, and what it answers: by path, a status and a body."""
+    answers = {"/a b.png": (200, PNG), "/gone.png": (404, b""), "/mine.png": (403, b""), "/busy.png": (503, b"")}
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            if self.path == "/short.png":
+                answer, length = (200, PNG[:20]), len(PNG)
+            elif self.path == "/slow.png":
+                closing.wait(30)
+                return
+            else:
+                answer = answers[unquote(self.path)]
+                length = len(answer[1])
+            self.send_response(answer[0])
+            self.send_header("Content-Length", str(length))
+            self.end_headers()
+            self.wfile.write(answer[1])
+
+        def log_message(self, *_):
+            pass
+
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.setenv(name, "127.0.0.1")
+    monkeypatch.setattr("ddpm_hf.image_files._SECONDS_FOR_A_URL", 0.3)
+    closing = threading.Event()
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        closing.set()
+        server.shutdown()
+        thread.join()
+
+
+def test_an_image_on_the_web(web):
+    """No package but those that this one requires reads it."""
+    assert read_bytes(f"{web}/a b.png") == read_bytes(f"{web}/a%20b.png") == PNG
+    for name, message in (("gone", "there is no {}"), ("mine", "cannot read {}: the server answers 403 Forbidden")):
+        with pytest.raises(ValueError, match=message.format(f"{web}/{name}.png")):
+            read_image(f"{web}/{name}.png", ImageFormat())
+    for name, message in (("busy", "the server answers 503"), ("short", "IncompleteRead"), ("slow", "timed out")):
+        with pytest.raises(ConnectionError, match=f"cannot read {web}/{name}.png: {message}"):
+            read_image(f"{web}/{name}.png", ImageFormat())
+    with pytest.raises(ConnectionError, match=r"cannot read http://127\.0\.0\.1:1/a\.png: .*refused"):
+        read_image("http://127.0.0.1:1/a.png", ImageFormat())
+
+
+def test_tables_of_web_addresses(web, tmp_path):
+    urls = {"url": [f"{web}/a b.png", f"{web}/gone.png"]}
+    datasets.Dataset.from_dict(urls).to_parquet(tmp_path / "text.parquet")
+    image = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
+    rows = {"url": [{"bytes": None, "path": url} for url in urls["url"]]}
+    datasets.Dataset.from_dict(rows, datasets.Features(url=image)).to_parquet(tmp_path / "images.parquet")
+    expected = read_image(PNG, ImageFormat(resolution=(4, 4)))
+    for name in ("text", "images"):
+        options = {"train_data_dir": str(tmp_path / f"{name}.parquet"), "image_column": "url", "resolution": (4, 4)}
+        options["cache_dir"] = str(tmp_path / "cache")
+        with pytest.raises(ValueError, match=f"cannot read 1 of 2 images: image 1 of .*there is no {web}/gone.png"):
+            load_images(**options)
+        said = []
+        data = load_images(**options, on_bad_image="skip", report=said.append)
+        assert np.array_equal(data.images[0].numpy(), expected)
+        assert len(data) == len(said) == 1
+        stream = load_images(**options, streaming=True, on_bad_image="skip", report=said.append)
+        assert np.array_equal(stream.take(5).images[0].numpy(), expected)
 
 
 def test_no_file_stays_open(tmp_path):

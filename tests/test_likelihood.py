@@ -24,6 +24,7 @@ from oracles import (
 from scipy import special
 
 from ddpm_hf import DDPMScheduler, bits_per_dim, stratified_bits_per_dim
+from ddpm_hf.errors import NotFiniteError
 from ddpm_hf.likelihood import LikelihoodEstimate, LikelihoodResult, prior_bpd, timestep_strata, vb_terms_bpd
 
 LEVELS = torch.from_numpy(GREY_LEVELS).float()
@@ -130,7 +131,7 @@ def test_wrong_variants_fail_the_official_bound(wrong):
 def test_terms_of_gaussian_data_are_the_closed_form(variance_type, t):
     """E L_{t-1} for the best prediction, over many pixels of x_0 ~ N(0.3, 0.5^2)."""
     scheduler = DDPMScheduler(variance_type=variance_type)
-    betas = scheduler.betas.numpy()
+    betas = scheduler._betas
     data = GaussianData(0.3, 0.5, betas)
     g = torch.Generator().manual_seed(t)
     n = 4000
@@ -148,7 +149,7 @@ def test_the_prior_of_gaussian_data_is_the_closed_form():
     g = torch.Generator().manual_seed(0)
     x_0 = 0.3 + 0.5 * torch.randn(4000, 1, 5, 5, generator=g, dtype=torch.float64)
     prior = prior_bpd(scheduler, x_0)
-    expected = GaussianData(0.3, 0.5, scheduler.betas.numpy()).prior_kl() / math.log(2)
+    expected = GaussianData(0.3, 0.5, scheduler._betas).prior_kl() / math.log(2)
     assert expected == pytest.approx(1e-5, rel=0.1)  # Section 4: "L_T = D_KL(q(x_T|x_0) || N(0, I)) ~ 1e-5 bits/dim"
     assert abs(prior.mean().item() - expected) < 4 * prior.std().item() / 4000**0.5
 
@@ -211,7 +212,7 @@ class DiscretisedGaussian:
 def test_bits_per_dim_of_gaussian_data_is_the_closed_form(variance_type):
     """The paper's whole process, T = 1000, with the best predictor: every term, the sum, and the entropy below it."""
     scheduler = DDPMScheduler(variance_type=variance_type)
-    data = DiscretisedGaussian(0.1, 0.3, scheduler.betas.numpy(), large=variance_type == "fixed_large")
+    data = DiscretisedGaussian(0.1, 0.3, scheduler._betas, large=variance_type == "fixed_large")
     x_0, expected = data.sample(32)
     unet = Predicts(data.process.alpha_bar, data.process.expected_x_0)
     result = bits_per_dim(unet, scheduler, x_0, clip_denoised=False)
@@ -411,7 +412,7 @@ def test_a_biased_estimator_fails_the_toy(toy):
 def test_the_paper_scale_estimate_agrees_within_its_own_error_bars():
     """T = 1000 and 50 evaluations instead of 1000, against the closed form."""
     scheduler = DDPMScheduler(variance_type="fixed_large")
-    data = DiscretisedGaussian(0.1, 0.3, scheduler.betas.numpy(), large=True)
+    data = DiscretisedGaussian(0.1, 0.3, scheduler._betas, large=True)
     x_0, expected = data.sample(200)
     unet = Predicts(data.process.alpha_bar, data.process.expected_x_0)
     estimate = stratified_bits_per_dim(unet, scheduler, x_0, num_evaluations=50, clip_denoised=False)
@@ -498,3 +499,18 @@ def test_a_bad_number_of_evaluations(toy, num_evaluations):
 def test_a_bad_number_of_strata(count):
     with pytest.raises(ValueError, match=rf"between 1 and T=20, got {count}"):
         timestep_strata(20, count)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_bits_per_dim_of_a_network_that_fails_at_one_timestep_are_none(value):
+    """An infinite output would be clipped, and counted as a bad guess."""
+
+    def network(x_t, t, **_):
+        at_7 = (torch.as_tensor(t).reshape(-1, 1, 1, 1) == 7).expand_as(x_t)
+        return UNet2DOutput(sample=torch.where(at_7, value, 0.0))
+
+    scheduler, x_0 = DDPMScheduler(num_train_timesteps=20), torch.zeros(2, 1, 4, 4)
+    with pytest.raises(NotFiniteError, match=r"the bound's term at t=7 is not finite"):
+        bits_per_dim(network, scheduler, x_0)
+    with pytest.raises(NotFiniteError, match=r"the bound's term at t=7 is not finite"):
+        stratified_bits_per_dim(network, scheduler, x_0, num_evaluations=40)

@@ -1,5 +1,6 @@
 """What is set on the machine, seen from outside: by page faults, by PyTorch's own switches."""
 
+import os
 import resource
 import subprocess
 import sys
@@ -7,7 +8,8 @@ import sys
 import pytest
 import torch
 
-from ddpm_hf.machine import to_device, use_tf32
+from ddpm_hf import machine
+from ddpm_hf.machine import deterministic_algorithms, has_deterministic_algorithms, to_device, use_tf32
 
 _FAULTS = """
 import resource, sys
@@ -47,6 +49,57 @@ def test_tf32_is_used_where_it_is_asked_for(wanted):
         assert torch.backends.cudnn.allow_tf32 is wanted  # on by default
     finally:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+def determinism() -> dict[str, bool]:
+    """PyTorch's own switches of what the same numbers give."""
+    return {
+        "algorithms": torch.are_deterministic_algorithms_enabled(),
+        "warns only": torch.is_deterministic_algorithms_warn_only_enabled(),
+        "fills memory": torch.utils.deterministic.fill_uninitialized_memory,
+        "times cuDNN": torch.backends.cudnn.benchmark,
+    }
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_deterministic_algorithms_are_used_within_and_what_was_set_comes_back(monkeypatch, before):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    torch.use_deterministic_algorithms(before, warn_only=before)
+    try:
+        outside = determinism()
+        with deterministic_algorithms():
+            within = determinism()
+        # errors rather than warnings: attention is deterministic only so
+        assert within == {"algorithms": True, "warns only": False, "fills memory": False, "times cuDNN": False}
+        assert determinism() == outside
+        assert outside["algorithms"] is before
+        assert outside["times cuDNN"]
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_gpus_use_deterministic_algorithms_unless_products_are_refused(monkeypatch):
+    """Earlier versions of PyTorch refuse products, in these words, where the variable came too late."""
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    assert not has_deterministic_algorithms(torch.device("cpu"))
+    assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+    ones, sentence = torch.ones, None
+
+    class Product(torch.Tensor):
+        def __matmul__(self, other):
+            if sentence and torch.are_deterministic_algorithms_enabled():
+                raise RuntimeError(sentence)
+            return super().__matmul__(other)
+
+    monkeypatch.setattr(machine.torch, "ones", lambda *shape, device: ones(*shape).as_subclass(Product))
+    assert has_deterministic_algorithms(torch.device("cuda"))
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    sentence = "To enable deterministic behavior in this case, you must set ... CUBLAS_WORKSPACE_CONFIG=:4096:8 or"
+    assert not has_deterministic_algorithms(torch.device("cuda"))
+    sentence = "out of memory"
+    with pytest.raises(RuntimeError, match="out of memory"):
+        has_deterministic_algorithms(torch.device("cuda"))
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_a_tensor_that_is_there_is_not_copied():

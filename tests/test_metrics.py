@@ -6,6 +6,8 @@ import mpmath
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy.linalg import sqrtm
 from scipy.spatial.distance import cdist
 from scipy.stats import mannwhitneyu
@@ -203,6 +205,32 @@ def test_precision_and_recall():
     assert (precision.value, recall.value) == (1.0, 1 / 80)
 
 
+@given(st.integers(0, 2**32 - 1), st.sampled_from([0.0, 3.5, 1024.0]), st.integers(4, 8))
+@settings(max_examples=60, deadline=None)
+def test_precision_and_recall_with_copies_and_ties_are_the_definition(seed, offset, copies):
+    """By differences, on a grid of 1/8 (exact in float64), where copies are at distance 0 and ties are ties."""
+    draw = np.random.default_rng(seed)
+    real, samples = draw.integers(-9, 9, (30, 5)) / 8, draw.integers(-9, 9, (24, 5)) / 8
+    real[:copies], samples[:copies] = real[0], samples[0]
+    samples[-3:] = real[0]  # copies of an image that is there four times or more, whose radius is 0
+    real[-2:] = samples[0]
+    real, samples = torch.tensor(real) + offset, torch.tensor(samples) + offset
+
+    def squared(a, b):
+        return (a[:, None] - b[None]).square().sum(2)
+
+    def share(points, centres):
+        radii = squared(centres, centres).fill_diagonal_(math.inf).sort(1).values[:, 2]
+        return (squared(points, centres) <= radii).any(1).double().mean().item()
+
+    precision, recall = precision_recall(samples, real)
+    assert precision.value == share(samples, real)
+    assert recall.value == share(real, samples)
+    # Nothing but copies, in numbers that a product of matrices does not meet exactly.
+    images = torch.tensor(draw.normal(size=(5, 2048))).repeat_interleave(copies, 0)
+    assert [x.value for x in precision_recall(images, images[torch.randperm(len(images))])] == [1.0, 1.0]
+
+
 def test_nearest_neighbours():
     draw = np.random.default_rng(9)
     queries, candidates = draw.normal(size=(7, 5)) + 100, draw.normal(size=(50, 5)) + 100
@@ -223,6 +251,9 @@ def test_memorisation_is_the_mann_whitney_statistic():
     assert verdict.copies == 3
     assert verdict.below_closest == (samples < held_out.min()).sum()
     assert verdict.below_median == (samples < np.median(held_out)).sum()
+    # Of an even number of held-out images the median lies between the two in the middle.
+    even = memorisation(torch.tensor([0.0, 1.2, 1.4, 1.6]), torch.tensor([1.0, 1.0, 2.0, 5.0]))
+    assert even.below_median == 3 == (np.array([0.0, 1.2, 1.4, 1.6]) < np.median([1.0, 1.0, 2.0, 5.0])).sum()
     # DeLong's error against what other draws give.
     runs = [memorisation(torch.tensor(draw.normal(size=40)), torch.tensor(draw.normal(size=60))) for _ in range(200)]
     spread = np.std([run.closer.value for run in runs])

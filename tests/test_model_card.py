@@ -34,7 +34,7 @@ def report() -> dict:
     made.values["fid_inception_train_float"] = {"value": 3.1711}  # no error known
     made.settings["fid_inception_train_float"] = fid
     made.add("is_inception_float", 9.46, 0.05, {"estimator": "50000 samples (float), 10 parts", "num_samples": 50_000})
-    made.add("rmse", float("nan"), 0.1, {})
+    made.values["rmse"] = {"value": float("nan"), "standard_error": 0.1}  # as reports of earlier versions have it
     made.add("prior_bpd", 1.2345e-5, 1.2e-7, {"estimator": "L_T"})
     made.settings["sampling"] = {"sampler": "ddpm", "num_inference_steps": 1000, "seed": 0}
     made.warnings.append("few samples")
@@ -202,6 +202,7 @@ def test_cards_that_are_somebody_elses_or_broken():
         ("~/cats", "cats"),
         ("./data/cats", "cats"),
         (r"C:\ada\cats", "cats"),
+        ("C:/ada/cats", "cats"),
     ],
 )
 def test_public_names(name, shown):

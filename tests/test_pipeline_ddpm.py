@@ -12,6 +12,7 @@ from oracles import GaussianData
 from PIL import Image
 
 from ddpm_hf import DDPMPipeline, DDPMScheduler, UNet2DModel
+from ddpm_hf.errors import NotFiniteError
 
 
 def arrays(pipe, **options):
@@ -81,6 +82,12 @@ def test_a_bf16_network_keeps_a_float32_chain(small_pipeline):
         ({"image": np.zeros((8, 8, 1)), "strength": 1.5}, "between 0 and 1, got 1.5"),
         ({"image": np.zeros((9, 8, 1)), "strength": 0.5}, "are \\(1, 8, 8\\)"),
         ({"image": np.full((8, 8, 1), 7.0), "strength": 0.5}, "must lie in"),
+        ({"image": np.full((8, 8, 1), np.nan), "strength": 0.5}, "must lie in"),
+        ({"image": np.zeros((8, 8, 1)), "strength": float("nan")}, "between 0 and 1, got nan"),
+        ({"image": np.zeros((8, 8, 1)), "mask_image": np.full((8, 8), np.nan)}, "lie in"),
+        ({"eta": float("nan")}, "eta must be between 0 and 1, got nan"),
+        ({"guidance_scale": float("nan")}, "guidance_scale must be a finite number, got nan"),
+        ({"guidance_scale": float("inf")}, "guidance_scale must be a finite number, got inf"),
         ({"image": "cat.png", "strength": 0.5}, "got str"),
         ({"image": [], "strength": 0.5}, "empty list"),
         ({"image": np.zeros((3, 8, 8, 1)), "strength": 0.5, "seeds": [1, 2]}, "got 3 of image for 2"),
@@ -349,3 +356,93 @@ def test_a_late_start_is_said_once(small_pipeline, monkeypatch, caplog):
     said = [record.message for record in caplog.records if "pure noise" in record.message]
     assert len(said) == 1
     assert "2 steps start from pure noise at t=500" in said[0]
+
+
+# ------------------------------------------------------------------------- what is not finite is no picture
+
+
+def quiet(unet, scheduler) -> DDPMPipeline:
+    pipe = DDPMPipeline(unet, scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+class Failing(UNet2DModel):
+    """A network whose output is `value` at timestep `at`, and 0 elsewhere."""
+
+    at, value = 500, float("nan")
+
+    def forward(self, sample, timestep, class_labels=None, return_dict=True):
+        made = torch.zeros_like(sample)
+        made[-1, 0, 0, 0] = self.value if int(timestep) == self.at else 0
+        return UNet2DOutput(sample=made)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("sampler", [DDPMScheduler, diffusers.DDIMScheduler, diffusers.DPMSolverMultistepScheduler])
+def test_an_output_that_is_not_finite_at_one_timestep_makes_no_image(sampler, value):
+    """An infinite one would be clipped to black or white."""
+    options = {} if sampler is diffusers.DPMSolverMultistepScheduler else {"clip_sample": True}
+    pipe = quiet(Failing(**SMALL_NETWORK), sampler(**options))
+    pipe.scheduler.set_timesteps(10)
+    pipe.unet.value, pipe.unet.at = value, int(pipe.scheduler.timesteps[4])
+    for output_type in ("pil", "np", "pt"):
+        with pytest.raises(NotFiniteError, match=r"the images are not finite: the network, in float32, or"):
+            pipe(seeds=[0, 1], num_inference_steps=10, output_type=output_type)
+    image = np.full((8, 8, 1), 0.5)
+    with pytest.raises(NotFiniteError):
+        pipe(image=image, strength=0.9, seeds=[0], num_inference_steps=10)
+    if sampler is not diffusers.DPMSolverMultistepScheduler:
+        with pytest.raises(NotFiniteError):
+            pipe(image=image, mask_image=np.ones((8, 8)), seeds=[0], num_inference_steps=10)
+    pipe.unet.at = -1
+    assert pipe(seeds=[0], num_inference_steps=10, output_type="pt").images.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["conv_in.weight", "conv_out.bias"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_the_weight_that_is_not_finite_is_named(small_pipeline, name, value):
+    with torch.no_grad():
+        small_pipeline.unet.get_parameter(name).view(-1)[0] = value
+    with pytest.raises(NotFiniteError, match=rf"the network's weights {name} hold NaN or infinity"):
+        small_pipeline(seeds=[0], num_inference_steps=2)
+
+
+def test_an_overflow_of_float16_says_what_helps(small_pipeline):
+    class Overflowing(UNet2DModel):
+        def forward(self, sample, timestep, class_labels=None, return_dict=True):
+            return UNet2DOutput(sample=sample * 1e4 * 1e4)
+
+    pipe = quiet(Overflowing(**SMALL_NETWORK).half(), small_pipeline.scheduler)
+    with pytest.raises(NotFiniteError, match="float16 ends at 65504, use bfloat16 or float32"):
+        pipe(seeds=[0], num_inference_steps=2)
+
+
+@pytest.mark.parametrize("process", [{"rescale_betas_zero_snr": True}, {"beta_schedule": "squaredcos_cap_v2"}])
+@pytest.mark.parametrize("steps", [2, 5, 10])
+def test_ddim_with_eta_1_where_no_signal_is_left(small_unet, process, steps):
+    """Song et al. 2021, Eq. 12 and 16, in float64; stock's float32 takes the root of -6e-8 there."""
+    config = {"prediction_type": "v_prediction", "timestep_spacing": "trailing", "clip_sample": False, **process}
+    scheduler = diffusers.DDIMScheduler(**config)
+    pipe = quiet(small_unet, scheduler)
+    image = pipe(seeds=[3], num_inference_steps=steps, eta=1.0, output_type="pt").images
+    alpha_bar = scheduler.alphas_cumprod.double()
+    draws, x_t = torch.Generator().manual_seed(3), None
+    x_t = torch.randn(1, 1, 8, 8, generator=draws).double()
+    for t in scheduler.timesteps.tolist():
+        a, a_prev = alpha_bar[t], alpha_bar[t - 1000 // steps] if t >= 1000 // steps else scheduler.final_alpha_cumprod
+        with torch.no_grad():
+            v = small_unet(x_t.float(), t).sample.double()
+        x_0, eps = a.sqrt() * x_t - (1 - a).sqrt() * v, a.sqrt() * v + (1 - a).sqrt() * x_t
+        variance = (1 - a_prev) / (1 - a) * (1 - a / a_prev)
+        x_t = a_prev**0.5 * x_0 + (1 - a_prev - variance).clamp(min=0).sqrt() * eps
+        x_t = x_t + variance.sqrt() * torch.randn(1, 1, 8, 8, generator=draws)
+    assert (image - (x_t / 2 + 0.5).clamp(0, 1)).abs().max() < 0.5 / 255
+
+
+@pytest.mark.parametrize("sampler", [diffusers.DDIMScheduler, diffusers.DPMSolverMultistepScheduler, DDPMScheduler])
+def test_epsilon_where_no_signal_is_left_is_refused(small_unet, sampler):
+    """Stock divides by 0 and clips: black and white noise."""
+    pipe = quiet(small_unet, sampler(rescale_betas_zero_snr=True, timestep_spacing="trailing"))
+    with pytest.raises(ValueError, match=r"alpha_bar vanishes at t=999, where 'epsilon' says nothing about x_0"):
+        pipe(seeds=[0], num_inference_steps=10)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from ddpm_hf.errors import NotFiniteError
 from ddpm_hf.shards import all_rows, digest, read_tensors, weights_digest, write_tensors
 
 
@@ -75,3 +76,12 @@ def test_digests_tell_contents_apart():
     assert weights_digest(a) != weights_digest(b)
     b.load_state_dict(a.state_dict())
     assert weights_digest(a) == weights_digest(b)
+
+
+def test_rows_that_are_not_finite_are_not_kept(tmp_path):
+    def rows(ids):
+        return {"features": torch.tensor([[1.0, float("inf") if i == 3 else 2.0] for i in ids])}
+
+    with pytest.raises(NotFiniteError, match=r"pixels: features of image 3 is not finite"):
+        all_rows(6, rows, batch_size=2, folder=tmp_path, desc="pixels")
+    assert [path.name for path in tmp_path.iterdir()] == ["00000000.safetensors"]

@@ -9,6 +9,7 @@ from conftest import FIXTURES, make_small_unet
 from PIL import Image
 
 from ddpm_hf import DDPMPipeline, DDPMScheduler
+from ddpm_hf.errors import NotFiniteError
 from ddpm_hf.likelihood import stratified_bits_per_dim
 from ddpm_hf.space_demo import Demo, Limits, checked_number, checked_seeds, describe_conversion
 
@@ -246,3 +247,20 @@ def test_too_many_pixels_are_not_decoded(tmp_path, monkeypatch):
     monkeypatch.setattr(Image.Image, "convert", lambda *_: pytest.fail("it was decoded"))
     with pytest.raises(ValueError, match=r"has 200 x 200 pixels; at most 0\.01 million"):
         describe_conversion(tmp_path / "wide.png", (1, 8, 8), 10_000)
+
+
+def test_what_is_not_finite_is_shown_to_nobody(tmp_path):
+    pipe = DDPMPipeline(make_small_unet(), DDPMScheduler(num_train_timesteps=20))
+    pipe.save_pretrained(tmp_path / "good")
+    with torch.no_grad():
+        pipe.unet.conv_in.weight[0, 0, 0, 0] = float("nan")
+    pipe.save_pretrained(tmp_path / "bad")
+    demo = Demo(["good", "bad"], folder=tmp_path)
+    with pytest.raises(NotFiniteError, match=r"conv_in\.weight hold NaN"):
+        next(demo.sample("bad", "0", 5))
+    with torch.no_grad():  # as if the network failed on the way
+        demo.load("good").unet.conv_out.bias[0] = float("inf")
+    with pytest.raises(NotFiniteError):
+        next(demo.sample("good", "0", 5))
+    with pytest.raises(NotFiniteError):
+        demo.bits_per_dim("good", str(FIXTURES.parent.parent / "docs" / "digits.png"))

@@ -17,6 +17,9 @@ import diffusers
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -31,11 +34,13 @@ from ddpm_hf import (
     training,
 )
 from ddpm_hf.checkpointing import list_checkpoints
+from ddpm_hf.errors import NotFiniteError, UserError
 from ddpm_hf.features import make_extractor
 from ddpm_hf.hub_files import published_files
 from ddpm_hf.objectives import simple_loss
 from ddpm_hf.presets import PRESETS
-from ddpm_hf.processes import only_run_in, stop_signals
+from ddpm_hf.processes import known_trackers, only_run_in, reduce_in_float32, stop_signals
+from ddpm_hf.reports import plain
 from ddpm_hf.training import TrainingError
 from ddpm_hf.training_evaluation import names_of_numbers
 
@@ -99,6 +104,140 @@ def test_a_resumed_run_ends_in_the_same_bits(tmp_path):
     assert resumed.step == 3
     resumed.train()
     same_files(tmp_path / "whole", tmp_path / "resumed", 6)
+
+
+CHANNELS_LAST = {"channels_last": True}
+BF16 = {"mixed_precision": "bf16"}
+ACCUMULATION = {"train_batch_size": 4}
+CHECKPOINTING = {"gradient_checkpointing": True}
+CLASSES = {"class_conditional": True, "class_dropout": 0.3}
+COMPILE = {"compile": True}
+
+
+def advance(run: Trainer, last: int) -> None:
+    """Updates up to `last`, then a checkpoint."""
+    run.model.train()
+    while run.step < last:
+        run._update(run.step)
+        run.step += 1
+    run.output_dir.mkdir(exist_ok=True)
+    run._save()
+
+
+def interrupted(tmp_path, options, restored=lambda run: None) -> list[Path]:
+    """The folders of a whole run of 3 + 3 updates, and of one whose last 3 started from the files of the first."""
+    whole = trainer(tmp_path / "whole", **options)
+    advance(whole, 3)
+    advance(whole, 6)
+    shutil.copytree(tmp_path / "whole" / "checkpoint-3", tmp_path / "resumed" / "checkpoint-3")
+    resumed = trainer(tmp_path / "resumed", resume_from_checkpoint="latest", **options)
+    assert resumed.step == 3
+    restored(resumed)
+    advance(resumed, 6)
+    return [whole.output_dir, resumed.output_dir]
+
+
+@pytest.mark.parametrize(
+    "modes",
+    [  # every pair of modes in one of the first three, and every pair with compile in the last
+        pytest.param(BF16 | ACCUMULATION | CHECKPOINTING | CLASSES, id="bf16-accumulation-checkpointing-classes"),
+        pytest.param(CHANNELS_LAST | CHECKPOINTING | CLASSES, id="channels_last-checkpointing-classes"),
+        pytest.param(CHANNELS_LAST | BF16 | ACCUMULATION, id="channels_last-bf16-accumulation"),
+        pytest.param(CHANNELS_LAST | BF16 | ACCUMULATION | CHECKPOINTING | CLASSES | COMPILE, id="all"),
+    ],
+)
+def test_a_resumed_run_ends_in_the_same_bits_in_every_mode(tmp_path, modes, monkeypatch):
+    # the default backend, which takes a minute of C++ compilation, has its test in tests/test_kill.py
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    same_files(*interrupted(tmp_path, modes), 6)
+
+
+def strides(tensor):
+    """How a tensor lies in memory: the step along an axis of one element means nothing."""
+    return [step for step, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
+
+
+def test_what_is_restored_lies_in_memory_as_its_parameter(tmp_path):
+    trainer(tmp_path / "run", max_train_steps=1).train()  # without channels_last: files know nothing of it
+    run = trainer(tmp_path / "run", resume_from_checkpoint="latest", channels_last=True)
+    saved = {part: load_file(tmp_path / "run" / "checkpoint-1" / f"{part}.safetensors") for part in ("model", "ema")}
+    moments = load_file(tmp_path / "run" / "checkpoint-1" / "optimizer.safetensors")
+
+    def check():
+        for (name, parameter), averaged in zip(run.unet.named_parameters(), run.ema.shadow_params, strict=True):
+            state = run._adam.state[parameter]
+            others = {"average": averaged, "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
+            if parameter.grad is not None:
+                others["gradient"] = parameter.grad
+            for what, tensor in others.items():
+                assert strides(tensor) == strides(parameter), (name, what)
+            assert (state["step"].dtype, state["step"].shape) == (torch.float32, ())
+
+    check()
+    for (name, parameter), averaged in zip(run.unet.named_parameters(), run.ema.shadow_params, strict=True):
+        assert torch.equal(parameter, saved["model"][name])
+        assert torch.equal(averaged, saved["ema"][name])
+        for entry in ("exp_avg", "exp_avg_sq", "step"):
+            assert torch.equal(run._adam.state[parameter][entry], moments[f"{name}.{entry}"])
+    assert run.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    before = run._adam.register_step_pre_hook(lambda *_: check())  # gradients too, when Adam takes them
+    run._update(1)
+    before.remove()
+    check()
+
+
+def test_moments_in_another_layout_would_be_found(tmp_path):
+    """What 0.1.0 did with channels_last: right values, whose memory Adam's fused kernel pairs with other weights."""
+
+    def contiguous(run):
+        for state in run._adam.state.values():
+            state |= {name: value.contiguous() for name, value in state.items()}
+
+    ends = [
+        load_file(run / "checkpoint-6" / "model.safetensors")
+        for run in interrupted(tmp_path, CHANNELS_LAST, contiguous)
+    ]
+    assert max((ends[0][name] - ends[1][name]).abs().max() for name in ends[0]) > 1e-3
+
+
+@pytest.mark.parametrize("cuda", [False, True])
+def test_updates_alone_use_deterministic_algorithms_where_they_are_wanted(tmp_path, monkeypatch, cuda):
+    monkeypatch.setattr(training, "has_deterministic_algorithms", lambda device: cuda)
+    run = trainer(tmp_path / "run", save_images_steps=3)
+    update, watch, enabled = run._update, run.publisher.watch, {}
+
+    def noted(name, function):
+        def call(*arguments):
+            enabled.setdefault(name, set()).add(torch.are_deterministic_algorithms_enabled())
+            return function(*arguments)
+
+        return call
+
+    monkeypatch.setattr(run, "_update", noted("update", update))
+    monkeypatch.setattr(run.publisher, "watch", noted("watch", watch))
+    run.train()
+    assert enabled == {"update": {cuda}, "watch": {False}}
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize(
+    "modes", [{}, CHANNELS_LAST, CLASSES, BF16], ids=["float32", "channels_last", "classes", "bf16"]
+)
+def test_runs_on_a_gpu_repeat_and_resume_to_the_same_bits(tmp_path, modes):
+    for name in ("whole", "again"):
+        trainer(tmp_path / name, **modes).train()
+    shutil.copytree(tmp_path / "whole" / "checkpoint-3", tmp_path / "resumed" / "checkpoint-3")
+    trainer(tmp_path / "resumed", resume_from_checkpoint="latest", **modes).train()
+    same_files(tmp_path / "whole", tmp_path / "again", 6)
+    same_files(tmp_path / "whole", tmp_path / "resumed", 6)
+
+
+def test_gradient_checkpointing_changes_no_bit(tmp_path):
+    """The second forward draws the masks of the first."""
+    for name, options in {"plain": {}, "checkpointing": CHECKPOINTING}.items():
+        advance(trainer(tmp_path / name, dropout=0.3, **options), 3)
+    same_files(tmp_path / "plain", tmp_path / "checkpointing", 3)
 
 
 def test_pictures_during_training_do_not_change_the_run(tmp_path):
@@ -266,6 +405,24 @@ def test_a_run_is_not_mixed_with_another(tmp_path):
         trainer(tmp_path / "run", resume_from_checkpoint="latest", total_batch_size=8)
 
 
+def test_a_run_keeps_the_order_of_its_classes(tmp_path, capsys):
+    """A checkpoint whose classes were in the order of text is not trained on with others under the same numbers."""
+    for name in ("1", "2", "10"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        Image.effect_noise((8, 8), 60).save(tmp_path / "images" / name / "a.png")
+    options = {"train_data_dir": str(tmp_path / "images"), "class_conditional": True, "eval_num_images": 0}
+    run = trainer(tmp_path / "run", resolution=8, **options)
+    run.train()
+    assert "3 classes: 1, 2, 10\n" in capsys.readouterr().out
+    assert run.unet.config["_class_names"] == ["1", "2", "10"]
+    was = run.identity.fixed()
+    was["network"] = {**was["network"], "_class_names": ["1", "10", "2"]}
+    with pytest.raises(ValueError, match=r"'1', '10', '2'.* and this run has .*'1', '2', '10'"):
+        run.identity.check_checkpoint(tmp_path / "run" / "checkpoint-6", plain(was))
+    trainer(tmp_path / "plain", resolution=8, **{**options, "class_conditional": False}).train()
+    assert "the images' 3 classes are not used (--class_conditional): 1, 2, 10\n" in capsys.readouterr().out
+
+
 def test_the_paper_s_ema_has_its_full_decay_from_the_first_update(tmp_path, monkeypatch):
     paper = dataclasses.replace(training.TrainingConfig(preset="digits").resolved_preset(), ema_warmup=False)
     monkeypatch.setattr("ddpm_hf.presets.PRESETS", {"digits": paper})
@@ -311,9 +468,9 @@ def test_class_conditional_training_is_saved_so_that_stock_loads_it(tmp_path):
     torch.nn.init.normal_(loaded.unet.class_embedding.weight, std=3.0)
     assert not torch.equal(images(class_labels=0), images(class_labels=1))
     assert torch.equal(images(class_labels=[0, 1])[1], images(class_labels=torch.tensor([1, 1]))[1])
-    assert torch.equal(images(), images(class_labels=2))
+    assert torch.equal(images(), images(class_labels=[None, None]))
     assert not torch.equal(images(class_labels=0, guidance_scale=3.0), images(class_labels=0))
-    for wrong in (3, -1, [0, 1, 1]):
+    for wrong in (2, 3, -1, [0, 1, 1]):
         with pytest.raises(ValueError, match=r"class"):
             images(class_labels=wrong)
 
@@ -418,6 +575,62 @@ def test_trackers_get_the_numbers(tmp_path):
     assert [event.step for event in events.Scalars("bits_per_dim")] == [2, 4]
     with pytest.raises(ValueError, match="'wandbb' is not an installed tracker"):
         trainer(tmp_path / "other", report_to="wandbb")
+
+
+def test_curves_of_two_runs_and_of_a_resumed_one_share_their_updates(tmp_path, monkeypatch):
+    """Whatever the clock says; the oracle is what each update returned."""
+
+    def curves(name, seconds, **settings):
+        monkeypatch.setattr(training, "_SECONDS_BETWEEN_READINGS", seconds)
+        run = trainer(tmp_path / name, report_to="tensorboard", logging_steps=2, max_train_steps=7, **settings)
+        update, returned = run._update, {}
+
+        def noted(step):
+            returned[step + 1] = update(step)
+            return returned[step + 1]
+
+        monkeypatch.setattr(run, "_update", noted)
+        run.train()
+        events = EventAccumulator(str(next((tmp_path / name / "logs").rglob("events.out.*")).parent))
+        events.Reload()
+        shown = {key: {e.step: e.value for e in events.Scalars(key)} for key in ("loss", "grad_norm", "lr")}
+        for place, key in enumerate(("loss", "grad_norm")):
+            assert shown[key] == {step: pytest.approx(returned[step][place].item()) for step in shown[key]}
+        return shown
+
+    slow, fast = curves("slow", 1e9, validation_steps=3), curves("fast", 0.0)
+    assert list(slow["loss"]) == [2, 4, 6, 7]
+    assert slow == fast
+    shutil.copytree(tmp_path / "slow" / "checkpoint-3", tmp_path / "resumed" / "checkpoint-3")
+    shutil.copy(tmp_path / "slow" / "training_config.yaml", tmp_path / "resumed")
+    resumed = curves("resumed", 1e9, resume_from_checkpoint="latest")
+    assert resumed == {key: {s: v for s, v in curve.items() if s > 3} for key, curve in slow.items()}
+
+
+@pytest.mark.parametrize(
+    ("text", "trackers"),
+    [
+        (None, []),
+        ("none", []),
+        ("None", []),
+        ("tensorboard", ["tensorboard"]),
+        ("TensorBoard, tensorboard", ["tensorboard"]),
+        ("all", [str(name) for name in get_available_trackers()]),
+    ],
+)
+def test_which_trackers(text, trackers):
+    assert known_trackers(text) == trackers
+    with pytest.raises(UserError, match="'none' is not an installed tracker"):
+        known_trackers("tensorboard,none")
+
+
+def test_a_tracker_that_cannot_start_is_a_sentence(tmp_path, monkeypatch):
+    def not_logged_in(self, *_, **__):
+        raise RuntimeError("api_key not configured")
+
+    monkeypatch.setattr(Accelerator, "init_trackers", not_logged_in)
+    with pytest.raises(UserError, match="--report_to tensorboard cannot start: api_key not configured"):
+        trainer(tmp_path / "run", report_to="tensorboard").train()
 
 
 @pytest.mark.parametrize("option", ["channels_last", "gradient_checkpointing", "compile"])
@@ -640,6 +853,32 @@ def test_fp16_that_always_overflows_ends_with_a_sentence(tmp_path, half_precisio
     assert all(torch.equal(p, q) for p, q in zip(weights, run.unet.parameters(), strict=True))
 
 
+def test_what_ends_in_other_bits_is_said(tmp_path, capsys):
+    common = {"max_train_steps": 3, "class_conditional": True, "resume_from_checkpoint": "latest"}
+    trainer(tmp_path / "run", class_dropout=0.1, **common).train()
+    capsys.readouterr()
+    changed = {"class_dropout": 0.3, "center_crop": False, "train_batch_size": 8, "channels_last": True, "tf32": True}
+    trainer(tmp_path / "run", **changed, **common)
+    was = {"class_dropout": 0.1, "center_crop": True, "train_batch_size": 16, "channels_last": False, "tf32": False}
+    said = capsys.readouterr().out.splitlines()
+    assert sorted(said) == sorted(
+        f"changed since checkpoint-3: {name} was {was[name]} and is {here} from now on"
+        for name, here in changed.items()
+    )
+
+
+def test_checkpoints_of_0_1_0_resume_and_nothing_is_said(tmp_path, capsys):
+    """They say less of how they came about; their tensors are the same."""
+    run = trainer(tmp_path / "run", channels_last=True)
+    here = run.identity.changeable()
+    new = {"class_dropout", "center_crop", "tf32", "channels_last", "compile", "train_batch_size"}
+    old = {k: v for k, v in here.items() if k not in new | {"number of processes"}}
+    assert len(old) == len(here) - 7
+    state = {"step": 3, **run.identity.fixed(), "recipe": old}
+    run.identity.check_checkpoint(tmp_path / "checkpoint-3", json.loads(json.dumps(state)))
+    assert capsys.readouterr().out == ""
+
+
 def test_a_change_of_precision_is_said(tmp_path, capsys):
     trainer(tmp_path / "run", max_train_steps=3).train()
     trainer(tmp_path / "run", resume_from_checkpoint="latest", mixed_precision="bf16")
@@ -669,6 +908,27 @@ def test_engines_that_pickle_are_refused(tmp_path, monkeypatch, engine):
     monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")  # what `accelerate launch` leaves for the processes
     with pytest.raises(ValueError, match=f"{engine} saves its state with pickle"):
         trainer(tmp_path / "run")
+
+
+@pytest.mark.parametrize(("version", "flags", "words"), [(1, {}, "use FSDP 2"), (2, {"channels_last": True}, "leave")])
+def test_what_fsdp_cannot_shard_is_refused(tmp_path, monkeypatch, version, flags, words):
+    plugin = SimpleNamespace(fsdp_version=version, mixed_precision_policy=None)
+    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
+    monkeypatch.setattr(AcceleratorState, "fsdp_plugin", plugin, raising=False)
+    with pytest.raises(UserError, match=words):
+        trainer(tmp_path / "run", **flags)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_fsdp_adds_gradients_up_in_float32(precision):
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
+    plugin.set_mixed_precision(precision)  # as accelerate does
+    low = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    assert plugin.mixed_precision_policy.reduce_dtype == low
+    state = SimpleNamespace(fsdp_plugin=plugin)
+    reduce_in_float32(SimpleNamespace(distributed_type=DistributedType.FSDP, state=state))
+    policy = plugin.mixed_precision_policy
+    assert (policy.param_dtype, policy.reduce_dtype) == (low, torch.float32)
 
 
 # ---------------------------------------------------------------------- evaluation in the loop, and the best model
@@ -718,6 +978,46 @@ def test_evaluation_in_the_loop_changes_nothing_and_gives_the_promised_numbers(t
     assert not any(name.startswith(("best", "evaluations")) for name in published_files(folder))
 
 
+def test_images_at_a_time_change_no_number_and_no_picture(tmp_path, monkeypatch):
+    seen, forward = [], UNet2DModel.forward
+
+    def noted(self, sample, *arguments, **options):
+        if not self.training:
+            seen.append(len(sample))
+        return forward(self, sample, *arguments, **options)
+
+    monkeypatch.setattr(UNet2DModel, "forward", noted)
+    reports, pictures = {}, {}
+    for size in (4, 256):
+        run = trainer(tmp_path / str(size), eval_batch_size=size, num_sample_images=9, eval_num_images=9, **WATCHED)
+        monkeypatch.setattr(run, "_update", lambda step: (torch.zeros(()), torch.zeros(())))
+        seen.clear()
+        run.train()
+        assert (max(seen) <= 4) == (size == 4)  # at most: the likelihood has some of each image's t in a batch
+        reports[size] = json.loads((tmp_path / str(size) / "evaluation.json").read_text())["values"]
+        pictures[size] = Image.open(tmp_path / str(size) / "samples.png").tobytes()
+    assert reports[4].keys() == reports[256].keys()
+    for name, entry in reports[4].items():
+        assert entry["value"] == pytest.approx(reports[256][name]["value"], rel=1e-4), name
+    assert pictures[4] == pictures[256]
+
+
+@pytest.mark.parametrize("part", ["measure", "sample_grid"])
+@pytest.mark.parametrize("when", [2, 6])
+def test_too_little_memory_for_an_evaluation_names_its_flag(tmp_path, monkeypatch, part, when):
+    run = trainer(tmp_path / "run", save_images_steps=2, **WATCHED)  # a checkpoint is due after 3 and 6
+
+    def too_large(*_):
+        if run.step == when:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(run.evaluation if part == "measure" else run.publisher, part, too_large)
+    monkeypatch.setattr(run.evaluation, "keep", lambda *_: None)
+    with pytest.raises(TrainingError, match=f"after update {when}; give a smaller --eval_batch_size, and go on with"):
+        run.train()
+    assert list_checkpoints(tmp_path / "run")[-1].name == f"checkpoint-{when}"
+
+
 @pytest.mark.parametrize(
     ("name", "values", "best"),
     [
@@ -741,6 +1041,35 @@ def test_the_best_model_is_kept(tmp_path, monkeypatch, name, values, best):
     assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["checkpoint-6"]
     assert all(torch.equal(value, averaged[best][key]) for key, value in best_weights(tmp_path / "run").items())
     assert EvaluationReport.load(tmp_path / "run" / "best" / "evaluation.json").model["update"] == best
+
+
+def test_a_model_whose_images_are_not_finite_is_not_the_best_one_and_the_run_goes_on(tmp_path, monkeypatch, capsys):
+    run = trainer(
+        tmp_path / "run", validation_steps=2, save_images_steps=2, checkpointing_steps=2, best_metric="bits_per_dim"
+    )
+    made, broken = run.publisher.pipeline, {2}
+
+    def pipeline(averaged):
+        pipe = made(averaged)
+        if run.step in broken:
+            pipe.unet.conv_in.weight.data[0, 0, 0, 0] = float("nan")
+        return pipe
+
+    monkeypatch.setattr(run.publisher, "pipeline", pipeline)
+    run.train()
+    said = "nothing to show after update 2: the network's weights conv_in.weight hold NaN or infinity"
+    assert said in capsys.readouterr().out
+    folder = tmp_path / "run"
+    assert sorted(path.name for path in folder.glob("samples*.png")) == ["samples-4.png", "samples.png"]
+    assert list(json.loads((folder / "evaluations.json").read_text())) == ["4", "6"]
+    assert EvaluationReport.load(folder / "best" / "evaluation.json").model["update"] in (4, 6)
+    broken.add(6)  # the last one: it is said, and not with exit code 0
+    last = trainer(tmp_path / "last", checkpointing_steps=6)
+    monkeypatch.setattr(last.publisher, "pipeline", pipeline)
+    with pytest.raises(NotFiniteError, match=r"conv_in\.weight"):
+        last.train()
+    assert not list((tmp_path / "last").glob("samples*.png"))
+    assert [path.name for path in list_checkpoints(tmp_path / "last")] == ["checkpoint-6"]
 
 
 class Killed(BaseException):

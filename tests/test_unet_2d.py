@@ -10,7 +10,7 @@ import torch
 from oracles import OFFICIAL_NETWORK, official, official_state_dict, relative_error
 from torch import nn
 
-from ddpm_hf import DDPMScheduler, UNet2DModel
+from ddpm_hf import DDPMPipeline, DDPMScheduler, UNet2DModel
 from ddpm_hf.objectives import simple_loss
 from ddpm_hf.unet_2d import parameter_count
 
@@ -323,9 +323,6 @@ def test_it_compiles_without_graph_breaks(official_unet):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"sample_size": 7}, r"7x7 cannot be halved 1 .*multiple of 2, for example 6 or 8"),
-        ({"sample_size": (8, 9)}, r"8x9 cannot be halved"),
-        ({"sample_size": 1}, r"1x1 cannot be halved.*2 or 4"),
         ({"block_out_channels": (33, 64)}, r"multiples of norm_num_groups=32, and 33 is not"),
         ({"down_block_types": ("DownBlock2D",)}, r"same number of `down_block_types`"),
     ],
@@ -336,9 +333,37 @@ def test_bad_configurations(config, message):
 
 
 def test_28_pixels_and_four_resolutions():
-    """MNIST's size, which fails deep inside stock."""
-    with pytest.raises(ValueError, match=r"28x28 cannot be halved 3 .*multiple of 8, for example 24 or 32"):
-        UNet2DModel.from_preset("cifar10", **NARROW, sample_size=28)
+    """MNIST's size, which fails deep inside stock; a network that says so and runs at 32 is stock's."""
+    config = {**NARROW, "sample_size": 28}
+    unet = UNet2DModel.from_preset("cifar10", **config).eval()
+    stock = StockUNet2DModel(**unet.config).eval()
+    stock.load_state_dict(unet.state_dict())
+    x = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(unet(x, 5).sample, stock(x, 5).sample)
+        with pytest.raises(ValueError, match=r"28x28 cannot be halved 3 .*multiple of 8, for example 24 or 32"):
+            unet(x[..., :28, :28], 5)
+    with pytest.raises(ValueError, match=r"28x28 cannot be halved 3"):
+        DDPMPipeline(unet, DDPMScheduler())(seeds=[0])
+
+
+@pytest.mark.parametrize(("size", "message"), [(7, "7x7 .*multiple of 2, for example 6 or 8"), (1, "1x1 .* 2 or 4")])
+def test_sizes_that_cannot_be_halved(size, message):
+    pipe = DDPMPipeline(UNet2DModel(**{**OFFICIAL_NETWORK, "sample_size": size}), DDPMScheduler())
+    with pytest.raises(ValueError, match=message):
+        _ = pipe.image_shape
+
+
+def test_another_first_layer_than_the_configuration_says():
+    """As in stock: the layer decides which images the network takes."""
+    unet = UNet2DModel(**OFFICIAL_NETWORK)
+    stock = StockUNet2DModel(**OFFICIAL_NETWORK)
+    stock.load_state_dict(unet.state_dict())
+    unet.conv_in = stock.conv_in = torch.nn.Conv2d(5, unet.conv_in.out_channels, 3, padding=1)
+    x = torch.randn(2, 5, 8, 8)
+    torch.testing.assert_close(unet(x, 3).sample, stock(x, 3).sample)
+    with pytest.raises(ValueError, match=r"\[B, 5, H, W\], got \[2, 3, 8, 8\]"):
+        unet(x[:, :3], 3)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import ddpm_hf.pipeline_ddpm  # noqa: F401  (which a run has loaded long before it pushes)
 from ddpm_hf.hub import Push
 from ddpm_hf.hub_background import BackgroundPush
 

@@ -463,6 +463,14 @@ def _handler(hub: HubServer, port: str) -> type[BaseHTTPRequestHandler]:
             with hub.lock:
                 if header.get("parentCommit") not in (None, hub.commits(kind, name)[-1]["oid"]):
                     raise _Answer(412, message="A commit has happened since. Please refresh and try again.")
+                if self.query.get("create_pr"):  # proposed, and not looked at again
+                    url = f"{hub.url}/{name}/discussions/1"
+                    return {
+                        "success": True,
+                        "commitOid": "0" * 40,
+                        "commitUrl": f"{hub.url}/{name}/commit/{'0' * 40}",
+                        "pullRequestUrl": url,
+                    }
                 oid = hub._commit(kind, name, header["summary"], add, tuple(delete))
             return {"success": True, "commitOid": oid, "commitUrl": f"{hub.url}/{name}/commit/{oid}"}
 
