@@ -6,6 +6,7 @@ are launched together: `CapturedUpdate` is the same update over tensors that sta
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -199,7 +200,8 @@ class CapturedUpdate(Update):
         side = torch.cuda.Stream() if self.accelerator.device.type == "cuda" else None
         if side is not None:
             side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
+        with torch.cuda.stream(side), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*capturable=True", UserWarning)  # Adam's, of steps outside a capture
             for _ in range(_WARM_UP):
                 self._whole()
         if side is not None:
