@@ -31,8 +31,16 @@ def transform(size: int, channels: int) -> transforms.Compose:
 class StockTraining:
     """The example's loop body."""
 
-    def __init__(self, unet: UNet2DModel, scheduler: DDPMScheduler, learning_rate: float = 1e-4, warmup: int = 500):
-        self.unet, self.scheduler = unet.train(), scheduler
+    def __init__(
+        self,
+        unet: UNet2DModel,
+        scheduler: DDPMScheduler,
+        learning_rate: float = 1e-4,
+        warmup: int = 500,
+        autocast: torch.dtype | None = None,
+    ):
+        self.unet, self.scheduler, self.autocast = unet.train(), scheduler, autocast
+        self.model = unet  # or compiled
         self.optimizer = torch.optim.AdamW(unet.parameters(), lr=learning_rate, betas=(0.95, 0.999), weight_decay=1e-6)
         self.lr = get_scheduler("constant_with_warmup", self.optimizer, num_warmup_steps=warmup)
         self.ema = EMAModel(unet.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
@@ -40,9 +48,11 @@ class StockTraining:
     def update(self, clean: torch.Tensor) -> float:
         """One update; the loss that the example logs after each."""
         noise = torch.randn_like(clean)
-        t = torch.randint(0, self.scheduler.config.num_train_timesteps, (len(clean),))
+        t = torch.randint(0, self.scheduler.config.num_train_timesteps, (len(clean),), device=clean.device)
         noisy = self.scheduler.add_noise(clean, noise, t)
-        loss = F.mse_loss(self.unet(noisy, t).sample.float(), noise.float())
+        with torch.autocast(clean.device.type, self.autocast, enabled=self.autocast is not None):
+            output = self.model(noisy, t).sample
+        loss = F.mse_loss(output.float(), noise.float())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.unet.parameters(), 1.0)
         self.optimizer.step()

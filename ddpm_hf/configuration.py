@@ -185,14 +185,15 @@ class TrainingConfig:
         _EVALUATION,
     )
     mixed_precision: str | None = _flag(
-        None, "no, fp16 or bf16 for the network; accelerate's setting if left out", _MACHINE
+        None, "no, fp16 or bf16 for the network; default: the launcher's, else bf16 on GPUs that have it", _MACHINE
     )
     num_cpu_threads: int | None = _flag(
         None, "CPU threads per process; the cores are shared out evenly if left out", _MACHINE
     )
     tf32: bool = _flag(False, "NVIDIA GPUs: faster float32 products with 10 bits of mantissa", _MACHINE)
-    compile: bool = _flag(False, "torch.compile the network", _MACHINE)
-    channels_last: bool = _flag(False, "channels_last memory layout", _MACHINE)
+    compile: bool | None = _flag(None, "torch.compile the network; default: on NVIDIA GPUs", _MACHINE)
+    channels_last: bool | None = _flag(None, "channels_last memory layout; default: on NVIDIA GPUs", _MACHINE)
+    cuda_graphs: bool = _flag(True, "NVIDIA GPUs: launch an update as one captured graph", _MACHINE)
     gradient_checkpointing: bool = _flag(False, "trade time for memory", _MACHINE)
     report_to: str | None = _flag(
         None, "trackers by accelerate: tensorboard, wandb, ...; several as a,b; all; none (the default)", _MACHINE

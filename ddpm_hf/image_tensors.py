@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .machine import to_device
 from .randomness import derive_seed
 
 
@@ -41,7 +42,18 @@ class ImageDataset:
             indices: `[n]` int64, in any order, also repeated.
             crop_seeds: Without effect: these images are cropped already.
         """
+        indices = to_device(indices, self.images.device)
         return self.images[indices], None if self.labels is None else self.labels[indices]
+
+    def on(self, device: torch.device) -> ImageDataset:
+        """The same images on a device, where batches of them are gathered without the host.
+
+        Those that would take more than a quarter of an NVIDIA GPU's free memory stay where they are.
+        """
+        if device.type == "cuda" and self.images.nbytes > torch.cuda.mem_get_info(device)[0] // 4:
+            return self
+        labels = None if self.labels is None else self.labels.to(device)
+        return ImageDataset(self.images.to(device), labels, self.name, self.class_names)
 
     def subset(self, indices: Tensor) -> ImageDataset:
         """The images at `indices`, in that order."""

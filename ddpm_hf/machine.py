@@ -12,6 +12,8 @@ import torch
 import torch.utils.deterministic
 from torch import Tensor
 
+from .errors import UserError
+
 # mallopt(3), glibc's malloc.h
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 _LARGEST_INT = 2**31 - 1
@@ -40,6 +42,42 @@ def use_tf32(wanted: bool) -> None:
     """
     torch.backends.cuda.matmul.allow_tf32 = wanted
     torch.backends.cudnn.allow_tf32 = wanted
+
+
+def default_precision() -> str | None:
+    """Return the mixed precision of a run that does not say: bf16 on NVIDIA GPUs that compute in it.
+
+    A launcher (`accelerate launch`) always says one, which counts. `None` leaves it to accelerate.
+    """
+    if "ACCELERATE_MIXED_PRECISION" in os.environ or not torch.cuda.is_available():
+        return None
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else None
+
+
+def check_precision(precision: str | None) -> None:
+    """Check that the GPU computes in bf16 where that is asked for.
+
+    Raises:
+        UserError: It does not.
+    """
+    if precision == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(False):
+        name = torch.cuda.get_device_name()
+        raise UserError(f"--mixed_precision bf16 is not there on {name}; use fp16, or no for float32")
+
+
+def compiler_problem(device: torch.device) -> str | None:
+    """Return what `torch.compile` lacks for a device, in a few words; `None` where it can compile."""
+    if device.type == "cuda":
+        from torch.utils._triton import has_triton
+
+        return None if has_triton() else "Triton, or a GPU that it supports, is not there"
+    from torch._inductor import cpp_builder, exc
+
+    try:
+        cpp_builder.get_cpp_compiler()
+    except exc.InvalidCxxCompiler:
+        return "there is no C++ compiler"
+    return None
 
 
 def has_deterministic_algorithms(device: torch.device) -> bool:

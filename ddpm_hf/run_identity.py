@@ -33,7 +33,7 @@ _CHANGEABLE = (
     "random_flip",
     "timestep_sampling",
 )
-_CHANGEABLE_SETTINGS = ("class_dropout", "center_crop", "tf32", "channels_last", "compile")
+_CHANGEABLE_SETTINGS = ("class_dropout", "center_crop", "tf32")
 
 
 def check_output_is_ours(config: TrainingConfig) -> None:
@@ -71,7 +71,7 @@ class RunIdentity:
         unet_config: The network's arguments.
         data: The training images.
         plan: How an update's images are cut.
-        precision: What the network computes in.
+        computation: How the network is computed: `precision`, `channels_last`, `compile`.
     """
 
     config: TrainingConfig
@@ -79,7 +79,7 @@ class RunIdentity:
     unet_config: dict[str, Any]
     data: Images
     plan: BatchPlan
-    precision: str
+    computation: dict[str, Any]
 
     def fixed(self) -> dict[str, Any]:
         """What makes two runs different runs: a checkpoint of one is refused by the other."""
@@ -99,7 +99,7 @@ class RunIdentity:
             **{name: getattr(self.recipe, name) for name in _CHANGEABLE},
             **{name: getattr(self.config, name) for name in _CHANGEABLE_SETTINGS},
             "dropout": self.recipe.unet["dropout"],
-            "precision": self.precision,
+            **self.computation,
             "train_batch_size": self.plan.micro,
             "number of processes": self.plan.num_processes,
         }

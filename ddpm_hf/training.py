@@ -34,9 +34,18 @@ from .checkpointing import (
     training_state,
 )
 from .configuration import TrainingConfig, TrainingError, due
-from .data import StreamedImages, flip_images, to_model_range
+from .data import ImageDataset, StreamedImages
 from .errors import UserError
-from .machine import deterministic_algorithms, has_deterministic_algorithms, keep_freed_memory, to_device, use_tf32
+from .machine import (
+    check_precision,
+    compiler_problem,
+    default_precision,
+    deterministic_algorithms,
+    has_deterministic_algorithms,
+    keep_freed_memory,
+    to_device,
+    use_tf32,
+)
 from .objectives import OBJECTIVES
 from .pipeline_ddpm import DDPMPipeline
 from .processes import (
@@ -59,8 +68,9 @@ from .publishing import Publisher, describe_classes, describe_images, precision_
 from .randomness import derive_seed
 from .run_identity import CONFIG, RunIdentity, check_output_is_ours
 from .scheduling_ddpm import DDPMScheduler
-from .training_batches import Batches, BatchPlan, image_size, load_split
+from .training_batches import Batches, BatchPlan, MicroBatch, image_size, load_split
 from .training_evaluation import TrainingEvaluation
+from .training_update import CapturedUpdate, Update
 from .unet_2d import UNet2DModel, check_size, parameter_count, use_plain_attention
 
 # How often the progress bar reads the loss from the device.
@@ -86,12 +96,14 @@ class Trainer:
         self.recipe = config.resolved_preset()
         self.output_dir = Path(config.output_dir)
         refuse_foreign_engines()
-        forget_another_precision(config.mixed_precision)
+        precision = config.mixed_precision or default_precision()
+        check_precision(precision)
+        forget_another_precision(precision)
         trackers: Any = known_trackers(config.report_to)
         try:
             self.accelerator = Accelerator(
                 cpu=cpu_only(),
-                mixed_precision=config.mixed_precision,
+                mixed_precision=precision,
                 log_with=trackers or None,
                 project_dir=str(self.output_dir / config.logging_dir),
             )
@@ -103,6 +115,16 @@ class Trainer:
         self.precision = precision_name(self.accelerator)
         self._check_machine()
         reduce_in_float32(self.accelerator)
+        on_nvidia = self.device.type == "cuda"
+        self.channels_last = on_nvidia if config.channels_last is None else config.channels_last
+        self.compiled = self._compiles()
+        self.captured = (
+            config.cuda_graphs
+            and on_nvidia
+            and self.accelerator.num_processes == 1
+            and self.accelerator.scaler is None
+            and not config.gradient_checkpointing  # it saves the generators' states, which a graph does not let it do
+        )
         if self.device.type == "cpu":
             local = int(os.environ.get("LOCAL_WORLD_SIZE", self.accelerator.num_processes))
             set_cpu_threads(config.num_cpu_threads, local)
@@ -126,7 +148,8 @@ class Trainer:
                 raise UserError(f"{self.data.name!r} has no images to train on")
             self.evaluation = TrainingEvaluation(config, self.data)
             self.unet_config = {**self.recipe.unet, **self._class_config()}
-        self.identity = RunIdentity(config, self.recipe, self.unet_config, self.data, self.plan, self.precision)
+        computation = {"precision": self.precision, "channels_last": self.channels_last, "compile": self.compiled}
+        self.identity = RunIdentity(config, self.recipe, self.unet_config, self.data, self.plan, computation)
         same_everywhere("has", describe_images(self.data), "all of them need the same images")
         self.publisher = Publisher(
             config, self.recipe, self.unet_config, self.accelerator, self.data, self.evaluation, self.plan
@@ -139,7 +162,7 @@ class Trainer:
             use_plain_attention(self.unet)
         if config.gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
-        if config.channels_last:
+        if self.channels_last:
             self.unet = self.unet.to(memory_format=torch.channels_last)
         # fused=True, on CPUs too: only this kernel looks at `found_inf`, by which updates that are not finite are
         # skipped without asking the device.
@@ -152,7 +175,7 @@ class Trainer:
             num_warmup_steps=self.recipe.lr_warmup_steps,
             num_training_steps=self.recipe.max_train_steps,
         )
-        network = torch.compile(self.unet) if config.compile else self.unet
+        network = torch.compile(self.unet) if self.compiled else self.unet
         self.model, self.optimizer = self.accelerator.prepare(network, optimizer)
         self.ema = EMAModel(
             self.unet.parameters(),  # after they were prepared: FSDP replaces them by shards
@@ -164,12 +187,11 @@ class Trainer:
             foreach=True,
         )
         self._adam = optimizer
-        self._skipped_in_a_row = torch.zeros((), device=self.device)
         self.step = 0  # optimizer updates done
         # For the trackers: update, loss and gradient norm, what else there is.
         self._unlogged: list[tuple[int, Tensor, dict[str, float]]] = []
         self.batches = Batches(
-            self.data,
+            self.data.on(self.device) if isinstance(self.data, ImageDataset) else self.data,
             self.plan,
             image_shape=(self.unet.config.in_channels, *image_size(self.recipe)),
             num_train_timesteps=self.scheduler.config.num_train_timesteps,
@@ -180,6 +202,7 @@ class Trainer:
             class_dropout=config.class_dropout,
             timestep_sampling=self.recipe.timestep_sampling,
         )
+        self.update = self._made_update()
         if config.resume_from_checkpoint:
             self._resume(config.resume_from_checkpoint)
 
@@ -199,6 +222,21 @@ class Trainer:
             )
         if a.mixed_precision not in ("no", "fp16", "bf16"):
             raise UserError(f"mixed precision {a.mixed_precision!r} is not supported; use bf16, fp16 or no")
+
+    def _compiles(self) -> bool:
+        """Whether to compile the network: as the run says, else on NVIDIA GPUs where there is a compiler.
+
+        Raises:
+            UserError: It is asked for, and there is no compiler.
+        """
+        wanted, problem = self.config.compile, None
+        if wanted or (wanted is None and self.device.type == "cuda"):
+            problem = compiler_problem(self.device)
+            if wanted and problem:
+                raise UserError(f"--compile true is not possible here: {problem}; leave it out")
+            if problem:
+                say(f"the network is not compiled, which is slower: {problem}")
+        return wanted if wanted is not None else self.device.type == "cuda" and problem is None
 
     def _check_size(self) -> None:
         """A size that the network cannot halve, said before any image is read."""
@@ -222,68 +260,58 @@ class Trainer:
 
     # ------------------------------------------------------------------ one update
 
-    def _update(self, step: int) -> tuple[Tensor, Tensor]:
-        """One optimizer update; its loss and gradient norm, still on the device."""
-        draws = self.batches.draws(step)
-        objective = OBJECTIVES[self.recipe.loss]
-        accelerator = self.accelerator
-        loss_sum = torch.zeros((), device=self.device)
-        for micro in range(self.plan.accumulation):
-            rows = self.batches.rows(micro)
-            images, labels = self.batches.read_ahead(step, micro)
-            images = flip_images(images, draws["flip"][rows])
-            options = {}
-            if self.config.class_conditional:
-                if labels is None:  # of a stream, where nobody looked at all of them before
-                    raise TrainingError(
-                        f"--class_conditional needs a class for every image, and some of {self.data.name!r} have "
-                        "none; name their column with --label_column"
-                    )
-                labels = torch.where(draws["drop_class"][rows], self.unet.config.get("_null_class") or 0, labels)
-                options["class_labels"] = to_device(labels, self.device)
-            torch.manual_seed(derive_seed(self.config.seed, "dropout", step, micro, accelerator.process_index))
-            last = micro == self.plan.accumulation - 1
-            with nullcontext() if last else accelerator.no_sync(self.model):
-                losses = objective(
-                    self.model,
-                    self.scheduler,
-                    to_model_range(to_device(images, self.device)),
-                    to_device(draws["t"][rows], self.device),
-                    draws["noise"][rows],
-                    **options,
-                )
-                # Gradients are averaged over processes, so this adds up to the mean over the update's images.
-                loss = losses.sum() / self.plan.total
-                accelerator.backward(loss * accelerator.num_processes)
-            loss_sum += loss.detach()
-        norm = gather_shards(accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.max_grad_norm))
-        self._step_optimizer(loss_sum, norm)
-        return loss_sum, norm
+    def _made_update(self) -> Update:
+        return (CapturedUpdate if self.captured else Update)(
+            accelerator=self.accelerator,
+            model=self.model,
+            unet=self.unet,
+            scheduler=self.scheduler,
+            objective=OBJECTIVES[self.recipe.loss],
+            adam=self._adam,
+            optimizer=self.optimizer,
+            ema=self.ema,
+            plan=self.plan,
+            max_grad_norm=self.recipe.max_grad_norm,
+            seed=self.config.seed,
+        )
 
-    def _step_optimizer(self, loss: Tensor, norm: Tensor) -> None:
-        """Adam, schedule and average; an update whose gradients are not finite is skipped, without asking the device.
+    def _update(self, step: int) -> tuple[Tensor, Tensor]:
+        """Make one optimizer update; return its loss and gradient norm, still on the device.
 
         Raises:
             TrainingError: Too many updates in a row were skipped.
         """
-        # accelerate's step_was_skipped says no: a fused Adam is always called, and skips by itself.
-        bad = (~norm.isfinite()).float()
-        if self.accelerator.scaler is None:
-            vars(self._adam)["found_inf"] = bad  # what the fused kernel looks at; a GradScaler sets it by itself
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        draws = self.batches.draws(step)
+        loss, norm = self.update(step, lambda micro: self._micro_batch(step, micro, draws))
         self.lr_schedule.step()
-        self.ema.step(self.unet.parameters())
-        self._skipped_in_a_row = (self._skipped_in_a_row + 1) * bad
         # Reading it waits for the device, so it is not read after every update.
-        if (self.step + 1) % _UPDATES_BETWEEN_CHECKS == 0 and self._skipped_in_a_row.item() >= _MOST_SKIPPED_UPDATES:
+        if (step + 1) % _UPDATES_BETWEEN_CHECKS == 0 and self.update.skipped_in_a_row.item() >= _MOST_SKIPPED_UPDATES:
             self._give_up(loss, norm)
+        return loss, norm
+
+    def _micro_batch(self, step: int, micro: int, draws: dict[str, Tensor]) -> MicroBatch:
+        """What this process sees of an update in one pass, on the device."""
+        images, labels = self.batches.read_ahead(step, micro)
+        rows = self.batches.rows(micro)
+        if not self.config.class_conditional:
+            labels = None
+        elif labels is None:  # of a stream, where nobody looked at all of them before
+            raise TrainingError(
+                f"--class_conditional needs a class for every image, and some of {self.data.name!r} have none; name "
+                "their column with --label_column"
+            )
+        else:
+            labels = to_device(labels, self.device)
+            drop = to_device(draws["drop_class"][rows], self.device)
+            labels = torch.where(drop, self.unet.config.get("_null_class") or 0, labels)
+        flip, t = (to_device(draws[name][rows], self.device) for name in ("flip", "t"))
+        return MicroBatch(to_device(images, self.device), flip, t, draws["noise"][rows], labels)
 
     def _give_up(self, loss: Tensor, norm: Tensor) -> None:
-        kept = list_checkpoints(self.output_dir)
+        kept, skipped = list_checkpoints(self.output_dir), int(self.update.skipped_in_a_row.item())
         raise TrainingError(
             f"loss {loss.item()} and gradient norm {norm.item()} at update {self.step + 1}: "
-            f"{int(self._skipped_in_a_row.item())} updates in a row were skipped because their gradients are not "
+            f"{skipped} updates in a row were skipped because their gradients are not "
             f"finite (learning rate {self.lr_schedule.get_last_lr()[0]:.3g}, precision {self.precision}); "
             f"lower the learning rate; the last checkpoint is {kept[-1] if kept else 'none yet'}"
         )
@@ -455,12 +483,17 @@ class Trainer:
             self._log()  # some trackers take updates in their order only
             self.accelerator.log({name: entry["value"] for name, entry in report.values.items()}, step=self.step)
 
+    def _computation(self) -> list[str]:
+        """How the network is computed, in words."""
+        chosen = {"channels_last": self.channels_last, "compiled": self.compiled, "CUDA graphs": self.captured}
+        return [f"precision {self.precision}", *(name for name, on in chosen.items() if on)]
+
     def _introduction(self) -> str:
         config, a = self.config, self.accelerator
         lines = [
             f"{config.preset}: {parameter_count(self.unet):,} parameters, {describe_images(self.data)}, "
             f"{self.recipe.max_train_steps - self.step} updates of {self.plan.total} images "
-            f"on {self.device.type} ({a.num_processes} process(es), precision {self.precision})",
+            f"on {self.device.type} ({', '.join([f'{a.num_processes} process(es)', *self._computation()])})",
         ]
         if classes := describe_classes(self.data, config.class_conditional):
             lines.append(classes)

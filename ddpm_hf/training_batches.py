@@ -75,6 +75,35 @@ class BatchPlan:
 
 
 @dataclass
+class MicroBatch:
+    """What one forward and backward pass sees, on the device.
+
+    Attributes:
+        images: `[b, C, H, W]` uint8.
+        flip: `[b]` bool.
+        t: `[b]` int64.
+        noise: `[b, C, H, W]` float32.
+        labels: `[b]` int64, for class-conditional networks.
+    """
+
+    images: Tensor
+    flip: Tensor
+    t: Tensor
+    noise: Tensor
+    labels: Tensor | None
+
+    def clone(self) -> MicroBatch:
+        """Copy all tensors."""
+        return MicroBatch(*(None if x is None else x.clone() for x in vars(self).values()))  # type: ignore[arg-type]
+
+    def copy_(self, other: MicroBatch) -> None:
+        """Write another one's values over these."""
+        for mine, its in zip(vars(self).values(), vars(other).values(), strict=True):
+            if mine is not None:
+                mine.copy_(its, non_blocking=True)
+
+
+@dataclass
 class Batches:
     """What the updates of a run see.
 

@@ -64,7 +64,7 @@ FLOORS = (
     ),
     ("evaluation", "training_batches", "hub", "space_demo", "optimal_variance"),
     ("hub_background", "training_evaluation", "space", "space_page"),
-    ("publishing", "run_identity"),
+    ("publishing", "run_identity", "training_update"),
     ("training",),
     ("reproduction",),
     ("command_train", "command_model", "command_convert", "command_publish"),

@@ -356,7 +356,7 @@ def test_loss_that_is_not_finite_stops_with_a_sentence_and_keeps_the_checkpoint(
             weights.update({name: value.clone() for name, value in run.unet.state_dict().items()})
         return losses * float("nan") if run.step >= 3 else losses
 
-    monkeypatch.setitem(training.OBJECTIVES, "simple", spoiled)
+    monkeypatch.setattr(run.update, "objective", spoiled)
     with pytest.raises(
         TrainingError, match=r"loss nan.*27 updates in a row.*learning rate.*precision float32.*checkpoint-"
     ):
@@ -374,7 +374,7 @@ def test_one_bad_update_is_skipped_and_the_run_goes_on(tmp_path, monkeypatch):
     def spoiled(unet, scheduler, x_0, t, noise):
         return simple_loss(unet, scheduler, x_0, t, noise) * (float("inf") if run.step == 2 else 1.0)
 
-    monkeypatch.setitem(training.OBJECTIVES, "simple", spoiled)
+    monkeypatch.setattr(run.update, "objective", spoiled)
     pipe = run.train()
     assert run.step == 6
     assert all(value.isfinite().all() for value in pipe.unet.state_dict().values())
@@ -816,7 +816,7 @@ def test_fp16_skips_updates_that_overflow_and_lowers_its_scale(tmp_path, half_pr
             made, in_a_row = made + 1, 0
             assert norm < 100  # of the loss itself, not of the scaled one
             assert run.accelerator.scaler.get_scale() in (scale, 2 * scale)
-        assert run._skipped_in_a_row == in_a_row
+        assert run.update.skipped_in_a_row == in_a_row
     assert dtypes == {torch.float16}
     assert skipped > 2
     assert made > 5
@@ -845,8 +845,8 @@ def test_fp16_that_always_overflows_ends_with_a_sentence(tmp_path, half_precisio
     def spoiled(unet, scheduler, x_0, t, noise):
         return simple_loss(unet, scheduler, x_0, t, noise) * float("inf")
 
-    monkeypatch.setitem(training.OBJECTIVES, "simple", spoiled)
     run = trainer(tmp_path / "run", mixed_precision="fp16", max_train_steps=60)
+    monkeypatch.setattr(run.update, "objective", spoiled)
     weights = [p.detach().clone() for p in run.unet.parameters()]
     with pytest.raises(TrainingError, match=r"20 updates in a row.*precision fp16"):
         run.train()
