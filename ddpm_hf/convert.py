@@ -468,8 +468,10 @@ def _load_weights(
             raise ConversionError(
                 f"{str(file)!r}: {name} has shape {tuple(value.shape)}, and {network} asks for {tuple(target)} ({key})"
             )
-        if not value.is_floating_point() or not value.isfinite().all():
-            raise ConversionError(f"{str(file)!r}: {name} holds something else than finite numbers ({value.dtype})")
+        if not value.is_floating_point():
+            raise ConversionError(f"{str(file)!r}: {name} holds {value.dtype}, which no weights are")
+        if not value.isfinite().all():
+            raise ConversionError(f"{str(file)!r}: {name} holds NaN or infinity; take an intact copy")
         state[key] = value.to(wanted[key].dtype)
     if lost:
         raise ConversionError(f"{str(file)!r}: no place for {listed(lost)} in {network}")

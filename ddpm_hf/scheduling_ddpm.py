@@ -463,7 +463,7 @@ class DDPMScheduler(PrivateByDefault, StockDDPMScheduler):
             dtype = table.dtype if table.dtype.itemsize < 4 else torch.float32
             if torch.equal(table.cpu().to(dtype), torch.from_numpy(in_force[name]).float().to(dtype)):
                 continue
-            found = np.array(table.double().cpu())  # a copy: what is written into the table later has to be seen
+            found = table.double().cpu().numpy().copy()  # what is written into the table later has to be seen
             if betas is not None and not np.allclose(tables_of(betas)[name], found, rtol=1e-3, atol=1e-5):
                 raise UserError(f"{' and '.join(tables)} were written to and contradict each other; write one of them")
             betas = betas_of(name, found)

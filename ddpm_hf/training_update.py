@@ -68,7 +68,7 @@ class Update:
             micro_batch: The update's micro-batches by number, on the device.
 
         Returns:
-            Loss and norm of the gradients, 0-d on the device; the next update writes over them.
+            Loss and norm of the gradients, 0-d on the device.
         """
         self.loss.zero_()
         for micro in range(self.plan.accumulation):
@@ -78,7 +78,7 @@ class Update:
             with nullcontext() if last else self.accelerator.no_sync(self.model):
                 self.accumulate(batch)
         self.apply()
-        return self.loss, self.norm
+        return self.loss.clone(), self.norm.clone()
 
     def accumulate(self, batch: MicroBatch) -> None:
         """Add a micro-batch's share of the loss and of its gradients (Algorithm 1, lines 2 to 5)."""
@@ -145,7 +145,7 @@ class CapturedUpdate(Update):
             self._graphs[0].replay()
         for graph in self._graphs[1:]:
             graph.replay()
-        return self.loss, self.norm
+        return self.loss.clone(), self.norm.clone()
 
     def _set_numbers(self) -> None:
         """Write this update's learning rate and EMA decay where the graphs read them."""
