@@ -25,7 +25,7 @@ from .errors import UserError
 from .image_tensors import to_uint8
 from .pipeline_ddpm import DDPMPipeline
 from .pipeline_inputs import images_in_model_range
-from .randomness import derived_generator
+from .randomness import SeededNoise, derive_seed
 from .scheduling_ddpm import DDPMScheduler
 from .visualize import labelled_grid
 
@@ -116,11 +116,12 @@ class _Walker:
         return sum(len(self.ts) - 1 - min(starts[row] for row in batch) for batch in self.batches(starts))
 
     def decode(
-        self, x_t: Tensor, generators: Sequence[torch.Generator], starts: Sequence[int], labels: Sequence[Any]
+        self, x_t: Tensor, seeds: Sequence[int], drawn: int, starts: Sequence[int], labels: Sequence[Any]
     ) -> Tensor:
-        """x_0 ~ p(x_0|x_t) for `[B, C, H, W]`, each with its own generator, label and place in the chain to start.
+        """x_0 ~ p(x_0|x_t) for `[B, C, H, W]`, each with its own seed, label and place in the chain to start.
 
-        Images that start late join the batch when it comes by.
+        `drawn` is how often their seeds' noise was drawn before. Images that start late join the batch when it comes
+        by.
         """
         x_t = x_t.to(self.pipe._execution_device, copy=True)
         for batch in self.batches(starts):
@@ -129,7 +130,9 @@ class _Walker:
                 rows = [row for row in batch if starts[row] <= first]
                 options = self.options([labels[row] for row in rows])
                 x = x_t[rows]
-                for step in self.pipe.denoise(x, [generators[row] for row in rows], start=first, stop=last, **options):
+                before = [drawn + first - starts[row] for row in rows]  # one draw for every step that was taken
+                noise = SeededNoise([seeds[row] for row in rows], x.device, before)
+                for step in self.pipe.denoise(x, noise, start=first, stop=last, **options):
                     x = step.prev_sample
                     self.bar.update()
                 x_t[rows] = x
@@ -291,7 +294,6 @@ def shared_latents(
     labels = walker.labels(len(seeds))
     indices = walker.indices_of([round(walker.T * share / 4) for share in (4, 3, 2, 1)] if ts is None else ts)
     starts = [index for index in indices for _ in seeds[1:]]
-    generators = [torch.Generator().manual_seed(seed) for _ in indices for seed in seeds[1:]]
     stop = max(1, *indices)  # `progressive` tells x_T only with its first step
     chain: dict[int, Tensor] = {}
     with walker.bar:
@@ -300,7 +302,11 @@ def shared_latents(
             chain[step.index], chain[step.index + 1] = step.sample.cpu(), step.prev_sample.cpu()
             walker.bar.update()
         samples = walker.decode(
-            torch.cat([chain[index] for index in starts]), generators, starts, labels[1:] * len(indices)
+            torch.cat([chain[index] for index in starts]),
+            seeds[1:] * len(indices),
+            0,
+            starts,
+            labels[1:] * len(indices),
         ).unflatten(0, (len(indices), -1))
     x_t = torch.cat([chain[index] for index in indices])
     return SharedLatents(x_t, samples, [walker.ts[index] for index in indices], walker.T, seeds)
@@ -460,23 +466,23 @@ def _interpolations(
         raise UserError(f"lambdas must be numbers from 0 to 1, at least one, got {lambdas}")
     indices = walker.indices_of(ts)
     shares = torch.tensor(lambdas).view(-1, 1, 1, 1)
-    mixed, generators = [], list[torch.Generator]()
+    mixed, of_each = [], list[int]()
     for index in indices:
         for image, other, seed in zip(a, b, seeds, strict=True):
-            generator = torch.Generator().manual_seed(seed)
             x_a, x_b = image, other
             if walker.ts[index] > 0:
-                noise = torch.randn(shape, generator=generator)
-                of_its_own = torch.randn(shape, generator=derived_generator(seed, "noise of the second image"))
+                noise = SeededNoise([seed]).normal((1, *shape))[0]
+                second = derive_seed(seed, "noise of the second image")
+                of_its_own = SeededNoise([second]).normal((1, *shape))[0]
                 x_a = walker.diffused(image, noise, index)
                 x_b = walker.diffused(other, noise if same_noise else of_its_own, index)
             mixed.append((1 - shares) * x_a + shares * x_b)
-            generators.extend(generator.clone_state() for _ in lambdas)  # the reverse chain's noise, the same for all
+            of_each.extend(seed for _ in lambdas)  # the reverse chain's noise is the same for all
     starts = [index for index in indices for _ in range(len(a) * len(lambdas))]
     labels = [label for label in walker.labels(len(a)) for _ in lambdas] * len(indices)
     with walker.bar:
         walker.bar.total = walker.steps(starts)
-        images = walker.decode(torch.cat(mixed), generators, starts, labels)
+        images = walker.decode(torch.cat(mixed), of_each, 1, starts, labels)
     images = images.unflatten(0, (len(indices), len(a), len(lambdas)))
     return [
         Interpolation(x_0, a, b, lambdas, walker.ts[index], walker.T, seeds)

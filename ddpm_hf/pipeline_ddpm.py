@@ -24,12 +24,12 @@ from diffusers.schedulers.scheduling_ddpm import DDPMScheduler as StockDDPMSched
 from diffusers.schedulers.scheduling_ddpm_parallel import DDPMParallelScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin  # noqa: F401  (looked up here by name, see load_config)
 from diffusers.utils import logging
-from diffusers.utils.torch_utils import randn_tensor
 
 from .class_labels import Classes, ClassLabels
 from .errors import NotFiniteError, UserError
 from .hub_errors import check_pipeline, patiently
 from .pipeline_inputs import KnownPixels, count_and_generators, images_in_model_range, mask_of, one_per_image
+from .randomness import NOISE_OF_SEEDS, Generators, SeededNoise, standard_normal
 from .scheduling_ddpm import DDPMScheduler, infinite_to_nan, whole_number
 from .unet_2d import PortableConfigMixin, UNet2DModel, check_size, check_weights
 
@@ -229,6 +229,7 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
             "unet": without_notes(self.unet.config),
             "dtype": str(self.network.dtype).removeprefix("torch."),
             "sampler": type(self.scheduler).__name__,
+            "noise": NOISE_OF_SEEDS,
             "scheduler": without_notes(self.scheduler.config),
         }
 
@@ -294,8 +295,8 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
             output_type: `pil`, `np` (also `numpy` or `None`; `[B, H, W, C]` in [0, 1]) or `pt` (`[B, C, H, W]` in
                 [0, 1]).
             return_dict: `False` gives a tuple.
-            seeds: One seed per image, instead of `generator`: image i depends on its own seed only. They draw on the
-                pipeline's device; for the CPU's images on a GPU pass CPU generators.
+            seeds: One seed per image, instead of `generator`: image i depends on its own seed only, on every device
+                (`randomness.SeededNoise`).
             class_labels: For class-conditional networks: one class for all images, or one per image; by the name
                 that the network was trained with, or by number. If any class is called by a number, a number is such
                 a name; else it counts the classes from 0. `None` is "no class", which has no number.
@@ -338,7 +339,7 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
         if seeds is None and batch_size is None and given is not None:
             batch_size = len(given)
         device = self._execution_device
-        batch_size, generator = count_and_generators(batch_size, generator, seeds, device)
+        batch_size, source = count_and_generators(batch_size, generator, seeds, device)
         self._set_timesteps(num_inference_steps)
         start, known = 0, None
         if given is not None:
@@ -350,7 +351,7 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
         elif strength is not None or mask_image is not None:
             raise UserError("strength and mask_image go with an image; pass image=")
         shape = (batch_size, *self.image_shape)
-        x_t = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32) if batch_size else None
+        x_t = standard_normal(shape, source, device, torch.float32) if batch_size else None
         if given is not None and x_t is not None and not (known and start == 0):
             left = self.scheduler.timesteps[start:]  # strength 0 leaves no step to take
             x_t = self.scheduler.add_noise(given, x_t, left[:1].expand(batch_size).to(device)) if len(left) else given
@@ -358,14 +359,14 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
             x_t = x_t * self.scheduler.init_noise_sigma
 
         self._interrupt = False
-        walk = self._walking(class_labels, guidance_scale, eta, generator, batch_size)
+        walk = self._walking(class_labels, guidance_scale, eta, source, batch_size)
         if x_t is None:
             x_t = torch.empty(shape)
         else:
             if known is None:
                 steps = walk(x_t, start, None)
             else:
-                steps = self._repaint(x_t, walk, generator, known, start, resample_length, resample_times)
+                steps = self._repaint(x_t, walk, source, known, start, resample_length, resample_times)
             total = len(self.scheduler.timesteps) - start
             with self.progress_bar(total=total if known is None else total * resample_times) as bar:
                 for step in steps:
@@ -470,7 +471,7 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
     def denoise(
         self,
         x_t: torch.Tensor,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: Generators = None,
         *,
         num_inference_steps: int | None = None,
         start: int = 0,
@@ -525,6 +526,8 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
             self.scheduler.set_begin_index(start)
         extra = self._step_options(generator, eta)
         etas = self._etas(eta) if eta and isinstance(self.scheduler, DDIMScheduler) else None
+        # DDIM takes the noise of seeds, like our scheduler; other samplers of stock draw for themselves.
+        noise = generator if isinstance(generator, SeededNoise) and "variance_noise" in extra else None
         # a learned variance is for the ancestral samplers only
         learned = "learned" in (self.scheduler.config.get("variance_type") or "")
         ancestral = isinstance(self.scheduler, DDPMScheduler) or (
@@ -543,6 +546,8 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
                     output = output[:, : x_t.shape[1]]
                 if etas is not None:
                     extra["eta"] = etas[index]
+                if noise is not None:
+                    extra["variance_noise"] = noise.normal(x_t.shape)
                 made = self.scheduler.step(output, timesteps[index], x_t, **extra)
                 x_0 = getattr(made, "pred_original_sample", None)
                 step = DenoisingStep(index, int(timesteps[index]), x_t, x_0, made.prev_sample)
@@ -567,10 +572,10 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
             One `DenoisingStep` per step, with x_t and the x_0 predicted from it.
         """
         self.checked_steps(options.get("num_inference_steps"))
-        batch_size, generator = count_and_generators(batch_size, generator, seeds, self._execution_device)
+        batch_size, source = count_and_generators(batch_size, generator, seeds, self._execution_device)
         shape = (batch_size, *self.image_shape)
-        x_t = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=torch.float32)
-        yield from self.denoise(x_t * self.scheduler.init_noise_sigma, generator, **options)
+        x_t = standard_normal(shape, source, self._execution_device, torch.float32)
+        yield from self.denoise(x_t * self.scheduler.init_noise_sigma, source, **options)
 
     def _check_repaint(self, length: int, times: int) -> None:
         if not isinstance(self.scheduler, (DDPMScheduler, DDIMScheduler, DDIMParallelScheduler)):
@@ -590,7 +595,7 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
 
         def noisy(x: torch.Tensor, signal: float) -> torch.Tensor:
             """sqrt(signal) x + sqrt(1 - signal) noise."""
-            noise = randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+            noise = standard_normal(x.shape, generator, x.device, x.dtype)
             return signal**0.5 * x + (1 - signal) ** 0.5 * noise
 
         for first in range(start, len(timesteps), length):
@@ -638,9 +643,15 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
     def _step_options(self, generator: Any, eta: float | None) -> dict[str, Any]:
         """What the scheduler's `step` takes beyond the usual: deterministic ones take no generator, DDIM an eta."""
         known = inspect.signature(self.scheduler.step).parameters
-        options: dict[str, Any] = {"generator": generator} if "generator" in known else {}
+        options: dict[str, Any] = {}
         if "eta" in known:
             options["eta"] = self.checked_eta(eta)
+        if not isinstance(generator, SeededNoise) or isinstance(self.scheduler, DDPMScheduler):
+            options |= {"generator": generator} if "generator" in known else {}
+        elif "variance_noise" in known and options.get("eta"):
+            options["variance_noise"] = None  # drawn for each step
+        elif "generator" in known:
+            options["generator"] = generator.generators()
         if "use_clipped_model_output" in known:
             # Where x_0 is clipped, eps has to follow, or x_t is no longer the mixture of both that the network knows.
             options["use_clipped_model_output"] = True

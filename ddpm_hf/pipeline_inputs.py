@@ -14,8 +14,7 @@ from torch import Tensor
 
 from .errors import UserError
 from .image_files import ImageFormat, read_image
-
-Generators = torch.Generator | list[torch.Generator] | None
+from .randomness import Generators, SeededNoise
 
 
 @dataclass(frozen=True)
@@ -33,14 +32,14 @@ class KnownPixels:
 
 def count_and_generators(
     batch_size: int | None, generator: Generators, seeds: Iterable[int] | None, device: torch.device | str = "cpu"
-) -> tuple[int, torch.Generator | list[torch.Generator] | None]:
+) -> tuple[int, Generators]:
     """How many images, and what their noise is drawn from.
 
     Args:
         batch_size: `None` is one image, or one per seed.
         generator: One for all, one per image, or the global one for `None`.
         seeds: One per image, instead of `generator`.
-        device: Where generators of seeds draw: on the chain's own, no step waits for a copy.
+        device: Where noise of seeds is drawn: on the chain's own, no step waits for a copy.
 
     Raises:
         ValueError: A negative number of images, seeds and generators together, or counts that disagree.
@@ -51,7 +50,7 @@ def count_and_generators(
         seeds = [_index("each of seeds", seed) for seed in seeds]
         if batch_size not in (None, len(seeds)):
             raise UserError(f"batch_size={batch_size} but {len(seeds)} seeds; leave batch_size out")
-        return len(seeds), [torch.Generator(device).manual_seed(seed) for seed in seeds]
+        return len(seeds), SeededNoise(seeds, device)
     batch_size = 1 if batch_size is None else _index("batch_size", batch_size)
     if batch_size < 0:
         raise UserError(f"batch_size must not be negative, got {batch_size}")

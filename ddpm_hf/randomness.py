@@ -38,6 +38,9 @@ def derived_generator(seed: int, *what: int | str, device: torch.device | str = 
 
 # ------------------------------------------------------------------ noise by seed and counter
 
+# How a seed becomes noise: images drawn in another way are not mixed with these.
+NOISE_OF_SEEDS = "philox 4x32-10"
+
 # Philox 4x32 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", Section 3.3; constants as in
 # Random123's philox.h): the multipliers of a round, and what is added to the key after it.
 _M_0, _M_1 = 0xD2511F53, 0xCD9E8D57
@@ -80,7 +83,7 @@ def normal_noise(seeds: Tensor, draws: Tensor, count: int) -> Tensor:
 
     Args:
         seeds: `[B]` int64, one per image.
-        draws: `[D]` int64 from 0 on, which of the image's draws.
+        draws: `[D, B]` or `[D, 1]` int64 from 0 on, which of the image's draws.
         count: Numbers per image and draw, fewer than 2^34.
 
     Returns:
@@ -89,7 +92,7 @@ def normal_noise(seeds: Tensor, draws: Tensor, count: int) -> Tensor:
     key = seeds & _LOW, (seeds >> 32) & _LOW
     block = torch.arange((count + 3) // 4, device=seeds.device)
     zero = torch.zeros((), dtype=torch.int64, device=seeds.device)
-    words = philox((block, draws[:, None, None], zero, zero), (key[0][:, None], key[1][:, None]))
+    words = philox((block, draws[:, :, None], zero, zero), (key[0][:, None], key[1][:, None]))
     a, b, c, d = (word.float() for word in words)
     pairs = []
     for u, v in ((a, b), (c, d)):
@@ -108,28 +111,56 @@ class SeededNoise:
     Args:
         seeds: One whole number per image, from -2^63 to 2^64 - 1.
         device: Where to draw.
+        drawn: How often noise was drawn before, for all images or for each.
+
+    Raises:
+        UserError: A seed outside that range.
     """
 
-    def __init__(self, seeds: Sequence[int], device: torch.device | str = "cpu"):
-        signed = [seed - 2**64 if seed >= 2**63 else seed for seed in map(operator.index, seeds)]
+    def __init__(self, seeds: Sequence[int], device: torch.device | str = "cpu", drawn: int | Sequence[int] = 0):
+        for seed in seeds:
+            if not -(2**63) <= seed < 2**64:
+                raise UserError(f"a seed lies between -2^63 and 2^64 - 1, got {seed}")
+        signed = [seed - 2**64 if seed >= 2**63 else operator.index(seed) for seed in seeds]
         self.seeds = torch.tensor(signed, dtype=torch.int64, device=device)
-        self.drawn = 0
+        self._before = torch.as_tensor(drawn, dtype=torch.int64, device=device).expand(len(signed))
+        self._drawn = 0
         self._ahead: Tensor | None = None  # noise of the draws from `_first` on
         self._first = 0
 
     def __len__(self) -> int:
         return len(self.seeds)
 
+    def generators(self) -> list[torch.Generator]:
+        """One CPU generator per image, for stock's samplers that draw for themselves."""
+        return [torch.Generator().manual_seed(seed) for seed in self.seeds.tolist()]
+
     def normal(self, shape: Sequence[int]) -> Tensor:
-        """Draw `[B, ...]` float32, for the B images, and count the draw."""
+        """Draw `[B, ...]` float32, for the B images, and count the draw.
+
+        Raises:
+            UserError: B is not the number of seeds.
+        """
         if shape[0] != len(self):
             raise UserError(f"got {len(self)} seeds for a batch of {shape[0]}; pass one seed per image")
         count = math.prod(shape[1:])
         ahead = self._ahead
-        if ahead is None or ahead.shape[-1] != count or self.drawn - self._first >= len(ahead):
+        if ahead is None or ahead.shape[-1] != count or self._drawn - self._first >= len(ahead):
             many = max(1, _NUMBERS_AT_ONCE // max(1, len(self) * count))
-            draws = torch.arange(self.drawn, self.drawn + many, device=self.seeds.device)
-            ahead, self._first = normal_noise(self.seeds, draws, count), self.drawn
-            self._ahead = ahead
-        self.drawn += 1
-        return ahead[self.drawn - 1 - self._first].view(*shape)
+            draws = torch.arange(self._drawn, self._drawn + many, device=self.seeds.device)
+            ahead = self._ahead = normal_noise(self.seeds, draws[:, None] + self._before, count)
+            self._first = self._drawn
+        self._drawn += 1
+        return ahead[self._drawn - 1 - self._first].view(*shape)
+
+
+Generators = torch.Generator | list[torch.Generator] | SeededNoise | None
+
+
+def standard_normal(shape: Sequence[int], generator: Generators, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Draw standard normal noise `[B, ...]` on a device: by seeds, or in stock's order from generators."""
+    if isinstance(generator, SeededNoise):
+        return generator.normal(shape).to(device, dtype)
+    from diffusers.utils.torch_utils import randn_tensor  # importing diffusers takes seconds, which data do without
+
+    return randn_tensor(tuple(shape), generator=generator, device=device, dtype=dtype)

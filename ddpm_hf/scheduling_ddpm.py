@@ -20,7 +20,6 @@ from diffusers.configuration_utils import FrozenDict, register_to_config
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler as StockDDPMScheduler
 from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 from diffusers.utils import logging
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from .errors import UserError
@@ -36,6 +35,7 @@ from .noise_schedule import (
     tables_of,
 )
 from .presets import get_preset, nearest
+from .randomness import Generators, standard_normal
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "posterior_mean")
 FIXED_VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log")
@@ -799,7 +799,7 @@ class DDPMScheduler(PrivateByDefault, StockDDPMScheduler):
         model_output: Tensor,
         timestep: Timestep,
         sample: Tensor,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: Generators = None,
         return_dict: bool = True,
     ) -> DDPMSchedulerOutput | tuple[Tensor, Tensor]:
         """One step of Algorithm 2: x_t to the chain's next timestep (the data, where there is none).
@@ -810,8 +810,8 @@ class DDPMScheduler(PrivateByDefault, StockDDPMScheduler):
             model_output: `[B, C, ...]`, or `[B, 2C, ...]` where the variance is learned.
             timestep: int, 0-d or `[B]` (one per image), each among `timesteps`.
             sample: x_t, `[B, C, ...]`.
-            generator: One generator, or exactly B of them. Noise is drawn in stock's order; none is drawn where a
-                single `timestep` is the last one.
+            generator: One generator, or exactly B of them, or `SeededNoise` of B seeds. Generators draw in stock's
+                order; nothing is drawn where a single `timestep` is the last one.
             return_dict: `False` gives a tuple.
 
         Returns:
@@ -836,8 +836,7 @@ class DDPMScheduler(PrivateByDefault, StockDDPMScheduler):
             log_variance = c["log_optimal_noise"]
         has_previous = c["has_previous"]
         if isinstance(has_previous, Tensor) or has_previous:
-            noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
-            noise = noise.to(mean.dtype)
+            noise = standard_normal(sample.shape, generator, sample.device, sample.dtype).to(mean.dtype)
             if isinstance(log_variance, Tensor):
                 mean = torch.addcmul(mean, torch.exp(0.5 * log_variance) * has_previous, noise)
             else:

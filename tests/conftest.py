@@ -9,6 +9,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 # Features of real images are kept across evaluations; nobody's own cache is written by tests.
@@ -17,8 +19,11 @@ os.environ["DDPM_HF_CACHE"] = tempfile.mkdtemp(prefix="ddpm-hf-tests-")
 import pytest
 import torch
 from diffusers.models.unets.unet_2d import UNet2DOutput
+from diffusers.pipelines.ddpm import pipeline_ddpm
+from diffusers.schedulers import scheduling_ddpm
 
 from ddpm_hf import DDPMPipeline, DDPMScheduler, UNet2DModel
+from ddpm_hf.randomness import SeededNoise
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -58,6 +63,15 @@ def gaussian_pipeline(scheduler, data) -> DDPMPipeline:
     pipe = DDPMPipeline(Best(**SMALL_NETWORK), scheduler)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@contextmanager
+def stock_draws(noise: SeededNoise) -> Iterator[None]:
+    """Within, stock's DDPM pipeline and scheduler draw the noise of seeds instead of that of generators."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (pipeline_ddpm, scheduling_ddpm):
+            patch.setattr(module, "randn_tensor", lambda shape, **options: noise.normal(shape))
+        yield
 
 
 @pytest.fixture

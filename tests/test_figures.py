@@ -7,7 +7,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import FIXTURES, make_small_unet
+from conftest import FIXTURES, make_small_unet, stock_draws
 from oracles import GaussianData
 from PIL import Image
 
@@ -21,6 +21,7 @@ from ddpm_hf.figures import (
     shared_latents,
 )
 from ddpm_hf.generation import with_sampler
+from ddpm_hf.randomness import SeededNoise
 from ddpm_hf.visualize import save_animation
 
 SHORT = {"num_inference_steps": 10}
@@ -107,16 +108,17 @@ def test_the_predicted_x_0_of_gaussian_data_is_its_conditional_mean(gaussian):
 # ---------------------------------------------------------------------- the loop, written out with stock diffusers
 
 
-def stock_decoding(pipe, x_t: torch.Tensor, start: int, seed_state: torch.Generator, steps: int, ddim: bool = False):
+def stock_decoding(pipe, x_t: torch.Tensor, start: int, noise: SeededNoise, steps: int, ddim: bool = False):
     """x_0 from one x_t `[1, C, H, W]` by stock's scheduler; all x on the way."""
     scheduler = (diffusers.DDIMScheduler if ddim else diffusers.DDPMScheduler).from_config(pipe.scheduler.config)
     scheduler.set_timesteps(steps)
-    options = {"eta": 0.0, "use_clipped_model_output": True} if ddim else {"generator": seed_state}
+    options = {"eta": 0.0, "use_clipped_model_output": True} if ddim else {}
     on_the_way = [x_t]
     for timestep in scheduler.timesteps[start:]:
         with torch.no_grad():
             output = pipe.unet(on_the_way[-1], timestep).sample
-        on_the_way.append(scheduler.step(output, timestep, on_the_way[-1], **options).prev_sample)
+        with stock_draws(noise):
+            on_the_way.append(scheduler.step(output, timestep, on_the_way[-1], **options).prev_sample)
     return on_the_way
 
 
@@ -128,10 +130,10 @@ def test_interpolation_is_the_loop_written_out(trained, digits, sampler):
     assert made.t == 451
     alpha_bar = np.prod(1 - np.linspace(1e-4, 0.02, 1000)[:451])
     for share, image in zip(lambdas, made.images[0], strict=True):
-        generator = torch.Generator().manual_seed(seed)
-        noise = torch.randn(1, 1, 8, 8, generator=generator)
+        source = SeededNoise([seed])
+        noise = source.normal((1, 1, 8, 8))
         x_a, x_b = (math.sqrt(alpha_bar) * (x / 127.5 - 1) + math.sqrt(1 - alpha_bar) * noise for x in (a, b))
-        expected = stock_decoding(pipe, (1 - share) * x_a + share * x_b, start, generator, steps, sampler == "ddim")
+        expected = stock_decoding(pipe, (1 - share) * x_a + share * x_b, start, source, steps, sampler == "ddim")
         assert (image - expected[-1][0]).abs().max() < 2 / 127.5  # stock's tables are float32
     assert (made.images[0, 0] - made.images[0, 2]).abs().max() > 0.2
 
@@ -154,14 +156,14 @@ def test_shared_latents_are_the_loop_written_out(trained):
     steps = 20
     made = shared_latents(trained, [3, 11, 12], num_inference_steps=steps)
     assert made.ts == [951, 751, 501, 251]
-    generator = torch.Generator().manual_seed(3)
-    noise = torch.randn(1, 1, 8, 8, generator=generator)
-    chain = stock_decoding(trained, noise, 0, generator, steps)
+    source = SeededNoise([3])
+    noise = source.normal((1, 1, 8, 8))
+    chain = stock_decoding(trained, noise, 0, source, steps)
     assert torch.equal(made.x_t[:1], noise)
     for row, start in enumerate([0, 4, 9, 14]):
         assert (made.x_t[row] - chain[start][0]).abs().max() < 0.01
         for column, seed in enumerate([11, 12]):
-            last = stock_decoding(trained, made.x_t[[row]], start, torch.Generator().manual_seed(seed), steps)[-1]
+            last = stock_decoding(trained, made.x_t[[row]], start, SeededNoise([seed]), steps)[-1]
             assert (made.samples[row, column] - last[0]).abs().max() < 2 / 127.5
 
 
@@ -177,9 +179,9 @@ def test_progressive_generation_ends_with_the_pipelines_images(trained):
     assert made.ts == [981, 881, 781, 681, 581, 481, 381, 281, 181, 81, 0]
     assert made.x_t.shape == made.pred_original_sample.shape == (2, 11, 1, 8, 8)
     for row, seed in enumerate([0, 9]):
-        generator = torch.Generator().manual_seed(seed)
-        noise = torch.randn(1, 1, 8, 8, generator=generator)
-        chain = torch.cat(stock_decoding(trained, noise, 0, generator, 50))
+        source = SeededNoise([seed])
+        noise = source.normal((1, 1, 8, 8))
+        chain = torch.cat(stock_decoding(trained, noise, 0, source, 50))
         assert (made.x_t[row] - chain[::5]).abs().max() < 0.02
     assert torch.equal(made.x_t[:, -1], made.pred_original_sample[:, -1])
     # The prediction from pure noise says little, and becomes the image bit by bit.

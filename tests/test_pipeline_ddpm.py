@@ -6,13 +6,14 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL_NETWORK, gaussian_pipeline, make_small_unet
+from conftest import SMALL_NETWORK, gaussian_pipeline, make_small_unet, stock_draws
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from oracles import GaussianData
 from PIL import Image
 
 from ddpm_hf import DDPMPipeline, DDPMScheduler, UNet2DModel
 from ddpm_hf.errors import NotFiniteError
+from ddpm_hf.randomness import SeededNoise
 
 
 def arrays(pipe, **options):
@@ -155,15 +156,15 @@ def test_image_to_image_keeps_what_strength_leaves(small_pipeline):
     assert np.abs(small_pipeline(image=image, strength=0.0, **options).images - image).max() < 1e-6
     # The same by hand: noise of the same seed added at the chain's 10th timestep from the end.
     half = small_pipeline(image=image, strength=0.5, **options).images
-    generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
+    source = SeededNoise([3, 4])
     x_0 = torch.from_numpy(image).permute(0, 3, 1, 2) * 2 - 1
-    noise = torch.stack([torch.randn(1, 1, 8, 8, generator=g)[0] for g in generators])
+    noise = source.normal((2, 1, 8, 8))
     scheduler = diffusers.DDPMScheduler(variance_type="fixed_large")
     scheduler.set_timesteps(20)
     x = scheduler.add_noise(x_0, noise, scheduler.timesteps[10:11])
-    with torch.no_grad():
+    with torch.no_grad(), stock_draws(source):
         for t in scheduler.timesteps[10:]:
-            x = scheduler.step(small_pipeline.unet(x, t).sample, t, x, generator=generators).prev_sample
+            x = scheduler.step(small_pipeline.unet(x, t).sample, t, x).prev_sample
     assert np.abs(half - (x / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()).max() < 1e-2
 
 
@@ -260,10 +261,8 @@ def test_callbacks_see_and_change_the_chain_and_end_it(small_pipeline):
     assert [t for _, t, _ in seen] == list(range(900, 100, -100))
     assert seen[0][2] == ["image", "pred_original_sample"]
     # By hand: the remaining four steps from zeros, with the noise that is left of seed 0.
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(5):
-        torch.randn(1, 1, 8, 8, generator=generator)
-    steps = small_pipeline.denoise(torch.zeros(1, 1, 8, 8), [generator], num_inference_steps=10, start=4, stop=8)
+    left = SeededNoise([0], drawn=5)
+    steps = small_pipeline.denoise(torch.zeros(1, 1, 8, 8), left, num_inference_steps=10, start=4, stop=8)
     *_, last = steps
     assert np.abs(changed - (last.prev_sample / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()).max() < 1e-5
     small_pipeline(callback_on_step_end=lambda *_: None, **options)  # one that returns nothing, as some do
@@ -427,8 +426,8 @@ def test_ddim_with_eta_1_where_no_signal_is_left(small_unet, process, steps):
     pipe = quiet(small_unet, scheduler)
     image = pipe(seeds=[3], num_inference_steps=steps, eta=1.0, output_type="pt").images
     alpha_bar = scheduler.alphas_cumprod.double()
-    draws, x_t = torch.Generator().manual_seed(3), None
-    x_t = torch.randn(1, 1, 8, 8, generator=draws).double()
+    draws, shape = SeededNoise([3]), (1, 1, 8, 8)
+    x_t = draws.normal(shape).double()
     for t in scheduler.timesteps.tolist():
         a, a_prev = alpha_bar[t], alpha_bar[t - 1000 // steps] if t >= 1000 // steps else scheduler.final_alpha_cumprod
         with torch.no_grad():
@@ -436,7 +435,7 @@ def test_ddim_with_eta_1_where_no_signal_is_left(small_unet, process, steps):
         x_0, eps = a.sqrt() * x_t - (1 - a).sqrt() * v, a.sqrt() * v + (1 - a).sqrt() * x_t
         variance = (1 - a_prev) / (1 - a) * (1 - a / a_prev)
         x_t = a_prev**0.5 * x_0 + (1 - a_prev - variance).clamp(min=0).sqrt() * eps
-        x_t = x_t + variance.sqrt() * torch.randn(1, 1, 8, 8, generator=draws)
+        x_t = x_t + variance.sqrt() * draws.normal(shape)
     assert (image - (x_t / 2 + 0.5).clamp(0, 1)).abs().max() < 0.5 / 255
 
 

@@ -46,7 +46,7 @@ def test_philox_gives_the_published_words(counter, key, words):
 def test_noise_is_standard_normal():
     from scipy.stats import kstest
 
-    noise = normal_noise(torch.arange(100), torch.arange(3), 1000).double()
+    noise = normal_noise(torch.arange(100), torch.arange(3)[:, None], 1000).double()
     assert kstest(noise.flatten().numpy(), "norm").pvalue > 0.01
     for other in (noise.roll(1, 0), noise.roll(1, 1), noise.roll(1, 2)):  # draws, images, neighbouring places
         assert abs(torch.corrcoef(torch.stack([noise.flatten(), other.flatten()]))[0, 1]) < 4 / 300_000**0.5
@@ -59,7 +59,7 @@ def test_normals_are_box_and_muller_of_the_words():
     for u, v in ((u_0, v_0), (u_1, v_1)):
         radius, angle = math.sqrt(-2 * math.log((u + 0.5) / 2**32)), 2 * math.pi * v / 2**32
         expected += [radius * math.cos(angle), radius * math.sin(angle)]
-    found = normal_noise(torch.tensor([5 + 2**32]), torch.tensor([7]), 12)[0, 0, 8:]
+    found = normal_noise(torch.tensor([5 + 2**32]), torch.tensor([[7]]), 12)[0, 0, 8:]
     torch.testing.assert_close(found.double(), torch.tensor(expected, dtype=torch.float64), rtol=2e-6, atol=2e-6)
 
 
@@ -68,6 +68,8 @@ def test_noise_of_an_image_does_not_depend_on_its_batch_or_on_drawing_ahead(monk
     whole = SeededNoise(seeds)
     drawn = [whole.normal((5, *shape)) for _ in range(4)]
     monkeypatch.setattr("ddpm_hf.randomness._NUMBERS_AT_ONCE", 1)
+    later = SeededNoise(seeds[:2], drawn=[3, 1])  # an image joins a batch with what it has drawn before
+    assert torch.equal(later.normal((2, *shape)), torch.stack([drawn[3][0], drawn[1][1]]))
     for row, seed in enumerate(seeds):
         alone = SeededNoise([seed])
         for noise in drawn:
@@ -76,6 +78,8 @@ def test_noise_of_an_image_does_not_depend_on_its_batch_or_on_drawing_ahead(monk
     assert torch.equal(SeededNoise([2**64 - 1]).normal((1, 9)), SeededNoise([-1]).normal((1, 9)))  # the same 64 bits
 
 
-def test_noise_of_another_count_of_images_is_refused():
+def test_seeds_of_more_than_64_bits_and_another_count_of_images_are_refused():
+    with pytest.raises(UserError, match="between -2\\^63 and 2\\^64 - 1, got 18446744073709551616"):
+        SeededNoise([2**64])
     with pytest.raises(UserError, match="got 2 seeds for a batch of 3"):
         SeededNoise([0, 1]).normal((3, 4))

@@ -11,7 +11,7 @@ from urllib.request import urlopen
 import numpy as np
 import pytest
 import torch
-from conftest import FIXTURES
+from conftest import FIXTURES, stock_draws
 from diffusers import DDIMScheduler
 from diffusers import DDPMPipeline as StockDDPMPipeline
 from gradio_client import handle_file
@@ -21,6 +21,7 @@ from space_server import GUARD, environment
 
 from ddpm_hf import DDPMPipeline
 from ddpm_hf.likelihood import prior_bpd, vb_terms_bpd
+from ddpm_hf.randomness import SeededNoise
 from ddpm_hf.space import write_space
 from ddpm_hf.space_demo import Demo, Limits
 
@@ -47,11 +48,11 @@ def test_images_are_the_pipelines_own(client):
 
     pipe = DDPMPipeline.from_pretrained(MODEL)
     stock = StockDDPMPipeline.from_pretrained(MODEL)
-    generators = [torch.Generator().manual_seed(seed) for seed in range(3)]
     pipe.set_progress_bar_config(disable=True)
     stock.set_progress_bar_config(disable=True)
     own = pipe(seeds=range(3), num_inference_steps=12).images
-    others = stock(batch_size=3, generator=generators, num_inference_steps=12).images
+    with stock_draws(SeededNoise(range(3))):
+        others = stock(batch_size=3, num_inference_steps=12).images
     for entry, ours, theirs in zip(images, own, others, strict=True):
         got = np.asarray(Image.open(entry["image"]))
         np.testing.assert_array_equal(got, np.asarray(ours))
