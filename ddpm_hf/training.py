@@ -115,16 +115,7 @@ class Trainer:
         self.precision = precision_name(self.accelerator)
         self._check_machine()
         reduce_in_float32(self.accelerator)
-        on_nvidia = self.device.type == "cuda"
-        self.channels_last = on_nvidia if config.channels_last is None else config.channels_last
-        self.compiled = self._compiles()
-        self.captured = (
-            config.cuda_graphs
-            and on_nvidia
-            and self.accelerator.num_processes == 1
-            and self.accelerator.scaler is None
-            and not config.gradient_checkpointing  # it saves the generators' states, which a graph does not let it do
-        )
+        self.channels_last, self.compiled, self.captured = self._computation()
         if self.device.type == "cpu":
             local = int(os.environ.get("LOCAL_WORLD_SIZE", self.accelerator.num_processes))
             set_cpu_threads(config.num_cpu_threads, local)
@@ -149,6 +140,7 @@ class Trainer:
             self.evaluation = TrainingEvaluation(config, self.data)
             self.unet_config = {**self.recipe.unet, **self._class_config()}
         computation = {"precision": self.precision, "channels_last": self.channels_last, "compile": self.compiled}
+        computation["cuda_graphs"] = self.captured
         self.identity = RunIdentity(config, self.recipe, self.unet_config, self.data, self.plan, computation)
         same_everywhere("has", describe_images(self.data), "all of them need the same images")
         self.publisher = Publisher(
@@ -223,20 +215,27 @@ class Trainer:
         if a.mixed_precision not in ("no", "fp16", "bf16"):
             raise UserError(f"mixed precision {a.mixed_precision!r} is not supported; use bf16, fp16 or no")
 
-    def _compiles(self) -> bool:
-        """Whether to compile the network: as the run says, else on NVIDIA GPUs where there is a compiler.
+    def _computation(self) -> tuple[bool, bool, bool]:
+        """Whether the network is in channels_last, compiled, and its update captured: as told, else what is fast here.
+
+        A function of the device and the settings, not of a timing, so that runs stay repeatable.
 
         Raises:
-            UserError: It is asked for, and there is no compiler.
+            UserError: Compiling is asked for, and there is no compiler.
         """
-        wanted, problem = self.config.compile, None
-        if wanted or (wanted is None and self.device.type == "cuda"):
-            problem = compiler_problem(self.device)
-            if wanted and problem:
+        config, a = self.config, self.accelerator
+        # FSDP 2 shards no weights in channels_last, and was not tried with compiled networks.
+        fast = self.device.type == "cuda" and a.distributed_type != DistributedType.FSDP
+        channels_last = fast if config.channels_last is None else config.channels_last
+        compiled = fast if config.compile is None else config.compile
+        if compiled and (problem := compiler_problem(self.device)):
+            if config.compile:
                 raise UserError(f"--compile true is not possible here: {problem}; leave it out")
-            if problem:
-                say(f"the network is not compiled, which is slower: {problem}")
-        return wanted if wanted is not None else self.device.type == "cuda" and problem is None
+            say(f"the network is not compiled, which is slower: {problem}")
+            compiled = False
+        # Gradient checkpointing saves the generators' states, which a graph does not let it do.
+        alone = a.distributed_type == DistributedType.NO and a.scaler is None and not config.gradient_checkpointing
+        return channels_last, compiled, fast and alone and config.cuda_graphs
 
     def _check_size(self) -> None:
         """A size that the network cannot halve, said before any image is read."""
@@ -483,8 +482,8 @@ class Trainer:
             self._log()  # some trackers take updates in their order only
             self.accelerator.log({name: entry["value"] for name, entry in report.values.items()}, step=self.step)
 
-    def _computation(self) -> list[str]:
-        """How the network is computed, in words."""
+    def _in_words(self) -> list[str]:
+        """How the network is computed."""
         chosen = {"channels_last": self.channels_last, "compiled": self.compiled, "CUDA graphs": self.captured}
         return [f"precision {self.precision}", *(name for name, on in chosen.items() if on)]
 
@@ -493,7 +492,7 @@ class Trainer:
         lines = [
             f"{config.preset}: {parameter_count(self.unet):,} parameters, {describe_images(self.data)}, "
             f"{self.recipe.max_train_steps - self.step} updates of {self.plan.total} images "
-            f"on {self.device.type} ({', '.join([f'{a.num_processes} process(es)', *self._computation()])})",
+            f"on {self.device.type} ({', '.join([f'{a.num_processes} process(es)', *self._in_words()])})",
         ]
         if classes := describe_classes(self.data, config.class_conditional):
             lines.append(classes)

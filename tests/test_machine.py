@@ -7,8 +7,10 @@ import sys
 
 import pytest
 import torch
+from torch._inductor.exc import InvalidCxxCompiler
 
 from ddpm_hf import machine
+from ddpm_hf.errors import UserError
 from ddpm_hf.machine import deterministic_algorithms, has_deterministic_algorithms, to_device, use_tf32
 
 _FAULTS = """
@@ -114,3 +116,30 @@ def test_pinned_copies_arrive_whole():
     there = to_device(x, torch.device("cuda"))
     torch.cuda.synchronize()
     assert torch.equal(there.cpu(), x)
+
+
+def test_bf16_is_the_default_where_the_card_has_it_and_no_launcher_speaks(monkeypatch):
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert machine.default_precision() is None
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for there, expected in ((True, "bf16"), (False, None)):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True, there=there: there)
+        assert machine.default_precision() == expected
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    with pytest.raises(UserError, match="bf16 is not there on Tesla T4; use fp16, or no for float32"):
+        machine.check_precision("bf16")
+    machine.check_precision("fp16")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    assert machine.default_precision() is None
+
+
+def test_what_a_compiler_lacks(monkeypatch):
+    assert machine.compiler_problem(torch.device("cpu")) is None  # PyTorch's compiled tests need one too
+    assert machine.compiler_problem(torch.device("cuda")) == "Triton, or a GPU that it supports, is not there"
+
+    def fail():
+        raise InvalidCxxCompiler()
+
+    monkeypatch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", fail)
+    assert machine.compiler_problem(torch.device("cpu")) == "there is no C++ compiler"

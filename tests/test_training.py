@@ -1211,3 +1211,33 @@ def test_a_cache_that_cannot_be_written_is_said_before_training(tmp_path, monkey
         trainer(tmp_path / "run", **WATCHED)
     trainer(tmp_path / "run", validation_steps=2)  # bits/dim need none
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("device", "distributed", "flags", "expected"),
+    [
+        ("cuda", "NO", {}, (True, True, True)),
+        ("cuda", "NO", {"channels_last": False, "compile": False, "cuda_graphs": False}, (False, False, False)),
+        ("cuda", "NO", {"gradient_checkpointing": True}, (True, True, False)),
+        ("cuda", "MULTI_GPU", {}, (True, True, False)),
+        ("cuda", "FSDP", {}, (False, False, False)),
+        ("cpu", "NO", {}, (False, False, False)),
+        ("cpu", "NO", {"channels_last": True, "compile": True}, (True, True, False)),
+    ],
+)
+def test_what_is_fast_is_the_default_where_it_is_sound(tmp_path, monkeypatch, device, distributed, flags, expected):
+    run = trainer(tmp_path / "run", **flags)
+    monkeypatch.setattr(run, "device", torch.device(device))
+    monkeypatch.setattr(training, "compiler_problem", lambda device: None)
+    run.accelerator = SimpleNamespace(distributed_type=DistributedType[distributed], scaler=None)
+    assert run._computation() == expected
+
+
+def test_without_a_compiler_the_default_says_so_and_the_flag_is_refused(tmp_path, monkeypatch, capsys):
+    run = trainer(tmp_path / "run")
+    monkeypatch.setattr(run, "device", torch.device("cuda"))
+    monkeypatch.setattr(training, "compiler_problem", lambda device: "there is no Triton")
+    assert run._computation() == (True, False, True)
+    assert "the network is not compiled, which is slower: there is no Triton" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--compile true is not possible here: there is no Triton"):
+        trainer(tmp_path / "other", compile=True)
