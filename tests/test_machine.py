@@ -136,6 +136,7 @@ def test_bf16_is_the_default_where_the_card_has_it_and_no_launcher_speaks(monkey
 
 def test_what_a_compiler_lacks(monkeypatch):
     assert machine.compiler_problem(torch.device("cpu")) is None  # PyTorch's compiled tests need one too
+    monkeypatch.setattr("torch.utils._triton.has_triton", lambda: False)
     assert machine.compiler_problem(torch.device("cuda")) == "Triton, or a GPU that it supports, is not there"
 
     def fail():
