@@ -412,7 +412,7 @@ class Trainer:
                 if self.step < last:
                     try:
                         self._watch(stop)
-                    except UserError:  # too little memory for it: what was trained is not lost, and it is made again
+                    except (UserError, OSError, MemoryError):  # what was trained is not lost, and it is made again
                         if not saved:
                             self._save()
                         raise

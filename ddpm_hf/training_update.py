@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -120,7 +121,7 @@ class CapturedUpdate(Update):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._batch: MicroBatch | None = None
-        self._graphs: list[Any] = []
+        self._graphs: list[Any] = []  # none where the capture failed
         self._learning_rate, self._ema_weight = torch.zeros(2, device=self.accelerator.device).unbind()
         self._drop_gradients = self.plan.accumulation == 1  # else they are shared by two graphs, and keep their place
 
@@ -131,17 +132,17 @@ class CapturedUpdate(Update):
             OutOfMemoryError: The device has too little memory for a micro-batch.
         """
         self._set_numbers()
+        if self._batch is None:
+            first = micro_batch(0)
+            self._batch = first.clone()
+            self._capture()
+            micro_batch = partial(_after, first, micro_batch)  # a stream is read once
+        if not self._graphs:
+            return super().__call__(step, micro_batch)
+        self.loss.zero_()
         for micro in range(self.plan.accumulation):
-            batch = micro_batch(micro)
-            if self._batch is None:
-                self._batch = batch.clone()
-                self._try_to_capture()
-            if not self._graphs:
-                return super().__call__(step, micro_batch)
-            self._batch.copy_(batch)
+            self._batch.copy_(micro_batch(micro))
             torch.manual_seed(derive_seed(self.seed, "dropout", step, micro, self.plan.process_index))
-            if micro == 0:
-                self.loss.zero_()
             self._graphs[0].replay()
         for graph in self._graphs[1:]:
             graph.replay()
@@ -163,19 +164,11 @@ class CapturedUpdate(Update):
 
     # ------------------------------------------------------------------ the capture
 
-    def _try_to_capture(self) -> None:
-        try:
-            self._capture()
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:  # whatever CUDA, a driver or the compiler does not let into a graph
-            self._graphs, self._drop_gradients = [], True
-            self.optimizer.zero_grad(set_to_none=True)
-            reason = str(error).splitlines()[0]
-            say(f"the update could not be captured as a CUDA graph ({reason}); going on without, which is slower")
-
     def _capture(self) -> None:
-        """Record the update's kernels; weights, moments and EMA weights stay as they are."""
+        """Record the update's kernels; weights, moments and EMA weights stay as they are.
+
+        What fails in the updates before the capture would fail without one, and is raised.
+        """
         (group,) = self.adam.param_groups
         plain = {name: group[name] for name in ("lr", "capturable")}
         kept = [tensor.detach().to("cpu", copy=True) for tensor in self._state()]
@@ -184,16 +177,32 @@ class CapturedUpdate(Update):
             if cuda:
                 group |= {"lr": self._learning_rate, "capturable": True}
             self._warm_up()
-            if self._drop_gradients:
-                self._graphs = [_record(self._whole, cuda)]
-            else:
-                self._graphs = [_record(self._accumulate_static, cuda), _record(self.apply, cuda)]
+            self._record_all(cuda)
         finally:
             group |= plain
             with torch.no_grad():
                 for index, tensor in enumerate(self._state()):  # Adam's moments may not have been there before
                     tensor.copy_(kept[index]) if index < len(kept) else tensor.zero_()
             self.skipped_in_a_row.zero_()
+
+    def _record_all(self, cuda: bool) -> None:
+        """Record the graphs; none, and a line about it, where CUDA does not let something into them."""
+        stream = torch.cuda.current_stream() if cuda else None
+        try:
+            if self._drop_gradients:
+                self._graphs = [_record(self._whole, cuda)]
+            else:
+                self._graphs = [_record(self._accumulate_static, cuda), _record(self.apply, cuda)]
+        except RuntimeError as error:  # whatever CUDA, a driver or the compiler refuses; too little memory for a copy
+            self._graphs, self._drop_gradients = [], True
+            self.optimizer.zero_grad(set_to_none=True)
+            if stream is not None:  # a capture that failed may have left its own stream behind
+                torch.cuda.set_stream(stream)
+                torch.cuda.empty_cache()
+            reason = " ".join(str(error).split("\n")[0].split()) or type(error).__name__
+            say(
+                f"the update could not be captured as a CUDA graph ({reason}); training continues without, more slowly"
+            )
 
     def _warm_up(self) -> None:
         """Let everything happen that may not happen while capturing: compiling, choices, Adam's first step."""
@@ -219,6 +228,11 @@ class CapturedUpdate(Update):
         """Everything that an update changes and that lasts; Adam's part is there after its first step."""
         moments = [value for state in self.adam.state.values() for value in state.values()]
         return [*self.unet.parameters(), *self.ema.shadow_params, *moments]
+
+
+def _after(first: MicroBatch, micro_batch: Callable[[int], MicroBatch], micro: int) -> MicroBatch:
+    """An update's micro-batches of which the first was read already."""
+    return first if micro == 0 else micro_batch(micro)
 
 
 class _Rehearsed:

@@ -57,26 +57,51 @@ def test_a_run_with_captured_updates_resumes_to_the_same_bits(tmp_path):
         assert torch.equal(found, expected)
 
 
-def test_a_capture_that_fails_is_said_and_the_updates_are_made_without(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (RuntimeError("CUDA error: not permitted when stream is capturing\nmore of it"), "not permitted when stream"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "CUDA out of memory"),
+        (NotImplementedError(), "NotImplementedError"),
+    ],
+)
+def test_a_capture_that_fails_is_said_and_the_updates_are_made_without(
+    tmp_path, monkeypatch, capsys, accumulation, error, reason
+):
     def refuse(run, cuda):
-        raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore of it")
+        raise error
 
-    plain, graph = trainer(tmp_path / "plain"), captured(trainer(tmp_path / "graph"))
+    options = {"gradient_accumulation_steps": accumulation, "total_batch_size": 4}
+    plain = trainer(tmp_path / "plain", **options)
+    graph = captured(trainer(tmp_path / "graph", **options))
     monkeypatch.setattr(training_update, "_record", refuse)
+    read, batches = [], graph._micro_batch
+    monkeypatch.setattr(graph, "_micro_batch", lambda *which: read.append(which[:2]) or batches(*which))
     for step in range(3):
-        expected, found = plain._update(step)[0].item(), graph._update(step)[0].item()
-        assert found == expected
+        assert graph._update(step)[0].item() == plain._update(step)[0].item()
+    assert read == [(step, micro) for step in range(3) for micro in range(accumulation)]  # a stream is read once
+    for found, expected in zip(graph.unet.parameters(), plain.unet.parameters(), strict=True):
+        assert torch.equal(found, expected)
     said = capsys.readouterr().out
     assert said.count("could not be captured") == 1
-    assert "operation not permitted when stream is capturing" in said
+    assert reason in said
     assert "more of it" not in said
 
 
-def test_a_device_that_is_too_small_is_not_taken_for_a_failed_capture(tmp_path, monkeypatch):
-    def too_small(run, cuda):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
+def test_what_fails_without_a_capture_too_is_raised_and_changes_nothing(tmp_path):
     graph = captured(trainer(tmp_path / "graph"))
-    monkeypatch.setattr(training_update, "_record", too_small)
+    before = [weight.clone() for weight in (*graph.unet.parameters(), *graph.ema.shadow_params)]
+    real, calls = graph.update.objective, []
+
+    def too_large(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(*arguments, **options)
+
+    graph.update.objective = too_large
     with pytest.raises(torch.OutOfMemoryError):
         graph._update(0)
+    after = (*graph.unet.parameters(), *graph.ema.shadow_params)
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
