@@ -429,9 +429,9 @@ def test_image_to_image_is_the_pipelines(given):
 def test_several_images_are_taken_in_turn(given):
     assert sample(given, "--image {}/0.png {}/1.png --strength 0.6 --seeds 0-4 --batch_size 3 --output {}/a.npz") == 0
     images = opened(given, "0", "1", "0", "1", "0")
-    assert np.array_equal(
-        np.load(given / "a.npz")["arr_0"], by_hand(given, image=images, strength=0.6, seeds=range(5))
-    )
+    batches = (slice(0, 3), slice(3, 5))  # the same ones, which convolutions round in the same way
+    expected = [by_hand(given, image=images[part], strength=0.6, seeds=range(5)[part]) for part in batches]
+    assert np.array_equal(np.load(given / "a.npz")["arr_0"], np.concatenate(expected))
     assert sample(given, "--image {}/0.png {}/1.png {}/2.png --strength 0.6 --output {}/b.npz") == 0
     images = opened(given, "0", "1", "2")
     assert np.array_equal(
