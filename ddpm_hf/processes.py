@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -49,7 +50,9 @@ def say(text: str) -> None:
         tqdm.write(text)
 
 
-_group_of: dict[Any, Any] = {}  # the default process group to the one of `_waiting_group`
+# The default process group and that of `_waiting_group`. Weak references: a group of gloo's that outlives
+# `destroy_process_group` aborts the process at its end ("terminate called without an active exception").
+_groups: weakref.WeakKeyDictionary[Any, weakref.ref[Any]] = weakref.WeakKeyDictionary()
 
 
 def _waiting_group() -> Any:
@@ -59,10 +62,11 @@ def _waiting_group() -> Any:
     with it. One process that reads all images, computes FID or writes to a slow disk takes longer than that.
     """
     world = torch.distributed.group.WORLD
-    if world not in _group_of:
-        _group_of.clear()
-        _group_of[world] = torch.distributed.new_group(backend="gloo", timeout=_LONGEST_WAIT)
-    return _group_of[world]
+    group = _groups[world]() if world in _groups else None
+    if group is None:
+        group = torch.distributed.new_group(backend="gloo", timeout=_LONGEST_WAIT)
+        _groups[world] = weakref.ref(group)
+    return group
 
 
 def gather(own: Any) -> list[Any]:
