@@ -51,10 +51,8 @@ def test_images_are_the_pipelines_own(client):
     pipe.set_progress_bar_config(disable=True)
     stock.set_progress_bar_config(disable=True)
     own = pipe(seeds=range(3), num_inference_steps=20).images
-    with stock_draws(SeededNoise(range(3))):
-        others = stock(
-            batch_size=3, num_inference_steps=20
-        )  # stock spaces steps in the same way where they divide T.images
+    with stock_draws(SeededNoise(range(3))):  # 20 steps, as stock spaces them in the same way where they divide T
+        others = stock(batch_size=3, num_inference_steps=20).images
     for entry, ours, theirs in zip(images, own, others, strict=True):
         got = np.asarray(Image.open(entry["image"]))
         np.testing.assert_array_equal(got, np.asarray(ours))
