@@ -178,8 +178,7 @@ def trainer(folder: Path, preset: str, batch: int, **options: Any) -> Trainer:
     )
     run = Trainer(config)
     if run.device.type == "cpu":
-        names = "accelerator model unet scheduler objective adam optimizer ema plan max_grad_norm seed"
-        run.update = CapturedUpdate(**{name: getattr(run.update, name) for name in names.split()})
+        run.update = CapturedUpdate.of(run.update)
     return run
 
 

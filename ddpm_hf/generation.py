@@ -25,7 +25,7 @@ from .pipeline_inputs import one_per_image
 from .presets import nearest
 from .processes import processes, together
 from .reports import write_text, write_whole
-from .scheduling_ddpm import DDPMScheduler
+from .scheduling_ddpm import TIMESTEP_SPACINGS, DDPMScheduler, check_choice
 from .shards import digest, read_tensors, weights_digest, write_tensors
 from .visualize import image_grid, save_picture
 
@@ -38,7 +38,6 @@ _SAMPLERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "unipc": (UniPCMultistepScheduler, {}),
 }
 SAMPLERS = tuple(_SAMPLERS)
-_SPACINGS = ("leading", "linspace", "trailing")
 
 # How the images of a folder were made.
 _NOTE = "sampling.json"
@@ -108,11 +107,7 @@ def with_sampler(
             )
         options = {**options, "variance_type": variance_type}
     if timestep_spacing is not None:
-        if timestep_spacing not in _SPACINGS:
-            raise UserError(
-                f"unknown timestep_spacing {timestep_spacing!r}{nearest(timestep_spacing, _SPACINGS)}; it must be one "
-                f"of {', '.join(_SPACINGS)}"
-            )
+        check_choice("timestep_spacing", timestep_spacing, TIMESTEP_SPACINGS)
         options = {**options, "timestep_spacing": timestep_spacing}
     made = DDPMPipeline(pipe.unet, kind.from_config(config, **options))
     made.network = pipe.network

@@ -38,7 +38,7 @@ logger = logging.get_logger(__name__)
 # What stock repositories name, and our class of the same name that opens it.
 _OURS = {("diffusers", "UNet2DModel"), ("diffusers", "DDPMScheduler")}
 # More than stock's DDIM loses by rounding in float32, a few units in the last place of 1. Its root, 7e-4, is a tenth
-# of a grey level.
+# of a pixel value.
 _ROUNDING = 2.0**-21
 
 # Stock's schedulers whose every step is T // K timesteps long, wherever their timesteps lead.

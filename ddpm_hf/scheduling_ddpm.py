@@ -41,7 +41,7 @@ PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "posterior_mean")
 FIXED_VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log")
 LEARNED_VARIANCES = ("learned", "learned_range")
 OPTIMAL_VARIANCE = "optimal"
-TIMESTEP_SPACINGS = ("linspace", "leading", "trailing")
+TIMESTEP_SPACINGS = ("leading", "linspace", "trailing")
 
 # What a saved `prediction_type` ends with where the network also predicts the log-variance.
 _ON_DISK_LEARNED = "_and_log_variance"
@@ -97,7 +97,12 @@ def _affine(a: Any, x: Tensor, b: Any, y: Tensor) -> Tensor:
     return torch.add(x * a, y, alpha=b)
 
 
-def _choice(name: str, value: Any, known: Sequence[str], otherwise: str = "") -> None:
+def check_choice(name: str, value: Any, known: Sequence[str], otherwise: str = "") -> None:
+    """Check that a setting is one of those that are known.
+
+    Raises:
+        UserError: It is not; names the nearest, and `otherwise` what else there is.
+    """
     if value not in known:
         raise UserError(
             f"unknown {name} {value!r}{nearest(str(value), known)}; it must be one of {', '.join(known)}{otherwise}"
@@ -208,7 +213,9 @@ class DDPMScheduler(PrivateByDefault, StockDDPMScheduler):
             except (TypeError, ValueError):
                 raise UserError(f"trained_betas must be a list of numbers, got {trained_betas!r}") from None
         else:
-            _choice("beta_schedule", beta_schedule, STOCK_SCHEDULES + OFFICIAL_SCHEDULES, ", or give trained_betas")
+            check_choice(
+                "beta_schedule", beta_schedule, STOCK_SCHEDULES + OFFICIAL_SCHEDULES, ", or give trained_betas"
+            )
             betas = make_betas(beta_schedule, num_train_timesteps, beta_start, beta_end)
         if trained_betas is not None or beta_schedule in OFFICIAL_SCHEDULES:
             # A list, as JSON knows neither arrays nor tensors; and no longer a default, or another scheduler's
@@ -335,9 +342,9 @@ class DDPMScheduler(PrivateByDefault, StockDDPMScheduler):
         """Check the settings that are read where they are used."""
         if config["variance_type"] is not None:  # stock's DPM-Solvers write null, which is stock's `fixed_small`
             known = (*FIXED_VARIANCES, OPTIMAL_VARIANCE, *LEARNED_VARIANCES)
-            _choice("variance_type", config["variance_type"], known)
-        _choice("prediction_type", config["prediction_type"], PREDICTION_TYPES)
-        _choice("timestep_spacing", config["timestep_spacing"], TIMESTEP_SPACINGS)
+            check_choice("variance_type", config["variance_type"], known)
+        check_choice("prediction_type", config["prediction_type"], PREDICTION_TYPES)
+        check_choice("timestep_spacing", config["timestep_spacing"], TIMESTEP_SPACINGS)
         whole_number("steps_offset", config["steps_offset"])
         for name in ("clip_sample", "thresholding", "rescale_betas_zero_snr"):
             if config[name] not in (True, False, None):
@@ -690,7 +697,7 @@ class DDPMScheduler(PrivateByDefault, StockDDPMScheduler):
     def _prediction_type(self) -> str:
         kind = self._internal_dict.prediction_type
         if kind not in PREDICTION_TYPES:  # a configuration put there whole
-            _choice("prediction_type", kind, PREDICTION_TYPES)
+            check_choice("prediction_type", kind, PREDICTION_TYPES)
         return kind
 
     def split_output(self, model_output: Tensor, x_t: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any
 
@@ -117,6 +117,11 @@ class CapturedUpdate(Update):
 
     On CPUs a replay calls the same function again, which shows that all that changes is in those tensors.
     """
+
+    @classmethod
+    def of(cls, update: Update) -> CapturedUpdate:
+        """The same run's update, captured."""
+        return cls(**{part.name: getattr(update, part.name) for part in fields(Update) if part.init})
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -10,8 +10,7 @@ from ddpm_hf.training_update import CapturedUpdate
 
 def captured(run):
     """The run with a captured update in place of its plain one."""
-    names = "accelerator model unet scheduler objective adam optimizer ema plan max_grad_norm seed"
-    run.update = CapturedUpdate(**{name: getattr(run.update, name) for name in names.split()})
+    run.update = CapturedUpdate.of(run.update)
     return run
 
 
