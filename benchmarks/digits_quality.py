@@ -18,7 +18,7 @@ from sklearn.datasets import load_digits
 from sklearn.svm import SVC
 
 from ddpm_hf import DDPMPipeline
-from ddpm_hf.generation import generate, with_sampler
+from ddpm_hf.sampling.generation import generate, with_sampler
 
 
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:

@@ -14,9 +14,9 @@ import torch
 from digits_quality import frechet_distance
 
 from ddpm_hf import DDPMPipeline
-from ddpm_hf.data import load_images
-from ddpm_hf.generation import with_sampler, write_samples
-from ddpm_hf.optimal_variance import prediction_error
+from ddpm_hf.data.datasets import load_images
+from ddpm_hf.evaluation.optimal_variance import prediction_error
+from ddpm_hf.sampling.generation import with_sampler, write_samples
 
 ANCESTRAL = {
     "ancestral, optimal variance": ("ddpm", "optimal"),

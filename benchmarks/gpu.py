@@ -24,8 +24,8 @@ from diffusers import UNet2DModel as StockUNet2DModel
 from stock_example import StockTraining, sample
 
 from ddpm_hf import DDPMPipeline, DDPMScheduler, Trainer, TrainingConfig, UNet2DModel
-from ddpm_hf.inference import optimize_for_inference
-from ddpm_hf.training_update import CapturedUpdate
+from ddpm_hf.pipelines.inference import optimize_for_inference
+from ddpm_hf.training.update import CapturedUpdate
 
 FIXTURES = Path(__file__).parent.parent / "tests" / "fixtures"
 

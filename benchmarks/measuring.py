@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ddpm_hf.machine import M_MMAP_MAX, M_TRIM_THRESHOLD, keep_freed_memory
+from ddpm_hf.utils.machine import M_MMAP_MAX, M_TRIM_THRESHOLD, keep_freed_memory
 
 # mallopt(3), glibc's malloc.h
 _M_MMAP_THRESHOLD = -3

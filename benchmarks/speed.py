@@ -28,11 +28,11 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
 from ddpm_hf import DDPMPipeline, DDPMScheduler, Trainer, TrainingConfig, UNet2DModel
-from ddpm_hf.data import load_images, to_model_range
-from ddpm_hf.generation import generate, with_sampler
-from ddpm_hf.inference import Execution, optimize_for_inference
-from ddpm_hf.likelihood import bits_per_dim, stratified_bits_per_dim
+from ddpm_hf.data.datasets import load_images, to_model_range
+from ddpm_hf.diffusion.likelihood import bits_per_dim, stratified_bits_per_dim
+from ddpm_hf.pipelines.inference import Execution, optimize_for_inference
 from ddpm_hf.presets import get_preset
+from ddpm_hf.sampling.generation import generate, with_sampler
 
 DIGITS = str(Path(__file__).parent.parent / "tests" / "fixtures" / "digits_model")
 

@@ -24,19 +24,13 @@ Only the code says: 5,000 warm-up updates, gradient clip 1, the output variance 
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-from .errors import UserError
-
-
-def nearest(name: str, known: Any) -> str:
-    """` (did you mean 'x'?)` for the known name closest to `name`, or an empty string."""
-    close = difflib.get_close_matches(str(name), [str(k) for k in known], n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
+from .utils.errors import UserError
+from .utils.text import nearest
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import argparse
 import torch
 
 from ddpm_hf import DDPMPipeline
-from ddpm_hf.visualize import image_grid, save_picture
+from ddpm_hf.utils.visualize import image_grid, save_picture
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("model", help="a pipeline's folder, or its name on the Hub")

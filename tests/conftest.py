@@ -23,7 +23,7 @@ from diffusers.pipelines.ddpm import pipeline_ddpm
 from diffusers.schedulers import scheduling_ddpm
 
 from ddpm_hf import DDPMPipeline, DDPMScheduler, UNet2DModel
-from ddpm_hf.randomness import SeededNoise
+from ddpm_hf.utils.randomness import SeededNoise
 
 FIXTURES = Path(__file__).parent / "fixtures"
 

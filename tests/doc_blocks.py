@@ -66,8 +66,8 @@ NOT_RUN = {
     "make ": ("these set up whole environments and train; .ci/run runs them", "target"),
     "source ": ("activates an environment; `make setup` makes it", "nothing"),
     "hf auth login": ("needs a person", "nothing"),
-    "DDPM_HF_SPACE_MODELS=": ("serves until it is stopped; test_space.py starts the same file", "script"),
-    "ddpm-hf convert": ("needs other people's checkpoints and TensorFlow; test_convert.py converts", "flags"),
+    "DDPM_HF_SPACE_MODELS=": ("serves until it is stopped; hub/test_space.py starts the same file", "script"),
+    "ddpm-hf convert": ("needs other people's checkpoints and TensorFlow; convert/test_formats.py converts", "flags"),
 }
 # Blocks that cannot run, by page and first line.
 BLOCKS_NOT_RUN = {
@@ -371,7 +371,7 @@ def main(output: Path, work: Path, only: list[str]) -> None:
     results: list[dict[str, Any]] = []
     with HubServer(work / "hub", tokens={TOKEN: "org"}) as hub:
         os.environ |= hub.environment(work / "home", token=TOKEN)
-        from ddpm_hf import features
+        from ddpm_hf.evaluation import features
 
         small_presets()
         features.Inception = SmallInception  # type: ignore[misc, assignment]

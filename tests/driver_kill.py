@@ -20,8 +20,8 @@ import sys
 import time
 from pathlib import Path
 
-import ddpm_hf.checkpointing as checkpointing
 import ddpm_hf.presets as presets
+import ddpm_hf.training.checkpointing as checkpointing
 from ddpm_hf import Trainer, TrainingConfig
 
 INTERVAL = 3

@@ -14,11 +14,13 @@ import torch
 import torch.distributed
 from conftest import make_small_unet
 
-from ddpm_hf import DDPMPipeline, DDPMScheduler, evaluation, generation
-from ddpm_hf.checkpointing import find_checkpoint
-from ddpm_hf.data import load_images
-from ddpm_hf.errors import UserError
-from ddpm_hf.processes import gather, processes, together
+from ddpm_hf import DDPMPipeline, DDPMScheduler
+from ddpm_hf.data.datasets import load_images
+from ddpm_hf.evaluation import run as evaluation
+from ddpm_hf.sampling import generation
+from ddpm_hf.training.checkpointing import find_checkpoint
+from ddpm_hf.utils.errors import UserError
+from ddpm_hf.utils.processes import gather, processes, together
 
 folder, first = Path(sys.argv[1]), os.environ["RANK"] == "0"
 SHORT = timedelta(seconds=2)

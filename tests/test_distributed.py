@@ -19,8 +19,8 @@ from accelerate.utils.launch import _filter_args, prepare_multi_gpu_env, prepare
 from safetensors.torch import load_file
 
 from ddpm_hf import DDPMPipeline
-from ddpm_hf.checkpointing import save_checkpoint
 from ddpm_hf.cli import parse_training_config
+from ddpm_hf.training.checkpointing import save_checkpoint
 
 DRIVER = Path(__file__).with_name("driver_losses.py")
 SETTINGS = {

@@ -17,8 +17,8 @@ from torch import nn
 
 import ddpm_hf
 from ddpm_hf import DDPMPipeline, DDPMScheduler, UNet2DModel
-from ddpm_hf.errors import UserError
-from ddpm_hf.generation import with_sampler
+from ddpm_hf.sampling.generation import with_sampler
+from ddpm_hf.utils.errors import UserError
 
 # Where we differ on purpose: function below -> why. A difference that is not listed fails, and so does a listed one
 # that is gone. docs/paper.md has them for readers.

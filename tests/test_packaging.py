@@ -54,16 +54,20 @@ def test_the_wheel_holds_the_package_and_nothing_else(built, repository_root):
         info = f"ddpm_hf-{ddpm_hf.__version__}.dist-info"
         metadata = email.message_from_bytes(archive.read(f"{info}/METADATA"))
     sources = repository_root / "ddpm_hf"
-    package = {f"ddpm_hf/{path.name}" for path in sources.iterdir() if path.is_file()}
+    package = {
+        f"ddpm_hf/{path.relative_to(sources).as_posix()}"
+        for path in sources.rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
     assert {name for name in names if not name.startswith(info)} == package
-    assert {"ddpm_hf/py.typed", "ddpm_hf/digits.safetensors", f"{info}/licenses/LICENSE"} <= names
+    assert {"ddpm_hf/py.typed", "ddpm_hf/data/digits.safetensors", f"{info}/licenses/LICENSE"} <= names
     assert metadata["Version"] == ddpm_hf.__version__
     assert metadata["License-Expression"] == "Apache-2.0"
     assert {"torch>=2.9", "jsonargparse>=4.53"} <= set(metadata.get_all("Requires-Dist"))
 
 
 def test_the_version_stands_in_one_place(repository_root):
-    files = [repository_root / "pyproject.toml", *repository_root.glob("ddpm_hf/*.py")]
+    files = [repository_root / "pyproject.toml", *repository_root.glob("ddpm_hf/**/*.py")]
     assert [path.name for path in files if f'"{ddpm_hf.__version__}"' in path.read_text()] == ["__init__.py"]
 
 
@@ -74,7 +78,7 @@ def test_the_sdist_holds_what_development_needs(built):
         names = {name.removeprefix(f"{top}/") for name in archive.getnames()}
     wanted = "pyproject.toml LICENSE README.md CHANGELOG.md CONTRIBUTING.md Makefile constraints.txt docs/index.md "
     wanted += "examples/train.py examples/configs/digits.yaml tests/test_packaging.py tests/fixtures/README.md "
-    assert set((wanted + "ddpm_hf/__init__.py ddpm_hf/digits.safetensors ddpm_hf/py.typed").split()) <= names
+    assert set((wanted + "ddpm_hf/__init__.py ddpm_hf/data/digits.safetensors ddpm_hf/py.typed").split()) <= names
     assert not [name for name in names if name.startswith(("runs/", ".venv")) or "__pycache__" in name]
 
 

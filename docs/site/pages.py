@@ -86,10 +86,14 @@ def module_page(name: str) -> str:
 
 
 def modules() -> list[str]:
-    """All modules, in the order of their floors, as docs/design.md has them."""
+    """All modules with something in them, in the order of the packages in docs/design.md."""
     table = (ROOT / "docs/design.md").read_text()
-    listed = re.findall(r"^\| \d+ \| `(\w+)` \|", table, re.MULTILINE)
-    return [name for name in listed if (ROOT / f"ddpm_hf/{name}.py").is_file()]
+    package = ROOT / "ddpm_hf"
+    found = []
+    for name in re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE):
+        files = sorted((package / name).glob("*.py")) if (package / name).is_dir() else [package / f"{name}.py"]
+        found += [file for file in files if not file.stem.startswith("__")]
+    return [".".join(file.relative_to(package).with_suffix("").parts) for file in found]
 
 
 def on_config(config: Any) -> Any:

@@ -3,8 +3,8 @@
 import os
 from pathlib import Path
 
-from ddpm_hf.space_demo import Limits
-from ddpm_hf.space_page import serve
+from ddpm_hf.hub.space_demo import Limits
+from ddpm_hf.hub.space_page import serve
 
 # Folders (here or in the working directory) or names on the Hub, with commas between them; visitors choose one.
 MODELS = os.environ.get("DDPM_HF_SPACE_MODELS") or "runs/digits"

@@ -10,9 +10,9 @@ import sys
 import time
 from pathlib import Path
 
-import ddpm_hf.pipeline_ddpm  # noqa: F401  (which a run has loaded long before it pushes)
-from ddpm_hf.hub import Push
-from ddpm_hf.hub_background import BackgroundPush
+import ddpm_hf.pipelines.pipeline_ddpm  # noqa: F401  (which a run has loaded long before it pushes)
+from ddpm_hf.hub.background import BackgroundPush
+from ddpm_hf.hub.publish import Push
 
 if __name__ == "__main__":
     folder, *versions = (Path(name) for name in sys.argv[1:])

@@ -7,8 +7,8 @@ import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
-from ddpm_hf import hub
-from ddpm_hf.hub import Push, quiet_client
+from ddpm_hf.hub import publish as hub
+from ddpm_hf.hub.publish import Push, quiet_client
 
 
 def run(job: dict) -> dict:

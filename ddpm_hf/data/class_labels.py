@@ -1,0 +1,238 @@
+"""The classes of a class-conditional network: by name, by number, and as a dataset has them.
+
+One rule for a number, wherever a class is asked for: if any class is called by a number ("1", "2", "10"), a number is
+such a name, never a place in the list; else it counts the classes from 0. "No class" has no number; it is `None`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..utils.errors import UserError
+
+ClassLabels = int | str | Iterable[int | str | None] | torch.Tensor | np.ndarray | None
+
+
+class ClassIndex(int):
+    """A class by its place in the network's table, whatever the classes are called."""
+
+
+def class_number(name: str) -> int | None:
+    """Return the whole number that a class is called by (3 for "3" and "003"), or `None`."""
+    return int(name) if re.fullmatch(r"-?[0-9]{1,18}", name) else None
+
+
+def sorted_names(names: Iterable[str]) -> list[str]:
+    """Sort class names: numbers as numbers (1, 2, 10), and before words."""
+
+    def key(name: str) -> tuple[bool, int, str]:
+        number = class_number(name)
+        return number is None, number or 0, name
+
+    return sorted(names, key=key)
+
+
+def as_list(labels: ClassLabels) -> list[Any]:
+    """Return class labels, which may be one or many, in an array or a tensor, as a list."""
+    if isinstance(labels, torch.Tensor | np.ndarray):
+        return labels.reshape(-1).tolist()
+    if isinstance(labels, str | bytes) or not isinstance(labels, Iterable):
+        return [labels]
+    return list(labels)
+
+
+@dataclass(frozen=True)
+class Classes:
+    """What a network knows of classes.
+
+    Attributes:
+        count: How many, that of "no class" included; `None` for an unconditional network.
+        names: The names that it was trained with; none for stock's networks.
+        null: The label that stands for "no class" (classifier-free guidance), or `None` without class dropout.
+        embedding: `timestep` or `identity` for stock's networks that take a number or a vector per image instead of a
+            class (`class_embed_type`).
+    """
+
+    count: int | None
+    names: tuple[str, ...] = ()
+    null: int | None = None
+    embedding: str | None = None
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> Classes:
+        """Those of a `UNet2DModel`'s configuration."""
+        if (embedding := config.get("class_embed_type")) in ("timestep", "identity"):
+            return cls(None, embedding=embedding)
+        return cls(config.get("num_class_embeds"), tuple(config.get("_class_names") or ()), config.get("_null_class"))
+
+    def all_names(self) -> list[str]:
+        """One name per class; its number where it has none."""
+        return [self.names[i] if i < len(self.names) else str(i) for i in range(self.count or 0)]
+
+    def known(self) -> str:
+        """Those that can be asked for, for messages."""
+        if self.names or not self.count:
+            return ", ".join(self.names) or "none: it is not class-conditional"
+        numbers = [i for i in range(self.count) if i != self.null]
+        return f"{numbers[0]}..{numbers[-1]}" if numbers else "none"
+
+    def index(self, label: Any) -> ClassIndex:
+        """Return the index of a class, given by its name or number.
+
+        Args:
+            label: A name, exactly as the network has it, or a whole number, also as text. If any class is called by a
+                number, a number is such a name; else it counts the classes from 0. `None` for "no class".
+
+        Raises:
+            UserError: There is no such class, the number could be two of them, or it is no whole number.
+        """
+        if isinstance(label, torch.Tensor | np.generic | np.ndarray) and label.ndim == 0:
+            label = label.item()
+        if label is None and self.null is not None:
+            return ClassIndex(self.null)
+        if isinstance(label, bool) or not isinstance(label, int | str):
+            raise UserError(
+                f"class {label!r} is neither a name nor a whole number; this network's classes are {self.known()}"
+            )
+        if isinstance(label, ClassIndex):
+            found = [int(label)] if 0 <= label < (self.count or 0) else []
+        elif label in self.names:
+            found = [self.names.index(str(label))]
+        else:
+            found = self._numbered(class_number(label) if isinstance(label, str) else label)
+        if len(found) > 1:
+            several = " and ".join(repr(self.names[i]) for i in found)
+            raise UserError(f"class {label!r} could be {several}; write it as the network does, as text")
+        if not found:
+            raise UserError(f"class {label!r} is no class of this network; it has {self.known()}")
+        return ClassIndex(found[0])
+
+    def _numbered(self, number: int | None) -> list[int]:
+        """The classes that a number can stand for."""
+        numbers = [class_number(name) for name in self.names]
+        if number is None:
+            return []
+        if any(known is not None for known in numbers):
+            exact = [i for i, name in enumerate(self.names) if name == str(number)]
+            return exact or [i for i, known in enumerate(numbers) if known == number]
+        return [number] if 0 <= number < (self.count or 0) and number != self.null else []
+
+    def checked(self, labels: ClassLabels, guidance_scale: float, batch_size: int) -> torch.Tensor | None:
+        """`[B]` class indices, or `None` for an unconditional network; what stands for them with an `embedding`.
+
+        Args:
+            labels: One for all images, or one per image; by name or number (see `index`). "No class" for `None`.
+            guidance_scale: See `DDPMPipeline`.
+            batch_size: B.
+
+        Raises:
+            UserError: Classes or guidance that the network does not have, or another number of labels.
+        """
+        if not math.isfinite(guidance_scale):
+            raise UserError(f"guidance_scale must be a finite number, got {guidance_scale}")
+        if self.embedding is not None:
+            return self._numbers(labels, guidance_scale, batch_size)
+        if self.count is None:
+            if labels is not None or guidance_scale != 1:
+                raise UserError("class_labels and guidance_scale are for class-conditional networks; this one is not")
+            return None
+        if guidance_scale != 1 and self.null is None:
+            raise UserError(
+                f"guidance_scale={guidance_scale} needs a network trained with class dropout, and this one was not"
+            )
+        if labels is None and self.null is None:
+            raise UserError(f"this network is class-conditional: give class_labels; its classes are {self.known()}")
+        indices = torch.tensor([self.index(label) for label in as_list(labels)], dtype=torch.long)
+        if len(indices) not in (1, batch_size):
+            raise UserError(f"got {len(indices)} class_labels for {batch_size} images; give one, or one per image")
+        return indices.expand(batch_size)
+
+    def _numbers(self, labels: Any, guidance_scale: float, batch_size: int) -> torch.Tensor:
+        """What a network with an `embedding` takes: `[B]` numbers, or `[B, D]` vectors."""
+        vectors = self.embedding == "identity"
+        wanted = "a vector" if vectors else "a number"
+        if labels is None or guidance_scale != 1:
+            raise UserError(
+                f"this network (class_embed_type={self.embedding!r}) takes {wanted} per image as class_labels, and no "
+                "guidance_scale"
+            )
+        try:
+            if not isinstance(labels, (torch.Tensor, np.ndarray)):
+                labels = [float(labels)] if isinstance(labels, (str, int, float)) else list(labels)
+                labels = [float(one) if isinstance(one, str) else one for one in labels]
+            values = torch.as_tensor(labels)
+            values = values.reshape(-1, values.shape[-1]) if vectors and values.ndim else values.reshape(-1)
+        except (TypeError, ValueError):
+            raise UserError(f"class_labels must be {wanted} per image for this network, got {labels!r}") from None
+        if len(values) not in (1, batch_size):
+            raise UserError(f"got {len(values)} class_labels for {batch_size} images; give one, or one per image")
+        return values.expand(batch_size, *values.shape[1:])
+
+    def of_names(self, names: list[str] | None) -> list[ClassIndex]:
+        """Return where a dataset's classes are among the network's.
+
+        By their names. A network without names has numbers: a dataset's classes that are all called by numbers are
+        those, others are taken in their order, and must be as many.
+
+        Raises:
+            UserError: A class that the network does not know.
+        """
+        if self.names:
+            if unknown := [name for name in names or () if name not in self.names]:
+                raise UserError(f"the network knows no class {unknown[0]!r}; it was trained on {self.known()}")
+            found = [self.names.index(name) for name in names or self.names]
+        else:
+            own = [i for i in range(self.count or 0) if i != self.null]
+            numbers = [number for name in names or () if (number := class_number(name)) is not None]
+            if not names:
+                found = own
+            elif len(numbers) == len(names):
+                found = numbers
+            elif len(names) < len(own):
+                raise UserError(
+                    f"the network has the classes {self.known()} without names, and the images have {len(names)}: "
+                    f"{', '.join(names)}; name the images' classes by its numbers"
+                )
+            else:
+                found = list(range(len(names)))
+        self._check(torch.tensor(found))
+        return [ClassIndex(i) for i in found]
+
+    def of_dataset(self, data: Any) -> torch.Tensor | None:
+        """A dataset's (`data.load_images`) labels as this network numbers them, `[N]`; `None` if unconditional.
+
+        Images without labels have "no class" where the network knows it.
+
+        Raises:
+            ValueError: A class that the network does not know, or no labels where it needs them.
+        """
+        if self.embedding is not None:
+            raise UserError(f"this network (class_embed_type={self.embedding!r}) knows no classes of a dataset")
+        if self.count is None:
+            return None
+        if data.labels is None:
+            if self.null is None:
+                raise UserError(f"the network is class-conditional, and the images of {data.name!r} have no labels")
+            return torch.full((len(data),), self.null)
+        table = torch.tensor(self.of_names(data.class_names))
+        if len(data.labels) and not 0 <= data.labels.min() <= data.labels.max() < len(table):
+            raise UserError(
+                f"the images of {data.name!r} have labels {int(data.labels.min())} to {int(data.labels.max())}, and "
+                f"the network knows {len(table)} classes"
+            )
+        return table[data.labels]
+
+    def _check(self, indices: torch.Tensor) -> None:
+        assert self.count is not None
+        outside = (indices < 0) | (indices >= self.count)
+        if self.null is not None:
+            outside |= indices == self.null
+        if outside.any():
+            raise UserError(f"class label {int(indices[outside][0])} is outside {self.known()}")

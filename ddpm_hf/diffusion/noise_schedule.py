@@ -1,0 +1,211 @@
+"""The variances beta_t, and every number that follows from them: coefficients of q, the posterior and p.
+
+Float64 tables, cast where they are used. Equation numbers are those of Ho et al. 2020; timesteps count from 0.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..utils.errors import UserError
+
+# Schedules that stock implements, and those that only the official code has (stored as `trained_betas`, which every
+# stock scheduler reads first).
+STOCK_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "laplace", "sigmoid")
+OFFICIAL_SCHEDULES = ("quad", "const", "jsd", "warmup10", "warmup50")
+
+
+def make_betas(beta_schedule: str, num_train_timesteps: int, beta_start: float, beta_end: float) -> np.ndarray:
+    """The variances beta_t of the forward process, float64 `[T]`.
+
+    Args:
+        beta_schedule: `linear` (the paper), `quad`, `const`, `jsd`, `warmup10`, `warmup50` (also in the official
+            code), `scaled_linear`, `squaredcos_cap_v2`, `laplace`, `sigmoid` (stock diffusers').
+        num_train_timesteps: T.
+        beta_start, beta_end: The first and last beta where the schedule has a choice.
+
+    Raises:
+        ValueError: Unknown schedule, or ends that are not numbers from 0 on.
+    """
+    T = num_train_timesteps
+    for name, value in (("beta_start", beta_start), ("beta_end", beta_end)):
+        # Below 0, sqrt would give a complex number, whose real part numpy takes for beta.
+        if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= value < math.inf:
+            raise UserError(f"{name} must be a number between 0 and 1, got {value!r}; the paper's are 1e-4 and 0.02")
+    if beta_schedule == "linear":
+        return np.linspace(beta_start, beta_end, T, dtype=np.float64)
+    if beta_schedule in ("quad", "scaled_linear"):
+        return np.linspace(beta_start**0.5, beta_end**0.5, T, dtype=np.float64) ** 2
+    if beta_schedule == "const":
+        return np.full(T, beta_end, dtype=np.float64)
+    if beta_schedule == "jsd":  # 1/T, 1/(T-1), ..., 1
+        return 1.0 / np.linspace(T, 1, T, dtype=np.float64)
+    if beta_schedule in ("warmup10", "warmup50"):
+        warmup = int(T * int(beta_schedule[-2:]) / 100)
+        betas = np.full(T, beta_end, dtype=np.float64)
+        betas[:warmup] = np.linspace(beta_start, beta_end, warmup, dtype=np.float64)
+        return betas
+    if beta_schedule == "sigmoid":
+        return 1.0 / (1.0 + np.exp(-np.linspace(-6, 6, T, dtype=np.float64))) * (beta_end - beta_start) + beta_start
+    if beta_schedule in ("squaredcos_cap_v2", "laplace"):
+        u = np.arange(T + 1, dtype=np.float64) / T
+        if beta_schedule == "squaredcos_cap_v2":
+            alpha_bar = np.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+        else:
+            log_snr = -0.5 * np.copysign(1.0, 0.5 - u) * np.log(1 - 2 * np.abs(0.5 - u) + 1e-6)
+            alpha_bar = np.sqrt(np.exp(log_snr) / (1 + np.exp(log_snr)))
+        return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
+    raise UserError(
+        f"unknown beta_schedule {beta_schedule!r}; it must be one of {', '.join(STOCK_SCHEDULES + OFFICIAL_SCHEDULES)}"
+    )
+
+
+def rescale_zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
+    """Betas shifted so that alpha_bar_T is 0 (Lin et al. 2023, arXiv 2305.08891, Algorithm 1), float64 `[T]`.
+
+    Raises:
+        ValueError: alpha_bar does not fall, so that no shift can do this.
+    """
+    root = np.sqrt(np.cumprod(1.0 - betas))
+    if not root[-1] < root[0]:
+        raise UserError(
+            f"rescale_betas_zero_snr needs a schedule in which alpha_bar falls, but {len(betas)} timesteps keep it at "
+            f"{root[-1] ** 2:.9g}; use more or larger betas, or rescale_betas_zero_snr=False"
+        )
+    root = (root - root[-1]) * root[0] / (root[0] - root[-1])
+    alpha_bar = root**2
+    return 1.0 - np.append(alpha_bar[:1], alpha_bar[1:] / alpha_bar[:-1])
+
+
+def tables_of(betas: np.ndarray) -> dict[str, np.ndarray]:
+    """The tables of a diffusers scheduler that follow from beta_t, by their names there; float64 `[T]` each."""
+    return {"betas": betas, "alphas": 1.0 - betas, "alphas_cumprod": np.cumprod(1.0 - betas)}
+
+
+def betas_of(name: str, table: np.ndarray) -> np.ndarray:
+    """The beta_t to which one of those tables belongs: the inverse of `tables_of`."""
+    if name == "betas":
+        return table
+    if name == "alphas":
+        return 1.0 - table
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return 1.0 - np.append(table[:1], table[1:] / table[:-1])
+
+
+def first_outside(betas: np.ndarray, may_end_at_1: bool = False) -> int | None:
+    """The first t at which beta_t does not lie strictly between 0 and 1; `None` if there is none.
+
+    Args:
+        betas: `[T]`.
+        may_end_at_1: The last one may be 1: nothing is left of the image.
+    """
+    outside = ~((betas > 0) & (betas < 1))
+    if may_end_at_1 and betas[-1] == 1:
+        outside[-1] = False
+    return int(outside.argmax()) if outside.any() else None
+
+
+class Chain:
+    """Coefficients of one reverse chain over the timesteps `t_1 > t_2 > ...`, the last of which steps to the data.
+
+    Row t of `table` (float64 `[T, len(columns)]`) holds the numbers for the step from t to the next timestep of the
+    chain; rows of timesteps outside the chain are NaN. With every timestep in the chain this is the paper's process.
+    A chain over fewer timesteps is the DDPM whose alpha_bar are those of the subsequence (Nichol & Dhariwal 2021,
+    Section 4).
+
+    Args:
+        betas: `[T]` float64.
+        timesteps: `t_1 > t_2 > ...`.
+        prediction_error: `[T]`, E (x_0 - predicted x_0)^2 per pixel, for the optimal variance.
+    """
+
+    def __init__(self, betas: np.ndarray, timesteps: np.ndarray, prediction_error: np.ndarray | None = None):
+        T, t = len(betas), np.asarray(timesteps, dtype=np.int64)
+        self.alpha_bar = alpha_bar = np.cumprod(1.0 - betas)
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            # 1 - alpha_bar and 1 - alpha by way of logarithms: a difference of numbers close to 1 has lost digits (at
+            # beta = 1e-4 the last 4 of 16), a ratio of alpha_bar that underflowed has none left.
+            log_alpha_bar = np.cumsum(np.log1p(-betas))
+            log_a_bar, log_a_bar_prev = log_alpha_bar[t], np.append(log_alpha_bar[t[1:]], 0.0)
+            a_bar, a_bar_prev = alpha_bar[t], np.append(alpha_bar[t[1:]], 1.0)
+            rest, rest_prev = -np.expm1(log_a_bar), -np.expm1(log_a_bar_prev)  # 1 - alpha_bar
+            beta = betas[t] if len(t) == T else -np.expm1(log_a_bar - log_a_bar_prev)
+
+            beta_tilde = beta * rest_prev / rest
+            c_0 = beta * np.sqrt(a_bar_prev) / rest
+            c_t = rest_prev * np.sqrt(1.0 - beta) / rest
+            # A network that predicts mu_tilde was trained on the step from t to t - 1, whatever the chain's next step.
+            one_before = np.where(t > 0, log_alpha_bar[t - 1], 0.0)
+            trained_c_0 = betas[t] * np.exp(0.5 * one_before) / rest
+            trained_c_t = -np.expm1(one_before) * np.sqrt(1.0 - betas[t]) / rest
+            # x_0 = from_x_t x_t + from_output output, where the output is epsilon (Eq. 15) or mu_tilde
+            x_0_from = {
+                "epsilon": (np.sqrt(1.0 / a_bar), -np.sqrt(rest / a_bar)),
+                "posterior_mean": (-trained_c_t / trained_c_0, 1.0 / trained_c_0),
+            }
+            # The step to the data has beta_tilde = 0. For the likelihood's sake the official code gives it its
+            # neighbour's log-variance instead of log 0, whichever the fixed variance.
+            last_variance = beta_tilde[-2] if len(t) > 1 else beta[-1]
+            columns = {
+                "sqrt_alpha_bar": np.sqrt(a_bar),  # q(x_t|x_0) mean, Eq. 4
+                "sqrt_one_minus_alpha_bar": np.sqrt(rest),  # q(x_t|x_0) standard deviation, Eq. 4
+                "log_one_minus_alpha_bar": np.where(a_bar < 0.5, np.log1p(-a_bar), np.log(rest)),
+                "epsilon_from_x_t": x_0_from["epsilon"][0],
+                "epsilon_from_output": x_0_from["epsilon"][1],
+                "posterior_mean_from_x_t": x_0_from["posterior_mean"][0],
+                "posterior_mean_from_output": x_0_from["posterior_mean"][1],
+                "mean_from_x_0": c_0,  # mu_tilde = mean_from_x_0 x_0 + mean_from_x_t x_t, Eq. 7
+                "mean_from_x_t": c_t,
+                "beta_tilde": beta_tilde,  # Eq. 7
+                "log_beta_tilde_clipped": np.log(np.append(beta_tilde[:-1], last_variance)),
+                "log_beta": np.log(beta),
+                "log_beta_clipped": np.log(np.append(beta[:-1], last_variance)),
+                "has_previous": np.append(np.ones(len(t) - 1), 0.0),  # 0 for the step to the data: no noise
+            }
+            if prediction_error is not None:
+                # What remains unknown of x_0 moves the posterior's mean, and adds to its variance (Bao et al. 2022,
+                # Theorem 1, with the measured error of x_0 for the one that a perfect network would have).
+                optimal = beta_tilde + c_0**2 * np.maximum(prediction_error[t], 1e-20)
+                # When sampling, the last noise is at most one grey level on average, as in their Appendix: it would
+                # stay in the image.
+                last = slice(-2, -1)
+                noise = optimal.copy()
+                noise[last] = np.minimum(noise[last], (2 / 255) ** 2 * math.pi / 2)
+                columns |= {"log_optimal": np.log(optimal), "log_optimal_noise": np.log(noise)}
+        self.table = np.full((T, len(columns)), np.nan)
+        self.table[t] = np.stack(list(columns.values()), axis=1)
+        self.columns = tuple(columns)
+        self.timesteps = t
+        self.is_whole = len(t) == T
+        self.previous = dict(zip(t.tolist(), [*t[1:].tolist(), -1], strict=True))
+        # Where alpha_bar vanishes nothing is left of x_0, and epsilon cannot give it back: float32 would overflow.
+        self.undefined = {
+            prediction_type: set(t[~((np.abs(from_x_t) < 1e30) & (np.abs(from_output) < 1e30))].tolist())
+            for prediction_type, (from_x_t, from_output) in x_0_from.items()
+        }
+        self._on_device: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    def row(self, t: int) -> dict[str, float]:
+        """All columns at one t, as Python numbers."""
+        return dict(zip(self.columns, self.table[t].tolist(), strict=True))
+
+    def on(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """The table on a device, copied there once."""
+        key = (device, dtype)
+        table = self._on_device.get(key)
+        if table is None:
+            table = torch.from_numpy(self.table).to(dtype).to(device)  # cast first: not every device has float64
+            if not torch.compiler.is_compiling():  # what a compiled graph makes lives in the graph's memory
+                self._on_device[key] = table
+        return table
+
+    def gather(self, t: Tensor, like: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+        """All columns at `t` (`[B]` or `[1]`), each `[B, 1, ..., 1]` to broadcast with `like`, by one indexing."""
+        rows = self.on(like.device, dtype)[t.to(device=like.device, dtype=torch.int64)]
+        rows = rows.view(-1, *[1] * (like.ndim - 1), len(self.columns))
+        return dict(zip(self.columns, rows.unbind(-1), strict=True))

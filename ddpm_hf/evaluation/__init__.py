@@ -1,0 +1,5 @@
+"""Images and models to numbers: likelihoods, distances of samples, reports."""
+
+from .run import evaluate
+
+__all__ = ["evaluate"]

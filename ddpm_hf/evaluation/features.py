@@ -1,0 +1,237 @@
+"""Images to feature vectors: Inception (torch-fidelity), DINOv2, CLIP and others (transformers), or the pixels.
+
+A number that compares features means something beside numbers of the same features only, so each extractor has a name
+for reports and a hash of its weights and preprocessing.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..sampling.shards import Rows
+from ..utils.digests import digest, weights_digest
+from ..utils.errors import UserError
+from ..utils.text import recorded_name
+from ..utils.weight_files import read_weights
+
+# More pixels than this have no covariance that is worth computing (or fits into memory).
+_MOST_PIXELS = 4096
+# Names of features that vision models cannot have.
+_RESERVED = ("inception", "pixels")
+
+
+class FeatureExtractor(Protocol):
+    """Makes feature vectors of images.
+
+    Attributes:
+        name: For the names of numbers: `inception`, `pixels`, `dinov2-base`.
+        description: For reports: which network and layer, which preprocessing.
+        fingerprint: A hash of all that the features depend on, weights and preprocessing.
+        takes_floats: Whether grey levels between whole numbers are meaningful to it.
+    """
+
+    name: str
+    description: str
+    fingerprint: str
+    takes_floats: bool
+
+    def __call__(self, images: Tensor) -> Rows:
+        """Grey levels 0..255, `[B, C, H, W]` uint8 or float32, to `features` `[B, D]` float32 and maybe `logits`."""
+
+
+class Pixels:
+    """The pixels themselves, scaled to [0, 1]: for tiny images, and without any download.
+
+    Raises:
+        ValueError: The images have too many pixels.
+    """
+
+    name, takes_floats = "pixels", True
+    description = "the pixels, scaled to [0, 1]"
+    fingerprint = digest("pixels in [0, 1]")
+
+    def __init__(self, image_shape: tuple[int, ...]):
+        if (size := torch.Size(image_shape).numel()) > _MOST_PIXELS:
+            raise UserError(
+                f"--features pixels is for tiny images, at most {_MOST_PIXELS} values, and these have {size}; use "
+                "--features inception or a vision model such as facebook/dinov2-base"
+            )
+
+    def __call__(self, images: Tensor) -> Rows:
+        return {"features": images.float().flatten(1) / 255}
+
+
+def _three_channels(images: Tensor) -> Tensor:
+    """Grey images as colour images."""
+    if images.shape[1] not in (1, 3):
+        raise UserError(f"networks of features take images of 1 or 3 channels, got {images.shape[1]}; use pixels")
+    return images if images.shape[1] == 3 else images.expand(-1, 3, -1, -1)
+
+
+class Inception:
+    """The Inception-v3 network of 2015 that FID, IS and KID are defined with, as torch-fidelity rebuilt it.
+
+    The same numbers as torch-fidelity's for uint8, and also for floats, which it refuses and the official code of the
+    paper takes.
+
+    Args:
+        weights: A file of torch-fidelity's weights, `.pth` or safetensors; its own place, or a download, if `None`.
+        device: Where to run it.
+
+    Raises:
+        ValueError: torch-fidelity is not installed, or the weights cannot be had or are of another network.
+    """
+
+    name, takes_floats = "inception", True
+
+    def __init__(self, weights: str | Path | None = None, device: torch.device | str = "cpu"):
+        try:
+            from torch_fidelity import feature_extractor_inceptionv3 as fidelity
+        except ImportError:
+            raise UserError(
+                "--features inception needs torch-fidelity: pip install 'ddpm-hf[eval]' (or use --features pixels)"
+            ) from None
+        file = _usual_inception_file(fidelity.URL_INCEPTION_V3) if weights is None else Path(weights)
+        state = read_weights(file)
+        # The constructor would unpickle the file without restrictions; it gets the tensors instead of a download.
+        download, fidelity.load_state_dict_from_url = fidelity.load_state_dict_from_url, lambda *_, **__: state
+        try:
+            net = fidelity.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], verbose=False)
+        except (RuntimeError, AttributeError, TypeError) as error:
+            raise UserError(
+                f"{str(file)!r} does not hold the weights of torch-fidelity's Inception-v3: {_first_line(error)}"
+            ) from None
+        finally:
+            fidelity.load_state_dict_from_url = download
+        self._resize = fidelity.interpolate_bilinear_2d_like_tensorflow1x
+        self._net = net.to(device)
+        self.fingerprint = digest("Inception-v3 of torch-fidelity, pool and unbiased logits", weights_digest(net))
+        self.description = "Inception-v3 of 2015 (torch-fidelity), last pooling layer, 2048 values"
+
+    def __call__(self, images: Tensor) -> Rows:
+        x = _three_channels(images).to(next(self._net.parameters()).device, torch.float32)
+        # Resized as TensorFlow 1 did it, then scaled as inside its graph.
+        x = (self._resize(x, size=(299, 299), align_corners=False) - 128) / 128
+        *layers, head = self._net.children()  # in the order in which they follow each other
+        for layer in layers:
+            x = layer(x)
+        features = x.flatten(1)
+        return {"features": features, "logits": features @ head.weight.T}
+
+
+def _usual_inception_file(url: str) -> Path:
+    """Where torch-fidelity keeps its weights, downloaded if they are not there yet.
+
+    Raises:
+        ValueError: They cannot be had; says how to get them.
+    """
+    file = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
+    if file.is_file():
+        return file
+    how = (
+        f"the Inception weights are not at {str(file)!r} and cannot be downloaded here: fetch {url} on a machine with "
+        "internet and give it as --inception_weights FILE (or use --features pixels, or a vision model from disk)"
+    )
+    if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE"):
+        raise UserError(how)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        sha256_prefix = file.stem.rsplit("-", 1)[1]
+        torch.hub.download_url_to_file(url, str(file), hash_prefix=sha256_prefix, progress=False)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{how} ({_first_line(error)})") from None
+    return file
+
+
+class VisionModel:
+    """A vision network from transformers: DINOv2, CLIP and others, with the image processor that belongs to it.
+
+    Images are resized, rounded to whole grey levels, and scaled as the processor says, so floats are not taken.
+    The features are what the network pools: the class token of DINOv2, the projected embedding of CLIP.
+
+    Args:
+        model: Hub id or folder.
+        device: Where to run it.
+
+    Raises:
+        ValueError: It cannot be loaded, is no vision network, or has a name that stands for other features here.
+    """
+
+    takes_floats = False
+
+    def __init__(self, model: str, device: torch.device | str = "cpu"):
+        self.name = model.rstrip("/").rsplit("/", 1)[-1]
+        if self.name in _RESERVED:
+            raise UserError(
+                f"--features {model}: numbers and caches would go by the name {self.name!r}, which this package's own "
+                "features have; copy the model into a folder of another name"
+            )
+        from transformers import AutoImageProcessor, AutoModel
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        try:
+            self._processor = AutoImageProcessor.from_pretrained(model)
+            net = AutoModel.from_pretrained(model, use_safetensors=True)
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"cannot load --features {model}: {_first_line(error)}") from error
+        self._net = net.eval().requires_grad_(False).to(device)
+        settings = self._processor.to_dict()
+        self.fingerprint = digest("transformers, pooled", weights_digest(net), settings)
+        self.description = (
+            f"{type(net).__name__} {recorded_name(model)}, pooled output, preprocessed by "
+            f"{type(self._processor).__name__}"
+        )
+
+    def __call__(self, images: Tensor) -> Rows:
+        if images.is_floating_point():
+            raise UserError(f"{self.name} takes whole pixel values")
+        batch = self._processor(
+            images=list(_three_channels(images).cpu()), return_tensors="pt", input_data_format="channels_first"
+        )
+        pixels = batch["pixel_values"].to(self._net.device, self._net.dtype)
+        if hasattr(self._net, "get_image_features"):
+            found = self._net.get_image_features(pixel_values=pixels)
+        else:
+            found = self._net(pixel_values=pixels)
+        pooled = found if isinstance(found, Tensor) else getattr(found, "pooler_output", None)
+        if pooled is None:
+            raise UserError(f"--features {self.name}: {type(self._net).__name__} gives no pooled output")
+        return {"features": pooled.flatten(1).float()}
+
+
+def make_extractor(
+    name: str,
+    image_shape: tuple[int, ...],
+    inception_weights: str | Path | None = None,
+    device: torch.device | str = "cpu",
+) -> FeatureExtractor:
+    """An extractor by name: `inception`, `pixels`, or a vision model of transformers by Hub id or folder.
+
+    Args:
+        name: Which.
+        image_shape: `(C, H, W)` of the images.
+        inception_weights: See [`Inception`].
+        device: Where to run it.
+
+    Raises:
+        ValueError: It cannot be made; says why and what to do.
+    """
+    if name == "pixels":
+        return Pixels(image_shape)
+    if name == "inception":
+        return Inception(inception_weights, device)
+    if "/" not in name and not Path(name).is_dir():
+        raise UserError(
+            f"unknown --features {name!r}; it is inception, pixels, or a vision model such as facebook/dinov2-base"
+        )
+    return VisionModel(name, device)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

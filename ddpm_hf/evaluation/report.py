@@ -1,0 +1,199 @@
+"""The report of an evaluation: as JSON with all that is needed to repeat it, as a page, and beside another."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import math
+import platform
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from types import NoneType
+from typing import Any
+
+from ..utils.errors import NotFiniteError, UserError
+from ..utils.files import write_text
+from ..utils.text import finite, number, table
+
+# Settings that may differ between two runs whose numbers are the same.
+_INCIDENTAL = ("seconds", "batch_size")
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that numbers depend on."""
+    found = {"python": platform.python_version()}
+    for name in ("ddpm-hf", "torch", "diffusers", "accelerate", "transformers", "torch-fidelity"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+@dataclass
+class EvaluationReport:
+    """Numbers of one model on one dataset.
+
+    Attributes:
+        dataset, split, num_images: What was evaluated on (likelihood), or compared with (samples).
+        values: Name to `{"value", "standard_error", ...}`; likelihoods are in bits/dim. NaN is `null` in JSON.
+        settings: How each number was made, by the same names with an `estimator` in words; and, once for all, the
+            `sampling` and the `features`.
+        versions: Of Python and the libraries.
+        model: Its name, revision, a hash of its weights.
+        tables: Name to rows of columns and numbers, such as the paper's Table 4.
+        warnings: What to know before a number is put beside others.
+        pictures: Files beside the report.
+        created: When, UTC.
+    """
+
+    dataset: str
+    split: str
+    num_images: int
+    values: dict[str, dict[str, float]] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=library_versions)
+    model: dict[str, Any] = field(default_factory=dict)
+    tables: dict[str, list[dict[str, float]]] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    pictures: list[str] = field(default_factory=list)
+    created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+
+    def save(self, path: str | Path) -> None:
+        """Write the report as JSON, completely or not at all."""
+        write_text(Path(path), json.dumps(finite(dataclasses.asdict(self)), indent=2, allow_nan=False) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> EvaluationReport:
+        """Read a report that `save` wrote; a folder's `report.json` for a folder. Errors that it lacks are NaN.
+
+        Raises:
+            ValueError: There is none, or the file is something else.
+        """
+        file = report_file(path)
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise UserError(f"there is no report {str(file)!r}") from None
+        except ValueError:
+            raise UserError(f"{str(file)!r} is not a report: it is not JSON") from None
+        known = {entry.name for entry in dataclasses.fields(cls)}
+        required = {"dataset", "split", "num_images", "values"}
+        if not isinstance(content, dict) or not required <= content.keys():
+            raise UserError(f"{str(file)!r} is not a report of ddpm-hf evaluate")
+        if wrong := _wrong_part(content):
+            raise UserError(f"{str(file)!r} is not a report of ddpm-hf evaluate: {wrong}")
+        report = cls(**{key: value for key, value in content.items() if key in known})
+        for value in report.values.values():
+            value.setdefault("standard_error", math.nan)
+            value.update({key: math.nan for key, number in value.items() if number is None})
+        return report
+
+    def add(self, name: str, value: float, standard_error: float, settings: dict[str, Any], **more: float) -> None:
+        """One number, with its error and how it was made (`estimator` in words, and what else there is to say).
+
+        Raises:
+            NotFiniteError: It is NaN or infinite. Its error, and `more`, may be NaN: not known, as from one image.
+        """
+        if not math.isfinite(value):
+            raise NotFiniteError(
+                f"{name} is {value}, which is no result; the model, or what it was compared with, is at fault"
+            )
+        self.values[name] = {"value": value, "standard_error": standard_error, **more}
+        self.settings[name] = settings
+
+
+def report_file(path: str | Path) -> Path:
+    """The file of a report that is given by its file or by its folder."""
+    return Path(path) / "report.json" if Path(path).is_dir() else Path(path)
+
+
+def _wrong_part(content: dict[str, Any]) -> str:
+    """What of a report's content pages and comparisons could not use; nothing if all is well."""
+    values, settings = content["values"], content.get("settings", {})
+    if not isinstance(values, dict) or not isinstance(settings, dict):
+        return "its values and settings must have names"
+    for name, entry in values.items():
+        numbers = [entry.get("value", "none"), entry.get("standard_error")] if isinstance(entry, dict) else [entry]
+        if not isinstance(entry, dict) or any(not isinstance(x, (int, float, NoneType)) for x in numbers):
+            return f"{name!r} must have a number or null as its 'value'"
+        if not isinstance(settings.get(name, {}), dict):
+            return f"the settings of {name!r} must have names"
+    return ""
+
+
+def as_markdown(report: EvaluationReport) -> str:
+    """The report as a page: numbers, warnings, tables, pictures, settings."""
+    name = report.model.get("name", "a model")
+    parts = [f"# {name} on {report.dataset}", f"Made by `ddpm-hf evaluate` on {report.created}."]
+    rows = [["number", "value", "how it was made"]]
+    for key, value in report.values.items():
+        how = report.settings.get(key, {}).get("estimator", "")
+        rows.append([f"`{key}`", number(value["value"], value["standard_error"]), how])
+    parts += ["## Numbers", table(rows, texts=(0, 2)), "± is one standard error."]
+    if report.warnings:
+        parts += ["## Before you compare", "\n".join(f"- {warning}" for warning in report.warnings)]
+    for title, content in report.tables.items():
+        head = list(content[0])
+        cells = [[f"{row[column]:.5g}" for column in head] for row in content]
+        parts += [f"## {title}", table([head, *cells])]
+    if report.pictures:
+        parts += ["## Pictures", "\n\n".join(f"![{picture}]({picture})" for picture in report.pictures)]
+    everything = {
+        "model": report.model,
+        "settings": {key: value for key, value in report.settings.items() if key not in report.values},
+        "versions": report.versions,
+    }
+    parts += ["## Settings", f"```json\n{json.dumps(finite(everything), indent=2)}\n```"]
+    return "\n\n".join(parts) + "\n"
+
+
+def compare(reports: dict[str, EvaluationReport]) -> str:
+    """Reports side by side, the difference of the last to the first, and what makes numbers incomparable.
+
+    Args:
+        reports: By what to call them; at least two.
+    """
+    names, all_of = list(reports), list(reports.values())
+    first, last = all_of[0], all_of[-1]
+    rows = [["number", *names, "difference", "in errors"]]
+    notes = []
+    for key in dict.fromkeys(key for report in all_of for key in report.values):
+        cells = [report.values.get(key) for report in all_of]
+        texts = [number(cell["value"], cell["standard_error"]) if cell else "-" for cell in cells]
+        difference = errors = "-"
+        if (a := first.values.get(key)) and (b := last.values.get(key)):
+            change = b["value"] - a["value"]
+            difference = f"{change:+.4g}"
+            error = math.hypot(a["standard_error"], b["standard_error"])
+            errors = f"{change / error:+.1f}" if error > 0 else "-"
+        different = _different_settings([report.settings.get(key, {}) for report in all_of if key in report.values])
+        rows.append([key + ("*" if different else ""), *texts, difference, errors])
+        notes += [f"* {key}: {note}" for note in different]
+    for what in ("sampling", "features"):
+        both = [report.settings[what] for report in all_of if what in report.settings]
+        notes += [f"* {what}: {note}" for note in _different_settings(both)]
+    if len({report.dataset for report in all_of}) > 1:
+        notes.append(f"* other datasets: {', '.join(report.dataset for report in all_of)}")
+    return "\n".join([table(rows), *notes])
+
+
+def _different_settings(settings: list[dict[str, Any]]) -> list[str]:
+    notes = []
+    for key in dict.fromkeys(key for one in settings for key in one):
+        values = [one.get(key) for one in settings]
+        if key in _INCIDENTAL or all(value == values[0] for value in values):
+            continue
+        if all(isinstance(value, dict) for value in values):
+            notes += [f"{key}.{note}" for note in _different_settings([value for value in values if value])]
+        else:
+            notes.append(f"{key} differs: {' | '.join(_short(value) for value in values)}")
+    exact = [note for note in notes if not note.startswith("estimator ")]  # the same again in words
+    return exact or notes
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."

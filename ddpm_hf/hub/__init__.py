@@ -1,0 +1,1 @@
+"""Model cards, uploads and Spaces."""

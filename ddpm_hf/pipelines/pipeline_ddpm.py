@@ -1,0 +1,773 @@
+"""Sampling (Algorithm 2) as a diffusers pipeline that reads and writes stock repositories."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import math
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from diffusers.models.modeling_utils import ModelMixin  # noqa: F401  (looked up here by name, see load_config)
+from diffusers.pipelines.ddpm.pipeline_ddpm import DDPMPipeline as StockDDPMPipeline
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from diffusers.schedulers.scheduling_ddim_cogvideox import CogVideoXDDIMScheduler
+from diffusers.schedulers.scheduling_ddim_parallel import DDIMParallelScheduler
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler as StockDDPMScheduler
+from diffusers.schedulers.scheduling_ddpm_parallel import DDPMParallelScheduler
+from diffusers.schedulers.scheduling_utils import SchedulerMixin  # noqa: F401  (looked up here by name, see load_config)
+from diffusers.utils import logging
+
+from ..data.class_labels import Classes, ClassLabels
+from ..diffusion.scheduling_ddpm import DDPMScheduler, infinite_to_nan, whole_number
+from ..models.unet_2d import PortableConfigMixin, UNet2DModel, check_size, check_weights
+from ..utils.errors import NotFiniteError, UserError
+from ..utils.hub_errors import check_pipeline, patiently
+from ..utils.randomness import NOISE_OF_SEEDS, Generators, SeededNoise, standard_normal
+from .inputs import KnownPixels, count_and_generators, images_in_model_range, mask_of, one_per_image
+
+logger = logging.get_logger(__name__)
+
+# What stock repositories name, and our class of the same name that opens it.
+_OURS = {("diffusers", "UNet2DModel"), ("diffusers", "DDPMScheduler")}
+# More than stock's DDIM loses by rounding in float32, a few units in the last place of 1. Its root, 7e-4, is a tenth
+# of a pixel value.
+_ROUNDING = 2.0**-21
+
+# Stock's schedulers whose every step is T // K timesteps long, wherever their timesteps lead.
+_FIXED_STRIDE = (DDIMScheduler, DDIMParallelScheduler, CogVideoXDDIMScheduler)
+
+
+@dataclass
+class DenoisingStep:
+    """One step down the chain.
+
+    Attributes:
+        index: Its place in `scheduler.timesteps`.
+        timestep: t, from T-1 to 0.
+        sample: x_t, `[B, C, H, W]`, in the [-1, 1] scale.
+        pred_original_sample: The x_0 predicted from it (Eq. 15), or `None` where the scheduler does not return it.
+        prev_sample: x_{t-1}; the chain goes on from what stands here.
+    """
+
+    index: int
+    timestep: int
+    sample: torch.Tensor
+    pred_original_sample: torch.Tensor | None
+    prev_sample: torch.Tensor
+
+
+# From x_t over some of the timesteps: `walk(x_t, start, stop)`.
+Walk = Callable[[torch.Tensor, int, int | None], Iterator[DenoisingStep]]
+
+
+class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
+    """Samples images from a DDPM (Algorithm 2).
+
+    Repositories written by `save_pretrained` are stock's: library `diffusers`, the same files and keys.
+    `from_pretrained` opens stock repositories with this package's network and scheduler. Other schedulers (DDIM,
+    DPM-Solver, ...) work as in stock: `DDPMPipeline(unet, DDIMScheduler.from_config(pipe.scheduler.config))`.
+
+    Args:
+        unet: The network; its `sample_size` and `in_channels` give the shape of the images.
+        scheduler: A `DDPMScheduler` (stock's becomes this package's), or another diffusers scheduler.
+    """
+
+    unet: UNet2DModel
+    scheduler: Any
+    _callback_tensor_inputs: ClassVar = ["image", "pred_original_sample"]
+    _interrupt = False
+    _warned_of_a_late_start: ClassVar = False
+
+    def __init__(self, unet: UNet2DModel, scheduler: Any):
+        super().__init__(unet=unet, scheduler=scheduler)
+        self._network: Any = None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; stock's `DDPMScheduler` becomes this package's, later too (`pipe.scheduler = ...`)."""
+        if name == "scheduler" and type(value) is StockDDPMScheduler:
+            value = DDPMScheduler.from_config(value.config)
+        super().__setattr__(name, value)
+
+    @property
+    def network(self) -> Any:
+        """What evaluates the network: `unet`, or what `inference.optimize_for_inference` made of it."""
+        made = self._network
+        if made is None or made.unet is not self.unet or made.made_from != (self.unet.device, self.unet.dtype):
+            return self.unet
+        return made
+
+    @network.setter
+    def network(self, network: Any) -> None:
+        self._network = None if network is self.unet else network
+
+    @classmethod
+    def load_config(cls, *args: Any, **kwargs: Any) -> Any:
+        """The pipeline's configuration, with stock's class names pointed at this package's classes of the same name.
+
+        diffusers looks up a component's class, and the base classes that say how to load it, as attributes of the
+        module named there; this module has both.
+        """
+        loaded = super().load_config(*args, **kwargs)
+        config = loaded[0] if isinstance(loaded, tuple) else loaded
+        for name, value in list(config.items()):
+            if isinstance(value, (list, tuple)) and tuple(value) in _OURS:
+                config[name] = [__name__, value[1]]
+        return loaded
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> DDPMPipeline:
+        """As `diffusers.DiffusionPipeline.from_pretrained`, from safetensors only.
+
+        Args:
+            pretrained_model_name_or_path: A folder, or a repository on the Hub; what is in the cache needs no network.
+            kwargs: As in diffusers: `revision`, `cache_dir`, `token`, `local_files_only`, `dtype`, ...
+
+        Raises:
+            OSError: It is not there, may not be read, or broke off.
+            ValueError: It is no DDPM, or `use_safetensors=False` was asked for.
+        """
+        if kwargs.get("use_safetensors") is False:
+            raise UserError("use_safetensors=False would read a pickle; convert the repository to safetensors first")
+        kwargs["use_safetensors"] = True  # for None, diffusers would fall back to pickles
+        check_pipeline(pretrained_model_name_or_path, **kwargs)
+        load = super().from_pretrained
+        return patiently(
+            lambda: load(pretrained_model_name_or_path, **kwargs),
+            pretrained_model_name_or_path,
+            kwargs.get("revision"),
+        )
+
+    @classmethod
+    def from_pipe(cls, pipeline: Any, **kwargs: Any) -> DDPMPipeline:
+        """This pipeline around another one's network and scheduler, stock's too; both pipelines share them.
+
+        Args:
+            pipeline: Any diffusers pipeline of a `unet` and a `scheduler`.
+            kwargs: `unet=` or `scheduler=` instead of its own; `dtype=` (or `torch_dtype=`), which converts the shared
+                network.
+
+        Raises:
+            ValueError: It has other components than these two.
+        """
+        dtype = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None)
+        parts = {**pipeline.components, **kwargs}
+        if extra := set(parts) - {"unet", "scheduler"}:
+            raise UserError(f"a DDPM has a unet and a scheduler, and no {', '.join(sorted(extra))}")
+        made = cls(**parts)
+        return made if dtype is None else made.to(dtype)
+
+    def save_pretrained(
+        self,
+        save_directory: Any,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """As stock's; `push_to_hub=True` also publishes the folder, as `push_to_hub` does, and takes its arguments.
+
+        Raises:
+            UserError: What is to be published cannot be.
+        """
+        names = ("repo_id", "commit_message", "private", "token", "create_pr")
+        options = {name: kwargs.pop(name) for name in names if name in kwargs} if push_to_hub else {}
+        if push_to_hub:
+            _check_published_form(safe_serialization, variant)
+        super().save_pretrained(save_directory, safe_serialization, variant, max_shard_size, **kwargs)
+        if push_to_hub:
+            _push(save_directory, options.pop("repo_id", None) or Path(save_directory).resolve().name, **options)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+    ) -> str:
+        """Publish the pipeline on the Hub with a card, as `ddpm-hf push` does.
+
+        Args:
+            repo_id: `namespace/name`, or a name in the token's own namespace; made if it does not exist.
+            commit_message: What the commit is called.
+            private: Only `False` makes a new repository public, or publishes in a public one.
+            token: Instead of the one that `hf auth login` or HF_TOKEN left.
+            create_pr: Propose the commit as a pull request instead of making it.
+            safe_serialization, variant: Stock's; pickles are not published, nor a variant without the whole model.
+
+        Returns:
+            The commit's (or the pull request's) address.
+
+        Raises:
+            UserError: It did not happen; the sentence says why.
+        """
+        _check_published_form(safe_serialization, variant)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return _push(folder, repo_id, commit_message, private, token, create_pr)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that decides, beside the weights, which image a seed gives, as JSON values."""
+
+        def without_notes(config: Any) -> dict[str, Any]:
+            # what diffusers notes for itself (`_use_default_values`, ...) differs from process to process
+            return {k: v for k, v in config.items() if not k.startswith("_") or k == "_prediction_error"}
+
+        return {
+            "unet": without_notes(self.unet.config),
+            "dtype": str(self.network.dtype).removeprefix("torch."),
+            "sampler": type(self.scheduler).__name__,
+            "noise": NOISE_OF_SEEDS,
+            "scheduler": without_notes(self.scheduler.config),
+        }
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of the images.
+
+        Raises:
+            ValueError: The network has no `sample_size`, or one that it cannot halve often enough.
+        """
+        size = self.unet.config.sample_size
+        if size is None:
+            raise UserError("the network's configuration has no sample_size; set it to the images' size")
+        height, width = size if isinstance(size, (tuple, list)) else (size, size)
+        check_size(self.unet, height, width)
+        return self.unet.config.in_channels, height, width
+
+    def checked_steps(self, num_inference_steps: int | None) -> int:
+        """The number of sampler steps: the chain's T for `None`.
+
+        Raises:
+            ValueError: Not between 1 and T, or a scheduler that does not sample from a DDPM.
+        """
+        check_is_sampler(self.scheduler)
+        T = self.scheduler.config.num_train_timesteps
+        if num_inference_steps is None:
+            return T
+        num_inference_steps = whole_number("num_inference_steps", num_inference_steps, or_float=True)
+        if not 1 <= num_inference_steps <= T:
+            raise UserError(
+                f"num_inference_steps must be between 1 and the {T} steps of the chain, got {num_inference_steps}"
+            )
+        return num_inference_steps
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        batch_size: int | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        num_inference_steps: int | None = None,
+        output_type: str | None = "pil",
+        return_dict: bool = True,
+        seeds: Iterable[int] | None = None,
+        class_labels: ClassLabels = None,
+        guidance_scale: float = 1.0,
+        eta: float | None = None,
+        image: Any = None,
+        strength: float | None = None,
+        mask_image: Any = None,
+        resample_length: int = 10,
+        resample_times: int = 10,
+        callback_on_step_end: Callable[..., dict[str, Any] | None] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("image",),
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """Draw images.
+
+        The network runs in evaluation mode and in its own dtype; the chain stays in float32.
+
+        Args:
+            batch_size: How many images; 1 by default, or as many as there are seeds or given images. 0 gives none.
+            generator: One generator for all, or one per image; draws as in stock.
+            num_inference_steps: Steps of the chain; the scheduler's T by default (1000 in the paper).
+            output_type: `pil`, `np` (also `numpy` or `None`; `[B, H, W, C]` in [0, 1]) or `pt` (`[B, C, H, W]` in
+                [0, 1]).
+            return_dict: `False` gives a tuple.
+            seeds: One seed per image, instead of `generator`: image i depends on its own seed only, on every device
+                (`randomness.SeededNoise`).
+            class_labels: For class-conditional networks: one class for all images, or one per image; by the name
+                that the network was trained with, or by number. If any class is called by a number, a number is such
+                a name; else it counts the classes from 0. `None` is "no class", which has no number.
+            guidance_scale: Classifier-free guidance (Ho & Salimans 2022): 1 samples the class as it was learned,
+                more exaggerates it, at two network evaluations per step. Needs a network trained with class dropout.
+            eta: For DDIM: 0 is deterministic, 1 as random as the ancestral sampler. By default the scheduler's own (0
+                for DDIM, 0.3 for TCD).
+            image: Start from this image instead of from noise: a PIL image (scaled and cropped to fit), an array
+                `[H, W, C]` or a tensor `[C, H, W]` in [0, 1], or a batch or list of them. Needs `strength` or
+                `mask_image`.
+            strength: With `image`: the share of the chain to go back, so that t = strength T; 0 keeps the image, 1
+                keeps next to nothing of it.
+            mask_image: With `image`: draw anew where it is white, keep the image where it is black (RePaint, Lugmayr
+                et al. 2022). A PIL image, or an array or tensor `[H, W]` (or one per image).
+            resample_length, resample_times: RePaint's j and r: every j steps the chain goes back j steps, so that
+                each stretch is walked r times and the two parts fit together. `resample_times=1` never goes back.
+            callback_on_step_end: Called as `callback(pipe, step, timestep, tensors)` after every step; the "image"
+                (x_{t-1}) that it returns replaces the chain's. `pipe._interrupt = True` ends the chain early.
+            callback_on_step_end_tensor_inputs: What `tensors` holds: "image", "pred_original_sample".
+
+        Returns:
+            `.images`.
+
+        Raises:
+            ValueError: An argument is outside its range, or `seeds` is given with `generator`, or counts disagree.
+            NotFiniteError: The network made NaN or infinities, of which there is no picture.
+        """
+        if output_type in ("numpy", None):
+            output_type = "np"
+        if output_type not in ("pil", "np", "pt"):
+            raise UserError(f"output_type must be 'pil', 'np' or 'pt', got {output_type!r}")
+        if output_type == "pil" and self.image_shape[0] not in (1, 3):
+            raise UserError(f"images of {self.image_shape[0]} channels are no pictures; use output_type='np' or 'pt'")
+        for name in callback_on_step_end_tensor_inputs:
+            if name not in self._callback_tensor_inputs:
+                names = ", ".join(self._callback_tensor_inputs)
+                raise UserError(f"callback_on_step_end_tensor_inputs knows {names}, got {name!r}")
+        num_inference_steps = self.checked_steps(num_inference_steps)
+        given = None if image is None else images_in_model_range(image, self.image_shape)
+        if seeds is None and batch_size is None and given is not None:
+            batch_size = len(given)
+        device = self._execution_device
+        batch_size, source = count_and_generators(batch_size, generator, seeds, device)
+        self._set_timesteps(num_inference_steps)
+        start, known = 0, None
+        if given is not None:
+            given = one_per_image(given, batch_size, "image").to(device)
+            start = self._start_of(strength, mask_image is not None)
+            if mask_image is not None:
+                self._check_repaint(resample_length, resample_times)
+                known = KnownPixels(given, mask_of(mask_image, self.image_shape, batch_size).to(device))
+        elif strength is not None or mask_image is not None:
+            raise UserError("strength and mask_image go with an image; pass image=")
+        shape = (batch_size, *self.image_shape)
+        x_t = standard_normal(shape, source, device, torch.float32) if batch_size else None
+        if given is not None and x_t is not None and not (known and start == 0):
+            left = self.scheduler.timesteps[start:]  # strength 0 leaves no step to take
+            x_t = self.scheduler.add_noise(given, x_t, left[:1].expand(batch_size).to(device)) if len(left) else given
+        elif x_t is not None:
+            x_t = x_t * self.scheduler.init_noise_sigma
+
+        self._interrupt = False
+        walk = self._walking(class_labels, guidance_scale, eta, source, batch_size)
+        if x_t is None:
+            x_t = torch.empty(shape)
+        else:
+            if known is None:
+                steps = walk(x_t, start, None)
+            else:
+                steps = self._repaint(x_t, walk, source, known, start, resample_length, resample_times)
+            total = len(self.scheduler.timesteps) - start
+            with self.progress_bar(total=total if known is None else total * resample_times) as bar:
+                for step in steps:
+                    if callback_on_step_end is not None:
+                        tensors = {"image": step.prev_sample, "pred_original_sample": step.pred_original_sample}
+                        asked = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
+                        changed = callback_on_step_end(self, step.index, step.timestep, asked) or {}
+                        step.prev_sample = changed.get("image", step.prev_sample)
+                    x_t = step.prev_sample
+                    bar.update()
+                    if self._interrupt:
+                        break
+        images = self.as_output(x_t, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def as_output(self, x_0: torch.Tensor, output_type: str) -> Any:
+        """`[B, C, H, W]` in the [-1, 1] scale as `pil`, `np` or `pt`, see `__call__`.
+
+        Raises:
+            NotFiniteError: They hold NaN or infinities.
+        """
+        self.check_finite(x_0)
+        images = (x_0 / 2 + 0.5).clamp(0, 1)
+        if output_type == "pt":
+            return images
+        array = images.cpu().permute(0, 2, 3, 1).numpy()
+        return array if output_type == "np" else self.numpy_to_pil(array) if len(array) else []
+
+    def check_finite(self, x_0: torch.Tensor) -> None:
+        """Images at the end of the chain are numbers: NaN and infinities would become black and white pixels.
+
+        Raises:
+            NotFiniteError: They are not; names the weight that is to blame, if one is.
+        """
+        if bool(x_0.isfinite().all()):
+            return
+        check_weights(self.unet)
+        dtype = str(self.network.dtype).removeprefix("torch.")
+        hints = {"float16": "; float16 ends at 65504, use bfloat16 or float32", "float32": ""}
+        raise NotFiniteError(
+            f"the images are not finite: the network, in {dtype}, or {type(self.scheduler).__name__} made NaN or "
+            f"infinities on the way{hints.get(dtype, '; try float32')}"
+        )
+
+    def _set_timesteps(self, steps: int) -> None:
+        """The chain's timesteps. Stock's schedulers round some numbers of steps to chains that make no image.
+
+        Raises:
+            ValueError: A timestep comes twice, or the chain would start from pure noise where the network expects a
+                part of the image. This package's scheduler does that for few steps as stock's does, with one warning.
+        """
+        self.scheduler.set_timesteps(steps)
+        timesteps, alpha_bar = self.scheduler.timesteps, self.scheduler.alphas_cumprod
+        signal, least = alpha_bar[int(timesteps[0])].item() ** 0.5, alpha_bar[-1].item() ** 0.5
+        late = signal > max(0.1, 2 * least)
+        T = self.scheduler.config.num_train_timesteps
+        if isinstance(self.scheduler, DDPMScheduler):
+            if late and not DDPMPipeline._warned_of_a_late_start:  # as stock does it, so it is not refused
+                DDPMPipeline._warned_of_a_late_start = True
+                logger.warning(
+                    f"{steps} steps start from pure noise at t={int(timesteps[0])}, where the network expects a part "
+                    "of the image; better: timestep_spacing='trailing'"
+                )
+            return
+        config, first = self.scheduler.config, int(timesteps[0])
+        vanishes = alpha_bar[first] == 0 or (config.get("rescale_betas_zero_snr") and first == T - 1)
+        if vanishes and config.get("prediction_type") == "epsilon":  # stock divides by 0, and clips what comes of it
+            raise UserError(
+                f"alpha_bar vanishes at t={first}, where 'epsilon' says nothing about x_0; use prediction_type="
+                "'v_prediction' or 'sample' with this schedule, or timesteps that leave it out"
+            )
+        # PNDM and second-order solvers evaluate some timesteps twice on purpose.
+        once = getattr(self.scheduler, "order", 1) == 1 and "PNDM" not in type(self.scheduler).__name__
+        if late or (once and len(timesteps.unique()) < len(timesteps)):
+            what = f"starts from noise at t={int(timesteps[0])}" if late else "comes to the same timestep twice"
+            raise UserError(
+                f"{type(self.scheduler).__name__} {what} with {steps} steps; use timestep_spacing='trailing', or "
+                "another number of steps"
+            )
+        if isinstance(self.scheduler, _FIXED_STRIDE) and (timesteps.diff() != -(T // steps)).any():
+            raise UserError(
+                f"stock's {type(self.scheduler).__name__} takes each of {steps} steps to be {T // steps} of the {T} "
+                f"timesteps long, and with {self.scheduler.config.timestep_spacing!r} spacing they are not; use "
+                f"'leading' or 'trailing' spacing and a number of steps that divides {T}"
+            )
+
+    def _start_of(self, strength: float | None, inpainting: bool) -> int:
+        """Where in the chain to enter with a given image."""
+        if strength is None:
+            if not inpainting:
+                raise UserError("image needs strength (the share of the chain to go back, 0 to 1) or a mask_image")
+            return 0
+        if not 0 <= strength <= 1:
+            raise UserError(f"strength must be between 0 and 1, got {strength}")
+        steps = len(self.scheduler.timesteps)
+        return steps - min(round(steps * strength), steps)
+
+    # ------------------------------------------------------------------ the chain
+
+    @torch.no_grad()
+    def denoise(
+        self,
+        x_t: torch.Tensor,
+        generator: Generators = None,
+        *,
+        num_inference_steps: int | None = None,
+        start: int = 0,
+        stop: int | None = None,
+        class_labels: ClassLabels = None,
+        guidance_scale: float = 1.0,
+        eta: float | None = None,
+    ) -> Iterator[DenoisingStep]:
+        """Walk the chain down, step by step: what `__call__` and the paper's figures are made of.
+
+        Args:
+            x_t: `[B, C, H, W]` float32, noisy as at `scheduler.timesteps[start]`; pure noise for the whole chain.
+            generator, num_inference_steps, class_labels, guidance_scale, eta: See `__call__`.
+            start, stop: Which of the chain's steps to take, `range(start, stop)`; all by default.
+
+        Yields:
+            One `DenoisingStep` per step. Its `prev_sample` may be replaced; the chain goes on from there.
+
+        Raises:
+            ValueError: As `__call__`, but with the first step.
+        """
+        self._set_timesteps(self.checked_steps(num_inference_steps))
+        yield from self._walking(class_labels, guidance_scale, eta, generator, len(x_t))(x_t, start, stop)
+
+    def _walking(
+        self, class_labels: ClassLabels, guidance_scale: float, eta: float | None, generator: Any, batch_size: int
+    ) -> Walk:
+        """What takes steps down the chain, with all that is the same in every stretch of it checked."""
+        self.checked_eta(eta)
+        labels = self.classes.checked(class_labels, guidance_scale, batch_size)
+        return partial(
+            self._walk,
+            generator=generator,
+            labels=None if labels is None else labels.to(self._execution_device),
+            guidance_scale=guidance_scale,
+            eta=eta,
+        )
+
+    def _walk(
+        self,
+        x_t: torch.Tensor,
+        start: int,
+        stop: int | None,
+        *,
+        generator: Any,
+        labels: torch.Tensor | None,
+        guidance_scale: float,
+        eta: float | None,
+    ) -> Iterator[DenoisingStep]:
+        """`denoise` over the timesteps that are set."""
+        if start and hasattr(self.scheduler, "set_begin_index"):
+            self.scheduler.set_begin_index(start)
+        extra = self._step_options(generator, eta)
+        etas = self._etas(eta) if eta and isinstance(self.scheduler, DDIMScheduler) else None
+        # DDIM takes the noise of seeds, like our scheduler; other samplers of stock draw for themselves.
+        noise = generator if isinstance(generator, SeededNoise) and "variance_noise" in extra else None
+        # a learned variance is for the ancestral samplers only
+        learned = "learned" in (self.scheduler.config.get("variance_type") or "")
+        ancestral = isinstance(self.scheduler, DDPMScheduler) or (
+            learned and isinstance(self.scheduler, DDPMParallelScheduler)
+        )
+        timesteps = self.scheduler.timesteps
+        on_device = timesteps.to(x_t.device)  # once, so that no step waits for the device
+        network = self.network
+        dtype = network.dtype  # once: it is looked up in all of the parameters
+        with evaluating(self.unet):
+            for index in range(start, len(timesteps) if stop is None else min(stop, len(timesteps))):
+                seen = self.scheduler.scale_model_input(x_t, timesteps[index]).to(dtype)
+                output = self._predict(network, seen, on_device[index], labels, guidance_scale).float()
+                output = infinite_to_nan(output)
+                if not ancestral:
+                    output = output[:, : x_t.shape[1]]
+                if etas is not None:
+                    extra["eta"] = etas[index]
+                if noise is not None:
+                    extra["variance_noise"] = noise.normal(x_t.shape)
+                made = self.scheduler.step(output, timesteps[index], x_t, **extra)
+                x_0 = getattr(made, "pred_original_sample", None)
+                step = DenoisingStep(index, int(timesteps[index]), x_t, x_0, made.prev_sample)
+                yield step
+                x_t = step.prev_sample
+
+    def progressive(
+        self,
+        batch_size: int | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        *,
+        seeds: Iterable[int] | None = None,
+        **options: Any,
+    ) -> Iterator[DenoisingStep]:
+        """Progressive generation (Section 4.3, Figs. 6, 10 and 14): the images as they come into being.
+
+        Args:
+            batch_size, generator, seeds: See `__call__`.
+            options: See `denoise`.
+
+        Yields:
+            One `DenoisingStep` per step, with x_t and the x_0 predicted from it.
+        """
+        self.checked_steps(options.get("num_inference_steps"))
+        batch_size, source = count_and_generators(batch_size, generator, seeds, self._execution_device)
+        shape = (batch_size, *self.image_shape)
+        x_t = standard_normal(shape, source, self._execution_device, torch.float32)
+        yield from self.denoise(x_t * self.scheduler.init_noise_sigma, source, **options)
+
+    def _check_repaint(self, length: int, times: int) -> None:
+        if not isinstance(self.scheduler, (DDPMScheduler, DDIMScheduler, DDIMParallelScheduler)):
+            raise UserError(f"mask_image works with the ddpm and ddim samplers, not {type(self.scheduler).__name__}")
+        if length < 1 or times < 1:
+            raise UserError(f"resample_length and resample_times must be at least 1, got {length} and {times}")
+
+    def _repaint(
+        self, x_t: torch.Tensor, walk: Walk, generator: Any, known: KnownPixels, start: int, length: int, times: int
+    ) -> Iterator[DenoisingStep]:
+        """RePaint (Lugmayr et al. 2022, Algorithm 1): the known pixels come from q(x_{t-1}|x_0), the others from p."""
+        # alpha_bar at every point of the chain; the data, at its end, has 1
+        timesteps = self.scheduler.timesteps
+        scheduler = self.scheduler
+        table = scheduler.alpha_bar if isinstance(scheduler, DDPMScheduler) else scheduler.alphas_cumprod.cpu()
+        alpha_bar = [*table[timesteps.cpu()].tolist(), 1.0]
+
+        def noisy(x: torch.Tensor, signal: float) -> torch.Tensor:
+            """sqrt(signal) x + sqrt(1 - signal) noise."""
+            noise = standard_normal(x.shape, generator, x.device, x.dtype)
+            return signal**0.5 * x + (1 - signal) ** 0.5 * noise
+
+        for first in range(start, len(timesteps), length):
+            last = min(first + length, len(timesteps))
+            for again in reversed(range(times)):
+                for step in walk(x_t, first, last):
+                    signal = alpha_bar[step.index + 1]
+                    image = noisy(known.image, signal) if signal < 1 else known.image
+                    step.prev_sample = torch.where(known.draw, step.prev_sample, image)
+                    yield step
+                    x_t = step.prev_sample
+                if again:
+                    x_t = noisy(x_t, alpha_bar[first] / alpha_bar[last])
+
+    def checked_eta(self, eta: float | None) -> float:
+        """The eta in force: for `None` the scheduler's own default, 0 where it has none.
+
+        Raises:
+            ValueError: Not between 0 and 1, or given to a scheduler that has none.
+        """
+        known = inspect.signature(self.scheduler.step).parameters.get("eta")
+        if eta is None:
+            return 0.0 if known is None else known.default
+        if not 0 <= eta <= 1:
+            raise UserError(f"eta must be between 0 and 1, got {eta}")
+        if eta and known is None:
+            raise UserError(f"eta={eta} is for the ddim sampler; {type(self.scheduler).__name__} has none")
+        return eta
+
+    def _etas(self, eta: float) -> list[float]:
+        """eta for each of DDIM's timesteps: where alpha_bar_t is 0 or nearly so, as high as float32 allows.
+
+        There sigma^2 = 1 - alpha_bar_prev (Song et al. 2021, Eq. 16 at eta = 1), and stock takes the root of the
+        difference of the two, which rounding makes negative.
+        """
+        t = self.scheduler.timesteps.cpu()
+        previous = t - self.scheduler.config.num_train_timesteps // len(t)
+        alpha_bar = self.scheduler.alphas_cumprod.double().cpu()
+        now, then = alpha_bar[t], alpha_bar[previous.clamp(min=0)]
+        then = torch.where(previous >= 0, then, float(self.scheduler.final_alpha_cumprod))
+        variance = (1 - then) / (1 - now) * (1 - now / then)
+        largest = ((1 - then - _ROUNDING).clamp(min=0) / variance).sqrt()
+        return [eta if math.isnan(most) else min(eta, most) for most in largest.tolist()]  # NaN: no variance at all
+
+    def _step_options(self, generator: Any, eta: float | None) -> dict[str, Any]:
+        """What the scheduler's `step` takes beyond the usual: deterministic ones take no generator, DDIM an eta."""
+        known = inspect.signature(self.scheduler.step).parameters
+        options: dict[str, Any] = {}
+        if "eta" in known:
+            options["eta"] = self.checked_eta(eta)
+        if not isinstance(generator, SeededNoise) or isinstance(self.scheduler, DDPMScheduler):
+            options |= {"generator": generator} if "generator" in known else {}
+        elif "variance_noise" in known and options.get("eta"):
+            options["variance_noise"] = None  # drawn for each step
+        elif "generator" in known:
+            options["generator"] = generator.generators()
+        if "use_clipped_model_output" in known:
+            # Where x_0 is clipped, eps has to follow, or x_t is no longer the mixture of both that the network knows.
+            options["use_clipped_model_output"] = True
+        return options
+
+    @property
+    def classes(self) -> Classes:
+        """What the network knows of classes."""
+        return Classes.of(self.unet.config)
+
+    def check_images_fit(self, data: Any) -> None:
+        """Images (`data.load_images`) have to be as large as the network's.
+
+        Raises:
+            ValueError: They are not.
+        """
+        if tuple(data.image_shape) != self.image_shape:
+            raise UserError(
+                f"the images of {data.name!r} are {tuple(data.image_shape)} (channels, height, width), and the model "
+                f"makes {self.image_shape}"
+            )
+
+    def _predict(
+        self, network: Any, image: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None, guidance_scale: float
+    ) -> torch.Tensor:
+        """The network's output, guided away from "no class" where a guidance scale asks for it."""
+        if labels is None or guidance_scale == 1:
+            return network(image, t, class_labels=labels).sample
+        nothing = torch.full_like(labels, self.unet.config["_null_class"])
+        both = network(torch.cat([image, image]), t, class_labels=torch.cat([labels, nothing])).sample
+        with_class, without = both.chunk(2)
+        guided = without + guidance_scale * (with_class - without)
+        channels = image.shape[1]  # a learned variance is not guided
+        return torch.cat([guided[:, :channels], with_class[:, channels:]], dim=1)
+
+
+def _check_published_form(safe_serialization: bool, variant: str | None) -> None:
+    """Safetensors under their usual names are published, and nothing else.
+
+    Raises:
+        UserError: Something else was asked for.
+    """
+    if not safe_serialization:
+        raise UserError("safe_serialization=False would publish a pickle; leave it out for safetensors")
+    if variant:
+        raise UserError(
+            f"variant={variant!r} alone does not open with from_pretrained as the card says; push without variant, "
+            "after pipe.to(torch.float16) for smaller weights"
+        )
+
+
+def _push(
+    folder: Any,
+    repo_id: str,
+    commit_message: str | None = None,
+    private: bool | None = None,
+    token: str | None = None,
+    create_pr: bool = False,
+) -> str:
+    """See `DDPMPipeline.push_to_hub`."""
+    # By its name: `hub` stands above this module, and only those who push need it.
+    hub = importlib.import_module("ddpm_hf.hub.publish")
+    options: dict[str, Any] = {} if commit_message is None else {"commit_message": commit_message}
+    return hub.push(folder, repo_id, private=private is not False, token=token, create_pr=create_pr, **options)
+
+
+def check_is_ddpm(scheduler: Any) -> None:
+    """Check that a scheduler knows the paper's process: x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps.
+
+    Raises:
+        ValueError: It has another one (EDM, flow matching, consistency models, score SDEs, discrete diffusion, ...).
+    """
+    config = scheduler.config
+    alpha_bar = getattr(scheduler, "alphas_cumprod", None)
+    flow = config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction"
+    if flow or not isinstance(alpha_bar, torch.Tensor) or len(alpha_bar) != config.get("num_train_timesteps"):
+        raise UserError(
+            f"{type(scheduler).__name__} is for another process than a DDPM's, whose networks see x_t at one of T "
+            "timesteps; use DDPMScheduler, DDIMScheduler, DPMSolverMultistepScheduler or another with alphas_cumprod"
+        )
+
+
+def check_is_sampler(scheduler: Any) -> None:
+    """Check that a scheduler takes a DDPM's network from noise to images by `step(model_output, timestep, sample)`.
+
+    Raises:
+        ValueError: It does not.
+    """
+    if isinstance(scheduler, DDPMScheduler):
+        return
+    check_is_ddpm(scheduler)
+    name, parameters = type(scheduler).__name__, inspect.signature(scheduler.step).parameters
+    needed = [argument for argument, p in parameters.items() if p.default is p.empty and p.kind != p.VAR_KEYWORD]
+    # UnCLIP's has to be told where each step leads, and goes to t - 1 otherwise
+    if needed != ["model_output", "timestep", "sample"] or "prev_timestep" in parameters or "Inverse" in name:
+        what = "goes from images to noise" if "Inverse" in name else "needs more than the network's output"
+        raise UserError(f"{name} {what}, so it does not sample here; use DDIMScheduler.from_config({name}'s config)")
+
+
+@contextmanager
+def evaluating(module: torch.nn.Module) -> Iterator[None]:
+    """The module in evaluation mode (no dropout) inside, and as it was afterwards."""
+    was_training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(was_training)
+
+
+@contextmanager
+def without_bar(pipe: DDPMPipeline) -> Iterator[None]:
+    """The pipeline shows no progress bar inside, and does afterwards what it did before."""
+    before = getattr(pipe, "_progress_bar_config", {})
+    pipe.set_progress_bar_config(**{**before, "disable": True})
+    try:
+        yield
+    finally:
+        pipe.set_progress_bar_config(**before)

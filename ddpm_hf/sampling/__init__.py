@@ -1,0 +1,1 @@
+"""From seeds to files: many images, many processes, resumable."""

@@ -1,0 +1,162 @@
+"""Write files and folders whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import os
+import re
+import shutil
+import time
+import uuid
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from ..utils.errors import UserError
+
+# A file while it is written (`write_whole`); after a day its writer was killed.
+_PARTIAL, _ONE_DAY = re.compile(r"\..+\.[0-9a-f]{32}\.partial"), 86_400.0
+
+
+def write_directory(target: Path, fill: Callable[[Path], Any]) -> None:
+    """Make the directory `target` from what `fill(folder)` writes, atomically: it appears complete or not at all.
+
+    Raises:
+        OSError: Nothing could be written; what was at `target` before is still there.
+    """
+    partial, old = (target.with_name(f".{target.name}.{kind}") for kind in ("partial", "old"))
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        fill(partial)
+        for path in sorted(partial.rglob("*")):
+            flush(path)
+        flush(partial)
+        shutil.rmtree(old, ignore_errors=True)
+        if target.exists():
+            target.rename(old)
+        try:
+            partial.rename(target)
+        except OSError:
+            if old.exists():
+                old.rename(target)
+            raise
+        flush(target.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except SafetensorError as error:  # safetensors has its own error for a full disk
+        shutil.rmtree(partial, ignore_errors=True)
+        raise OSError(f"cannot write {target}: {error}") from error
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def remove_directory(path: Path) -> None:
+    """Remove a directory so that a kill does not leave half of it under its name."""
+    doomed = path.with_name(f".{path.name}.removed")
+    shutil.rmtree(doomed, ignore_errors=True)
+    path.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def remove_leftovers(output_dir: Path) -> None:
+    """Remove what killed writes and removals have left; what was there before a write that broke off comes back.
+
+    Not what a push has taken of a folder (`hub_files.make_snapshot`): it may be going on.
+    """
+    for old in output_dir.glob(".*.old"):  # the one before, where a kill came between two renames
+        target = old.with_name(old.name.removeprefix(".").removesuffix(".old"))
+        if not target.exists():
+            old.rename(target)
+    for pattern in (".*.partial", ".*.old", ".*.removed"):
+        for path in output_dir.glob(pattern):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def default_cache_dir() -> Path:
+    """Where is kept what is costly to find out again: `$DDPM_HF_CACHE`, or `~/.cache/ddpm_hf`."""
+    return Path(os.environ.get("DDPM_HF_CACHE") or Path.home() / ".cache" / "ddpm_hf")
+
+
+def writable_folder(folder: Path, flag: str) -> None:
+    """Make the folder and see that files can be written into it: before hours of work, not after them.
+
+    Raises:
+        ValueError: They cannot; names the flag that says where else.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {flag} {folder}: {error.strerror}") from None
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"cannot write to {flag} {folder}: permission denied")
+
+
+def write_whole(path: Path, write: Callable[[Path], Any], durable: bool = True) -> None:
+    """Write a file completely or not at all, and flush it to the disk.
+
+    Any number of threads, processes and machines may write the same file: each has a partial file of its own, and the
+    last one to finish counts.
+
+    Args:
+        path: The file; its folder is made.
+        write: Writes a file of the name that it is given, which ends in `.partial`.
+        durable: `False` leaves the flushing to the system: for many small files that can be made again, as it takes
+            milliseconds.
+
+    Raises:
+        OSError: It cannot be written; what was at `path` before is still there.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_partial_files(path.parent)
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+    try:
+        write(partial)
+        if durable:
+            flush(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    if durable:
+        flush(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text in UTF-8, as `write_whole` does."""
+    write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def flush(path: Path) -> None:
+    """Put a file's content, or the names in a folder, onto the disk, so that a crash of the machine cannot take it.
+
+    Windows, and some network file systems, flush no folders.
+    """
+    folder = path.is_dir()
+    if folder and os.name == "nt":
+        return
+    mode = os.O_RDWR if os.name == "nt" else os.O_RDONLY  # Windows flushes what may be written
+    try:
+        descriptor = os.open(path, mode)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if not folder or error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES):
+            raise
+
+
+@functools.cache
+def _remove_partial_files(folder: Path) -> None:
+    """Remove what writers that were killed have left in a folder; it is looked at once per process."""
+    for path in folder.glob(".*.partial"):
+        with suppress(OSError):  # another process removes them too
+            if _PARTIAL.fullmatch(path.name) and time.time() - path.stat().st_mtime > _ONE_DAY:
+                path.unlink()

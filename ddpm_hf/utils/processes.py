@@ -1,0 +1,306 @@
+"""What surrounds the code: sibling processes, cores, signals, trackers."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import os
+import signal
+import sys
+import time
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import DistributedType
+from tqdm.auto import tqdm
+
+from .errors import NotFiniteError, UserError
+
+# How long processes wait for one that works for all. One that dies ends the others at once, however long this is.
+_LONGEST_WAIT = timedelta(days=7)
+
+
+def cpu_only() -> bool:
+    """Whether there is no accelerator. accelerate joins CPU processes together only if it is told so."""
+    return not torch.accelerator.is_available()
+
+
+def processes() -> PartialState:
+    """accelerate's view of this process among its siblings; one process alone is one of one."""
+    return PartialState(cpu=cpu_only())
+
+
+def say(text: str) -> None:
+    """Print a line above the progress bar, from the main process only."""
+    if processes().is_main_process:
+        tqdm.write(text)
+
+
+# The default process group and that of `_waiting_group`. Weak references: a group of gloo's that outlives
+# `destroy_process_group` aborts the process at its end ("terminate called without an active exception").
+_groups: weakref.WeakKeyDictionary[Any, weakref.ref[Any]] = weakref.WeakKeyDictionary()
+
+
+def _waiting_group() -> Any:
+    """All processes, in a group of their own in which they may wait for hours; all have to call this.
+
+    A collective of the default group, which the network's gradients need, ends after 10 minutes on GPUs, and the run
+    with it. One process that reads all images, computes FID or writes to a slow disk takes longer than that.
+    """
+    world = torch.distributed.group.WORLD
+    group = _groups[world]() if world in _groups else None
+    if group is None:
+        group = torch.distributed.new_group(backend="gloo", timeout=_LONGEST_WAIT)
+        _groups[world] = weakref.ref(group)
+    return group
+
+
+def gather(own: Any) -> list[Any]:
+    """Return what each process passes, in their order, in all of them; each waits for the last one, however long."""
+    here = processes()
+    found = [own] * here.num_processes
+    if here.num_processes > 1:
+        torch.distributed.all_gather_object(found, own, group=_waiting_group())
+    return found
+
+
+def from_first(own: Any) -> Any:
+    """Return what the first process passes, in all of them."""
+    return gather(own if processes().is_main_process else None)[0]
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """What fails on one process fails on all, instead of leaving the others waiting for it; all have to come here.
+
+    They wait for the last one, however long.
+
+    Raises:
+        UserError: With the other process's sentence, where a user's mistake, a file or the memory failed there and
+            nothing here; a NotFiniteError if that is what it was there.
+        RuntimeError: The same of any other error there, which is a fault; its traceback is there too.
+    """
+    if processes().num_processes > 1:
+        _waiting_group()  # while they are still near each other
+    failed: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        failed = error
+    outcomes = gather(None if failed is None else (_kind_elsewhere(failed), str(failed) or type(failed).__name__))
+    if failed is not None:
+        raise failed
+    for index, outcome in enumerate(outcomes):
+        if outcome is not None:
+            kind, sentence = outcome
+            raise kind(f"process {index} failed: {sentence}")
+
+
+def _kind_elsewhere(error: Exception) -> type[Exception]:
+    """What the other processes raise: commands print it as a sentence where they print the error itself so."""
+    if isinstance(error, NotFiniteError):
+        return NotFiniteError
+    told = (UserError, OSError, MemoryError, torch.OutOfMemoryError)
+    return UserError if isinstance(error, told) else RuntimeError
+
+
+def same_everywhere(verb: str, what: str, advice: str) -> None:
+    """All processes, on whatever machines, have to have found the same.
+
+    Raises:
+        ValueError: On every process: what the first one and another one have found.
+    """
+    found = gather(what)
+    for index, other in enumerate(found):
+        if other != found[0]:
+            raise UserError(f"process 0 {verb} {found[0]}, and process {index} {verb} {other}; {advice}")
+
+
+def forget_another_precision(wanted: str | None) -> None:
+    """Let an `Accelerator` have a precision of its own: accelerate keeps the first one of a process for all.
+
+    What accelerate knows of processes and devices stays. Where it shards, that knowledge lies in the same place.
+
+    Args:
+        wanted: As for `Accelerator`; `None` is what the launcher says, as in a fresh process.
+
+    Raises:
+        ValueError: It shards and was given another precision before.
+    """
+    state = AcceleratorState._shared_state
+    wanted = wanted or os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if state.get("_mixed_precision") in (None, wanted):
+        return
+    if state["distributed_type"] in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise UserError(
+            f"this process has set up sharding with --mixed_precision {state['_mixed_precision']}; start another one "
+            f"for {wanted}"
+        )
+    AcceleratorState._reset_state()
+
+
+def reduce_in_float32(accelerator: Accelerator) -> None:
+    """Let FSDP 2 add up the processes' gradients in float32, whatever the network computes in, as DDP does.
+
+    accelerate would have it do so in the network's precision.
+    """
+    plugin = accelerator.state.fsdp_plugin if accelerator.distributed_type == DistributedType.FSDP else None
+    if plugin is not None and plugin.mixed_precision_policy is not None:
+        plugin.mixed_precision_policy = dataclasses.replace(plugin.mixed_precision_policy, reduce_dtype=torch.float32)
+
+
+def refuse_foreign_engines() -> None:
+    """DeepSpeed and Megatron-LM keep the optimizer's state for themselves and write it with pickle.
+
+    Raises:
+        ValueError: `accelerate launch` was told to use one of them.
+    """
+    for engine in ("DEEPSPEED", "MEGATRON_LM"):
+        if os.environ.get(f"ACCELERATE_USE_{engine}", "").lower() == "true":
+            raise UserError(
+                f"{engine} saves its state with pickle, which checkpoints here do not hold; use several processes "
+                "(examples/accelerate/multi_gpu.yaml) or FSDP 2 (examples/accelerate/fsdp2.yaml)"
+            )
+
+
+def lonely_launch() -> bool:
+    """Whether `accelerate launch --cpu --num_processes N` was asked for several processes and started one.
+
+    Without MPI accelerate's launcher starts a single process then, and only leaves the address for the others behind.
+    """
+    asked = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1") and "MASTER_ADDR" in os.environ
+    return asked and not any(name in os.environ for name in ("LOCAL_RANK", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE"))
+
+
+def start_process() -> None:
+    """What a command does first: it ends with its launcher, and takes its share of the machine's cores."""
+    end_with_the_launcher()
+    here = processes()
+    if here.device.type == "cpu":
+        set_cpu_threads(None, here.num_processes)
+
+
+def set_cpu_threads(wanted: int | None, num_processes: int) -> None:
+    """Use all cores: launchers start every process with one thread unless they are told otherwise.
+
+    Args:
+        wanted: Threads of this process, or `None`: an even share of the cores if a launcher started it, else what
+            `OMP_NUM_THREADS` or PyTorch says.
+        num_processes: All of them; launchers say how many are on this machine.
+    """
+    num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", num_processes))
+    if wanted is None and _launched():
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        physical = psutil.cpu_count(logical=False) or cores  # a core's second thread only gets in the way
+        wanted = max(1, min(cores, physical) // num_processes)
+    if wanted is not None:
+        torch.set_num_threads(wanted)
+
+
+def known_trackers(text: str | None) -> list[str]:
+    """Return the trackers of `"tensorboard,wandb"` (`all`: those that are installed; `none` or `None`: no tracker).
+
+    Raises:
+        UserError: accelerate does not know one, or it is not installed.
+    """
+    names = [part.strip().lower() for part in (text or "none").split(",") if part.strip()]
+    installed = [str(tracker) for tracker in get_available_trackers()]
+    have = f"(installed: {', '.join(installed) or 'none'})"
+    if names == ["none"]:
+        return []
+    if names == ["all"] and installed:
+        return installed
+    for name in names:
+        if name not in installed:
+            raise UserError(
+                f"--report_to {name!r} is not an installed tracker {have}; pip install it first, or give none"
+            )
+    return list(dict.fromkeys(names))
+
+
+def end_with_the_launcher() -> None:
+    """On Linux, get SIGTERM when the launcher dies, which does not hand it on and would leave an orphan."""
+    if sys.platform == "linux" and _launched():
+        PR_SET_PDEATHSIG = 1
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
+
+
+@contextmanager
+def only_run_in(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock, so that no second run writes into it. The lock ends with the process.
+
+    Raises:
+        ValueError: Another process holds it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows has no such locks
+        yield
+        return
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"another run is writing into {str(folder)!r}; wait for it, or name another folder"
+            ) from None
+        except OSError:
+            pass  # this file system has no locks
+        yield
+
+
+def _launched() -> bool:
+    """Whether `accelerate launch` or torchrun started this process."""
+    return "ACCELERATE_MIXED_PRECISION" in os.environ or "LOCAL_RANK" in os.environ
+
+
+class StopRequested(BaseException):
+    """Raised by a stop signal inside `interruptible` code."""
+
+
+@contextmanager
+def interruptible(stop: dict[str, bool]) -> Iterator[None]:
+    """What runs inside is broken off by a stop signal, instead of holding it up; only for what can be thrown away."""
+    try:
+        stop["interruptible"] = True
+        yield
+    except StopRequested:
+        pass
+    finally:
+        stop["interruptible"] = False
+
+
+@contextmanager
+def stop_signals() -> Iterator[dict[str, bool]]:
+    """SIGINT and SIGTERM set `["requested"]` once; a second SIGINT interrupts at once. Only in the main thread."""
+    stop, first = {"requested": False}, [0.0]
+
+    def request(signum: int, frame: Any) -> None:
+        # Launchers hand a Ctrl-C on that the terminal has sent already: two at once are one.
+        if stop["requested"] and signum == signal.SIGINT and time.monotonic() - first[0] > 1.0:
+            raise KeyboardInterrupt
+        if not stop["requested"]:
+            first[0] = time.monotonic()
+        stop["requested"] = True
+        if stop.get("interruptible"):
+            stop["interruptible"] = False
+            raise StopRequested
+
+    try:
+        before = {s: signal.signal(s, request) for s in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread: signals are someone else's
+        before = {}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)

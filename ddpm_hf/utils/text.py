@@ -1,0 +1,78 @@
+"""Format numbers, tables and names for people."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import re
+from pathlib import Path, PureWindowsPath
+from typing import Any
+
+
+def finite(content: Any) -> Any:
+    """The same with `None` for NaN and infinities, which JSON does not have."""
+    if isinstance(content, dict):
+        return {key: finite(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
+def plain(content: Any) -> Any:
+    """As it comes back from JSON: tuples are lists, keys are strings, what JSON does not know is its text."""
+    return json.loads(json.dumps(content, default=str))
+
+
+def number(value: float, standard_error: float = math.nan) -> str:
+    """A value with as many digits as its error allows: `3.1416 ± 0.0012`."""
+    if not math.isfinite(value):
+        return "-"
+    if not math.isfinite(standard_error) or standard_error <= 0:
+        return f"{value:.5g}"
+    if abs(value) < 1e-3 and standard_error < 1e-4:
+        return f"{value:.3e} ± {standard_error:.1e}"
+    digits = min(8, max(0, 1 - math.floor(math.log10(standard_error))))
+    return f"{value:.{digits}f} ± {standard_error:.{digits}f}"
+
+
+def table(rows: list[list[str]], texts: tuple[int, ...] = (0,)) -> str:
+    """Markdown, aligned to be read as plain text too; the first row is the head.
+
+    Args:
+        rows: Cells.
+        texts: Which columns are text; the others are numbers.
+    """
+    columns = range(len(rows[0]))
+    # A long last column of text is not filled up with spaces.
+    widths = [1 if i and i == len(rows[0]) - 1 and i in texts else max(len(row[i]) for row in rows) for i in columns]
+
+    def line(cells: list[str]) -> str:
+        return "| " + " | ".join(cells) + " |"
+
+    rule = ["-" * width if i in texts else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
+    aligned = [[c.ljust(widths[i]) if i in texts else c.rjust(widths[i]) for i, c in enumerate(row)] for row in rows]
+    return "\n".join([line(aligned[0]), line(rule), *map(line, aligned[1:])])
+
+
+def nearest(name: str, known: Any) -> str:
+    """` (did you mean 'x'?)` for the known name closest to `name`, or an empty string."""
+    close = difflib.get_close_matches(str(name), [str(k) for k in known], n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def is_local(name: str) -> bool:
+    """Whether a dataset's or model's name is a path of this machine rather than a name on the Hub, here and now."""
+    return public_name(name) != name or Path(name).exists()
+
+
+def recorded_name(name: str) -> str:
+    """A name as it is recorded where it may be published later, and elsewhere: of what is local, the last part."""
+    return Path(name).resolve().name if Path(name).exists() else public_name(name)
+
+
+def public_name(name: str) -> str:
+    """A name without the path of anybody's disk, by its form alone: what exists here may not be what was meant."""
+    if "\\" in name or re.match(r"[A-Za-z]:/", name):
+        return PureWindowsPath(name).name
+    return Path(name).name if name.startswith(("/", ".", "~")) else name

@@ -1,0 +1,74 @@
+"""Pushing beside a run: never in its way, never two models in one commit, and a failure is one line."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import FIXTURES
+from hub.server import Fault, HubServer
+from test_publish import DRIVERS, TOKEN, environment, push_all, tree, variant
+
+MODEL = FIXTURES / "digits_model"
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture
+def hub(tmp_path):
+    with HubServer(tmp_path / "hub") as server:
+        yield server
+
+
+def background(hub: HubServer, run: Path, *versions: Path, **variables: str) -> dict:
+    command = [sys.executable, str(DRIVERS / "driver_background.py"), str(run), *map(str, versions)]
+    env = environment(hub, run.parent / "home", None) | variables
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    assert TOKEN not in done.stdout + done.stderr
+    return json.loads(done.stdout)
+
+
+def test_the_newest_model_is_pushed_and_none_is_mixed(hub, tmp_path):
+    versions = [tmp_path / f"version-{number}" for number in range(3)]
+    for number, version in enumerate(versions):
+        variant(version, number)
+        config = json.loads((version / "unet" / "config.json").read_text()) | {"_version": number}
+        (version / "unet" / "config.json").write_text(json.dumps(config))
+    hub.faults.append(Fault("POST .*/preupload/main", delay=1.0))  # the first push is still at it when the others come
+    answer = background(hub, tmp_path / "run", *versions)
+    assert answer["pushed"]
+    assert answer["left"] == []
+    _, first, last = hub.commits("models", "org/run")
+    assert (first["summary"], last["summary"]) == ("version 0", "version 2")  # version 1 was overtaken
+    for version, commit in ((versions[0], first), (versions[2], last)):
+        for name in ("unet/config.json", WEIGHTS):
+            stored = (hub.root / "objects" / commit["files"][name]["sha256"]).read_bytes()
+            assert stored == (version / name).read_bytes()
+
+
+def test_a_failure_is_one_line_with_the_command_that_finishes_it(hub, tmp_path):
+    run = tmp_path / "run"
+    hub.faults.append(Fault("/api/", times=99, status=500))
+    answer = background(hub, run, MODEL)
+    assert not answer["pushed"]
+    assert answer["left"] == []
+    last = answer["lines"][-1]
+    assert last.startswith("not pushed (could not push to org/run, tried 2 times: the Hub answered 500")
+    assert last.endswith(f"; nothing is lost, and this finishes it: ddpm-hf push {run} --repo_id org/run")
+    assert tree(run) == tree(MODEL)
+    hub.faults.clear()
+    (finished,) = push_all(hub, tmp_path / "home", {"folder": str(run), "repo_id": "org/run"})
+    assert "url" in finished
+    assert hub.read("models", "org/run", WEIGHTS) == (MODEL / WEIGHTS).read_bytes()
+
+
+def test_a_push_that_crashes_is_told_too(hub, tmp_path):
+    (tmp_path / "broken" / "huggingface_hub").mkdir(parents=True)
+    (tmp_path / "broken" / "huggingface_hub" / "__init__.py").write_text("raise SystemError('the client crashed')")
+    answer = background(hub, tmp_path / "run", MODEL, PYTHONPATH_OF_PUSHES=str(tmp_path / "broken"))
+    assert not answer["pushed"]
+    assert answer["left"] == []
+    assert "not pushed (SystemError: the client crashed); nothing is lost" in answer["lines"][-1]
+    shutil.rmtree(tmp_path / "broken")

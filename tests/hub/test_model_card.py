@@ -1,0 +1,214 @@
+"""The card: what it says, and that renewing it leaves alone what a person wrote."""
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+import yaml
+from conftest import FIXTURES
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file
+
+from ddpm_hf import EvaluationReport
+from ddpm_hf.hub.files import write_card
+from ddpm_hf.hub.model_card import CardFacts, ModelFacts, front_matter, make_card, merge_cards, text_outside
+from ddpm_hf.utils.text import public_name
+
+MODEL = FIXTURES / "digits_model"
+FACTS = ModelFacts((3, 32, 32), 35_746_307, 1000, "epsilon", None)
+
+
+def report() -> dict:
+    made = EvaluationReport("cifar10", "test", 10_000)
+    made.add("bits_per_dim", 3.7512, 0.011, {"estimator": "full sum"})
+    words = "50000 samples (float) against 50000 images of train, inception features"
+    fid = {"estimator": words, "num_samples": 50_000, "split": "train", "features": "inception"}
+    made.values["fid_inception_train_float"] = {"value": 3.1711}  # no error known
+    made.settings["fid_inception_train_float"] = fid
+    made.add("is_inception_float", 9.46, 0.05, {"estimator": "50000 samples (float), 10 parts", "num_samples": 50_000})
+    made.values["rmse"] = {"value": float("nan"), "standard_error": 0.1}  # as reports of earlier versions have it
+    made.add("prior_bpd", 1.2345e-5, 1.2e-7, {"estimator": "L_T"})
+    made.settings["sampling"] = {"sampler": "ddpm", "num_inference_steps": 1000, "seed": 0}
+    made.warnings.append("few samples")
+    return dataclasses.asdict(made)
+
+
+def card(**changes) -> str:
+    facts = {"name": "org/ddpm-cifar10", "dataset": "cifar10", "dataset_id": "uoft-cs/cifar10", "report": report()}
+    facts |= {"recipe": {"updates": "800000 of 128 images"}, "sample": "samples.png", "license": "apache-2.0"}
+    return make_card(FACTS, CardFacts(**(facts | changes)))
+
+
+def test_a_card_says_all_that_a_stranger_wants_to_know():
+    read = ModelCard(card())
+    data = read.data
+    assert (data.library_name, data.pipeline_tag) == ("diffusers", "unconditional-image-generation")
+    assert (data.license, data.datasets) == ("apache-2.0", ["uoft-cs/cifar10"])
+    assert {"ddpm", "diffusion"} <= set(data.tags)
+    found = {result.metric_type: result for result in data.eval_results}
+    assert {kind: result.metric_value for kind, result in found.items()} == {
+        "bits_per_dim": 3.7512,
+        "fid": 3.1711,
+        "inception_score": 9.46,
+        "prior_bpd": 1.2345e-5,
+    }
+    assert found["bits_per_dim"].metric_name == "bits/dim (10000 images of test, full sum)"
+    assert found["fid"].metric_name.startswith("FID (50000 samples (float) against 50000 images of train, inception")
+    assert (found["fid"].dataset_split, found["bits_per_dim"].dataset_split) == ("train", "test")
+    for words in (
+        "35,746,307",
+        "3 x 32 x 32",
+        "![samples](samples.png)",
+        'from diffusers import DDPMPipeline\n\npipe = DDPMPipeline.from_pretrained("org/ddpm-cifar10")',
+        'from ddpm_hf import DDPMPipeline\n\npipe = DDPMPipeline.from_pretrained("org/ddpm-cifar10")',
+        "**3.751** ± 0.011",
+        "**3.1711**\n",
+        "prior_bpd (10000 images of test, L_T): **1.234e-05** ± 1.2e-07",
+        "sampler ddpm, num_inference_steps 1000",
+        "Before you compare: few samples",
+        "updates: 800000 of 128 images",
+        "fraud, crime and misinformation",
+        "biases of its training images",
+        "ho2020ddpm",
+    ):
+        assert words in read.text or words in " ".join(read.text.split()), words
+    assert "nan" not in card()
+
+
+def test_snippets_say_what_stock_does_with_the_model():
+    def text(**changes) -> str:
+        return make_card(dataclasses.replace(FACTS, **changes), CardFacts("m"))
+
+    assert "num_inference_steps=200" in text(num_train_timesteps=200)
+    assert "class_labels=0" in text(classes=10)
+    assert "its pipeline does not pass any" in text(classes=10)
+    assert "does not know `posterior_mean`" in text(prediction_type="posterior_mean")
+    assert "from diffusers" not in text(prediction_type="posterior_mean")
+
+
+def test_a_card_without_numbers_picture_or_license():
+    read = ModelCard(card(report=None, sample=None, license=None))
+    assert read.data.eval_results is None
+    assert read.data.license is None
+    for words in ("None yet.", "No sample grid yet.", "None was stated"):
+        assert words in read.text
+    with pytest.raises(ValueError, match=r"write it like apache-2\.0"):
+        card(license="Apache 2.0")
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("---\nlicense: mit\n---\n\n# m\n", {"license": "mit"}),
+        ("---\r\nlicense: mit\r\n---\r\n# m\r\n", {"license": "mit"}),
+        ("---\ntitle: a---\nlicense: mit\n---\n", {"title": "a---", "license": "mit"}),
+        ("---\nlicense: mit\n---", {"license": "mit"}),
+        ("---\n---\n# m\n", {}),
+        ("# m\n\n---\n", {}),
+    ],
+)
+def test_front_matter(text, found):
+    assert front_matter(text) == found
+
+
+@pytest.mark.parametrize("text", ["---\na: [1\n---\n", "---\n- a\n---\n"])
+def test_front_matter_that_is_none(text):
+    with pytest.raises(ValueError, match="front matter"):
+        front_matter(text)
+
+
+def test_facts_of_a_folder(tmp_path):
+    facts = ModelFacts.read(MODEL)
+    weights = load_file(MODEL / "unet" / "diffusion_pytorch_model.safetensors")
+    assert facts == ModelFacts((1, 8, 8), sum(w.numel() for w in weights.values()), 1000, "epsilon", None)
+
+
+def test_renewing_an_untouched_card_gives_the_new_one():
+    assert merge_cards(card(report=None), card()) == (card(), [])
+    assert merge_cards(card(), card()) == (card(), [])
+
+
+def test_what_a_person_wrote_stays():
+    mine = card(report=None).replace("# ddpm-cifar10", "# My model\n\nThanks, Ada.")
+    mine = mine.replace("research and teaching", "fun")  # inside a generated section
+    mine = mine.replace("license: apache-2.0", "license: mit\nco2: 3").replace("- ddpm\n", "- mine\n")
+    start, end = mine.index("## Citation"), mine.index("<!-- /ddpm_hf:citation -->")
+    mine = mine[:start] + mine[end + len("<!-- /ddpm_hf:citation -->") :]  # a section that was taken out
+    merged, kept = merge_cards(mine, card())
+    assert kept == ["limits"]
+    assert "Thanks, Ada." in merged
+    assert "fun" in merged
+    assert "ho2020ddpm" not in merged
+    assert "**3.751**" in merged
+    assert text_outside(merged) == text_outside(mine)
+    data = ModelCard(merged).data.to_dict()
+    assert (data["license"], data["co2"], data["library_name"]) == ("mit", 3, "diffusers")
+    assert set(data["tags"]) == {"mine", "ddpm", "diffusion", "ddpm_hf"}
+    assert "## License\n\n<!-- ddpm_hf:license" in merged
+    assert "\nmit\n<!-- /ddpm_hf:license" in merged
+    assert ModelCard(merge_cards(mine, card(), license="cc0-1.0")[0]).data.license == "cc0-1.0"
+
+
+def test_results_of_other_metrics_stay_and_ours_are_replaced():
+    mine = yaml.safe_load(card().split("---\n")[1])
+    theirs = {
+        "task": {"type": "unconditional-image-generation"},
+        "dataset": {"name": "cifar10", "type": "cifar10", "split": "test"},
+        "metrics": [{"type": "human_rating", "value": 7}],
+    }
+    mine["model-index"][0]["results"].append(theirs)
+    new = report()
+    new["values"]["bits_per_dim"]["value"] = 3.5
+    assert merge_cards(card(), card(report=None))[0] == card(report=None)  # a new model that was not measured yet
+    merged, _ = merge_cards(f"---\n{yaml.safe_dump(mine)}---\n", card(report=new))
+    results = yaml.safe_load(merged.split("---\n")[1])["model-index"][0]["results"]
+    values = sorted((metric["type"], metric["value"]) for result in results for metric in result["metrics"])
+    ours = [("bits_per_dim", 3.5), ("fid", 3.1711), ("inception_score", 9.46), ("prior_bpd", 1.2345e-5)]
+    assert values == sorted([*ours, ("human_rating", 7)])
+
+
+def test_cards_that_are_somebody_elses_or_broken():
+    foreign = "# A card without front matter\n\nText.\n"
+    merged, _ = merge_cards(foreign, card())
+    assert merged.endswith(foreign)
+    assert ModelCard(merged).data.library_name == "diffusers"
+    empty, _ = merge_cards("---\nlicense: mit\n---\n", card())  # as the Hub's own form makes one
+    assert text_outside(empty) == text_outside(card())
+    assert ModelCard(empty).data.license == "mit"
+    broken = "---\ntags: [a\n---\nText.\n"
+    assert merge_cards(broken, card()) == (broken, ["front matter"])
+    odd = "---\nmodel-index: soon\n---\nText.\n"
+    assert merge_cards(odd, card()) == (odd, ["front matter"])
+    half = card().replace("<!-- /ddpm_hf:evaluation -->", "")  # a person removed an end
+    assert "**3.751**" in merge_cards(half, card(report=None))[0]
+    windows = card(report=None).replace("\n", "\r\n")
+    assert merge_cards(windows, card()) == (card(), [])
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("uoft-cs/cifar10", "uoft-cs/cifar10"),
+        ("digits", "digits"),
+        ("/home/ada/secret/cats", "cats"),
+        ("~/cats", "cats"),
+        ("./data/cats", "cats"),
+        (r"C:\ada\cats", "cats"),
+        ("C:/ada/cats", "cats"),
+    ],
+)
+def test_public_names(name, shown):
+    assert public_name(name) == shown
+
+
+def test_writing_a_card_again_keeps_edits(tmp_path):
+    shutil.copytree(MODEL, tmp_path / "m")
+    assert write_card(tmp_path / "m", CardFacts("m", "digits")) == []
+    path = tmp_path / "m" / "README.md"
+    path.write_text(path.read_text().replace("# m", "# Edited").replace("research", "fun"))
+    kept = write_card(tmp_path / "m", CardFacts("m", "digits", report=report()))
+    assert kept == ["limits"]
+    assert "# Edited" in path.read_text()
+    assert "**3.751**" in path.read_text()
+    assert json.dumps(sorted(p.name for p in path.parent.iterdir())).count(".partial") == 0
