@@ -1,9 +1,10 @@
 """Pushing beside a run: never in its way, never two models in one commit, and a failure is one line."""
 
 import json
-import shutil
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -65,10 +66,25 @@ def test_a_failure_is_one_line_with_the_command_that_finishes_it(hub, tmp_path):
 
 
 def test_a_push_that_crashes_is_told_too(hub, tmp_path):
-    (tmp_path / "broken" / "huggingface_hub").mkdir(parents=True)
-    (tmp_path / "broken" / "huggingface_hub" / "__init__.py").write_text("raise SystemError('the client crashed')")
-    answer = background(hub, tmp_path / "run", MODEL, PYTHONPATH_OF_PUSHES=str(tmp_path / "broken"))
+    answer = background(hub, tmp_path / "run", MODEL, CLIENT_CRASHES="yes")
     assert not answer["pushed"]
     assert answer["left"] == []
     assert "not pushed (SystemError: the client crashed); nothing is lost" in answer["lines"][-1]
-    shutil.rmtree(tmp_path / "broken")
+
+
+def test_a_push_that_hangs_does_not_hold_up_the_end(hub, tmp_path):
+    """With more than one file in it, which the Hub's client would upload in threads that Python waits for."""
+    version, reached = tmp_path / "version", tmp_path / "reached"
+    variant(version, 1)
+    (version / "samples.png").write_bytes(b"a picture")
+    hub.faults.append(Fault("^PUT", times=2, delay=60))
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(background, hub, tmp_path / "run", version, ABANDON_AFTER=str(reached))
+        while not hub.requests("^PUT") and not answer.done():
+            time.sleep(0.02)
+        reached.touch()
+        started = time.monotonic()
+        answer = answer.result()
+    assert time.monotonic() - started < 30
+    assert "not pushed (the run ended first); nothing is lost, and this finishes it" in answer["lines"][-1]
+    assert answer["left"] == []
