@@ -21,15 +21,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from huggingface_hub import (
-    CommitOperationAdd,
-    CommitOperationDelete,
-    HfApi,
-    ModelInfo,
-    constants,
-    get_token,
-    hf_hub_download,
-)
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo, constants, get_token
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import disable_progress_bars, get_session, validate_repo_id
 from huggingface_hub.utils import logging as hub_logging
@@ -101,13 +93,10 @@ class Push:
         return shlex.join(words)
 
     def run(self, log: Callable[[str], None] = print) -> str:
-        """Publish the folder on the Hub, in one commit.
+        """Publish the folder on the Hub in one commit; `log` takes lines for the user.
 
         A generated card is renewed: its snippets name the repository, its numbers are those of `evaluation.json`. A
         card that a person has edited, here or on the Hub, stays as it is.
-
-        Args:
-            log: Takes lines for the user.
 
         Returns:
             The address of the commit or the pull request.
@@ -116,9 +105,10 @@ class Push:
             PushError: It did not happen, in one sentence; everything is still on disk.
             OSError, ValueError: There is no DDPM in the folder that opens, or an argument cannot be taken.
         """
-        folder, token = Path(self.folder), known_token(self.token)
+        folder = Path(self.folder)
         if not folder.is_dir():
             raise OSError(f"there is no folder {self.folder!r}")
+        token = known_token(self.token)
         snapshot = make_snapshot(folder, token)
         try:
             check_opens(snapshot, folder)
@@ -130,12 +120,7 @@ class Push:
 
     def push_snapshot(self, snapshot: Path, log: Callable[[str], None]) -> str:
         """Do what `run` does, with a snapshot that was made and opened before; the token must be known."""
-
-        def attempt() -> str:
-            get_session().timeout = self.timeout  # the client itself would wait for ever
-            return self._commit(snapshot, log)
-
-        return retried(attempt, self.repo_id, self.attempts, log)
+        return retried(lambda: self._commit(snapshot, log), self.repo_id, self.attempts, log)
 
     def _commit(self, snapshot: Path, log: Callable[[str], None]) -> str:
         to, on_hub = self.open()
@@ -181,6 +166,7 @@ class Push:
         Raises:
             UserError: It is public although `private=True`, or holds something else than a DDPM.
         """
+        get_session().timeout = self.timeout  # the client itself would wait for ever
         to = open_repository(self.repo_id, self.private, self.token)
         on_hub = [sibling.rfilename for sibling in to.siblings or ()]
         holds = next((name for name in on_hub if name.endswith(_WEIGHTS_OF_OTHERS)), "DDPMPipeline")
@@ -221,7 +207,7 @@ class Push:
     def _remote_text(self, to: ModelInfo, name: str) -> str:
         """Return a file of the repository, kept out of the cache: there it would make half of a model."""
         with tempfile.TemporaryDirectory() as folder:
-            path = hf_hub_download(to.id, name, revision=to.sha, token=self.token, local_dir=folder)
+            path = HfApi(token=self.token).hf_hub_download(to.id, name, revision=to.sha, local_dir=folder)
             return Path(path).read_text(encoding="utf-8")
 
     def _pushed_cards(self) -> dict[str, str]:
@@ -266,27 +252,23 @@ def known_token(token: str | None) -> str:
     return token
 
 
-def check_destination(push: Push, log: Callable[[str], None] = print, timeout: float = 10.0) -> Push:
-    """Check before a long run that its pushes will be possible. The repository is made, and nothing is put into it.
+def check_destination(push: Push, log: Callable[[str], None] = print) -> Push:
+    """Check before a long run that its pushes will be possible; the repository is made if it does not exist.
 
     Returns:
         The push, with its token and the repository's full name.
 
     Raises:
-        PushError, OSError: They will not be. A Hub that does not answer now is no such reason.
+        UserError: They will not be. A Hub that does not answer now is no such reason.
     """
     push = dataclasses.replace(push, token=known_token(push.token))
-    session = get_session()
-    before, session.timeout = session.timeout, timeout
     try:
-        to = hub_errors.retried(lambda: push.open()[0], push.repo_id, waits=())
+        to, _ = hub_errors.retried(push.open, push.repo_id, waits=())
     except OSError as error:
         if not is_passing(error):
             raise PushError(f"cannot push to {push.repo_id}: {error}") from error
         log(f"cannot reach {push.repo_id} ({error}); training starts, and pushes when the Hub answers")
         return push
-    finally:
-        session.timeout = before
     log(f"will push to {_describe(to)}")
     return dataclasses.replace(push, repo_id=to.id)
 

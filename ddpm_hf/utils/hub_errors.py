@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from huggingface_hub import HfApi, constants, hf_hub_download, model_info
+from huggingface_hub import HfApi, ModelInfo, constants, hf_hub_download, model_info
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -30,9 +30,6 @@ INDEX = "model_index.json"
 _PASSING = (408, 412, 429)
 
 
-# -------------------------------------------------------------------- private unless asked otherwise
-
-
 class PrivateByDefault:
     """A part of a pipeline, or a pipeline, whose pushes nobody else sees unless `private=False`."""
 
@@ -47,16 +44,14 @@ class PrivateByDefault:
         variant: str | None = None,
         **options: Any,
     ) -> str:
-        """Publish on the Hub, as stock's, but private; of a pipeline with a card, as `ddpm-hf push` does.
+        """Publish as stock does, but privately; a pipeline with a card, as `ddpm-hf push` does.
 
         Args:
             repo_id: `namespace/name`, or a name in the token's own namespace; made if it does not exist.
-            commit_message: What the commit is called.
+            commit_message, create_pr, options: As stock's.
             private: Only `False` makes a new repository public, or publishes in a public one.
             token: Instead of the one that `hf auth login` or HF_TOKEN left.
-            create_pr: Propose the commit as a pull request instead of making it.
             safe_serialization, variant: As stock's; pickles are not published, nor a pipeline as a variant only.
-            options: What else stock takes.
 
         Returns:
             The commit's (or the pull request's) address.
@@ -87,13 +82,12 @@ def private_options(save_directory: str | os.PathLike[str], options: Mapping[str
     return {**options, "private": options.get("private") is not False}
 
 
-def open_repository(repo_id: str, private: bool | None, token: str | None) -> Any:
-    """Return what the Hub knows of a model's repository (`ModelInfo`), which is made if it does not exist.
+def open_repository(repo_id: str, private: bool | None, token: str | None) -> ModelInfo:
+    """Return what the Hub knows of a model's repository, which is made if it does not exist.
 
     Args:
-        repo_id: `namespace/name`, or a name in the token's own namespace.
+        repo_id, token: As for `PrivateByDefault.push_to_hub`.
         private: Only `False` makes a new repository public, or takes a public one; an existing one stays what it is.
-        token: With write access.
 
     Raises:
         UserError: It is public, and that was not asked for.
@@ -114,9 +108,6 @@ def open_repository(repo_id: str, private: bool | None, token: str | None) -> An
     return info
 
 
-# -------------------------------------------------------------------- errors and retries
-
-
 def chain(error: BaseException | None) -> Iterator[BaseException]:
     """Yield the error and what it came from."""
     while error is not None:
@@ -130,12 +121,10 @@ def is_passing(error: BaseException) -> bool:
         if isinstance(cause, OfflineModeIsEnabled):
             return False
         if isinstance(cause, HfHubHTTPError):
-            status = cause.response.status_code
-            return status in _PASSING or status >= 500
+            return cause.response.status_code in _PASSING or cause.response.status_code >= 500
         # The client's own network errors, by the name that its HTTP libraries share, whichever of them it uses.
-        if any(base.__name__ == "TransportError" for base in type(cause).__mro__):
-            return True
-        if isinstance(cause, (ConnectionError, TimeoutError)):
+        transport = any(base.__name__ == "TransportError" for base in type(cause).__mro__)
+        if transport or isinstance(cause, (ConnectionError, TimeoutError)):
             return True
     return False
 
@@ -211,9 +200,6 @@ def retried(
     raise AssertionError("unreachable: the last try returns or raises")
 
 
-# -------------------------------------------------------------------- what a repository holds
-
-
 def check_pipeline(name: str | os.PathLike[str], **options: Any) -> None:
     """Check that a folder or repository holds a DDPM, before any weights are downloaded.
 
@@ -236,11 +222,9 @@ def check_pipeline(name: str | os.PathLike[str], **options: Any) -> None:
         index = None
     if not isinstance(index, dict):
         raise UserError(f"the {INDEX} of {name!r} is not a JSON object; download or save it again")
-    parts = {
-        key: value[-1]
-        for key, value in index.items()
-        if isinstance(value, list) and value and value[-1] is not None and key[0] != "_" and key not in options
-    }
+    lists = {key: value for key, value in index.items() if isinstance(value, list) and value}
+    parts = {key: value[-1] for key, value in lists.items() if not key.startswith("_") and key not in options}
+    parts = {key: value for key, value in parts.items() if value is not None}
     missing = {"unet", "scheduler"} - {*parts, *options}
     if missing or not {*parts} <= {"unet", "scheduler"} or parts.get("unet", "UNet2DModel") != "UNet2DModel":
         what = ", ".join(f"{key}: {value}" for key, value in parts.items()) or "nothing"
@@ -251,13 +235,14 @@ def check_pipeline(name: str | os.PathLike[str], **options: Any) -> None:
 
 def _download_index(name: str, options: Mapping[str, Any]) -> Path:
     """Return the index of a repository, from the Hub or, where nobody answers, from the cache."""
-    where = {key: options[key] for key in ("cache_dir", "revision", "token") if key in options}
+    where: dict[str, Any] = {key: options[key] for key in ("cache_dir", "revision", "token") if key in options}
     cached = bool(options.get("local_files_only")) or constants.HF_HUB_OFFLINE
     unreachable: OSError | None = None
     if not cached:
         try:  # unlike a download, this is not tried for half a minute by the client itself
-            asked = {"revision": options.get("revision"), "token": options.get("token")}
-            info = retried(lambda: model_info(name, timeout=10, **asked), name)
+            info = retried(
+                lambda: model_info(name, revision=where.get("revision"), token=where.get("token"), timeout=10), name
+            )
             if INDEX not in {sibling.rfilename for sibling in info.siblings or ()}:
                 raise UserError(f"{name!r} holds no diffusers pipeline: there is no {INDEX} in it")
         except OSError as error:

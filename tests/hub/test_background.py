@@ -1,6 +1,7 @@
 """Pushing beside a run: never in its way, never two models in one commit, and a failure is one line."""
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -10,7 +11,11 @@ from pathlib import Path
 import pytest
 from conftest import FIXTURES
 from hub.server import Fault, HubServer
+from huggingface_hub import HfApi
 from test_publish import DRIVERS, TOKEN, environment, push_all, tree, variant
+
+from ddpm_hf.hub.background import BackgroundPush
+from ddpm_hf.hub.publish import Push
 
 MODEL = FIXTURES / "digits_model"
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -65,11 +70,19 @@ def test_a_failure_is_one_line_with_the_command_that_finishes_it(hub, tmp_path):
     assert hub.read("models", "org/run", WEIGHTS) == (MODEL / WEIGHTS).read_bytes()
 
 
-def test_a_push_that_crashes_is_told_too(hub, tmp_path):
-    answer = background(hub, tmp_path / "run", MODEL, CLIENT_CRASHES="yes")
-    assert not answer["pushed"]
-    assert answer["left"] == []
-    assert "not pushed (SystemError: the client crashed); nothing is lost" in answer["lines"][-1]
+def test_a_push_that_crashes_is_told_too(tmp_path, monkeypatch):
+    def crash(*arguments, **options):
+        raise SystemError("the client crashed")
+
+    monkeypatch.setattr(HfApi, "model_info", crash)
+    monkeypatch.setattr("ddpm_hf.hub.background.quiet_client", lambda: None)  # for the whole process
+    run, lines = tmp_path / "run", []
+    shutil.copytree(MODEL, run)
+    pushes = BackgroundPush(Push(str(run), "org/run", token=TOKEN), lines.append)
+    pushes.offer("version 0")
+    assert not pushes.finish()
+    assert "not pushed (SystemError: the client crashed); nothing is lost" in lines[-1]
+    assert not list(run.glob(".push-*"))
 
 
 def test_a_push_that_hangs_does_not_hold_up_the_end(hub, tmp_path):
@@ -80,7 +93,7 @@ def test_a_push_that_hangs_does_not_hold_up_the_end(hub, tmp_path):
     hub.faults.append(Fault("^PUT", times=2, delay=60))
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(background, hub, tmp_path / "run", version, ABANDON_AFTER=str(reached))
-        while not hub.requests("^PUT") and not answer.done():
+        while not hub.faults[0].happened and not answer.done():
             time.sleep(0.02)
         reached.touch()
         started = time.monotonic()

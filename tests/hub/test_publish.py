@@ -594,7 +594,7 @@ def test_an_edit_on_the_hub_during_a_push_is_not_lost(hub, run_folder, tmp_path)
     push_all(hub, tmp_path / "home", job)
     (run_folder / "evaluation.json").unlink()
     (run_folder / "samples.png").write_bytes(b"another picture")
-    text = hub.read("models", "org/m", "README.md").decode().replace("# run", "# Renamed")
+    text = hub.read("models", "org/m", "README.md").decode().replace("# m\n", "# Renamed\n")
     hub.before["POST .*/commit/main"] = lambda: hub.commit("models", "org/m", "edit", {"README.md": text.encode()})
     (done,) = push_all(hub, tmp_path / "home", job)
     assert "url" in done
