@@ -66,7 +66,7 @@ def remove_directory(path: Path) -> None:
 def remove_leftovers(output_dir: Path) -> None:
     """Remove what killed writes and removals have left; what was there before a write that broke off comes back.
 
-    Not what a push has taken of a folder (`hub_files.make_snapshot`): it may be going on.
+    Not what a push has taken of a folder (`hub.files.make_snapshot`): it may be going on.
     """
     for old in output_dir.glob(".*.old"):  # the one before, where a kill came between two renames
         target = old.with_name(old.name.removeprefix(".").removesuffix(".old"))
