@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,51 +18,24 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_ddim_cogvideox import CogVideoXDDIMScheduler
 from diffusers.schedulers.scheduling_ddim_parallel import DDIMParallelScheduler
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler as StockDDPMScheduler
-from diffusers.schedulers.scheduling_ddpm_parallel import DDPMParallelScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin  # noqa: F401  (looked up here by name, see load_config)
 from diffusers.utils import logging
 
 from ..data.class_labels import Classes, ClassLabels
-from ..diffusion.scheduling_ddpm import DDPMScheduler, infinite_to_nan, whole_number
+from ..diffusion.scheduling_ddpm import DDPMScheduler, whole_number
 from ..models.unet_2d import PortableConfigMixin, UNet2DModel, check_size, check_weights
 from ..utils.errors import NotFiniteError, UserError
 from ..utils.hub_errors import check_pipeline, patiently
-from ..utils.randomness import NOISE_OF_SEEDS, Generators, SeededNoise, standard_normal
+from ..utils.randomness import NOISE_OF_SEEDS, Generators, standard_normal
+from .denoising import Denoiser, DenoisingStep, check_repaint, checked_eta, repaint
 from .inputs import KnownPixels, count_and_generators, images_in_model_range, mask_of, one_per_image
 
 logger = logging.get_logger(__name__)
 
 # What stock repositories name, and our class of the same name that opens it.
 _OURS = {("diffusers", "UNet2DModel"), ("diffusers", "DDPMScheduler")}
-# More than stock's DDIM loses by rounding in float32, a few units in the last place of 1. Its root, 7e-4, is a tenth
-# of a pixel value.
-_ROUNDING = 2.0**-21
-
 # Stock's schedulers whose every step is T // K timesteps long, wherever their timesteps lead.
 _FIXED_STRIDE = (DDIMScheduler, DDIMParallelScheduler, CogVideoXDDIMScheduler)
-
-
-@dataclass
-class DenoisingStep:
-    """One step down the chain.
-
-    Attributes:
-        index: Its place in `scheduler.timesteps`.
-        timestep: t, from T-1 to 0.
-        sample: x_t, `[B, C, H, W]`, in the [-1, 1] scale.
-        pred_original_sample: The x_0 predicted from it (Eq. 15), or `None` where the scheduler does not return it.
-        prev_sample: x_{t-1}; the chain goes on from what stands here.
-    """
-
-    index: int
-    timestep: int
-    sample: torch.Tensor
-    pred_original_sample: torch.Tensor | None
-    prev_sample: torch.Tensor
-
-
-# From x_t over some of the timesteps: `walk(x_t, start, stop)`.
-Walk = Callable[[torch.Tensor, int, int | None], Iterator[DenoisingStep]]
 
 
 class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
@@ -346,7 +316,7 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
             given = one_per_image(given, batch_size, "image").to(device)
             start = self._start_of(strength, mask_image is not None)
             if mask_image is not None:
-                self._check_repaint(resample_length, resample_times)
+                check_repaint(self.scheduler, resample_length, resample_times)
                 known = KnownPixels(given, mask_of(mask_image, self.image_shape, batch_size).to(device))
         elif strength is not None or mask_image is not None:
             raise UserError("strength and mask_image go with an image; pass image=")
@@ -359,26 +329,26 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
             x_t = x_t * self.scheduler.init_noise_sigma
 
         self._interrupt = False
-        walk = self._walking(class_labels, guidance_scale, eta, source, batch_size)
+        denoiser = self._denoiser(source, batch_size, class_labels, guidance_scale, eta)
+        steps: Iterator[DenoisingStep] = iter(())
         if x_t is None:
             x_t = torch.empty(shape)
+        elif known is None:
+            steps = denoiser.steps(x_t, start)
         else:
-            if known is None:
-                steps = walk(x_t, start, None)
-            else:
-                steps = self._repaint(x_t, walk, source, known, start, resample_length, resample_times)
-            total = len(self.scheduler.timesteps) - start
-            with self.progress_bar(total=total if known is None else total * resample_times) as bar:
-                for step in steps:
-                    if callback_on_step_end is not None:
-                        tensors = {"image": step.prev_sample, "pred_original_sample": step.pred_original_sample}
-                        asked = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                        changed = callback_on_step_end(self, step.index, step.timestep, asked) or {}
-                        step.prev_sample = changed.get("image", step.prev_sample)
-                    x_t = step.prev_sample
-                    bar.update()
-                    if self._interrupt:
-                        break
+            steps = repaint(denoiser, x_t, known, start, resample_length, resample_times)
+        total = len(self.scheduler.timesteps) - start if batch_size else 0
+        with evaluating(self.unet), self.progress_bar(total=total if known is None else total * resample_times) as bar:
+            for step in steps:
+                if callback_on_step_end is not None:
+                    tensors = {"image": step.prev_sample, "pred_original_sample": step.pred_original_sample}
+                    asked = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
+                    changed = callback_on_step_end(self, step.index, step.timestep, asked) or {}
+                    step.prev_sample = changed.get("image", step.prev_sample)
+                x_t = step.prev_sample
+                bar.update()
+                if self._interrupt:
+                    break
         images = self.as_output(x_t, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
@@ -494,65 +464,23 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
             ValueError: As `__call__`, but with the first step.
         """
         self._set_timesteps(self.checked_steps(num_inference_steps))
-        yield from self._walking(class_labels, guidance_scale, eta, generator, len(x_t))(x_t, start, stop)
-
-    def _walking(
-        self, class_labels: ClassLabels, guidance_scale: float, eta: float | None, generator: Any, batch_size: int
-    ) -> Walk:
-        """What takes steps down the chain, with all that is the same in every stretch of it checked."""
-        self.checked_eta(eta)
-        labels = self.classes.checked(class_labels, guidance_scale, batch_size)
-        return partial(
-            self._walk,
-            generator=generator,
-            labels=None if labels is None else labels.to(self._execution_device),
-            guidance_scale=guidance_scale,
-            eta=eta,
-        )
-
-    def _walk(
-        self,
-        x_t: torch.Tensor,
-        start: int,
-        stop: int | None,
-        *,
-        generator: Any,
-        labels: torch.Tensor | None,
-        guidance_scale: float,
-        eta: float | None,
-    ) -> Iterator[DenoisingStep]:
-        """`denoise` over the timesteps that are set."""
-        if start and hasattr(self.scheduler, "set_begin_index"):
-            self.scheduler.set_begin_index(start)
-        extra = self._step_options(generator, eta)
-        etas = self._etas(eta) if eta and isinstance(self.scheduler, DDIMScheduler) else None
-        # DDIM takes the noise of seeds, like our scheduler; other samplers of stock draw for themselves.
-        noise = generator if isinstance(generator, SeededNoise) and "variance_noise" in extra else None
-        # a learned variance is for the ancestral samplers only
-        learned = "learned" in (self.scheduler.config.get("variance_type") or "")
-        ancestral = isinstance(self.scheduler, DDPMScheduler) or (
-            learned and isinstance(self.scheduler, DDPMParallelScheduler)
-        )
-        timesteps = self.scheduler.timesteps
-        on_device = timesteps.to(x_t.device)  # once, so that no step waits for the device
-        network = self.network
-        dtype = network.dtype  # once: it is looked up in all of the parameters
+        denoiser = self._denoiser(generator, len(x_t), class_labels, guidance_scale, eta)
         with evaluating(self.unet):
-            for index in range(start, len(timesteps) if stop is None else min(stop, len(timesteps))):
-                seen = self.scheduler.scale_model_input(x_t, timesteps[index]).to(dtype)
-                output = self._predict(network, seen, on_device[index], labels, guidance_scale).float()
-                output = infinite_to_nan(output)
-                if not ancestral:
-                    output = output[:, : x_t.shape[1]]
-                if etas is not None:
-                    extra["eta"] = etas[index]
-                if noise is not None:
-                    extra["variance_noise"] = noise.normal(x_t.shape)
-                made = self.scheduler.step(output, timesteps[index], x_t, **extra)
-                x_0 = getattr(made, "pred_original_sample", None)
-                step = DenoisingStep(index, int(timesteps[index]), x_t, x_0, made.prev_sample)
-                yield step
-                x_t = step.prev_sample
+            yield from denoiser.steps(x_t, start, stop)
+
+    def _denoiser(
+        self,
+        generator: Generators,
+        batch_size: int,
+        class_labels: ClassLabels = None,
+        guidance_scale: float = 1.0,
+        eta: float | None = None,
+    ) -> Denoiser:
+        """Return what takes steps down the chain that is set, with its options checked."""
+        checked_eta(self.scheduler, eta)
+        labels = self.classes.checked(class_labels, guidance_scale, batch_size)
+        labels = None if labels is None else labels.to(self._execution_device)
+        return Denoiser(self.network, self.scheduler, generator, labels, guidance_scale, eta)
 
     def progressive(
         self,
@@ -577,85 +505,9 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
         x_t = standard_normal(shape, source, self._execution_device, torch.float32)
         yield from self.denoise(x_t * self.scheduler.init_noise_sigma, source, **options)
 
-    def _check_repaint(self, length: int, times: int) -> None:
-        if not isinstance(self.scheduler, (DDPMScheduler, DDIMScheduler, DDIMParallelScheduler)):
-            raise UserError(f"mask_image works with the ddpm and ddim samplers, not {type(self.scheduler).__name__}")
-        if length < 1 or times < 1:
-            raise UserError(f"resample_length and resample_times must be at least 1, got {length} and {times}")
-
-    def _repaint(
-        self, x_t: torch.Tensor, walk: Walk, generator: Any, known: KnownPixels, start: int, length: int, times: int
-    ) -> Iterator[DenoisingStep]:
-        """RePaint (Lugmayr et al. 2022, Algorithm 1): the known pixels come from q(x_{t-1}|x_0), the others from p."""
-        # alpha_bar at every point of the chain; the data, at its end, has 1
-        timesteps = self.scheduler.timesteps
-        scheduler = self.scheduler
-        table = scheduler.alpha_bar if isinstance(scheduler, DDPMScheduler) else scheduler.alphas_cumprod.cpu()
-        alpha_bar = [*table[timesteps.cpu()].tolist(), 1.0]
-
-        def noisy(x: torch.Tensor, signal: float) -> torch.Tensor:
-            """sqrt(signal) x + sqrt(1 - signal) noise."""
-            noise = standard_normal(x.shape, generator, x.device, x.dtype)
-            return signal**0.5 * x + (1 - signal) ** 0.5 * noise
-
-        for first in range(start, len(timesteps), length):
-            last = min(first + length, len(timesteps))
-            for again in reversed(range(times)):
-                for step in walk(x_t, first, last):
-                    signal = alpha_bar[step.index + 1]
-                    image = noisy(known.image, signal) if signal < 1 else known.image
-                    step.prev_sample = torch.where(known.draw, step.prev_sample, image)
-                    yield step
-                    x_t = step.prev_sample
-                if again:
-                    x_t = noisy(x_t, alpha_bar[first] / alpha_bar[last])
-
     def checked_eta(self, eta: float | None) -> float:
-        """The eta in force: for `None` the scheduler's own default, 0 where it has none.
-
-        Raises:
-            ValueError: Not between 0 and 1, or given to a scheduler that has none.
-        """
-        known = inspect.signature(self.scheduler.step).parameters.get("eta")
-        if eta is None:
-            return 0.0 if known is None else known.default
-        if not 0 <= eta <= 1:
-            raise UserError(f"eta must be between 0 and 1, got {eta}")
-        if eta and known is None:
-            raise UserError(f"eta={eta} is for the ddim sampler; {type(self.scheduler).__name__} has none")
-        return eta
-
-    def _etas(self, eta: float) -> list[float]:
-        """eta for each of DDIM's timesteps: where alpha_bar_t is 0 or nearly so, as high as float32 allows.
-
-        There sigma^2 = 1 - alpha_bar_prev (Song et al. 2021, Eq. 16 at eta = 1), and stock takes the root of the
-        difference of the two, which rounding makes negative.
-        """
-        t = self.scheduler.timesteps.cpu()
-        previous = t - self.scheduler.config.num_train_timesteps // len(t)
-        alpha_bar = self.scheduler.alphas_cumprod.double().cpu()
-        now, then = alpha_bar[t], alpha_bar[previous.clamp(min=0)]
-        then = torch.where(previous >= 0, then, float(self.scheduler.final_alpha_cumprod))
-        variance = (1 - then) / (1 - now) * (1 - now / then)
-        largest = ((1 - then - _ROUNDING).clamp(min=0) / variance).sqrt()
-        return [eta if math.isnan(most) else min(eta, most) for most in largest.tolist()]  # NaN: no variance at all
-
-    def _step_options(self, generator: Any, eta: float | None) -> dict[str, Any]:
-        """What the scheduler's `step` takes beyond the usual: deterministic ones take no generator, DDIM an eta."""
-        known = inspect.signature(self.scheduler.step).parameters
-        options: dict[str, Any] = {}
-        if "eta" in known:
-            options["eta"] = self.checked_eta(eta)
-        if not isinstance(generator, SeededNoise) or isinstance(self.scheduler, DDPMScheduler):
-            options |= {"generator": generator} if "generator" in known else {}
-        elif "variance_noise" in known and options.get("eta"):
-            options["variance_noise"] = None  # drawn for each step
-        elif "generator" in known:
-            options["generator"] = generator.generators()
-        if "use_clipped_model_output" in known:
-            # Where x_0 is clipped, eps has to follow, or x_t is no longer the mixture of both that the network knows.
-            options["use_clipped_model_output"] = True
-        return options
+        """Return the eta in force, see `denoising.checked_eta`."""
+        return checked_eta(self.scheduler, eta)
 
     @property
     def classes(self) -> Classes:
@@ -673,19 +525,6 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
                 f"the images of {data.name!r} are {tuple(data.image_shape)} (channels, height, width), and the model "
                 f"makes {self.image_shape}"
             )
-
-    def _predict(
-        self, network: Any, image: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None, guidance_scale: float
-    ) -> torch.Tensor:
-        """The network's output, guided away from "no class" where a guidance scale asks for it."""
-        if labels is None or guidance_scale == 1:
-            return network(image, t, class_labels=labels).sample
-        nothing = torch.full_like(labels, self.unet.config["_null_class"])
-        both = network(torch.cat([image, image]), t, class_labels=torch.cat([labels, nothing])).sample
-        with_class, without = both.chunk(2)
-        guided = without + guidance_scale * (with_class - without)
-        channels = image.shape[1]  # a learned variance is not guided
-        return torch.cat([guided[:, :channels], with_class[:, channels:]], dim=1)
 
 
 def _check_published_form(safe_serialization: bool, variant: str | None) -> None:
