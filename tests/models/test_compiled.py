@@ -3,6 +3,8 @@
 import pytest
 import torch
 from conftest import make_small_unet
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
 
@@ -64,3 +66,30 @@ def test_the_papers_network_is_one_graph():
         unet = UNet2DModel.from_preset("cifar10")
         explained = torch._dynamo.explain(unet)(torch.randn(2, 3, 32, 32), torch.zeros(2, dtype=torch.long))
     assert (explained.graph_count, explained.graph_break_count) == (1, 0)
+
+
+def test_weights_are_cast_to_bf16_once_per_pass():
+    """Autocast's casts in the graphs of a pass: one per weight forward, none backward, where the casts are kept."""
+    casts: dict[str, list[int]] = {}
+
+    def recorder(name):
+        def compile(graph, inputs):
+            weights = [node for node in graph.graph.find_nodes(op="placeholder") if is_weight(node.meta["val"])]
+            casts[name] = [sum(casts_to_bf16(user) for user in node.users) for node in weights]
+            return make_boxed_func(graph)
+
+        return compile
+
+    def is_weight(value):
+        return isinstance(value, torch.Tensor) and value.ndim == 4 and value.shape[2:] == (3, 3)
+
+    def casts_to_bf16(node):
+        return isinstance(made := node.meta.get("val"), torch.Tensor) and made.dtype == torch.bfloat16
+
+    unet = make_small_unet()
+    network = torch.compile(unet, backend=aot_autograd(fw_compiler=recorder("forward"), bw_compiler=recorder("back")))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        network(torch.randn(2, *unet_shape(unet)), torch.tensor([3, 4])).sample.float().square().mean().backward()
+    wide = sum(module.kernel_size == (3, 3) for module in unet.modules() if isinstance(module, torch.nn.Conv2d))
+    assert casts["forward"] == [1] * wide
+    assert sum(casts["back"]) == 0
