@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,10 +19,7 @@ from ..utils.cuda_graphs import record, warm_up
 from ..utils.errors import UserError
 from ..utils.randomness import Generators, SeededNoise, normal_noise, standard_normal
 from .inputs import KnownPixels
-
-# More than stock's DDIM loses by rounding in float32, a few units in the last place of 1. Its root, 7e-4, is a tenth
-# of a pixel value.
-_ROUNDING = 2.0**-21
+from .schedulers import feasible_etas, step_options
 
 
 @dataclass
@@ -78,8 +73,8 @@ class Denoiser:
         self._ancestral = isinstance(scheduler, DDPMScheduler) or (
             learned and isinstance(scheduler, DDPMParallelScheduler)
         )
-        self._options = _step_options(scheduler, generator, checked_eta(scheduler, eta))
-        self._etas = _etas(scheduler, eta) if eta and isinstance(scheduler, DDIMScheduler) else None
+        self._options = step_options(scheduler, generator, eta)
+        self._etas = feasible_etas(scheduler, eta) if eta and isinstance(scheduler, DDIMScheduler) else None
 
     def steps(self, x_t: Tensor, start: int = 0, stop: int | None = None) -> Iterator[DenoisingStep]:
         """Take the chain's steps `start` to `stop` (all by default), from x_t `[B, C, H, W]` float32."""
@@ -246,57 +241,3 @@ def repaint(
                 x_t = step.prev_sample
             if again:
                 x_t = noisy(x_t, alpha_bar[first] / alpha_bar[last])
-
-
-# ------------------------------------------------------------------ what schedulers take
-
-
-def checked_eta(scheduler: Any, eta: float | None) -> float:
-    """Return the eta in force: for `None` the scheduler's own default, 0 where it has none.
-
-    Raises:
-        UserError: Not between 0 and 1, or given to a scheduler that has none.
-    """
-    known = inspect.signature(scheduler.step).parameters.get("eta")
-    if eta is None:
-        return 0.0 if known is None else known.default
-    if not 0 <= eta <= 1:
-        raise UserError(f"eta must be between 0 and 1, got {eta}")
-    if eta and known is None:
-        raise UserError(f"eta={eta} is for the ddim sampler; {type(scheduler).__name__} has none")
-    return eta
-
-
-def _etas(scheduler: Any, eta: float) -> list[float]:
-    """Return eta for each of DDIM's timesteps: where alpha_bar_t is 0 or nearly so, as high as float32 allows.
-
-    There sigma^2 = 1 - alpha_bar_prev (Song et al. 2021, Eq. 16 at eta = 1), and stock takes the root of the
-    difference of the two, which rounding makes negative.
-    """
-    t = scheduler.timesteps.cpu()
-    previous = t - scheduler.config.num_train_timesteps // len(t)
-    alpha_bar = scheduler.alphas_cumprod.double().cpu()
-    now, then = alpha_bar[t], alpha_bar[previous.clamp(min=0)]
-    then = torch.where(previous >= 0, then, float(scheduler.final_alpha_cumprod))
-    variance = (1 - then) / (1 - now) * (1 - now / then)
-    largest = ((1 - then - _ROUNDING).clamp(min=0) / variance).sqrt()
-    return [eta if math.isnan(most) else min(eta, most) for most in largest.tolist()]  # NaN: no variance at all
-
-
-def _step_options(scheduler: Any, generator: Generators, eta: float) -> dict[str, Any]:
-    """Return what the scheduler's `step` takes beyond the usual: deterministic ones take no generator, DDIM an eta.
-
-    DDIM takes the noise of seeds, like our scheduler; other samplers of stock draw for themselves.
-    """
-    known = inspect.signature(scheduler.step).parameters
-    options: dict[str, Any] = {"eta": eta} if "eta" in known else {}
-    if not isinstance(generator, SeededNoise) or isinstance(scheduler, DDPMScheduler):
-        options |= {"generator": generator} if "generator" in known else {}
-    elif "variance_noise" in known and eta:
-        options["variance_noise"] = None  # drawn for each step
-    elif "generator" in known:
-        options["generator"] = generator.generators()
-    if "use_clipped_model_output" in known:
-        # Where x_0 is clipped, eps has to follow, or x_t is no longer the mixture of both that the network knows.
-        options["use_clipped_model_output"] = True
-    return options
