@@ -12,6 +12,7 @@ from oracles import GaussianData
 from PIL import Image
 
 from ddpm_hf import DDPMPipeline, DDPMScheduler, UNet2DModel
+from ddpm_hf.pipelines.schedulers import set_timesteps
 from ddpm_hf.utils.errors import NotFiniteError
 from ddpm_hf.utils.randomness import SeededNoise
 
