@@ -240,9 +240,8 @@ def _download_index(name: str, options: Mapping[str, Any]) -> Path:
     unreachable: OSError | None = None
     if not cached:
         try:  # unlike a download, this is not tried for half a minute by the client itself
-            info = retried(
-                lambda: model_info(name, revision=where.get("revision"), token=where.get("token"), timeout=10), name
-            )
+            asked: dict[str, Any] = {"revision": where.get("revision"), "token": where.get("token")}
+            info = retried(lambda: model_info(name, timeout=10, **asked), name)
             if INDEX not in {sibling.rfilename for sibling in info.siblings or ()}:
                 raise UserError(f"{name!r} holds no diffusers pipeline: there is no {INDEX} in it")
         except OSError as error:
