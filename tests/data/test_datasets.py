@@ -28,13 +28,16 @@ from ddpm_hf.data.datasets import (
     crop_seeds,
     flip_images,
     load_digits,
-    load_folder,
     load_images,
     to_model_range,
     to_uint8,
 )
 
 LAZY = {"memory_limit_bytes": 0}  # nothing fits
+
+
+def load_folder(folder, **options):
+    return load_images(train_data_dir=str(folder), **options)
 
 
 @pytest.fixture(autouse=True)
@@ -363,7 +366,7 @@ def test_bad_files_are_replaced_where_they_are_found_late(folder):
     assert len(said) == 1
     assert "aa.png" in said[0]
     alone = data.subset(torch.tensor([1]))
-    with pytest.raises(ValueError, match="none of the 1 images"):
+    with pytest.raises(ValueError, match="1 images of images in a row cannot be read"):
         alone.batch(torch.tensor([0]))
 
 
@@ -528,10 +531,10 @@ def test_only_the_images_of_the_batch_are_decoded(varied, monkeypatch):
     decoded, lock = [], threading.Lock()
     original = ddpm_hf.data.decoding.read_image
 
-    def noting(source, form, seed):
+    def noting(source, options, seed):
         with lock:
             decoded.append(source.name)
-        return original(source, form, seed)
+        return original(source, options, seed)
 
     monkeypatch.setattr(ddpm_hf.data.decoding, "read_image", noting)
     lazy = load_folder(varied, resolution=(8, 8), **LAZY)
@@ -831,8 +834,12 @@ def test_what_is_held_out_of_a_stream_is_never_streamed(shards):
     assert seen | held_out == set(range(N))
     assert not seen & held_out
     assert train.num_images == N - len(held_out)
-    with pytest.raises(ValueError, match="no images in this split"):
-        stream(shards, split="validation").batch_at(0, range(4), 4, 0)
+    nothing = load_images(train_data_dir=str(shards), split="validation", streaming=True, resolution=(8, 8))
+    for empty in (nothing, stream(shards, validation_split=1e-9, split="validation")):
+        with pytest.raises(ValueError, match="no images in this split"):
+            empty.batch_at(0, range(4), 4, 0)
+    with pytest.raises(ValueError, match="cannot load the dataset .* Bad split: validation"):
+        stream(shards, split="validation")  # the dataset's own, where nothing is held out of `train`
 
 
 def test_the_beginning_of_a_stream_in_memory(shards):
@@ -963,7 +970,7 @@ def test_a_folder_of_parquet_files_is_streamed_too(shards):
     assert run(data, range(3)) == by_name
 
 
-# ---------------------------------------------------------------------- the one door
+# ---------------------------------------------------------------------- the entry point
 
 
 @pytest.mark.parametrize("options", [{}, {"resolution": (8, 8), **LAZY}], ids=["memory", "lazy"])
@@ -1006,7 +1013,7 @@ def test_digits_can_be_had_in_colour_and_larger():
         ({"train_data_dir": "x", "split": "test"}, "train or validation, got 'test'"),
         ({"dataset": "digits", "crop": "centre"}, r"crop must be one of center, random.*did you mean 'center'"),
         ({"dataset": "digits", "on_bad_image": "ignore"}, "on_bad_image must be one of error, skip"),
-        ({"dataset": "digits", "num_workers": -1}, "num_workers must not be negative"),
+        ({"dataset": "digits", "num_workers": -1}, "num_workers must be at least 0"),
         ({"dataset": "digits", "background": "whit"}, "background must be a colour"),
     ],
 )
