@@ -84,12 +84,15 @@ class Classes:
         """Return one name per class; its number where it has none."""
         return [self.names[i] if i < len(self.names) else str(i) for i in range(self.count or 0)]
 
+    def _indices(self) -> list[int]:
+        return [i for i in range(self.count or 0) if i != self.null]
+
     def known(self) -> str:
         """Return those that can be asked for, for messages."""
-        if self.names or not self.count:
-            return ", ".join(self.names) or "none: it is not class-conditional"
-        numbers = [i for i in range(self.count) if i != self.null]
-        return f"{numbers[0]}..{numbers[-1]}" if numbers else "none"
+        if self.names:
+            return ", ".join(self.names)
+        numbers = self._indices()
+        return f"{numbers[0]}..{numbers[-1]}" if numbers else "none: it is not class-conditional"
 
     def index(self, label: Any) -> ClassIndex:
         """Return the index of a class, given by its exact name or its number (also as text), or `None` for "no class".
@@ -102,22 +105,17 @@ class Classes:
         if label is None and self.null is not None:
             return ClassIndex(self.null)
         if isinstance(label, bool) or not isinstance(label, int | str):
-            raise UserError(
-                f"class {label!r} is neither a name nor a whole number; this network's classes are {self.known()}"
-            )
+            raise UserError(f"class {label!r} is neither a name nor a whole number; the classes are {self.known()}")
+        number = class_number(label) if isinstance(label, str) else label
+        numbers = [class_number(name) for name in self.names]
         if isinstance(label, ClassIndex):
             found = [int(label)] if 0 <= label < (self.count or 0) else []
-        elif label in self.names:
-            found = [self.names.index(str(label))]
-        elif (number := class_number(label) if isinstance(label, str) else label) is None:
-            found = []
+        elif label in self.names or str(number) in self.names:  # of "1" and "01" the one that is written like it
+            found = [self.names.index(label if label in self.names else str(number))]
+        elif any(known is not None for known in numbers):
+            found = [i for i, known in enumerate(numbers) if known == number is not None]
         else:
-            numbers = [class_number(name) for name in self.names]
-            found = [i for i, known in enumerate(numbers) if known == number]
-            if str(number) in self.names:  # of "1" and "01" the one that is written like it
-                found = [self.names.index(str(number))]
-            elif all(known is None for known in numbers) and 0 <= number < (self.count or 0) and number != self.null:
-                found = [number]
+            found = [number] if number in self._indices() else []
         if len(found) > 1:
             several = " and ".join(repr(self.names[i]) for i in found)
             raise UserError(f"class {label!r} could be {several}; write it as the network does, as text")
@@ -142,9 +140,7 @@ class Classes:
                 raise UserError("class_labels and guidance_scale are for class-conditional networks; this one is not")
             return None
         if guidance_scale != 1 and self.null is None:
-            raise UserError(
-                f"guidance_scale={guidance_scale} needs a network trained with class dropout, and this one was not"
-            )
+            raise UserError(f"guidance_scale={guidance_scale} needs a network that was trained with class dropout")
         if labels is None and self.null is None:
             raise UserError(f"this network is class-conditional: give class_labels; its classes are {self.known()}")
         indices = torch.tensor([self.index(label) for label in as_list(labels)], dtype=torch.long)
@@ -155,10 +151,8 @@ class Classes:
         vectors = self.embedding == "identity"
         wanted = "a vector" if vectors else "a number"
         if labels is None or guidance_scale != 1:
-            raise UserError(
-                f"this network (class_embed_type={self.embedding!r}) takes {wanted} per image as class_labels, and no "
-                "guidance_scale"
-            )
+            network = f"this network (class_embed_type={self.embedding!r})"
+            raise UserError(f"{network} takes {wanted} per image as class_labels, and no guidance_scale")
         try:
             if not isinstance(labels, (torch.Tensor, np.ndarray)):
                 labels = [float(labels)] if isinstance(labels, (str, int, float)) else list(labels)
@@ -177,7 +171,7 @@ class Classes:
         Raises:
             UserError: A class that the network does not know.
         """
-        own = [i for i in range(self.count or 0) if i != self.null]
+        own = self._indices()
         if self.names:
             if unknown := [name for name in names or () if name not in self.names]:
                 raise UserError(f"the network knows no class {unknown[0]!r}; it was trained on {self.known()}")
@@ -215,10 +209,7 @@ class Classes:
             return torch.full((len(data),), self.null)
         table = torch.tensor(self.of_names(data.class_names))
         if len(data.labels) and not 0 <= data.labels.min() <= data.labels.max() < len(table):
-            raise UserError(
-                f"the images of {data.name!r} have labels {int(data.labels.min())} to {int(data.labels.max())}, and "
-                f"the network knows {len(table)} classes"
-            )
+            raise UserError(f"the images of {data.name!r} have labels outside the network's {len(table)} classes")
         return table[data.labels]
 
 

@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from ..utils.errors import UserError
 from ..utils.randomness import derived_generator
 from ..utils.text import nearest
-from .decoding import DecodeOptions, decode_all, refuse_bad
+from .decoding import DecodeOptions, decode_all, leave_out_bad
 from .folders import open_folder
 from .streams import StreamedImages
 from .tables import TableOptions, open_rows
@@ -161,13 +161,13 @@ def _load(source: Source, rows: Tensor, options: DecodeOptions) -> ImageDataset 
         raise UserError("crop 'random' needs to know the size to crop to; choose one with --resolution")
     images = np.empty((0, options.channels, *(resolution or (0, 0))), dtype=np.uint8)
     good: list[int] = []
-    bad: list[tuple[str, ValueError]] = []
+    bad: dict[str, ValueError] = {}
     # The bar appears only where there is something to wait for.
     with tqdm(total=len(rows), desc=f"reading {source.name}", unit="image", delay=2, leave=False) as bar:
         for chunk in rows.split(_CHUNK):
             for row, pixels in zip(chunk.tolist(), decode_all(source.fetch(chunk.tolist()), options), strict=True):
                 if isinstance(pixels, ValueError):
-                    bad.append((source.where(row), pixels))
+                    bad[source.where(row)] = pixels
                     continue
                 good.append(row)
                 if options.crop == "random":
@@ -176,7 +176,7 @@ def _load(source: Source, rows: Tensor, options: DecodeOptions) -> ImageDataset 
                 if len(good) == 1:
                     if len(rows) * pixels.nbytes > limit:
                         raise UserError(
-                            f"the images of {source.name} do not fit into {limit:,} bytes, and only those of one known "
+                            f"the images of {source.name} do not fit into {limit:,} bytes, and only those of a known "
                             f"size are decoded as needed; choose one size with --resolution (here {height}x{width})"
                         )
                     images = np.empty((len(rows), *pixels.shape), dtype=np.uint8)
@@ -188,11 +188,7 @@ def _load(source: Source, rows: Tensor, options: DecodeOptions) -> ImageDataset 
                     )
                 images[len(good) - 1] = pixels
             bar.update(len(chunk))
-    refuse_bad(bad, len(rows), options)
-    for where, error in bad:
-        options.report(f"left out {where}: {error}")
-    if bad and not good:
-        raise UserError(f"none of the {len(rows)} images of {source.name} can be read; the first: {bad[0][1]}")
+    leave_out_bad(bad, len(rows), options)
     if options.crop == "random":
         return LazyImageDataset(source, torch.tensor(good, dtype=torch.long), options)
     labels = None if source.labels is None else source.labels[good]

@@ -1,16 +1,4 @@
-"""Decode one image file or array into a uint8 array `[C, H, W]`. What becomes of unusual images:
-
-| image | becomes |
-|---|---|
-| palette, 1-bit, CMYK, YCbCr | its colours as RGB (or grey) |
-| alpha, transparent palette entry or colour | composited on `background` (white by default) |
-| 16-bit grey | scaled to 8 bits (value / 257, rounded), not clipped |
-| 32-bit whole numbers | as 16-bit grey, or from the stated range |
-| 16-bit colour | the upper 8 bits, which is all that Pillow gives |
-| EXIF orientation | turned upright |
-| animated | its first frame |
-| another shape | the largest part of the target's shape, from the centre or at a random place, resized (antialiased) |
-| float TIFF, array of floats or of wide integers | scaled from its stated range; refused without one |
+"""Decode image files and arrays into uint8 arrays `[C, H, W]`; docs/images.md says what becomes of unusual ones.
 
 A file that cannot be read, and a value that would have to be clipped, raise a `UserError` that gives the reason.
 """
@@ -19,8 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from http.client import HTTPException
@@ -48,35 +37,22 @@ def _warn(message: str) -> None:
 class DecodeOptions:
     """How the images of a dataset are decoded.
 
-    Attributes:
-        channels: 1 (grey) or 3 (RGB) for image files; any number for arrays, which must have just as many.
-        resolution: `(height, width)`, or `None` to keep each image's own.
-        background: Colour under transparent pixels, as a name or `#rrggbb`.
-        value_range: The values that become 0 and 255, for arrays and TIFF files of floats or 32-bit numbers. Arrays of
-            uint8 and bool need none; if it is stated it holds for them too.
-        array_layout: `HWC` or `CHW` for arrays whose shape fits both; `None` to go by the number of channels.
-        crop: `center` or `random`, for images of another shape than `resolution`.
-        on_bad_image: `error` or `skip`; either way every unreadable image is named.
-        memory_limit_bytes: Images that take more as uint8 are decoded when a batch asks for them.
-        num_workers: Threads that decode.
-        shuffle_buffer: How many images of a stream are mixed at any time.
-        report: Is called with each warning.
-
     Raises:
         UserError: A setting that has no meaning; says which values have one.
     """
 
-    channels: int = 3
-    resolution: tuple[int, int] | None = None
-    background: str = "white"
+    channels: int = 3  # 1 (grey) or 3 (RGB) for image files; any number for arrays, which must have just as many
+    resolution: tuple[int, int] | None = None  # (height, width), or `None` to keep each image's own
+    background: str = "white"  # the colour under transparent pixels, as a name or #rrggbb
+    # The values that become 0 and 255, for arrays and TIFF files; if it is stated it holds for uint8 and bool, too.
     value_range: tuple[float, float] | None = None
-    array_layout: str | None = None
-    crop: str = "center"
-    on_bad_image: str = "error"
-    memory_limit_bytes: int = 4 * 2**30
-    num_workers: int = 4
-    shuffle_buffer: int = 4096
-    report: Callable[[str], None] = _warn
+    array_layout: str | None = None  # HWC or CHW, for arrays whose shape fits both
+    crop: str = "center"  # or random, for images of another shape than `resolution`
+    on_bad_image: str = "error"  # or skip; either way every unreadable image is named
+    memory_limit_bytes: int = 4 * 2**30  # images that take more as uint8 are decoded when a batch asks for them
+    num_workers: int = 4  # threads that decode
+    shuffle_buffer: int = 4096  # how many images of a stream are mixed at any time
+    report: Callable[[str], None] = _warn  # is called with each warning
 
     def __post_init__(self) -> None:
         for name, least in (("channels", 1), ("memory_limit_bytes", 0), ("num_workers", 0), ("shuffle_buffer", 1)):
@@ -98,27 +74,20 @@ class DecodeOptions:
             opaque = False
         if not opaque:
             raise UserError(f"background must be a colour such as white or #808080, got {self.background!r}")
-        if self.value_range is not None:
-            low, high = self.value_range
-            if not (np.isfinite(low) and np.isfinite(high) and low < high):
-                raise UserError(
-                    f"value_range must be two numbers, the lower one first, such as 0 1, got {self.value_range}"
-                )
+        low, high = self.value_range or (0, 1)
+        if not -math.inf < low < high < math.inf:
+            raise UserError(f"value_range must be two numbers, the lower one first, such as 0 1, got {low} {high}")
 
 
 # ---------------------------------------------------------------------- image files
 
 
 def read_bytes(source: Path | bytes | str) -> bytes:
-    """Read the encoded bytes of an image file.
-
-    Args:
-        source: The file, its bytes, or its URL: `https://...`, or as `datasets` writes it: `hf://...`,
-            `zip://a.png::images.zip`.
+    """Read an image file, given as such, by its URL (also as `datasets` has them: `zip://a.png::b.zip`), or as bytes.
 
     Raises:
         ConnectionError: The server of a URL cannot be reached.
-        OSError, ValueError: It cannot be read; also in the other errors of `fsspec`, which knows many kinds of URLs.
+        Exception: It cannot be read: OSError, or whatever else `fsspec` raises, which knows many kinds of URLs.
     """
     if isinstance(source, bytes):
         return source
@@ -135,8 +104,6 @@ def read_bytes(source: Path | bytes | str) -> bytes:
         raise ConnectionError(f"cannot read {source}: {error}") from error
     except FileNotFoundError:  # whose text in fsspec may be a part of the name, or nothing
         raise FileNotFoundError(f"there is no {source}") from None
-    except ImportError as error:
-        raise UserError(f"cannot read {source}: {' '.join(str(error).split())}") from None
 
 
 def _download(url: str) -> bytes:
@@ -160,12 +127,7 @@ def _download(url: str) -> bytes:
 def read_image(
     source: Path | bytes | str | Image.Image, options: DecodeOptions, crop_seed: int | None = None
 ) -> np.ndarray:
-    """Decode one image as uint8 `[C, H, W]`.
-
-    Args:
-        source: An image file, its bytes, its URL (see `read_bytes`), or an image that is open already.
-        options: What to make of it.
-        crop_seed: Crop at a random place, which depends on this number only; from the centre if `None`.
+    """Decode one image file, its bytes, its URL or an open image as uint8 `[C, H, W]`; for `crop_seed` see `crop_box`.
 
     Raises:
         UserError: It cannot be read, or not be made into that; the reason, without the file's name.
@@ -232,11 +194,7 @@ def crop_box(
     """Return the largest box of the target's shape, in whole pixels, as `(left, top, right, bottom)`.
 
     Cropping comes before resizing, so that an image which only has to be cropped keeps its pixels as they are.
-
-    Args:
-        height, width: Of the image.
-        resolution: `(height, width)` of the target.
-        crop_seed: Chooses one of all places with equal probability; the centre if `None`.
+    `crop_seed` chooses one of all places with equal probability; it is the centre for `None`.
     """
     target_height, target_width = resolution
     box_height, box_width = height, width
@@ -309,12 +267,7 @@ def read_array(array: np.ndarray, options: DecodeOptions, crop_seed: int | None 
 def decode_all(
     sources: Sequence[Any], options: DecodeOptions, crop_seeds: Sequence[int] | None = None
 ) -> list[np.ndarray | ValueError]:
-    """Decode images in threads (Pillow releases the interpreter's lock while it works), results in order.
-
-    Args:
-        sources: For each image what `read_image` takes, or an array `[C, H, W]`.
-        options: What to make of them.
-        crop_seeds: One per image, for random crops.
+    """Decode images (for `read_image` or `read_array`) in threads: Pillow releases the interpreter's lock.
 
     Returns:
         uint8 `[C, H, W]` for each image, or the error: every unreadable image has to be named, not only the first.
@@ -336,24 +289,28 @@ def decode_all(
     return [parts[i % threads][i // threads] for i in range(len(sources))]
 
 
-def refuse_bad(bad: list[tuple[str, ValueError]], total: int, options: DecodeOptions) -> None:
-    """Raise if there are unreadable images and they are not to be skipped.
-
-    Args:
-        bad: What each of them is called, and the reason.
-        total: How many were read.
-        options: Every bad image is named, in the error or (where they are many) in a warning each.
+def refuse_bad(bad: Mapping[str, ValueError], total: int, options: DecodeOptions, what: str = "images") -> None:
+    """Raise if some of `total` images are unreadable and not to be skipped; `bad` says why, by what they are called.
 
     Raises:
-        UserError: There are bad images.
+        UserError: Names every bad image; where they are many, in a warning each.
     """
     if not bad or options.on_bad_image == "skip":
         return
-    for where, error in bad[_MOST_NAMED:]:
-        options.report(f"cannot read {where}: {error}")
-    sentence = "; ".join(f"{where} ({error})" for where, error in bad[:_MOST_NAMED])
+    named = [f"{where} ({error})" for where, error in bad.items()]
+    for one in named[_MOST_NAMED:]:
+        options.report(f"cannot read {one}")
     more = f"; and {len(bad) - _MOST_NAMED} more, named above" if len(bad) > _MOST_NAMED else ""
     raise UserError(
-        f"cannot read {len(bad)} of {total} images: {sentence}{more}; fix or remove them, or leave them out with "
-        "--on_bad_image skip"
+        f"cannot read {len(bad)} of {total} {what}: {'; '.join(named[:_MOST_NAMED])}{more}; fix or remove them, or "
+        "leave them out with --on_bad_image skip"
     )
+
+
+def leave_out_bad(bad: Mapping[str, ValueError], total: int, options: DecodeOptions, what: str = "images") -> None:
+    """Report unreadable images as left out, or raise as `refuse_bad`, or because none can be read."""
+    refuse_bad(bad, total, options, what)
+    for where, error in bad.items():
+        options.report(f"left out {where}: {error}")
+    if bad and len(bad) == total:
+        raise UserError(f"none of the {total} {what} can be read; the first: {next(iter(bad.values()))}")

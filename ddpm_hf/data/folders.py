@@ -19,7 +19,7 @@ from torch.utils.data import ConcatDataset
 
 from ..utils.errors import UserError
 from .class_labels import number_labels
-from .decoding import DecodeOptions
+from .decoding import DecodeOptions, leave_out_bad
 from .tensors import Source
 
 ARRAY_SUFFIXES = (".npy", ".npz")
@@ -109,7 +109,7 @@ def image_suffixes() -> set[str]:
 
 
 def open_folder(folder: Path, options: DecodeOptions) -> Source | None:
-    """Open a folder or an array file; return `None` for what `datasets` reads: parquet files, `save_to_disk`'s folders.
+    """Open a folder or an array file; return `None` for what `datasets` reads: parquet, and what `save_to_disk` wrote.
 
     Raises:
         UserError: There is no such folder, no images are in it or several kinds of files, it is of a kind that is not
@@ -133,9 +133,7 @@ def open_folder(folder: Path, options: DecodeOptions) -> Source | None:
     kinds = _by_kind(sorted([*listing.files, *_dangling_images(folder, listing.dangling, options)]))
     others = kinds.pop("others")
     if len(examples := [str(paths[0].relative_to(folder)) for paths in kinds.values() if paths]) > 1:
-        raise UserError(
-            f"{shown} holds images in several kinds of files ({', '.join(examples)}); keep one kind in the folder"
-        )
+        raise UserError(f"{shown} holds several kinds of files ({', '.join(examples)}); keep one kind in the folder")
     if not examples:
         archive = next((path.name for path in others if path.suffix.lower() in _ARCHIVES), None)
         what = f"holds the archive {archive}: unpack it first" if archive else "should hold files such as .png or .jpg"
@@ -148,10 +146,8 @@ def open_folder(folder: Path, options: DecodeOptions) -> Source | None:
     first = sorted({path.relative_to(folder).parts[0] for path in files if path.parent != folder})
     if labels is None and len(first) > 1 and {part.lower() for part in first} <= _SPLIT_NAMES:
         example = min(first, key=lambda part: "train" not in part.lower())
-        raise UserError(
-            f"the folders {', '.join(first)} in {shown} look like splits, not classes; name the one to use, for "
-            f"example {str(folder / example)!r}"
-        )
+        named = f"the folders {', '.join(first)} in {shown}"
+        raise UserError(f"{named} look like splits, not classes; name one, for example {str(folder / example)!r}")
     if kinds["images"]:
         source = Source(name, len(files), lambda rows: [files[row] for row in rows], lambda row: str(files[row]))
         paths = files
@@ -169,14 +165,12 @@ def open_folder(folder: Path, options: DecodeOptions) -> Source | None:
 
 
 def _dangling_images(folder: Path, dangling: list[Path], options: DecodeOptions) -> list[Path]:
-    """Return the links to nothing that would be images, to be left out when they are read; raise unless that is asked."""
+    """Return the links to nothing that would be images: with `skip` they are left out when they are read."""
     if dangling and options.on_bad_image == "error":
         named = ", ".join(f"{path.relative_to(folder)} -> {path.readlink()}" for path in dangling[:20])
         more = f" and {len(dangling) - 20} more" if len(dangling) > 20 else ""
-        raise UserError(
-            f"{len(dangling)} link(s) in {str(folder)!r} lead to nothing: {named}{more}; fix or remove them, or leave "
-            "them out with --on_bad_image skip"
-        )
+        what = f"{len(dangling)} link(s) in {str(folder)!r} lead to nothing: {named}{more}"
+        raise UserError(f"{what}; fix or remove them, or leave them out with --on_bad_image skip")
     images = [path for path in dangling if path.suffix.lower() in {*image_suffixes(), *ARRAY_SUFFIXES}]
     for path in dangling:
         if path not in images:
@@ -209,11 +203,10 @@ def _by_kind(paths: list[Path]) -> dict[str, list[Path]]:
 def _report_left_out(folder: Path, others: list[Path], listing: Listing, options: DecodeOptions) -> None:
     """Report what in a folder is not read, and why."""
     shown, suffixes = repr(str(folder)), image_suffixes()
-    if tables := [path for path in others if path.name in METADATA]:
-        options.report(
-            f"{few(tables, folder)} in {shown} is not read; --dataset_name {shown} takes images and columns from it"
-        )
-    others = [path for path in others if path not in tables]
+    tables = [path for path in others if path.name in METADATA]
+    others = [path for path in others if path.name not in METADATA]
+    if tables:
+        options.report(f"{few(tables, folder)} in {shown} is not read; --dataset_name {shown} takes columns from it")
     hidden = [p for p in listing.hidden if p.suffix.lower() in suffixes and not p.name.startswith("._")]
     for paths, before, after in (
         (others, "file(s)", "are not images by their ending, and were left out"),
@@ -234,10 +227,8 @@ def first_folders(folder: Path, paths: list[Path], options: DecodeOptions) -> li
     if not outside:
         return [its_parts[0] for its_parts in parts]
     if len({its_parts[0] for its_parts in parts if len(its_parts) > 1}) > 1:
-        options.report(
-            f"{len(outside)} of {len(paths)} images in {str(folder)!r} are in no folder ({few(outside, folder)}), so "
-            "none of them has a class here"
-        )
+        where = f"{len(outside)} of {len(paths)} images in {str(folder)!r} are in no folder ({few(outside, folder)})"
+        options.report(f"{where}, so none of them has a class here")
     return None
 
 
@@ -245,8 +236,7 @@ def read_label_file(folder: Path) -> dict[str, int | str] | None:
     """Read `dataset.json` as StyleGAN and EDM have it: `{"labels": [["00000/img00000000.png", 6], ...]}`.
 
     Returns:
-        Labels by the images' paths in the folder; empty where `labels` is null; `None` where there is no such file, or
-        one of another kind.
+        Labels by the images' paths in the folder, empty where it has none; `None` for no file, or one of another kind.
 
     Raises:
         UserError: It cannot be read, or has labels that are not whole numbers or strings, or two for one image.
@@ -300,9 +290,8 @@ def _label_by_file(
     if len(set(names)) < len(names):
         raise UserError(f"{where} has one label per file, and some files of arrays hold several images")
     if bare := [path for path, name in zip(paths, names, strict=True) if name not in labels]:
-        options.report(
-            f"{len(bare)} of {len(paths)} images have no label in {where} ({few(bare, folder)}), so none has one here"
-        )
+        what = f"{len(bare)} of {len(paths)} images have no label in {where} ({few(bare, folder)})"
+        options.report(f"{what}, so none has one here")
     else:
         source.labels, source.class_names = number_labels([labels[name] for name in names], where)
 
@@ -315,19 +304,15 @@ def _open_arrays(
 ) -> tuple[Source, list[Path]]:
     """Return the images of array files, one file after the other, and the file of each image."""
     opened: list[tuple[Path, np.ndarray, np.ndarray | None]] = []
-    bad: dict[Path, ValueError] = {}
+    bad: dict[str, ValueError] = {}
     for path in paths:
         try:
             opened.append((path, *open_arrays(path, options, stack_only)))
         except ValueError as error:
-            bad[path] = error
-    if bad and (options.on_bad_image == "error" or not opened):
-        reasons = "; ".join(f"{path} ({reason})" for path, reason in bad.items())
-        raise UserError(f"cannot read {len(bad)} of {len(paths)} array files: {reasons}")
-    for path, reason in bad.items():
-        options.report(f"left out {path}: {reason}")
+            bad[str(path)] = error
+    leave_out_bad(bad, len(paths), options, "array files")
     stacks: Any = [stack for _, stack, _ in opened]
-    images = ConcatDataset(stacks)
+    images: ConcatDataset[np.ndarray] = ConcatDataset(stacks)
 
     def where(row: int) -> str:
         file = bisect_right(images.cumulative_sizes, row)
@@ -349,11 +334,8 @@ def open_arrays(path: Path, options: DecodeOptions, stack_only: bool = False) ->
 
     One image (`HW`, `HWC`, `CHW`) is a stack of one. A `.npy` file is mapped into memory, not read. Pickles never are.
 
-    Args:
-        path: The file. In a `.npz` file the images are called `images` or `arr_0`, or are all there is; labels are
-            called `labels` or `arr_1`.
-        options: Its `channels` and `array_layout` tell the axes apart.
-        stack_only: Refuse a two-dimensional array, which in a file of many images can only be flattened ones.
+    In a `.npz` file the images are called `images` or `arr_0`, or are all there is; labels `labels` or `arr_1`. With
+    `stack_only` two-dimensional arrays are refused, which in a file of many images can only be flattened ones.
 
     Raises:
         UserError: It cannot be read, or its shape or type has no meaning here; the reason, without the file's name.

@@ -26,8 +26,6 @@ class StreamedImages(DecodedOnDemand):
     row, so it sees the same images after a restart. Resuming at a later step reads past the images before it in their
     epoch without decoding them; the first epoch is read, too, if its length is not known yet.
 
-    An unreadable image raises, or (`on_bad_image="skip"`) is reported and replaced by the next readable one.
-
     Args:
         name, split, table, options: The dataset, as for `open_rows`.
         held_out_share: Share (0..1) of the images that is held out: a hash of their bytes decides which.
@@ -115,7 +113,7 @@ class StreamedImages(DecodedOnDemand):
             pixels = decode_all([bytes_or_path(row[self._image])], self._options)[0]
             if isinstance(pixels, ValueError):
                 where = f"image {number} of the stream {self.name}"
-                refuse_bad([(where, pixels)], number + 1, self._options)
+                refuse_bad({where: pixels}, number + 1, self._options)
                 self._options.report(f"skipped {where}: {pixels}")
             else:
                 images.append(pixels)
@@ -167,8 +165,8 @@ class StreamedImages(DecodedOnDemand):
     def _epochs(self, seed: int, epoch: int) -> Iterator[dict[str, Any]]:
         """Give the rows of all epochs from one on: the files in random order, their images mixed in a buffer.
 
-        Not by the stream's own `shuffle`, whose order is that of one version of `datasets`, and which in 5.2 waits for five
-        seconds at the end of every epoch over several files.
+        Not by the stream's own `shuffle`, whose order is that of one version of `datasets`, and which in 5.2 waits for
+        five seconds at the end of every epoch over several files.
         """
         num_files = self._stream.num_shards
         while True:

@@ -20,18 +20,12 @@ _LABEL_COLUMNS = ("label", "labels", "class", "category")
 
 @dataclass(frozen=True)
 class TableOptions:
-    """What of a dataset is read.
+    """What of a dataset is read."""
 
-    Attributes:
-        config_name, cache_dir: As in `datasets.load_dataset`.
-        image_column: The first one of images if `None`.
-        label_column: The first one of classes, or one that is called `label` or the like, if `None`.
-    """
-
-    config_name: str | None = None
+    config_name: str | None = None  # as in `datasets.load_dataset`
     cache_dir: str | None = None
-    image_column: str | None = None
-    label_column: str | None = None
+    image_column: str | None = None  # the first one of images if `None`
+    label_column: str | None = None  # the first one of classes, or one that is called `label` or the like, if `None`
 
 
 def open_rows(name: str, split: str, table: TableOptions, options: DecodeOptions) -> Source:
@@ -181,7 +175,9 @@ def choose_columns(name: str, features: Any, table: TableOptions, options: Decod
         if wanted is None and len(known) > 1:
             options.report(f"{name!r} has the {flag} columns {', '.join(known)}; took {known[0]} (--{flag}_column)")
         chosen.append(wanted or (known[0] if known else None))
-    return chosen[0], chosen[1]
+    image, label = chosen
+    assert image is not None
+    return image, label
 
 
 def bytes_or_path(value: dict[str, Any] | None) -> bytes | Path | str:

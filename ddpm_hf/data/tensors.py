@@ -38,19 +38,12 @@ def crop_seeds(seed: int, positions: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ImageDataset:
-    """Images in memory.
+    """Images in memory."""
 
-    Attributes:
-        images: `[N, C, H, W]` uint8.
-        labels: `[N]` int64 class indices, or `None`.
-        name: For reports and cards.
-        class_names: One for each class index, or `None` if there are no labels or no names.
-    """
-
-    images: Tensor
-    labels: Tensor | None
-    name: str
-    class_names: list[str] | None = None
+    images: Tensor  # [N, C, H, W] uint8
+    labels: Tensor | None  # [N] int64 class indices
+    name: str  # for reports and cards
+    class_names: list[str] | None = None  # one for each class index, or `None` if there are no labels or no names
 
     def __len__(self) -> int:
         return len(self.images)
@@ -61,12 +54,7 @@ class ImageDataset:
         return tuple(self.images.shape[1:])
 
     def batch(self, indices: Tensor, crop_seeds: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Return the images `[n, C, H, W]` at `indices` and their labels `[n]`.
-
-        Args:
-            indices: `[n]` int64, in any order, also repeated.
-            crop_seeds: Without effect: these images are cropped already.
-        """
+        """Return the images `[n, C, H, W]` at `indices` (`[n]`) and their labels `[n]`; they are cropped already."""
         indices = to_device(indices, self.images.device)
         return self.images[indices], None if self.labels is None else self.labels[indices]
 
@@ -87,30 +75,21 @@ class ImageDataset:
 
 @dataclass
 class Source:
-    """Images that are not decoded yet, as a folder or a table has them.
-
-    Attributes:
-        name: The dataset's.
-        count: How many images there are.
-        fetch: Gives what `decode_all` takes, for each of some rows.
-        where: What to call the image of a row in a message.
-        labels: `[N]` int64, or `None`.
-        class_names: One for each class index, or `None`.
-    """
+    """Images that are not decoded yet, as a folder or a table has them."""
 
     name: str
     count: int
-    fetch: Callable[[list[int]], list[Any]]
-    where: Callable[[int], str]
-    labels: Tensor | None = None
+    fetch: Callable[[list[int]], list[Any]]  # what `decode_all` takes, for each of some rows
+    where: Callable[[int], str]  # what to call the image of a row in a message
+    labels: Tensor | None = None  # [N] int64
     class_names: list[str] | None = None
 
 
 class DecodedOnDemand:
-    """What `LazyImageDataset` and `StreamedImages` share: an unreadable image raises or gives way to the next.
+    """Images that are decoded when a batch of them is asked for.
 
-    Attributes:
-        name, class_names, image_shape: As in [`ImageDataset`].
+    An image that turns out to be unreadable raises, or (`on_bad_image="skip"`) is reported once and replaced by the
+    next readable one, so that a batch depends on nothing but its positions.
     """
 
     most_replacements: int  # so many unreadable images in a row, and it gives up
@@ -123,21 +102,15 @@ class DecodedOnDemand:
         self._reported: set[str] = set()
 
     def _fetch(self, positions: list[int]) -> list[Any]:
-        """Return what `decode_all` takes, for each position."""
         raise NotImplementedError
 
     def _where(self, position: int) -> str:
-        """Return what to call an image in a message."""
         raise NotImplementedError
 
     def _decode(self, positions: list[int], crop_seeds: Sequence[int] | None) -> tuple[Tensor, list[int]]:
-        """Return images `[n, C, H, W]`, and the positions that they come from in the end.
-
-        Raises:
-            UserError: Images that cannot be read, each of them named, or too many of them in a row to be skipped.
-        """
+        """Return images `[n, C, H, W]`, and the positions that they come from in the end."""
         decoded = decode_all(self._fetch(positions), self._options, crop_seeds)
-        bad = [(self._where(p), x) for p, x in zip(positions, decoded, strict=True) if isinstance(x, ValueError)]
+        bad = {self._where(p): x for p, x in zip(positions, decoded, strict=True) if isinstance(x, ValueError)}
         refuse_bad(bad, len(positions), self._options)
         used, images = [], np.empty((len(positions), *self.image_shape), dtype=np.uint8)
         for i, (position, pixels) in enumerate(zip(positions, decoded, strict=True)):
@@ -158,15 +131,7 @@ class DecodedOnDemand:
 
 
 class LazyImageDataset(DecodedOnDemand):
-    """Images that are decoded when a batch of them is asked for; made by `load_images`.
-
-    An image that turns out to be unreadable raises, or (`on_bad_image="skip"`) is reported once and replaced by the
-    next readable one, so that a batch depends on nothing but its indices.
-
-    Attributes:
-        labels: `[N]` int64 class indices, or `None`.
-        name, class_names, image_shape: As in [`ImageDataset`].
-    """
+    """Images that do not fit into memory, or are cropped anew each time; made by `load_images`."""
 
     def __init__(self, source: Source, rows: Tensor, options: DecodeOptions):
         super().__init__(source.name, source.class_names, options)
@@ -186,12 +151,9 @@ class LazyImageDataset(DecodedOnDemand):
         return int(self._rows[position % len(self)])
 
     def batch(self, indices: Tensor, crop_seeds: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Decode the images `[n, C, H, W]` at `indices`, and return them with their labels `[n]`.
+        """Decode the images `[n, C, H, W]` at `indices` (`[n]`), and return them with their labels `[n]`.
 
-        Args:
-            indices: `[n]` int64, in any order, also repeated.
-            crop_seeds: `[n]` int64, where to crop each image (see `crop_seeds`) if the dataset crops at random; from
-                the centre if `None`.
+        Where to crop at random, `crop_seeds` says (`[n]` int64, see the function of that name); the centre for `None`.
 
         Raises:
             UserError: Images that cannot be read, each of them named.

@@ -307,7 +307,7 @@ def test_columns_beside_images_are_pointed_to(folder):
     assert table.class_names == ["x"]
     assert said.pop() == f"2 of 3 images in {str(folder)!r} are not in metadata.csv: left out"
     assert said == [
-        f"metadata.csv in {str(folder)!r} is not read; --dataset_name {str(folder)!r} takes images and columns from it"
+        f"metadata.csv in {str(folder)!r} is not read; --dataset_name {str(folder)!r} takes columns from it"
     ]
 
 
@@ -838,7 +838,7 @@ def test_what_is_held_out_of_a_stream_is_never_streamed(shards):
     for empty in (nothing, stream(shards, validation_split=1e-9, split="validation")):
         with pytest.raises(ValueError, match="no images in this split"):
             empty.batch_at(0, range(4), 4, 0)
-    with pytest.raises(ValueError, match="cannot load the dataset .* Bad split: validation"):
+    with pytest.raises(ValueError, match=r"cannot load the dataset .* Bad split: validation"):
         stream(shards, split="validation")  # the dataset's own, where nothing is held out of `train`
 
 
