@@ -84,10 +84,8 @@ def load_images(
     """
     given = [name for name in (dataset, dataset_name, train_data_dir) if name is not None]
     if len(given) != 1:
-        raise UserError(
-            "give the images as exactly one of --dataset (built in: digits), --dataset_name (Hub id or local path) "
-            f"and --train_data_dir (a folder), got {len(given)}"
-        )
+        names = "--dataset (built in: digits), --dataset_name (Hub id or local path) and --train_data_dir (a folder)"
+        raise UserError(f"give the images as exactly one of {names}, got {len(given)}")
     if not 0 <= validation_split < 1:
         raise UserError(f"validation_split must be at least 0 and less than 1, got {validation_split}")
     of_tables = {field.name for field in dataclasses.fields(TableOptions)} & set(options)
@@ -113,10 +111,7 @@ def load_images(
         raise UserError(f"split must be train or validation, got {split!r}{nearest(split, ('train', 'validation'))}")
     found = None if train_data_dir is None else open_folder(Path(train_data_dir), decode)
     if found is not None and streaming:
-        raise UserError(
-            "streaming is for --dataset_name and for parquet files; image files and arrays in a folder are read as "
-            "needed where they do not fit into memory"
-        )
+        raise UserError("streaming is for --dataset_name and for parquet files; others are read as needed without it")
     share, held_out = (0.0, False) if own else (validation_split, split == "validation")
     if streaming:
         return StreamedImages(given[0], split if own else "train", table, decode, share, held_out)
@@ -175,17 +170,12 @@ def _load(source: Source, rows: Tensor, options: DecodeOptions) -> ImageDataset 
                 height, width = pixels.shape[1:]
                 if len(good) == 1:
                     if len(rows) * pixels.nbytes > limit:
-                        raise UserError(
-                            f"the images of {source.name} do not fit into {limit:,} bytes, and only those of a known "
-                            f"size are decoded as needed; choose one size with --resolution (here {height}x{width})"
-                        )
+                        what = f"the images of {source.name} do not fit into {limit:,} bytes"
+                        raise UserError(f"{what}; choose one size with --resolution (they have {height}x{width})")
                     images = np.empty((len(rows), *pixels.shape), dtype=np.uint8)
                 elif pixels.shape != images.shape[1:]:
-                    first = "x".join(map(str, images.shape[2:]))
-                    raise UserError(
-                        f"the images have different sizes ({first}, and {height}x{width} in {source.where(row)}); "
-                        "choose one with --resolution"
-                    )
+                    sizes = "{}x{}, and {}x{} in {}".format(*images.shape[2:], height, width, source.where(row))
+                    raise UserError(f"the images have different sizes ({sizes}); choose one with --resolution")
                 images[len(good) - 1] = pixels
             bar.update(len(chunk))
     leave_out_bad(bad, len(rows), options)

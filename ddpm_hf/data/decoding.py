@@ -58,14 +58,11 @@ class DecodeOptions:
         for name, least in (("channels", 1), ("memory_limit_bytes", 0), ("num_workers", 0), ("shuffle_buffer", 1)):
             if getattr(self, name) < least:
                 raise UserError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        for name, known in (
-            ("array_layout", (None, "HWC", "CHW")),
-            ("crop", ("center", "random")),
-            ("on_bad_image", ("error", "skip")),
-        ):
-            if (value := getattr(self, name)) not in known:
-                words = ", ".join(word for word in known if word)
-                raise UserError(f"{name} must be one of {words}, got {value!r}{nearest(value, known)}")
+        choices = {"crop": ("center", "random"), "on_bad_image": ("error", "skip"), "array_layout": ("HWC", "CHW")}
+        for name, known in choices.items():
+            value = getattr(self, name)
+            if value not in known and (name, value) != ("array_layout", None):
+                raise UserError(f"{name} must be one of {', '.join(known)}, got {value!r}{nearest(value, known)}")
         if self.resolution is not None and (len(self.resolution) != 2 or min(self.resolution) < 1):
             raise UserError(f"resolution must be (height, width), both positive, got {self.resolution}")
         try:
@@ -79,20 +76,25 @@ class DecodeOptions:
             raise UserError(f"value_range must be two numbers, the lower one first, such as 0 1, got {low} {high}")
 
 
-# ---------------------------------------------------------------------- image files
+# A file, its bytes, its URL, or what `datasets` has for an image that it has not decoded: {"bytes", "path"} or None.
+Encoded = Path | bytes | str | dict[str, Any] | None
 
 
-def read_bytes(source: Path | bytes | str) -> bytes:
-    """Read an image file, given as such, by its URL (also as `datasets` has them: `zip://a.png::b.zip`), or as bytes.
+def read_bytes(source: Encoded) -> bytes:
+    """Read an image file; URLs may also be those that `datasets` makes, such as `zip://a.png::b.zip`.
 
     Raises:
         ConnectionError: The server of a URL cannot be reached.
         Exception: It cannot be read: OSError, or whatever else `fsspec` raises, which knows many kinds of URLs.
     """
+    if isinstance(source, dict):
+        return read_bytes(source["path"] if source["bytes"] is None else source["bytes"])
+    if source is None:
+        return b""  # a missing image: read_image says that it is empty
     if isinstance(source, bytes):
         return source
-    if isinstance(source, Path):
-        return source.read_bytes()
+    if isinstance(source, Path) or "://" not in source:
+        return Path(source).read_bytes()
     if source.lower().startswith(("http://", "https://")):
         return _download(source)
     from datasets.utils.file_utils import xopen
@@ -124,10 +126,8 @@ def _download(url: str) -> bytes:
         raise ConnectionError(f"cannot read {url}: {reason}") from error
 
 
-def read_image(
-    source: Path | bytes | str | Image.Image, options: DecodeOptions, crop_seed: int | None = None
-) -> np.ndarray:
-    """Decode one image file, its bytes, its URL or an open image as uint8 `[C, H, W]`; for `crop_seed` see `crop_box`.
+def read_image(source: Encoded | Image.Image, options: DecodeOptions, crop_seed: int | None = None) -> np.ndarray:
+    """Decode an image file (see `read_bytes`) or an open image as uint8 `[C, H, W]`; for `crop_seed` see `crop_box`.
 
     Raises:
         UserError: It cannot be read, or not be made into that; the reason, without the file's name.
@@ -221,9 +221,6 @@ def _crop_and_resize(image: Image.Image, resolution: tuple[int, int] | None, cro
     return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.LANCZOS)
 
 
-# ---------------------------------------------------------------------- arrays
-
-
 def scale_to_uint8(values: np.ndarray, value_range: tuple[float, float]) -> np.ndarray:
     """Scale values of a stated range to uint8: its lower end becomes 0, its upper end 255, rounded in between.
 
@@ -259,9 +256,6 @@ def read_array(array: np.ndarray, options: DecodeOptions, crop_seed: int | None 
     if resolution is None or pixels.shape[1:] == resolution:
         return pixels
     return np.stack([np.asarray(_crop_and_resize(Image.fromarray(x), resolution, crop_seed)) for x in pixels])
-
-
-# ---------------------------------------------------------------------- many images
 
 
 def decode_all(

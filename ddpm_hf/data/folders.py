@@ -33,9 +33,6 @@ _SPLIT_NAMES = {"train", "training", "test", "testing", "val", "valid", "validat
 _IMAGE_KEYS, _LABEL_KEYS = ("images", "arr_0"), ("labels", "arr_1")
 
 
-# ---------------------------------------------------------------------- what is in a folder
-
-
 @dataclass
 class Listing:
     """The entries of a folder and its subfolders."""
@@ -54,14 +51,13 @@ def list_folder(folder: Path) -> Listing:
     Raises:
         UserError: A folder cannot be listed.
     """
-    found = Listing()
-    _list_into(found, folder, [folder.resolve()])
+    _list_into(found := Listing(), folder, [folder.resolve()])
     found.files.sort()
     return found
 
 
 def _list_into(found: Listing, folder: Path, above: list[Path]) -> None:
-    """List one folder, which is the last of `above`, the folders that it is in, none of them a link."""
+    """List one folder; `above` are the real paths of the folders that it is in and of itself."""
     try:
         with os.scandir(folder) as entries:
             listed = sorted(entries, key=lambda entry: entry.name)
@@ -103,9 +99,6 @@ def image_suffixes() -> set[str]:
     """Return the endings of the files that Pillow opens."""
     Image.init()
     return {suffix for suffix, kind in Image.EXTENSION.items() if kind in Image.OPEN}
-
-
-# ---------------------------------------------------------------------- opening it
 
 
 def open_folder(folder: Path, options: DecodeOptions) -> Source | None:
@@ -217,9 +210,6 @@ def _report_left_out(folder: Path, others: list[Path], listing: Listing, options
             options.report(f"{len(paths)} {before} in {shown} {after}: {few(paths, folder)}")
 
 
-# ---------------------------------------------------------------------- labels
-
-
 def first_folders(folder: Path, paths: list[Path], options: DecodeOptions) -> list[str] | None:
     """Return the first-level folder of each image; `None` if an image is in none, with a warning if others are."""
     parts = [path.relative_to(folder).parts for path in paths]
@@ -294,9 +284,6 @@ def _label_by_file(
         options.report(f"{what}, so none has one here")
     else:
         source.labels, source.class_names = number_labels([labels[name] for name in names], where)
-
-
-# ---------------------------------------------------------------------- array files
 
 
 def _open_arrays(
@@ -387,17 +374,12 @@ def _as_nchw(images: np.ndarray, options: DecodeOptions, stack_only: bool) -> np
             return images[:, None]  # N, H, W
         if first and last:
             if options.array_layout is None:
-                raise UserError(
-                    f"its shape {shape} has {channels} at either place for channels; say which it is with "
-                    "--array_layout CHW or HWC"
-                )
+                both = f"its shape {shape} has {channels} at either place for channels"
+                raise UserError(f"{both}; say which it is with --array_layout CHW or HWC")
             first = options.array_layout == "CHW"
         if first or last:
             stack = images if images.ndim == 4 else images[None]
             return stack if first else stack.transpose(0, 3, 1, 2)
-    raise UserError(
-        f"its shape {shape} does not fit in_channels={channels}; what does: [N, H, W, {channels}], "
-        f"[N, {channels}, H, W]"
-        + (", [N, H, W]" if channels == 1 else "")
-        + ("" if stack_only else ", or the same without N for one image")
-    )
+    fits = f"[N, H, W, {channels}], [N, {channels}, H, W]" + (", [N, H, W]" if channels == 1 else "")
+    one = "" if stack_only else ", or the same without N for one image"
+    raise UserError(f"its shape {shape} does not fit in_channels={channels}; what does: {fits}{one}")

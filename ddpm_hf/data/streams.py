@@ -14,7 +14,7 @@ from torch import Tensor
 from ..utils.errors import UserError
 from ..utils.randomness import derived_generator
 from .decoding import DecodeOptions, decode_all, read_bytes, refuse_bad
-from .tables import TableOptions, bytes_or_path, choose_columns, open_table
+from .tables import TableOptions, choose_columns, open_table
 from .tensors import DecodedOnDemand, ImageDataset, crop_seeds
 
 
@@ -110,7 +110,7 @@ class StreamedImages(DecodedOnDemand):
         for number, row in enumerate(self._of_this_split(self._stream)):
             if len(images) == n:
                 break
-            pixels = decode_all([bytes_or_path(row[self._image])], self._options)[0]
+            pixels = decode_all([row[self._image]], self._options)[0]
             if isinstance(pixels, ValueError):
                 where = f"image {number} of the stream {self.name}"
                 refuse_bad({where: pixels}, number + 1, self._options)
@@ -124,7 +124,7 @@ class StreamedImages(DecodedOnDemand):
     def _fetch(self, positions: list[int]) -> list[Any]:
         while self._position + len(self._ahead) <= max(positions):  # beyond the update's, where those are replaced
             self._ahead.append(next(self._iterator))
-        return [bytes_or_path(self._ahead[position - self._position][self._image]) for position in positions]
+        return [self._ahead[position - self._position][self._image] for position in positions]
 
     def _where(self, position: int) -> str:
         return f"image {position} of the shuffled stream {self.name}"
@@ -194,7 +194,7 @@ class StreamedImages(DecodedOnDemand):
         for row in stream:
             if self._held_out_share or self._held_out:
                 try:
-                    content = read_bytes(bytes_or_path(row[self._image]))
+                    content = read_bytes(row[self._image])
                     row = {**row, self._image: {"bytes": content, "path": None}}  # not to be fetched twice
                 except (MemoryError, ConnectionError):
                     raise

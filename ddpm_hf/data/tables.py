@@ -45,12 +45,7 @@ def open_rows(name: str, split: str, table: TableOptions, options: DecodeOptions
         _report_image_folder(Path(name), len(data), label is not None, options)
     # Bytes instead of decoded images: what datasets would decode has lost 16-bit values and alpha by then.
     encoded = data.select_columns([image]).cast_column(image, datasets.Image(decode=False))
-    source = Source(
-        name,
-        len(data),
-        lambda rows: [bytes_or_path(value) for value in encoded[rows][image]],
-        lambda row: f"image {row} of {name}",
-    )
+    source = Source(name, len(data), lambda rows: encoded[rows][image], lambda row: f"image {row} of {name}")
     if label is None:
         return source
     labels, feature = data.select_columns([label])[:][label], data.features[label]
@@ -80,12 +75,8 @@ def open_table(name: str, split: str, table: TableOptions, streaming: bool = Fal
             saved = datasets.load_from_disk(name)
             splits = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
             if split not in splits:
-                example = (
-                    ""
-                    if list(splits) == ["train"]
-                    else f"; name the folder of one, such as {str(path / next(iter(splits)))!r}"
-                )
-                raise UserError(f"unknown split {split!r} of {name!r}; it has {', '.join(splits)}{example}")
+                hint = f"; name the folder of one, such as {str(path / min(saved))!r}" if splits is saved else ""
+                raise UserError(f"unknown split {split!r} of {name!r}; it has {', '.join(splits)}{hint}")
             data = splits[split]
             shards = max(1, min(len(data), len(data.cache_files)))
             return data.to_iterable_dataset(num_shards=shards) if streaming else data
@@ -178,14 +169,3 @@ def choose_columns(name: str, features: Any, table: TableOptions, options: Decod
     image, label = chosen
     assert image is not None
     return image, label
-
-
-def bytes_or_path(value: dict[str, Any] | None) -> bytes | Path | str:
-    """Return an image that `datasets` has not decoded, for `read_image`: its bytes, its file, or its URL."""
-    if value is None or (value["bytes"] is None and value["path"] is None):
-        return b""  # a missing image: read_image says that it is empty
-    if value["bytes"] is not None:
-        return value["bytes"]
-    path = value["path"]
-    # Streams name files where they are (hf://..., zip://...::...); a Path would make one slash of two.
-    return path if "://" in path else Path(path)

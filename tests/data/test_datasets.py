@@ -803,7 +803,7 @@ def test_a_stream_gives_every_image_once_an_epoch_in_a_new_order(shards):
     assert run(stream(shards), range(6), seed=1) != run(stream(shards), range(6))
 
 
-def test_a_stream_goes_on_where_it_was_without_decoding(shards, monkeypatch):
+def test_a_stream_resumes_without_decoding_what_it_skips(shards, monkeypatch):
     whole = run(stream(shards), range(20))
     decoded = []
     original = ddpm_hf.data.decoding.read_image
