@@ -181,9 +181,9 @@ class Classes:
         elif all(class_number(name) is not None for name in names):
             found = [int(name) for name in names]
         elif len(names) < len(own):
+            network = f"the network has the classes {self.known()} without names"
             raise UserError(
-                f"the network has the classes {self.known()} without names, and the images have {len(names)}: "
-                f"{', '.join(names)}; name the images' classes by its numbers"
+                f"{network}, and the images have {len(names)}: {', '.join(names)}; call these by its numbers"
             )
         else:
             found = list(range(len(names)))

@@ -155,10 +155,8 @@ def read_image(source: Encoded | Image.Image, options: DecodeOptions, crop_seed:
 def _to_pixels(image: Image.Image, options: DecodeOptions, crop_seed: int | None) -> np.ndarray:
     """Convert an open image to uint8 `[C, H, W]`."""
     if options.channels not in (1, 3):
-        raise UserError(
-            f"image files have 1 or 3 channels, and the network has in_channels={options.channels}; give the images "
-            "as .npy arrays"
-        )
+        network = f"the network has in_channels={options.channels}"
+        raise UserError(f"image files have 1 or 3 channels, and {network}; give the images as .npy arrays")
     image = ImageOps.exif_transpose(image)
     transparent = image.info.get("transparency")
     if image.mode == "F":
@@ -248,14 +246,13 @@ def read_array(array: np.ndarray, options: DecodeOptions, crop_seed: int | None 
     elif array.dtype == np.bool_:
         pixels = array.astype(np.uint8) * 255
     else:
+        example = "for example --value_range 0 1, --value_range -1 1 or --value_range 0 255"
         raise UserError(
-            f"{array.dtype} values have no range of their own; state what becomes black and white, for example "
-            "--value_range 0 1, --value_range -1 1 or --value_range 0 255"
+            f"{array.dtype} values have no range of their own; state what becomes black and white, {example}"
         )
-    resolution = options.resolution
-    if resolution is None or pixels.shape[1:] == resolution:
+    if options.resolution is None or pixels.shape[1:] == options.resolution:
         return pixels
-    return np.stack([np.asarray(_crop_and_resize(Image.fromarray(x), resolution, crop_seed)) for x in pixels])
+    return np.stack([np.asarray(_crop_and_resize(Image.fromarray(x), options.resolution, crop_seed)) for x in pixels])
 
 
 def decode_all(
@@ -295,10 +292,9 @@ def refuse_bad(bad: Mapping[str, ValueError], total: int, options: DecodeOptions
     for one in named[_MOST_NAMED:]:
         options.report(f"cannot read {one}")
     more = f"; and {len(bad) - _MOST_NAMED} more, named above" if len(bad) > _MOST_NAMED else ""
-    raise UserError(
-        f"cannot read {len(bad)} of {total} {what}: {'; '.join(named[:_MOST_NAMED])}{more}; fix or remove them, or "
-        "leave them out with --on_bad_image skip"
-    )
+    reasons = "; ".join(named[:_MOST_NAMED]) + more
+    advice = "fix or remove them, or leave them out with --on_bad_image skip"
+    raise UserError(f"cannot read {len(bad)} of {total} {what}: {reasons}; {advice}")
 
 
 def leave_out_bad(bad: Mapping[str, ValueError], total: int, options: DecodeOptions, what: str = "images") -> None:

@@ -57,24 +57,22 @@ class StreamedImages(DecodedOnDemand):
             stream = stream._resolve_features()
         if not stream.features:
             raise UserError(f"the dataset {name!r} has no images in split {split!r}")
-        image, label = choose_columns(name, stream.features, table, options)
-        feature = None if label is None else stream.features[label]
-        if not isinstance(feature, datasets.ClassLabel):
-            if table.label_column is not None:
-                raise UserError(
-                    f"the column {label!r} of {name!r} does not say which classes there are, and a stream cannot be "
-                    "read through beforehand; load it without --streaming, or give the column the type ClassLabel"
-                )
-            label, feature = None, None
-        super().__init__(name, None if feature is None else list(feature.names), options)
-        stream = stream.select_columns([image] if label is None else [image, label])
+        image, label, class_names = choose_columns(name, stream.features, table, options)
+        if class_names is None and table.label_column is not None:
+            raise UserError(
+                f"the column {label!r} of {name!r} does not say which classes there are, and a stream cannot be read "
+                "through beforehand; load it without --streaming, or give the column the type ClassLabel"
+            )
+        super().__init__(name, class_names, options)
+        self._image, self._label = image, None if class_names is None else label
+        self._labels_needed = table.label_column is not None
+        stream = stream.select_columns([image] if self._label is None else [image, self._label])
         self._stream = stream.cast_column(image, datasets.Image(decode=False))
-        self._image, self._label, self._labels_needed = image, label, table.label_column is not None
         self._held_out_share, self._held_out = held_out_share, held_out
         self._unlabelled_reported = False
         self.num_images: int | None = None
         # The order that is read, what is left of it, and the rows ahead, from `_position` on, that are still needed.
-        self._seed: int | None = None  # none yet
+        self._seed: int | None = None
         self._iterator: Iterator[dict[str, Any]] = iter(())
         self._ahead: deque[dict[str, Any]] = deque()
         self._position = 0

@@ -38,7 +38,7 @@ def open_rows(name: str, split: str, table: TableOptions, options: DecodeOptions
     import datasets
 
     data = open_table(name, split, table)
-    image, label = choose_columns(name, data.features, table, options)
+    image, label, class_names = choose_columns(name, data.features, table, options)
     if not len(data):
         raise UserError(f"the dataset {name!r} has no images in split {split!r}")
     if Path(name).is_dir() and not is_saved_table(Path(name)):
@@ -48,14 +48,14 @@ def open_rows(name: str, split: str, table: TableOptions, options: DecodeOptions
     source = Source(name, len(data), lambda rows: encoded[rows][image], lambda row: f"image {row} of {name}")
     if label is None:
         return source
-    labels, feature = data.select_columns([label])[:][label], data.features[label]
+    labels = data.select_columns([label])[:][label]
     unlabelled = sum(value is None or (isinstance(value, int) and value < 0) for value in labels)
     if unlabelled and table.label_column is not None:
         raise UserError(f"{unlabelled} of {len(labels)} images of {name!r} have no label in {label!r}")
     if unlabelled:
         options.report(f"{unlabelled} of {len(labels)} images of {name!r} have no label, so none of them has one here")
-    elif isinstance(feature, datasets.ClassLabel):
-        source.labels, source.class_names = torch.tensor(labels, dtype=torch.long), list(feature.names)
+    elif class_names is not None:
+        source.labels, source.class_names = torch.tensor(labels, dtype=torch.long), class_names
     else:
         source.labels, source.class_names = number_labels(labels, f"the column {label!r}")
     return source
@@ -120,8 +120,12 @@ def _report_image_folder(folder: Path, num_rows: int, labelled: bool, options: D
         first_folders(folder, images, options)
 
 
-def choose_columns(name: str, features: Any, table: TableOptions, options: DecodeOptions) -> tuple[str, str | None]:
-    """Return the image column, and the label column if there is one: those asked for, or the first that will do.
+def choose_columns(
+    name: str, features: Any, table: TableOptions, options: DecodeOptions
+) -> tuple[str, str | None, list[str] | None]:
+    """Return the image column, the label column if there is one, and its class names if it is of type `ClassLabel`.
+
+    They are those asked for, or the first that will do.
 
     Raises:
         UserError: A column that is asked for is not there or of another type, or there are no images.
@@ -141,11 +145,11 @@ def choose_columns(name: str, features: Any, table: TableOptions, options: Decod
     labels = [*classes, *of_type("int", "uint", "string", "large_string")]
     likely = classes or [key for key in _LABEL_COLUMNS if key in labels]
     if not images and table.image_column is None:
-        raise UserError(
-            f"no column of the dataset {name!r} holds images; its columns are {', '.join(features)}; one of addresses "
-            "or file names is read where --image_column names it"
+        columns = (
+            f"its columns are {', '.join(features)}; one of addresses or file names is read if --image_column is it"
         )
-    chosen = []
+        raise UserError(f"no column of the dataset {name!r} holds images; {columns}")
+    chosen: list[Any] = []
     for flag, wanted, known, possible, what in (
         (
             "image",
@@ -167,5 +171,4 @@ def choose_columns(name: str, features: Any, table: TableOptions, options: Decod
             options.report(f"{name!r} has the {flag} columns {', '.join(known)}; took {known[0]} (--{flag}_column)")
         chosen.append(wanted or (known[0] if known else None))
     image, label = chosen
-    assert image is not None
-    return image, label
+    return image, label, list(features[label].names) if label in classes else None

@@ -119,10 +119,8 @@ class DecodedOnDemand:
                     self._reported.add(where)
                     self._options.report(f"skipped {where}, the next image takes its place: {pixels}")
                 position += 1
-                if position - positions[i] >= self.most_replacements:
-                    raise UserError(
-                        f"{self.most_replacements} images of {self.name} in a row cannot be read: {pixels}"
-                    )
+                if (tried := position - positions[i]) >= self.most_replacements:
+                    raise UserError(f"{tried} images of {self.name} in a row cannot be read: {pixels}")
                 seeds = None if crop_seeds is None else crop_seeds[i : i + 1]
                 pixels = decode_all(self._fetch([position]), self._options, seeds)[0]
             images[i] = pixels

@@ -630,6 +630,23 @@ def test_what_datasets_would_leave_out_of_a_folder_is_refused(tmp_path):
         load_images(train_data_dir=str(tmp_path / "near"))
 
 
+def test_splits_of_a_dataset_of_its_own(tmp_path):
+    for split, pixels in (("train", range(20)), ("test", [30, 31]), ("validation", [40])):
+        write_parquet(tmp_path / "set", [png_bytes(value) for value in pixels], file=f"{split}.parquet")
+    where = {"dataset_name": str(tmp_path / "set"), "cache_dir": str(tmp_path / "cache"), "channels": 1}
+    assert levels(load_images(**where, split="test").images) == [30, 31]
+    assert levels(load_images(**where, split="test", validation_split=0.25).images) == [30, 31]  # all of it
+    assert levels(load_images(**where, split="validation").images) == [40]
+    held_out = levels(load_images(**where, split="validation", validation_split=0.25).images)
+    assert len(held_out) == 5
+    assert max(held_out) < 20  # of train
+    assert len(load_images(**where, validation_split=0.25)) == 15
+    streamed = load_images(**where, split="test", resolution=(8, 8), streaming=True, validation_split=0.25)
+    assert sorted(levels(streamed.batch_at(0, range(2), 2, 0)[0])) == [30, 31]
+    with pytest.raises(ValueError, match=r"(?i)cannot load the dataset .* unknown split \"dev\""):
+        load_images(**where, split="dev")
+
+
 @pytest.mark.parametrize("given", ["dataset_name", "train_data_dir"])
 def test_parquet_through_datasets_keeps_16_bits_and_labels(tmp_path, given):
     deep = io.BytesIO()
