@@ -132,43 +132,36 @@ def choose_columns(
     """
     import datasets
 
+    def is_image(feature: Any) -> bool:
+        # Bytes and a path are what an image looks like in parquet files that datasets did not write.
+        return isinstance(feature, datasets.Image) or (isinstance(feature, dict) and set(feature) == {"bytes", "path"})
+
     def of_type(*dtypes: str) -> list[str]:
         return [key for key, f in features.items() if isinstance(f, datasets.Value) and f.dtype.startswith(dtypes)]
 
-    # A column of bytes and paths is what one of images looks like in parquet files that datasets did not write.
-    images = [
-        key
-        for key, f in features.items()
-        if isinstance(f, datasets.Image) or (isinstance(f, dict) and set(f) == {"bytes", "path"})
-    ]
-    classes = [key for key, f in features.items() if isinstance(f, datasets.ClassLabel)]
-    labels = [*classes, *of_type("int", "uint", "string", "large_string")]
-    likely = classes or [key for key in _LABEL_COLUMNS if key in labels]
-    if not images and table.image_column is None:
-        columns = (
-            f"its columns are {', '.join(features)}; one of addresses or file names is read if --image_column is it"
-        )
-        raise UserError(f"no column of the dataset {name!r} holds images; {columns}")
-    chosen: list[Any] = []
-    for flag, wanted, known, possible, what in (
-        (
-            "image",
-            table.image_column,
-            images,
-            [*images, *of_type("binary", "large_binary", "string", "large_string")],
-            "images",
-        ),
-        ("label", table.label_column, likely, labels, "labels: labels are whole numbers or strings"),
-    ):
-        if wanted is not None and wanted not in features:
+    def choose(flag: str, wanted: str | None, likely: list[str], possible: list[str], what: str) -> str | None:
+        if wanted is None:
+            if len(likely) > 1:
+                options.report(
+                    f"{name!r} has several columns of {what}: {', '.join(likely)}; took {likely[0]} ({flag})"
+                )
+            return likely[0] if likely else None
+        if wanted not in features:
             near = nearest(wanted, features)
-            raise UserError(
-                f"--{flag}_column {wanted!r}: no such column in {name!r}{near}; its columns are {', '.join(features)}"
-            )
-        if wanted is not None and wanted not in possible:
+            raise UserError(f"{flag} {wanted!r}: no such column in {name!r}{near}; its columns are {columns}")
+        if wanted not in possible:
             raise UserError(f"the column {wanted!r} of {name!r} holds {features[wanted]}, not {what}")
-        if wanted is None and len(known) > 1:
-            options.report(f"{name!r} has the {flag} columns {', '.join(known)}; took {known[0]} (--{flag}_column)")
-        chosen.append(wanted or (known[0] if known else None))
-    image, label = chosen
+        return wanted
+
+    columns = ", ".join(features)
+    images = [key for key, feature in features.items() if is_image(feature)]
+    encoded = of_type("binary", "large_binary", "string", "large_string")  # bytes, file names or URLs of images
+    image = choose("--image_column", table.image_column, images, images + encoded, "images")
+    if image is None:
+        advice = "one of file names or URLs is read where --image_column names it"
+        raise UserError(f"no column of the dataset {name!r} holds images; its columns are {columns}; {advice}")
+    classes = [key for key, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+    labels = classes + of_type("int", "uint", "string", "large_string")
+    likely = classes or [key for key in _LABEL_COLUMNS if key in labels]
+    label = choose("--label_column", table.label_column, likely, labels, "labels (whole numbers or strings)")
     return image, label, list(features[label].names) if label in classes else None

@@ -727,7 +727,7 @@ def test_columns_to_choose_from(tmp_path):
         ({"image_column": "lage"}, r"--image_column 'lage': no such column.*did you mean 'large'"),
         ({"label_column": "finest"}, "--label_column 'finest': no such column"),
         ({"image_column": "score"}, "not images"),
-        ({"label_column": "score"}, "labels are whole numbers or strings"),
+        ({"label_column": "score"}, r"holds Value\(.*float32.*not labels \(whole numbers or strings"),
         ({"label_column": "coarse"}, "1 of 1 images .* have no label in 'coarse'"),
     ):
         with pytest.raises(ValueError, match=message):
