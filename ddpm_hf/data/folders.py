@@ -184,7 +184,7 @@ def _by_kind(paths: list[Path]) -> dict[str, list[Path]]:
                 "files: for key, value in lmdb.open(DB, readonly=True, lock=False).begin().cursor(): "
                 "(folder / (key.decode() + '.jpg')).write_bytes(value)"
             )
-        if path.name.startswith(("data_batch_", "test_batch")) and kind != "images":
+        if path.name.startswith(("data_batch_", "test_batch")) and kind == "others":
             raise UserError(
                 f"{str(path)!r} looks like CIFAR-10's Python version, whose files are pickles, and those are never "
                 "read; take the dataset from the Hub (--dataset_name), or as image files or .npy arrays"
