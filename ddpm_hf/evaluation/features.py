@@ -1,16 +1,16 @@
 """Images to feature vectors: Inception (torch-fidelity), DINOv2, CLIP and others (transformers), or the pixels.
 
-A number that compares features means something beside numbers of the same features only, so each extractor has a name
+A number that compares features can be compared only with numbers of the same features, so each extractor has a name
 for reports and a hash of its weights and preprocessing.
 """
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Protocol
 
 import torch
+from huggingface_hub import constants
 from torch import Tensor
 
 from ..sampling.shards import Rows
@@ -19,10 +19,8 @@ from ..utils.errors import UserError
 from ..utils.text import recorded_name
 from ..utils.weight_files import read_weights
 
-# More pixels than this have no covariance that is worth computing (or fits into memory).
-_MOST_PIXELS = 4096
-# Names of features that vision models cannot have.
-_RESERVED = ("inception", "pixels")
+# Images of more values have no covariance that is worth computing (or fits into memory).
+_MOST_VALUES = 4096
 
 
 class FeatureExtractor(Protocol):
@@ -32,7 +30,7 @@ class FeatureExtractor(Protocol):
         name: For the names of numbers: `inception`, `pixels`, `dinov2-base`.
         description: For reports: which network and layer, which preprocessing.
         fingerprint: A hash of all that the features depend on, weights and preprocessing.
-        takes_floats: Whether grey levels between whole numbers are meaningful to it.
+        takes_floats: Whether it can tell pixel values between whole numbers.
     """
 
     name: str
@@ -41,14 +39,14 @@ class FeatureExtractor(Protocol):
     takes_floats: bool
 
     def __call__(self, images: Tensor) -> Rows:
-        """Grey levels 0..255, `[B, C, H, W]` uint8 or float32, to `features` `[B, D]` float32 and maybe `logits`."""
+        """Compute `features` `[B, D]` float32, and `logits` of classifiers, of pixel values 0..255 `[B, C, H, W]`."""
 
 
 class Pixels:
     """The pixels themselves, scaled to [0, 1]: for tiny images, and without any download.
 
     Raises:
-        ValueError: The images have too many pixels.
+        UserError: The images have too many pixels.
     """
 
     name, takes_floats = "pixels", True
@@ -56,21 +54,14 @@ class Pixels:
     fingerprint = digest("pixels in [0, 1]")
 
     def __init__(self, image_shape: tuple[int, ...]):
-        if (size := torch.Size(image_shape).numel()) > _MOST_PIXELS:
+        if (size := torch.Size(image_shape).numel()) > _MOST_VALUES:
             raise UserError(
-                f"--features pixels is for tiny images, at most {_MOST_PIXELS} values, and these have {size}; use "
+                f"--features pixels is for tiny images, at most {_MOST_VALUES} values, and these have {size}; use "
                 "--features inception or a vision model such as facebook/dinov2-base"
             )
 
     def __call__(self, images: Tensor) -> Rows:
         return {"features": images.float().flatten(1) / 255}
-
-
-def _three_channels(images: Tensor) -> Tensor:
-    """Grey images as colour images."""
-    if images.shape[1] not in (1, 3):
-        raise UserError(f"networks of features take images of 1 or 3 channels, got {images.shape[1]}; use pixels")
-    return images if images.shape[1] == 3 else images.expand(-1, 3, -1, -1)
 
 
 class Inception:
@@ -80,14 +71,15 @@ class Inception:
     paper takes.
 
     Args:
-        weights: A file of torch-fidelity's weights, `.pth` or safetensors; its own place, or a download, if `None`.
+        weights: A file of torch-fidelity's weights, `.pth` or safetensors; its usual place, or a download, if `None`.
         device: Where to run it.
 
     Raises:
-        ValueError: torch-fidelity is not installed, or the weights cannot be had or are of another network.
+        UserError: torch-fidelity is not installed, or the weights cannot be had or are of another network.
     """
 
     name, takes_floats = "inception", True
+    description = "Inception-v3 of 2015 (torch-fidelity), last pooling layer, 2048 values"
 
     def __init__(self, weights: str | Path | None = None, device: torch.device | str = "cpu"):
         try:
@@ -111,7 +103,6 @@ class Inception:
         self._resize = fidelity.interpolate_bilinear_2d_like_tensorflow1x
         self._net = net.to(device)
         self.fingerprint = digest("Inception-v3 of torch-fidelity, pool and unbiased logits", weights_digest(net))
-        self.description = "Inception-v3 of 2015 (torch-fidelity), last pooling layer, 2048 values"
 
     def __call__(self, images: Tensor) -> Rows:
         x = _three_channels(images).to(next(self._net.parameters()).device, torch.float32)
@@ -125,11 +116,7 @@ class Inception:
 
 
 def _usual_inception_file(url: str) -> Path:
-    """Where torch-fidelity keeps its weights, downloaded if they are not there yet.
-
-    Raises:
-        ValueError: They cannot be had; says how to get them.
-    """
+    """Return where torch-fidelity keeps its weights, downloaded if they are not there yet."""
     file = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
     if file.is_file():
         return file
@@ -137,7 +124,7 @@ def _usual_inception_file(url: str) -> Path:
         f"the Inception weights are not at {str(file)!r} and cannot be downloaded here: fetch {url} on a machine with "
         "internet and give it as --inception_weights FILE (or use --features pixels, or a vision model from disk)"
     )
-    if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE"):
+    if constants.HF_HUB_OFFLINE:
         raise UserError(how)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -151,22 +138,22 @@ def _usual_inception_file(url: str) -> Path:
 class VisionModel:
     """A vision network from transformers: DINOv2, CLIP and others, with the image processor that belongs to it.
 
-    Images are resized, rounded to whole grey levels, and scaled as the processor says, so floats are not taken.
-    The features are what the network pools: the class token of DINOv2, the projected embedding of CLIP.
+    The processor resizes images, rounds them to whole pixel values and scales them, so floats are not taken. The
+    features are what the network pools: the class token of DINOv2, the projected embedding of CLIP.
 
     Args:
         model: Hub id or folder.
         device: Where to run it.
 
     Raises:
-        ValueError: It cannot be loaded, is no vision network, or has a name that stands for other features here.
+        UserError: It cannot be loaded, is not a vision network, or has the name of other features.
     """
 
     takes_floats = False
 
     def __init__(self, model: str, device: torch.device | str = "cpu"):
         self.name = model.rstrip("/").rsplit("/", 1)[-1]
-        if self.name in _RESERVED:
+        if self.name in ("inception", "pixels"):
             raise UserError(
                 f"--features {model}: numbers and caches would go by the name {self.name!r}, which this package's own "
                 "features have; copy the model into a folder of another name"
@@ -181,11 +168,10 @@ class VisionModel:
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"cannot load --features {model}: {_first_line(error)}") from error
         self._net = net.eval().requires_grad_(False).to(device)
-        settings = self._processor.to_dict()
-        self.fingerprint = digest("transformers, pooled", weights_digest(net), settings)
+        self.fingerprint = digest("transformers, pooled", weights_digest(net), self._processor.to_dict())
+        preprocessing = type(self._processor).__name__
         self.description = (
-            f"{type(net).__name__} {recorded_name(model)}, pooled output, preprocessed by "
-            f"{type(self._processor).__name__}"
+            f"{type(net).__name__} {recorded_name(model)}, pooled output, preprocessed by {preprocessing}"
         )
 
     def __call__(self, images: Tensor) -> Rows:
@@ -195,10 +181,7 @@ class VisionModel:
             images=list(_three_channels(images).cpu()), return_tensors="pt", input_data_format="channels_first"
         )
         pixels = batch["pixel_values"].to(self._net.device, self._net.dtype)
-        if hasattr(self._net, "get_image_features"):
-            found = self._net.get_image_features(pixel_values=pixels)
-        else:
-            found = self._net(pixel_values=pixels)
+        found = getattr(self._net, "get_image_features", self._net)(pixel_values=pixels)
         pooled = found if isinstance(found, Tensor) else getattr(found, "pooler_output", None)
         if pooled is None:
             raise UserError(f"--features {self.name}: {type(self._net).__name__} gives no pooled output")
@@ -211,7 +194,7 @@ def make_extractor(
     inception_weights: str | Path | None = None,
     device: torch.device | str = "cpu",
 ) -> FeatureExtractor:
-    """An extractor by name: `inception`, `pixels`, or a vision model of transformers by Hub id or folder.
+    """Make an extractor by name: `inception`, `pixels`, or a vision model of transformers by Hub id or folder.
 
     Args:
         name: Which.
@@ -220,7 +203,7 @@ def make_extractor(
         device: Where to run it.
 
     Raises:
-        ValueError: It cannot be made; says why and what to do.
+        UserError: It cannot be made; says why and what to do.
     """
     if name == "pixels":
         return Pixels(image_shape)
@@ -231,6 +214,13 @@ def make_extractor(
             f"unknown --features {name!r}; it is inception, pixels, or a vision model such as facebook/dinov2-base"
         )
     return VisionModel(name, device)
+
+
+def _three_channels(images: Tensor) -> Tensor:
+    """Repeat the channel of grayscale images."""
+    if images.shape[1] not in (1, 3):
+        raise UserError(f"networks of features take images of 1 or 3 channels, got {images.shape[1]}; use pixels")
+    return images if images.shape[1] == 3 else images.expand(-1, 3, -1, -1)
 
 
 def _first_line(error: BaseException) -> str:

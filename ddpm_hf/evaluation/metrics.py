@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +23,13 @@ from ..utils.errors import UserError
 _ROWS = 1024
 # How far a squared distance from a matrix product may be off, as a share of the two squared norms.
 _ROUNDING = 1e-12
+
+
+class Estimate(NamedTuple):
+    """A number and its standard error (NaN where that is not known)."""
+
+    value: float
+    standard_error: float
 
 
 @dataclass(frozen=True)
@@ -40,12 +48,10 @@ class FrechetStatistics:
     count: int
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """A number and how far it is expected to lie from its mean over other draws (NaN where that is not known)."""
-
-    value: float
-    standard_error: float
+def mean_estimate(values: Tensor) -> Estimate:
+    """Return the mean of `values`, `[N]`, and its standard error, which is NaN for one value."""
+    error = values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return Estimate(values.mean().item(), error)
 
 
 def _checked(features: Tensor, at_least: int, what: str) -> Tensor:
@@ -58,16 +64,17 @@ def _checked(features: Tensor, at_least: int, what: str) -> Tensor:
     return features.double()
 
 
-def _same_size(a: int, b: int) -> None:
-    if a != b:
-        raise UserError(f"the features of the two sets differ in size, {a} and {b}: they are of different extractors")
+def _check_same_size(a: Tensor, b: Tensor) -> None:
+    if a.shape[-1] != b.shape[-1]:
+        sizes = f"{a.shape[-1]} and {b.shape[-1]}"
+        raise UserError(f"the features of the two sets differ in size, {sizes}: they are of different extractors")
 
 
 def frechet_statistics(features: Tensor) -> FrechetStatistics:
-    """Mean and covariance of `features`, `[N, D]` with N >= 2.
+    """Compute mean and covariance of `features`, `[N, D]` with N >= 2.
 
     Raises:
-        ValueError: Fewer than two images, or features that are not finite.
+        UserError: Fewer than two images, or features that are not finite.
     """
     x = _checked(features, 2, "the Frechet distance")
     mean = x.mean(0)
@@ -78,22 +85,21 @@ def frechet_statistics(features: Tensor) -> FrechetStatistics:
 
 
 def frechet_distance(a: FrechetStatistics, b: FrechetStatistics) -> float:
-    """The squared Frechet distance of two Gaussians; on Inception features the FID (Heusel et al. 2017).
-
-    `|m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2))`. With S = F^T F, the eigenvalues of S_a S_b are the squared
-    singular values of F_a F_b^T, which are exact for singular covariances too.
+    """Compute the squared Frechet distance of two Gaussians; on Inception features the FID (Heusel et al. 2017).
 
     Raises:
-        ValueError: The features of the two differ in size.
+        UserError: The features of the two differ in size.
     """
-    _same_size(len(a.mean), len(b.mean))
+    _check_same_size(a.mean, b.mean)
+    # |m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)). With S = F^T F, the eigenvalues of S_a S_b are the squared
+    # singular values of F_a F_b^T, which are exact for singular covariances too.
     root = torch.linalg.svdvals(a.factor @ b.factor.T).sum()
     traces = a.factor.square().sum() + b.factor.square().sum()
     return ((a.mean - b.mean).square().sum() + traces - 2 * root).item()
 
 
 def leaving_out(features: Tensor, groups: int = 10) -> Iterator[Tensor]:
-    """All features `[N, D]`, then without each tenth of them in turn, for `jackknife`; all only if N < 20."""
+    """Yield all features `[N, D]`, then all but each tenth of them, for `jackknife`; only the first if N < 20."""
     yield features
     group = torch.arange(len(features), device=features.device) % groups
     for g in range(groups if len(features) >= 2 * groups else 0):
@@ -101,7 +107,7 @@ def leaving_out(features: Tensor, groups: int = 10) -> Iterator[Tensor]:
 
 
 def jackknife(values: Sequence[float]) -> tuple[Estimate, float]:
-    """The error of a number, and its bias of order 1/N, from leaving out a part of the images in turn.
+    """Estimate a number's error, and its bias of order 1/N, from leaving out each part of the images once.
 
     Args:
         values: The number from all images first, then without each of the equal parts.
@@ -118,7 +124,7 @@ def jackknife(values: Sequence[float]) -> tuple[Estimate, float]:
 
 
 def inception_score(logits: Tensor, splits: int = 10) -> tuple[Estimate, float]:
-    """exp of the mean KL(p(y|x) || p(y)) (Salimans et al. 2016): the mean over `splits` parts of the samples.
+    """Compute exp of the mean KL(p(y|x) || p(y)) (Salimans et al. 2016), averaged over `splits` parts of the samples.
 
     Args:
         logits: `[N, classes]` of a classifier, without biases in the official code.
@@ -128,7 +134,7 @@ def inception_score(logits: Tensor, splits: int = 10) -> tuple[Estimate, float]:
         The score, and the standard deviation over the parts, which is what papers print after +-.
 
     Raises:
-        ValueError: Fewer images than parts.
+        UserError: Fewer images than parts.
     """
     x = _checked(logits, splits, "the Inception score")
     log_p = x.log_softmax(1)
@@ -146,24 +152,24 @@ def inception_score(logits: Tensor, splits: int = 10) -> tuple[Estimate, float]:
 def kernel_distance(
     samples: Tensor, real: Tensor, subsets: int = 100, subset_size: int | None = None, seed: int = 2020
 ) -> tuple[Estimate, int]:
-    """The unbiased squared MMD of the kernel (x.y / D + 1)^3; on Inception features the KID (Binkowski et al. 2018).
+    """Compute the unbiased squared MMD of the kernel (x.y / D + 1)^3; on Inception features the KID.
 
-    The mean over random subsets, drawn as torch-fidelity draws them.
+    Binkowski et al. 2018; the mean over random subsets, drawn as torch-fidelity draws them.
 
     Args:
         samples, real: `[N, D]` and `[M, D]`.
         subsets: How many subsets.
         subset_size: Images of each in a subset; the usual 1000, or half of the smaller set where that is less.
-        seed: Of the subsets.
+        seed: Seed of the subsets.
 
     Returns:
         The distance with its standard error over other samples and real images, and the size of the subsets.
 
     Raises:
-        ValueError: Features of different sizes; fewer images than a subset takes, or fewer than 4.
+        UserError: Features of different sizes; fewer images than a subset takes, or fewer than 4.
     """
     samples, real = _checked(samples, 4, "KID"), _checked(real, 4, "KID")
-    _same_size(samples.shape[1], real.shape[1])
+    _check_same_size(samples, real)
     n = min(len(samples), len(real))
     m = min(1000, n // 2) if subset_size is None else subset_size
     if not 2 <= m <= n:
@@ -171,8 +177,7 @@ def kernel_distance(
     draw = np.random.RandomState(seed)
     distances = []
     for _ in range(subsets):
-        x = samples[torch.from_numpy(draw.choice(len(samples), m, replace=False)).to(samples.device)]
-        y = real[torch.from_numpy(draw.choice(len(real), m, replace=False)).to(real.device)]
+        x, y = (s[torch.from_numpy(draw.choice(len(s), m, replace=False)).to(s.device)] for s in (samples, real))
         distances.append(_unbiased_mmd2(x, y))
     # The variance over subsets drawn without replacement is (1 - m/n) of that over new images, and the mean over many
     # subsets has m/n of that.
@@ -191,12 +196,41 @@ def _unbiased_mmd2(x: Tensor, y: Tensor) -> float:
 
 
 def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
-    """`[N, M]`, float64; off by at most `_ROUNDING` of the squared norms, so a copy is not always at distance 0."""
+    """Return `[N, M]`, off by at most `_ROUNDING` of the squared norms, so a copy is not always at distance 0."""
     return (a.square().sum(1)[:, None] + b.square().sum(1)[None] - 2 * a @ b.T).clamp_min(0)
 
 
-def _within_radius(points: Tensor, centres: Tensor, radii: Tensor) -> float:
-    """The share of points that lie in the ball around any of the centres.
+def precision_recall(samples: Tensor, real: Tensor, k: int = 3) -> tuple[Estimate, Estimate]:
+    """Compute improved precision and recall (Kynkaanniemi et al. 2019).
+
+    Precision: the share of samples within the k-th neighbour's distance of any real image; recall: the reverse.
+
+    Args:
+        samples, real: `[N, D]` and `[M, D]`.
+        k: Which neighbour.
+
+    Raises:
+        UserError: Features of different sizes, or fewer than k + 1 images.
+    """
+    samples, real = (_checked(x, k + 1, "precision and recall") for x in (samples, real))
+    _check_same_size(samples, real)
+    return _within_radius(samples, real, _radii(real, k)), _within_radius(real, samples, _radii(samples, k))
+
+
+def _radii(features: Tensor, k: int) -> Tensor:
+    """Return `[N]`: squared distance to the k-th nearest other one."""
+    shifted, parts = features - features.mean(0), []
+    for start in range(0, len(features), _ROWS):
+        distances = _squared_distances(shifted[start : start + _ROWS], shifted)
+        rows = torch.arange(len(distances), device=features.device)
+        distances[rows, start + rows] = math.inf  # not itself
+        nearest = features[distances.kthvalue(k, dim=1).indices]
+        parts.append((features[start : start + _ROWS] - nearest).square().sum(1))  # by differences: a copy's is 0
+    return torch.cat(parts)
+
+
+def _within_radius(points: Tensor, centres: Tensor, radii: Tensor) -> Estimate:
+    """Return the share of points that lie in the ball around any of the centres, with its binomial error.
 
     `<=` and not `<`, as in Eq. 1 and the code (precision_recall.py) of Kynkaanniemi et al.: where images are there
     several times, radii of 0 are right, and a copy of such an image is inside.
@@ -216,57 +250,25 @@ def _within_radius(points: Tensor, centres: Tensor, radii: Tensor) -> float:
                 ((part[row] - centres[some]).square().sum(1) <= radii[some]).any() for some in near.split(_ROWS)
             )
         found.append(inside)
-    return torch.cat(found).double().mean().item()
-
-
-def _radii(features: Tensor, k: int) -> Tensor:
-    """`[N]`: squared distance to the k-th nearest other one."""
-    shifted, parts = features - features.mean(0), []
-    for start in range(0, len(features), _ROWS):
-        distances = _squared_distances(shifted[start : start + _ROWS], shifted)
-        rows = torch.arange(len(distances), device=features.device)
-        distances[rows, start + rows] = math.inf  # not itself
-        nearest = features[distances.kthvalue(k, dim=1).indices]
-        parts.append((features[start : start + _ROWS] - nearest).square().sum(1))  # by differences: a copy's is 0
-    return torch.cat(parts)
-
-
-def precision_recall(samples: Tensor, real: Tensor, k: int = 3) -> tuple[Estimate, Estimate]:
-    """Improved precision and recall (Kynkaanniemi et al. 2019).
-
-    Precision: the share of samples within the k-th neighbour's distance of any real image; recall: the reverse.
-
-    Args:
-        samples, real: `[N, D]` and `[M, D]`.
-        k: Which neighbour.
-
-    Raises:
-        ValueError: Features of different sizes, or fewer than k + 1 images.
-    """
-    samples, real = (_checked(x, k + 1, "precision and recall") for x in (samples, real))
-    _same_size(samples.shape[1], real.shape[1])
-    shares = _within_radius(samples, real, _radii(real, k)), _within_radius(real, samples, _radii(samples, k))
-    precision, recall = (
-        Estimate(p, math.sqrt(p * (1 - p) / len(x))) for p, x in zip(shares, (samples, real), strict=True)
-    )
-    return precision, recall
+    share = torch.cat(found).double().mean().item()
+    return Estimate(share, math.sqrt(share * (1 - share) / len(points)))
 
 
 def nearest_neighbours(queries: Tensor, candidates: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
-    """For each query the k nearest candidates: Euclidean distances `[N, k]` float64, nearest first, and their indices.
+    """Find the k nearest candidates of each query: Euclidean distances `[N, k]` float64, nearest first, and indices.
 
     Args:
         queries, candidates: `[N, D]` and `[M, D]`.
         k: How many, at most M.
 
     Raises:
-        ValueError: Features of different sizes, or fewer than k candidates.
+        UserError: Features of different sizes, or fewer than k candidates.
     """
     queries, candidates = _checked(queries, 1, "neighbours"), _checked(candidates, k, "neighbours")
-    _same_size(queries.shape[1], candidates.shape[1])
+    _check_same_size(queries, candidates)
     found = [_squared_distances(part, candidates).topk(k, largest=False) for part in queries.split(_ROWS)]
     indices = torch.cat([part.indices for part in found])
-    # The few that are kept once more, without the cancellation of the fast way: a copy is at distance 0.
+    # Those few again by differences, which do not cancel: a copy is at distance 0.
     distances = torch.stack([(queries - candidates[indices[:, j]]).norm(dim=1) for j in range(k)], dim=1)
     return distances, indices
 
@@ -296,29 +298,20 @@ def memorisation(samples: Tensor, held_out: Tensor) -> Memorisation:
     """Compare distances to the nearest training image: `[N]` of the samples and `[M]` of held-out images.
 
     Raises:
-        ValueError: One of them is empty.
+        UserError: One of them is empty.
     """
     if not len(samples) or not len(held_out):
         raise UserError(f"memorisation compares samples with held-out images, got {len(samples)} and {len(held_out)}")
-    samples, held_out = samples.contiguous(), held_out.contiguous()
-    ordered = held_out.sort().values
-    above = len(ordered) - torch.searchsorted(ordered, samples, right=True)
-    equal = torch.searchsorted(ordered, samples, right=True) - torch.searchsorted(ordered, samples)
-    wins = (above + equal / 2).double() / len(ordered)  # [N], of each sample against all held-out images
-    reverse = samples.sort().values
-    losses = (
-        torch.searchsorted(reverse, held_out)
-        + (torch.searchsorted(reverse, held_out, right=True) - torch.searchsorted(reverse, held_out)) / 2
-    )
-    by_image = losses.double() / len(reverse)  # [M], of each held-out image against all samples
-    error = math.nan
-    if len(samples) > 1 and len(held_out) > 1:  # DeLong et al. 1988
-        error = math.sqrt(wins.var().item() / len(samples) + by_image.var().item() / len(held_out))
+    # The Mann-Whitney statistic: [N, M], 1 where the sample is closer, 1/2 where both are as close.
+    wins = (samples[:, None] < held_out).double() + (samples[:, None] == held_out) / 2
+    by_sample, by_held_out, error = wins.mean(1), wins.mean(0), math.nan
+    if min(wins.shape) > 1:  # DeLong et al. 1988
+        error = math.sqrt(by_sample.var().item() / len(samples) + by_held_out.var().item() / len(held_out))
     return Memorisation(
-        Estimate(wins.mean().item(), error),
-        int((samples < (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2).sum()),
-        int((samples < ordered[0]).sum()),
-        int((samples == 0).sum()),
-        len(samples),
-        len(held_out),
+        Estimate(by_sample.mean().item(), error),
+        below_median=int((samples < float(np.median(held_out.numpy()))).sum()),
+        below_closest=int((samples < held_out.min()).sum()),
+        copies=int((samples == 0).sum()),
+        num_samples=len(samples),
+        num_held_out=len(held_out),
     )

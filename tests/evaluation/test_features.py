@@ -39,7 +39,7 @@ def test_inception_equals_torch_fidelitys(weights):
     assert torch.equal(found["features"], features)
     assert torch.equal(found["logits"], logits)
     assert features.std() > 1e-3  # the network says something
-    # Whole grey levels as floats are the same images; levels between them are others.
+    # Whole pixel values as floats are the same images; values between them are others.
     assert torch.equal(ours(GREY.float())["features"], features)
     between = ours(GREY.float() * 0.999)["features"]
     assert 0 < (between - features).norm() < 0.1 * features.norm()

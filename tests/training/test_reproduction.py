@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from ddpm_hf import DDPMPipeline, EvaluationReport, Trainer, cli
 from ddpm_hf.presets import PRESETS
 from ddpm_hf.training import reproduction
-from ddpm_hf.training.configuration import ReproductionConfig, TrainingConfig
+from ddpm_hf.training.configuration import TrainingConfig
 from ddpm_hf.training.reproduction import PAPER_TABLE_4, compare_with_paper
 
 TRAINING = "--preset digits --dataset digits --max_train_steps 6 --total_batch_size 16 --checkpointing_steps 2"
@@ -196,7 +196,7 @@ def report_of(num_samples=50_000, num_images=10_000, steps=1000) -> EvaluationRe
 
 def compared(report: EvaluationReport, **settings) -> reproduction.Reproduction:
     settings = {"preset": "cifar10", "dataset_name": "uoft-cs/cifar10", **settings}
-    return compare_with_paper(TrainingConfig(**settings), ReproductionConfig(), report, {"test": 10_000})
+    return compare_with_paper(TrainingConfig(**settings), report, {"test": 10_000})
 
 
 def test_a_whole_reproduction_stands_beside_table_1():
