@@ -7,7 +7,7 @@ for reports and a hash of its weights and preprocessing.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from huggingface_hub import constants
@@ -19,38 +19,24 @@ from ..utils.errors import UserError
 from ..utils.text import recorded_name
 from ..utils.weight_files import read_weights
 
-# Images of more values have no covariance that is worth computing (or fits into memory).
-_MOST_VALUES = 4096
+_MOST_VALUES = 4096  # images of more have no covariance that is worth computing (or fits into memory)
 
 
 class FeatureExtractor(Protocol):
-    """Makes feature vectors of images.
+    """Computes `features` `[B, D]` float32, and a classifier's `logits`, of pixel values 0..255 `[B, C, H, W]`."""
 
-    Attributes:
-        name: For the names of numbers: `inception`, `pixels`, `dinov2-base`.
-        description: For reports: which network and layer, which preprocessing.
-        fingerprint: A hash of all that the features depend on, weights and preprocessing.
-        takes_floats: Whether it can tell pixel values between whole numbers.
-    """
+    name: str  # in the names of numbers: `inception`, `pixels`, `dinov2-base`
+    description: str  # in reports: which network and layer, which preprocessing
+    fingerprint: str  # a hash of all that the features depend on, weights and preprocessing
+    takes_floats: bool  # whether it can tell pixel values between whole numbers
 
-    name: str
-    description: str
-    fingerprint: str
-    takes_floats: bool
-
-    def __call__(self, images: Tensor) -> Rows:
-        """Compute `features` `[B, D]` float32, and `logits` of classifiers, of pixel values 0..255 `[B, C, H, W]`."""
+    def __call__(self, images: Tensor) -> Rows: ...
 
 
 class Pixels:
-    """The pixels themselves, scaled to [0, 1]: for tiny images, and without any download.
+    """The pixels themselves, scaled to [0, 1]: for tiny images, and without any download."""
 
-    Raises:
-        UserError: The images have too many pixels.
-    """
-
-    name, takes_floats = "pixels", True
-    description = "the pixels, scaled to [0, 1]"
+    name, description, takes_floats = "pixels", "the pixels, scaled to [0, 1]", True
     fingerprint = digest("pixels in [0, 1]")
 
     def __init__(self, image_shape: tuple[int, ...]):
@@ -68,26 +54,19 @@ class Inception:
     """The Inception-v3 network of 2015 that FID, IS and KID are defined with, as torch-fidelity rebuilt it.
 
     The same numbers as torch-fidelity's for uint8, and also for floats, which it refuses and the official code of the
-    paper takes.
-
-    Args:
-        weights: A file of torch-fidelity's weights, `.pth` or safetensors; its usual place, or a download, if `None`.
-        device: Where to run it.
-
-    Raises:
-        UserError: torch-fidelity is not installed, or the weights cannot be had or are of another network.
+    paper takes. `weights` is a file of torch-fidelity's, `.pth` or safetensors; its usual place, or a download, if
+    `None`.
     """
 
     name, takes_floats = "inception", True
     description = "Inception-v3 of 2015 (torch-fidelity), last pooling layer, 2048 values"
 
-    def __init__(self, weights: str | Path | None = None, device: torch.device | str = "cpu"):
+    def __init__(self, weights: str | Path | None = None, device: Any = "cpu"):
         try:
             from torch_fidelity import feature_extractor_inceptionv3 as fidelity
         except ImportError:
-            raise UserError(
-                "--features inception needs torch-fidelity: pip install 'ddpm-hf[eval]' (or use --features pixels)"
-            ) from None
+            advice = "pip install 'ddpm-hf[eval]' (or use --features pixels)"
+            raise UserError(f"--features inception needs torch-fidelity: {advice}") from None
         file = _usual_inception_file(fidelity.URL_INCEPTION_V3) if weights is None else Path(weights)
         state = read_weights(file)
         # The constructor would unpickle the file without restrictions; it gets the tensors instead of a download.
@@ -95,9 +74,8 @@ class Inception:
         try:
             net = fidelity.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], verbose=False)
         except (RuntimeError, AttributeError, TypeError) as error:
-            raise UserError(
-                f"{str(file)!r} does not hold the weights of torch-fidelity's Inception-v3: {_first_line(error)}"
-            ) from None
+            what = "the weights of torch-fidelity's Inception-v3"
+            raise UserError(f"{str(file)!r} does not hold {what}: {_first_line(error)}") from None
         finally:
             fidelity.load_state_dict_from_url = download
         self._resize = fidelity.interpolate_bilinear_2d_like_tensorflow1x
@@ -120,18 +98,17 @@ def _usual_inception_file(url: str) -> Path:
     file = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
     if file.is_file():
         return file
-    how = (
+    missing = (
         f"the Inception weights are not at {str(file)!r} and cannot be downloaded here: fetch {url} on a machine with "
         "internet and give it as --inception_weights FILE (or use --features pixels, or a vision model from disk)"
     )
     if constants.HF_HUB_OFFLINE:
-        raise UserError(how)
+        raise UserError(missing)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        sha256_prefix = file.stem.rsplit("-", 1)[1]
-        torch.hub.download_url_to_file(url, str(file), hash_prefix=sha256_prefix, progress=False)
+        torch.hub.download_url_to_file(url, str(file), hash_prefix=file.stem.rsplit("-", 1)[1], progress=False)
     except (OSError, RuntimeError) as error:
-        raise UserError(f"{how} ({_first_line(error)})") from None
+        raise UserError(f"{missing} ({_first_line(error)})") from None
     return file
 
 
@@ -140,18 +117,11 @@ class VisionModel:
 
     The processor resizes images, rounds them to whole pixel values and scales them, so floats are not taken. The
     features are what the network pools: the class token of DINOv2, the projected embedding of CLIP.
-
-    Args:
-        model: Hub id or folder.
-        device: Where to run it.
-
-    Raises:
-        UserError: It cannot be loaded, is not a vision network, or has the name of other features.
     """
 
     takes_floats = False
 
-    def __init__(self, model: str, device: torch.device | str = "cpu"):
+    def __init__(self, model: str, device: Any = "cpu"):
         self.name = model.rstrip("/").rsplit("/", 1)[-1]
         if self.name in ("inception", "pixels"):
             raise UserError(
@@ -189,18 +159,9 @@ class VisionModel:
 
 
 def make_extractor(
-    name: str,
-    image_shape: tuple[int, ...],
-    inception_weights: str | Path | None = None,
-    device: torch.device | str = "cpu",
+    name: str, image_shape: tuple[int, ...], inception_weights: str | Path | None = None, device: Any = "cpu"
 ) -> FeatureExtractor:
-    """Make an extractor by name: `inception`, `pixels`, or a vision model of transformers by Hub id or folder.
-
-    Args:
-        name: Which.
-        image_shape: `(C, H, W)` of the images.
-        inception_weights: See [`Inception`].
-        device: Where to run it.
+    """Make an extractor for images `(C, H, W)`: `inception`, `pixels`, or a vision model by Hub id or folder.
 
     Raises:
         UserError: It cannot be made; says why and what to do.

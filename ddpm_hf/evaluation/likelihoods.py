@@ -25,22 +25,12 @@ from .report import EvaluationReport
 
 
 def evaluate_likelihood(
-    pipe: DDPMPipeline,
-    data: ImageDataset,
-    split: str,
-    options: EvaluationOptions,
-    rate_distortion: bool = False,
+    pipe: DDPMPipeline, data: ImageDataset, split: str, options: EvaluationOptions, rate_distortion: bool = False
 ) -> EvaluationReport:
-    """Compute bits/dim of images under the model (the variational bound, Eq. 5).
+    """Compute bits/dim of all images of a split under the model (the variational bound, Eq. 5).
 
+    With `rate_distortion` also rate, distortion, L_T and the progressive lossy code (Section 4.3, Table 4, Figure 5).
     Under `accelerate launch` every process evaluates a share of the images, and all return the same report.
-
-    Args:
-        pipe: The model.
-        data: The images; they must have the network's size and channels.
-        split: Their name in the report.
-        options: Of these `num_evaluations`, `batch_size`, `seed`, `progress`, `work_dir` and `output`.
-        rate_distortion: Also rate, distortion, L_T and the progressive lossy code (Section 4.3, Table 4, Figure 5).
 
     Raises:
         UserError: No images, images that do not fit the network, or rate and distortion from an estimate.
@@ -74,12 +64,7 @@ def evaluate_likelihood(
 
 
 def likelihood_rows(pipe: DDPMPipeline, data: ImageDataset, options: EvaluationOptions) -> Rows:
-    """Compute the bound of every image and its parts, in the images' order, whatever the number of processes.
-
-    Args:
-        pipe: The model; its scheduler is a `DDPMScheduler`.
-        data: N images that fit the network.
-        options: See `evaluate_likelihood`.
+    """Compute the bound of each of N images and its parts, in the images' order, whatever the number of processes.
 
     Returns:
         `total`, `prior` and `sampling_variance` `[N]` float64; for the full sum also `terms` and `mse` `[N, T]`.
@@ -93,16 +78,14 @@ def likelihood_rows(pipe: DDPMPipeline, data: ImageDataset, options: EvaluationO
     folder, K = None, options.num_evaluations
     if options.work_dir is not None:
         made_of = [weights_digest(pipe.unet), pipe.settings, images_digest(data), options.seed]
-        folder = options.work_dir / digest(*made_of, K, None if labels is None else digest(labels))[:16]
-    # A bar over few batches would hardly move; each of them has its own then.
+        folder = options.work_dir / "likelihood" / digest(*made_of, K, None if labels is None else digest(labels))[:16]
+    # a bar over few batches would hardly move; each of them has its own then
     bar_per_batch = options.progress and processes().is_main_process and len(data) <= 4 * options.batch_size
 
     def rows_of(ids: list[int]) -> Rows:
         x_0 = to_model_range(data.images[ids]).to(pipe.device)  # [B, C, H, W]
         common: dict[str, Any] = {"batch_size": options.batch_size, "seed": options.seed, "image_ids": ids}
-        common["progress"] = bar_per_batch
-        if labels is not None:
-            common["class_labels"] = labels[ids].to(pipe.device)
+        common |= {"progress": bar_per_batch, "class_labels": None if labels is None else labels[ids].to(pipe.device)}
         if K is None:
             full = bits_per_dim(pipe.network, pipe.scheduler, x_0, **common)
             sums = {"total": full.total_bpd.double(), "prior": full.prior_bpd.double()}
@@ -120,12 +103,9 @@ def likelihood_rows(pipe: DDPMPipeline, data: ImageDataset, options: EvaluationO
 
 def _add_rate_distortion(report: EvaluationReport, full: LikelihoodResult, settings: dict[str, Any]) -> None:
     """Add rate, distortion and L_T in bits/dim, the RMSE in pixel values 0..255, and Table 4."""
-    for name, meaning, values in (
-        ("rate", "L_1 + ... + L_T", full.rate_bpd.double()),
-        ("distortion", "L_0", full.distortion_bpd),
-        ("prior", "L_T", full.prior_bpd),
-    ):
-        how = {**settings, "estimator": f"{meaning}, {settings['estimator']}"}
+    parts = {"rate": full.rate_bpd.double(), "distortion": full.distortion_bpd, "prior": full.prior_bpd}
+    for (name, values), terms in zip(parts.items(), ("L_1 + ... + L_T", "L_0", "L_T"), strict=True):
+        how = {**settings, "estimator": f"{terms}, {settings['estimator']}"}
         report.add(f"{name}_bpd", *mean_estimate(values), how)
     mse, mse_error = mean_estimate(full.mse[:, 0])
     # d sqrt(mse) = d mse / (2 sqrt(mse)); [-1, 1] is 127.5 pixel values to either side

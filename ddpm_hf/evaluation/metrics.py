@@ -34,16 +34,11 @@ class Estimate(NamedTuple):
 
 @dataclass(frozen=True)
 class FrechetStatistics:
-    """The Gaussian that is fitted to features.
+    """The Gaussian that is fitted to the features of `count` images."""
 
-    Attributes:
-        mean: `[D]` float64.
-        factor: `[R, D]` float64 with `factor.T @ factor` the unbiased covariance; R is at most D. The covariance
-            itself would lose half of the digits of its small eigenvalues.
-        count: N, how many images.
-    """
-
-    mean: Tensor
+    mean: Tensor  # [D] float64
+    # [R, D] float64, R <= D: F with F^T F the unbiased covariance, which itself would lose half of the digits of its
+    # small eigenvalues
     factor: Tensor
     count: int
 
@@ -109,26 +104,20 @@ def leaving_out(features: Tensor, groups: int = 10) -> Iterator[Tensor]:
 def jackknife(values: Sequence[float]) -> tuple[Estimate, float]:
     """Estimate a number's error, and its bias of order 1/N, from leaving out each part of the images once.
 
-    Args:
-        values: The number from all images first, then without each of the equal parts.
-
-    Returns:
-        The number with its standard error, and the estimate of its bias; both are NaN if nothing was left out.
+    `values` is the number from all images, then without each of the equal parts. Error and bias are NaN without parts.
     """
-    value, parts = values[0], torch.tensor(values[1:], dtype=torch.float64)
-    if not len(parts):
+    value, parts, g = values[0], torch.tensor(values[1:], dtype=torch.float64), len(values) - 1
+    if not g:
         return Estimate(value, math.nan), math.nan
     spread = (parts - parts.mean()).square().sum().item()
-    g = len(parts)
     return Estimate(value, math.sqrt((g - 1) / g * spread)), (g - 1) * (parts.mean().item() - value)
 
 
 def inception_score(logits: Tensor, splits: int = 10) -> tuple[Estimate, float]:
     """Compute exp of the mean KL(p(y|x) || p(y)) (Salimans et al. 2016), averaged over `splits` parts of the samples.
 
-    Args:
-        logits: `[N, classes]` of a classifier, without biases in the official code.
-        splits: Parts as in the official code; unlike torch-fidelity's, samples are not shuffled before.
+    As in the official code, `logits` `[N, classes]` have no biases, and samples are not shuffled before (as
+    torch-fidelity does).
 
     Returns:
         The score, and the standard deviation over the parts, which is what papers print after +-.
@@ -138,7 +127,7 @@ def inception_score(logits: Tensor, splits: int = 10) -> tuple[Estimate, float]:
     """
     x = _checked(logits, splits, "the Inception score")
     log_p = x.log_softmax(1)
-    scores = []
+    scores: list[float] = []
     for i in range(splits):
         part = log_p[i * len(x) // splits : (i + 1) * len(x) // splits]
         log_marginal = part.exp().mean(0).log()
@@ -154,13 +143,8 @@ def kernel_distance(
 ) -> tuple[Estimate, int]:
     """Compute the unbiased squared MMD of the kernel (x.y / D + 1)^3; on Inception features the KID.
 
-    Binkowski et al. 2018; the mean over random subsets, drawn as torch-fidelity draws them.
-
-    Args:
-        samples, real: `[N, D]` and `[M, D]`.
-        subsets: How many subsets.
-        subset_size: Images of each in a subset; the usual 1000, or half of the smaller set where that is less.
-        seed: Seed of the subsets.
+    Binkowski et al. 2018; the mean over random subsets of `samples` `[N, D]` and `real` `[M, D]`, drawn as
+    torch-fidelity draws them: of the usual 1000 images, or half of the smaller set where that is less.
 
     Returns:
         The distance with its standard error over other samples and real images, and the size of the subsets.
@@ -201,13 +185,9 @@ def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
 
 
 def precision_recall(samples: Tensor, real: Tensor, k: int = 3) -> tuple[Estimate, Estimate]:
-    """Compute improved precision and recall (Kynkaanniemi et al. 2019).
+    """Compute improved precision and recall (Kynkaanniemi et al. 2019) of `samples` `[N, D]` and `real` `[M, D]`.
 
     Precision: the share of samples within the k-th neighbour's distance of any real image; recall: the reverse.
-
-    Args:
-        samples, real: `[N, D]` and `[M, D]`.
-        k: Which neighbour.
 
     Raises:
         UserError: Features of different sizes, or fewer than k + 1 images.
@@ -255,11 +235,10 @@ def _within_radius(points: Tensor, centres: Tensor, radii: Tensor) -> Estimate:
 
 
 def nearest_neighbours(queries: Tensor, candidates: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
-    """Find the k nearest candidates of each query: Euclidean distances `[N, k]` float64, nearest first, and indices.
+    """Find the k <= M nearest of `candidates` `[M, D]` to each of `queries` `[N, D]`.
 
-    Args:
-        queries, candidates: `[N, D]` and `[M, D]`.
-        k: How many, at most M.
+    Returns:
+        Euclidean distances `[N, k]` float64, nearest first, and indices `[N, k]`.
 
     Raises:
         UserError: Features of different sizes, or fewer than k candidates.
@@ -275,21 +254,14 @@ def nearest_neighbours(queries: Tensor, candidates: Tensor, k: int = 1) -> tuple
 
 @dataclass(frozen=True)
 class Memorisation:
-    """How near samples come to the training images, beside images that were held out.
+    """How near samples come to the training images, beside images that were held out."""
 
-    Attributes:
-        closer: The probability that a sample is closer to its nearest training image than a held-out image is, ties
-            counted half. 1/2 if samples are as new as held-out images; near 1 if training images are repeated.
-        below_median: How many samples are closer than the median of the held-out images; half of them if all is well.
-        below_closest: How many samples are closer than every held-out image.
-        copies: How many samples equal a training image (distance 0).
-        num_samples, num_held_out: How many were compared.
-    """
-
+    # the probability that a sample is closer to its nearest training image than a held-out image is, ties counted
+    # half: 1/2 if samples are as new as held-out images; near 1 if training images are repeated
     closer: Estimate
-    below_median: int
-    below_closest: int
-    copies: int
+    below_median: int  # samples that are closer than the median of the held-out images; half of them if all is well
+    below_closest: int  # samples that are closer than every held-out image
+    copies: int  # samples that equal a training image (distance 0)
     num_samples: int
     num_held_out: int
 

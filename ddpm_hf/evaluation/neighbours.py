@@ -20,32 +20,21 @@ _CHUNK = 4096  # real images that are compared with samples at a time
 
 @dataclass
 class Neighbours:
-    """The training images that are nearest to the first samples.
+    """The training images that are nearest to the first samples."""
 
-    Attributes:
-        space: `pixels`, or the extractor's name.
-        distances, indices: `[n, k]`, nearest first.
-        held_out: `[m]`, distances of held-out images to their nearest training images, or `None`.
-        memorisation: The comparison of the two, or `None`.
-    """
-
-    space: str
-    distances: Tensor
-    indices: Tensor
-    held_out: Tensor | None = None
-    memorisation: Memorisation | None = None
+    space: str  # pixels, or the extractor's name
+    distances: Tensor  # [n, k], nearest first
+    indices: Tensor  # [n, k]
+    held_out: Tensor | None = None  # [m], distances of held-out images to their nearest training images
+    memorisation: Memorisation | None = None  # the comparison of the two
 
 
 def find_neighbours(
     samples: Samples, train: RealImages, held_out: RealImages | None, spaces: list[str], k: int = 5
 ) -> list[Neighbours]:
-    """Find the nearest training images of the first samples, and of as many held-out images.
+    """Find the k nearest training images of the first samples, and of as many held-out images.
 
-    Args:
-        samples: Their kept images, and features of whole pixel values.
-        train, held_out: Real images.
-        spaces: Extractors to compare by, besides the pixels.
-        k: How many neighbours.
+    They are compared by their pixels, and by the features of the extractors that `spaces` names.
     """
     found, n = [], len(samples.first)
     for space in dict.fromkeys(["pixels", *spaces]):

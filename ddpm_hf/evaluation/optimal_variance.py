@@ -25,7 +25,7 @@ def prediction_error(pipe: DDPMPipeline, data: ImageDataset, **options: Any) -> 
     Args:
         pipe: The model; its scheduler is a `DDPMScheduler`.
         data: Images that the model was trained on or for; about a hundred are enough.
-        options: `batch_size`, `seed`, `progress`, as in `EvaluationOptions`.
+        options: `batch_size`, `seed`, `progress`.
 
     Returns:
         `[T]` float64: E (x_0 - predicted x_0)^2 per pixel, in the [-1, 1] scale; the same in every process.
@@ -42,11 +42,7 @@ def prediction_error(pipe: DDPMPipeline, data: ImageDataset, **options: Any) -> 
 def save_optimal_variance(model: str | Path, pipe: DDPMPipeline, error: Tensor, use: bool = True) -> None:
     """Write the error `[T]` of `prediction_error` into the scheduler's configuration of a saved pipeline.
 
-    Args:
-        model: The pipeline's folder.
-        pipe: The pipeline loaded from it.
-        error: See `prediction_error`.
-        use: Make `optimal` the model's variance; otherwise only keep the numbers for `variance_type="optimal"`.
+    `use` makes `optimal` the model's variance; otherwise the numbers are only kept for `variance_type="optimal"`.
     """
     config = {**pipe.scheduler.config, **({"variance_type": "optimal"} if use else {})}
     scheduler = type(pipe.scheduler).from_config(config)

@@ -17,43 +17,28 @@ METRICS = LIKELIHOOD_METRICS + SAMPLE_METRICS
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """How a model is evaluated.
+    """How a model is evaluated; `batch_size` changes no number. See `generation.with_sampler` and `DDPMPipeline`."""
 
-    Attributes:
-        likelihood_splits: Splits whose likelihood is computed, the first with plain names; held-out ones by default.
-        num_images: For the likelihood, the first this many images of each split; `None` for all.
-        num_evaluations: Network evaluations per image for a stratified estimate of the likelihood; `None` for all T.
-        num_samples: Images to draw; 50,000 in the paper.
-        batch_size: Images at a time; changes no number.
-        sampler, variance_type, timestep_spacing: See `generation.with_sampler`; for samples only.
-        num_inference_steps, eta, guidance_scale: See `DDPMPipeline`; for samples only.
-        seed: Seed of the likelihood's noise; sample i has the seed `seed + i`.
-        features: What images are compared by, see `features.make_extractor`.
-        inception_weights: See `features.Inception`.
-        cache_dir: Where features of real images are kept.
-        work_dir: Where finished batches are kept to resume from; `None` for nowhere, or as `evaluate` chooses.
-        output: A folder for `report.json`, `report.md`, pictures and `work/`.
-        model_name: The model's name in the report.
-        progress: Show progress bars.
-    """
-
-    likelihood_splits: Sequence[str] | None = None
-    num_images: int | None = None
-    num_evaluations: int | None = None
+    # the likelihood
+    likelihood_splits: Sequence[str] | None = None  # the first has the plain names; by default those held out
+    num_images: int | None = None  # the first this many of each split; all for `None`
+    num_evaluations: int | None = None  # of the network per image, for a stratified estimate; all T for `None`
+    # samples
     num_samples: int = 50_000
-    batch_size: int = 256
     sampler: str = "ddpm"
     variance_type: str | None = None
     timestep_spacing: str | None = None
     num_inference_steps: int | None = None
     eta: float | None = None
     guidance_scale: float = 1.0
-    seed: int = 0
-    features: Sequence[str] = ("inception",)
+    features: Sequence[str] = ("inception",)  # what images are compared by, see `features.make_extractor`
     inception_weights: str | Path | None = None
-    cache_dir: Path = field(default_factory=default_cache_dir)
-    work_dir: Path | None = None
-    output: Path | None = None
+    # both
+    seed: int = 0  # of the likelihood's noise; sample i has the seed `seed + i`
+    batch_size: int = 256
+    cache_dir: Path = field(default_factory=default_cache_dir)  # for features of real images
+    work_dir: Path | None = None  # finished batches, to resume from; `evaluate` sets it
+    output: Path | None = None  # a folder for `report.json`, `report.md`, pictures and `work/`
     model_name: str | None = None
     progress: bool = False
 

@@ -33,35 +33,25 @@ def library_versions() -> dict[str, str]:
 
 @dataclass
 class EvaluationReport:
-    """Numbers of one model on one dataset.
+    """Numbers of one model on one dataset."""
 
-    Attributes:
-        dataset, split, num_images: What was evaluated on (likelihood), or compared with (samples).
-        values: Name to `{"value", "standard_error", ...}`; likelihoods are in bits/dim. NaN is `null` in JSON.
-        settings: How each number was made, by the same names with an `estimator` in words; and, once for all, the
-            `sampling` and the `features`.
-        versions: Of Python and the libraries.
-        model: Its name, revision, a hash of its weights.
-        tables: Name to rows of columns and numbers, such as the paper's Table 4.
-        warnings: What to know before a number is put beside others.
-        pictures: Files beside the report.
-        created: When, UTC.
-    """
-
+    # what was evaluated on (likelihood), or compared with (samples)
     dataset: str
     split: str
     num_images: int
+    # name to {"value", "standard_error", ...}; likelihoods are in bits/dim; NaN is null in JSON
     values: dict[str, dict[str, float]] = field(default_factory=dict)
+    # how each number was made, by the same names with an "estimator" in words; and once for all "sampling", "features"
     settings: dict[str, Any] = field(default_factory=dict)
-    versions: dict[str, str] = field(default_factory=library_versions)
-    model: dict[str, Any] = field(default_factory=dict)
-    tables: dict[str, list[dict[str, float]]] = field(default_factory=dict)
-    warnings: list[str] = field(default_factory=list)
-    pictures: list[str] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=library_versions)  # of Python and the libraries
+    model: dict[str, Any] = field(default_factory=dict)  # its name, revision, a hash of its weights
+    tables: dict[str, list[dict[str, float]]] = field(default_factory=dict)  # rows of columns and numbers
+    warnings: list[str] = field(default_factory=list)  # what to know before a number is put beside others
+    pictures: list[str] = field(default_factory=list)  # files beside the report
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
     def add(self, name: str, value: float, standard_error: float, settings: dict[str, Any], **more: float) -> None:
-        """Add a number with its error, how it was made (`estimator` in words, and more), and what else is known of it.
+        """Add a number with its error, how it was made (`estimator` in words, ...), and what else is known of it.
 
         Raises:
             NotFiniteError: It is NaN or infinite. Its error, and `more`, may be NaN: not known, as from one image.
@@ -146,11 +136,7 @@ def as_markdown(report: EvaluationReport) -> str:
 
 
 def compare(reports: dict[str, EvaluationReport]) -> str:
-    """Put reports side by side, with the difference of the last to the first, and what makes numbers incomparable.
-
-    Args:
-        reports: By what to call them; at least two.
-    """
+    """Put two or more reports side by side: their numbers, the last one's difference to the first, other settings."""
     all_of, notes = list(reports.values()), []
     rows = [["number", *reports, "difference", "in errors"]]
     for key in dict.fromkeys(key for report in all_of for key in report.values):

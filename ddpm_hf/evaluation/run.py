@@ -26,20 +26,9 @@ from ..utils.visualize import image_grid, save_picture
 from .features import FeatureExtractor, make_extractor
 from .likelihoods import evaluate_likelihood
 from .neighbours import add_neighbours, find_neighbours, save_neighbours
-from .options import LIKELIHOOD_METRICS, METRICS, SAMPLE_METRICS, EvaluationOptions, parse_metrics
+from .options import LIKELIHOOD_METRICS, METRICS, SAMPLE_METRICS, EvaluationOptions, parse_metrics  # noqa: F401
 from .report import EvaluationReport, as_markdown
-from .samples import add_sample_metrics, draw_samples, real_images
-
-__all__ = [
-    "LIKELIHOOD_METRICS",
-    "METRICS",
-    "SAMPLE_METRICS",
-    "EvaluationOptions",
-    "EvaluationReport",
-    "evaluate",
-    "evaluate_likelihood",
-    "parse_metrics",
-]
+from .samples import add_sample_metrics, draw_samples, real_images, sample_metrics
 
 
 def load_splits(
@@ -52,17 +41,10 @@ def load_splits(
     validation_split: float = 0.0,
     **options: Any,
 ) -> dict[str, Images]:
-    """Load the images of an evaluation by split.
+    """Load the images of an evaluation by split, as `data.load_images` does.
 
-    Args:
-        splits: Which; by default the held-out images, and for samples the training images too. Held out is what
-            `validation_split` says, `validation` of built-in datasets, `test` of others that have it; the training
-            images are taken where nothing is.
-        for_samples: Whether samples are to be compared with them.
-        dataset, dataset_name, train_data_dir, validation_split, options: See `data.load_images`.
-
-    Raises:
-        UserError: As `load_images`, or the dataset has no such split.
+    By default the held-out images, and `for_samples` the training images too. Held out is what `validation_split`
+    says, `validation` of built-in datasets, `test` of others that have it; the training images where nothing is.
     """
     source = {"dataset": dataset, "dataset_name": dataset_name, "train_data_dir": train_data_dir}
     given: dict[str, Any] = {name: value for name, value in source.items() if value is not None}
@@ -99,9 +81,8 @@ def first_images(data: Images, count: int | None) -> ImageDataset:
         if count is None:
             raise UserError(f"{data.name!r} is a stream: say how many images to take")
         return data.take(count)
-    rows = torch.arange(len(data) if count is None else min(count, len(data)))
-    images, labels = data.batch(rows)
-    return ImageDataset(images, labels, data.name, data.class_names)
+    rows = torch.arange(len(data))[:count]
+    return ImageDataset(*data.batch(rows), data.name, data.class_names)
 
 
 def evaluate(
@@ -120,14 +101,14 @@ def evaluate(
         sets: Split to images. Samples are compared with each of them; `train` is what the model was trained on, the
             first other one is what was held out.
         metrics: Of `METRICS`.
-        options: How.
+        options, changes: How: `EvaluationOptions`, and fields of it: `num_samples=1000`.
         prepare: See `generation.write_samples`.
-        changes: Fields of `EvaluationOptions`: `evaluate(..., num_samples=1000)`.
 
     Raises:
         UserError: Anything that does not fit together, in one sentence, before anything takes long.
     """
-    options = dataclasses.replace(options or EvaluationOptions(), **changes)
+    given = {name: value for name, value in changes.items() if value is not None}
+    options = dataclasses.replace(options or EvaluationOptions(), **given)
     sets = {split: sets[split] for split in sorted(sets, key=lambda split: split != "train")}  # training images first
     for_samples = [metric for metric in metrics if metric in SAMPLE_METRICS]
     likelihood_splits: Sequence[str] = []
@@ -176,11 +157,7 @@ def _evaluate_samples(
     options: EvaluationOptions,
 ) -> None:
     """Draw samples and compare them with all sets; the first process adds the numbers to its report."""
-    cache = options.cache_dir
-    real = {
-        split: real_images(split, images, extractors, cache, options.batch_size, options.progress)
-        for split, images in sets.items()
-    }
+    real = {split: real_images(split, images, extractors, options) for split, images in sets.items()}
     train, held_out = real.get("train"), next((split for split in sets if split != "train"), None)
     samples = draw_samples(pipe, extractors, options, None if train is None else train.images)
     report.settings["sampling"] = samples.settings
@@ -189,7 +166,8 @@ def _evaluate_samples(
         if not processes().is_main_process:
             return
         device = pipe.device if pipe.device.type == "cuda" else torch.device("cpu")  # float64 is not everywhere
-        add_sample_metrics(report, metrics, samples, list(real.values()), cache, device)
+        measured = sample_metrics(metrics, samples, list(real.values()), options.cache_dir, device)
+        add_sample_metrics(report, measured, samples)
         output = options.output if samples.first.shape[1] in (1, 3) else None  # for pictures
         if output is not None:
             save_picture(image_grid(samples.first[:64]), output / "samples.png")
@@ -204,17 +182,10 @@ def _evaluate_samples(
 def check_evaluation(
     pipe: DDPMPipeline, sets: dict[str, Images], metrics: Sequence[str], options: EvaluationOptions
 ) -> tuple[DDPMPipeline, list[FeatureExtractor]]:
-    """Check that `evaluate` has all that it needs, before hours of work: now, or before a training.
-
-    Args:
-        pipe, sets, options: As for `evaluate`.
-        metrics: Its metrics of samples.
+    """Check that `evaluate` can compute metrics of samples: before hours of work, also before a training.
 
     Returns:
-        The pipeline that draws samples, and what they are compared by.
-
-    Raises:
-        UserError: It has not.
+        The pipeline that draws samples, and what computes their features.
     """
     if not sets:
         raise UserError("no images to evaluate on")
@@ -236,7 +207,7 @@ def _check_cache(options: EvaluationOptions) -> None:
 
 
 def _work_dir(options: EvaluationOptions) -> Path | None:
-    """Return where finished batches are kept; `None` for a likelihood that cannot be resumed, without any folder."""
+    """Return where finished batches are kept; `None` for a likelihood without any folder, which cannot be resumed."""
     if options.output is None:
         try:
             _check_cache(options)
@@ -248,11 +219,7 @@ def _work_dir(options: EvaluationOptions) -> Path | None:
 def checked_extractors(
     pipe: DDPMPipeline, sets: dict[str, Images], wanted: Sequence[str], options: EvaluationOptions
 ) -> list[FeatureExtractor]:
-    """Make what computes the features, if there are the samples and images that the metrics need.
-
-    Raises:
-        UserError: It cannot be made, or there are not.
-    """
+    """Make what computes the features, if there are the samples and images that the metrics need."""
     at_least = {"fid": 2, "kid": 4, "prc": 4, "is": 10, "nn": 1}
     need, metric = max((at_least[metric], metric) for metric in wanted)
     if options.num_samples < need:
@@ -292,7 +259,7 @@ def _describe_model(pipe: DDPMPipeline, name: str | None) -> dict[str, Any]:
     }
     if name is not None and not Path(name).exists():
         with suppress(HFValidationError):  # a name that is no repository's
-            file = try_to_load_from_cache(name, "model_index.json")
-            if isinstance(file, str) and (revision := re.search(r"snapshots[/\\]([0-9a-f]{40})", file)):
+            file = str(try_to_load_from_cache(name, "model_index.json"))
+            if revision := re.search(r"snapshots[/\\]([0-9a-f]{40})", file):
                 found["revision"] = revision[1]
     return found

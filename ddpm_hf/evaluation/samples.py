@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,115 +24,82 @@ from ..utils.digests import digest, images_digest, weights_digest
 from ..utils.errors import UserError
 from ..utils.processes import from_first, processes, together
 from ..utils.randomness import derived_generator
+from . import metrics
 from .features import FeatureExtractor
-from .metrics import (
-    Estimate,
-    FrechetStatistics,
-    frechet_distance,
-    frechet_statistics,
-    inception_score,
-    jackknife,
-    kernel_distance,
-    leaving_out,
-    precision_recall,
-)
 from .options import EvaluationOptions
 from .report import EvaluationReport
 
-# What the paper's FID, IS and KID are computed from.
-PAPER_SAMPLES = 50_000
-# The first samples are kept as images, for pictures and for neighbours among the training images.
-KEPT_SAMPLES = 1000
+PAPER_SAMPLES = 50_000  # what the paper's FID and IS are computed from
+KEPT_SAMPLES = 1000  # so many are kept as images, for pictures and for neighbours among the training images
+# A number's name, its value and error, how it was made, and what else is known of it.
+Measured = tuple[str, metrics.Estimate, dict[str, Any], dict[str, float]]
 
 
 @dataclass
 class RealImages:
-    """Real images and their features.
+    """Real images of a split and their features, by the name of what computed them."""
 
-    Attributes:
-        split: `train`, `validation`, ...
-        images: An image dataset with `len` and `batch`, not a stream.
-        features: Name of the extractor to `[N, D]` float32.
-        fingerprints: Name of the extractor to a hash of images, preprocessing and weights.
-    """
-
-    split: str
-    images: Any
-    features: dict[str, Tensor]
-    fingerprints: dict[str, str]
+    split: str  # train, validation, ...
+    images: Any  # an image dataset with `len` and `batch`, not a stream
+    features: dict[str, Tensor] = field(default_factory=dict)  # [N, D] float32
+    fingerprints: dict[str, str] = field(default_factory=dict)  # hashes of images, preprocessing and weights
 
 
 @dataclass
 class Samples:
-    """What is kept of N samples.
+    """What is kept of samples; features and logits by the extractor's name and `uint8` or `float`."""
 
-    Attributes:
-        count: N.
-        first: The first ones as images, `[n, C, H, W]` uint8.
-        features: (extractor, `uint8` or `float`) to `[N, D]` float32.
-        logits: The same, for extractors that are classifiers.
-        settings: How they were drawn.
-    """
-
-    count: int
-    first: Tensor
-    features: dict[tuple[str, str], Tensor]
-    logits: dict[tuple[str, str], Tensor]
-    settings: dict[str, Any]
+    count: int  # N
+    first: Tensor  # the first ones as images, [n, C, H, W] uint8
+    features: dict[tuple[str, str], Tensor]  # [N, D] float32
+    logits: dict[tuple[str, str], Tensor]  # [N, classes] float32
+    settings: dict[str, Any]  # how they were drawn
 
 
-def real_images(
-    split: str,
-    images: Any,
-    extractors: list[FeatureExtractor],
-    cache_dir: Path,
-    batch_size: int = 256,
-    progress: bool = False,
-) -> RealImages:
-    """Compute features of real images, or read them from the cache.
+def real_images(split: str, images: Any, extractors: list[FeatureExtractor], options: EvaluationOptions) -> RealImages:
+    """Compute features of two or more real images, or read them from the cache.
 
     The cache's key is a hash of the pixels, the preprocessing and the weights, so that nothing stale is found.
-
-    Raises:
-        UserError: Fewer than two images.
     """
     if len(images) < 2:
         raise UserError(f"samples are compared with real images, and {images.name!r} ({split}) has {len(images)}")
     with together():
         content = images_digest(images) if processes().is_main_process else ""
     content = from_first(content)
-    real = RealImages(split, images, {}, {})
+    real = RealImages(split, images)
     for extractor in extractors:
         key = digest(content, extractor.fingerprint)
 
         def features_of(ids: list[int], extractor: FeatureExtractor = extractor) -> Rows:
             return {"features": extractor(images.batch(torch.tensor(ids))[0])["features"]}
 
-        folder, desc = cache_dir / "features" / key, f"{extractor.name} features, {split}"
         with torch.no_grad():
             rows = all_rows(
-                len(images), features_of, batch_size=batch_size, folder=folder, desc=desc, progress=progress
+                len(images),
+                features_of,
+                batch_size=options.batch_size,
+                folder=options.cache_dir / "features" / key,
+                desc=f"{extractor.name} features, {split}",
+                progress=options.progress,
             )
         real.features[extractor.name], real.fingerprints[extractor.name] = rows["features"], key
     return real
 
 
-def real_statistics(real: RealImages, name: str, cache_dir: Path, device: torch.device) -> FrechetStatistics:
+def real_statistics(real: RealImages, name: str, cache_dir: Path, device: torch.device) -> metrics.FrechetStatistics:
     """Compute mean and covariance of real images' features, or read them from the cache, in one process."""
     file = cache_dir / "statistics" / f"{real.fingerprints[name]}.safetensors"
     kept = read_tensors(file)
     if kept is None or set(kept) != {"mean", "factor"}:
-        made = frechet_statistics(real.features[name].to(device))
+        made = metrics.frechet_statistics(real.features[name].to(device))
         kept = {"mean": made.mean.cpu(), "factor": made.factor.cpu()}
         write_tensors(file, kept)
-    return FrechetStatistics(kept["mean"].to(device), kept["factor"].to(device), len(real.features[name]))
+    return metrics.FrechetStatistics(kept["mean"].to(device), kept["factor"].to(device), len(real.features[name]))
 
 
-def _labels_of_samples(
-    pipe: DDPMPipeline, options: EvaluationOptions, train: Any
-) -> tuple[list[Any] | None, str | None]:
+def _labels_of_samples(classes: Any, options: EvaluationOptions, train: Any) -> tuple[list[Any] | None, str | None]:
     """Return the class label of each sample, and how it is chosen, in words."""
-    classes, ids = pipe.classes, range(options.num_samples)
+    ids = range(options.num_samples)
     if classes.count is None:
         return None, None
     if train is not None and train.labels is not None and len(train.labels):
@@ -150,12 +117,7 @@ def draw_samples(
 ) -> Samples:
     """Draw samples and keep their features, of the floats that the sampler gives and of whole pixel values.
 
-    Args:
-        pipe: Network and sampler.
-        extractors: What computes the features.
-        options: Of these the sampler's, `num_samples`, `batch_size`, `seed`, `progress` and `work_dir`, from which an
-            interrupted run resumes.
-        train: The training images, whose class frequencies a class-conditional network is sampled with.
+    A class-conditional network is sampled with the class frequencies of the `train` images.
 
     Raises:
         UserError: A count or number of steps out of range; classes that the network does not know.
@@ -172,7 +134,7 @@ def draw_samples(
         "scheduler": {key: value for key, value in pipe.scheduler.config.items() if not key.startswith("_")},
         "dtype": pipe.settings["dtype"],
     }
-    labels, rule = _labels_of_samples(pipe, options, train)
+    labels, rule = _labels_of_samples(pipe.classes, options, train)
     labels_digest = None
     if rule is not None:
         sampling["class_labels"] = rule
@@ -224,80 +186,62 @@ def draw_samples(
     return samples
 
 
-Measured = tuple[str, Estimate, dict[str, Any], dict[str, float]]
+def add_sample_metrics(report: EvaluationReport, measured: Iterable[Measured], samples: Samples) -> None:
+    """Add the numbers of `sample_metrics` to the report, and what few samples do to them."""
+    started, biases = time.monotonic(), {}
+    for name, estimate, settings, more in measured:
+        report.add(name, *estimate, {**settings, "seconds": round(time.monotonic() - started, 2)}, **more)
+        if "estimated_bias" in more:
+            biases[name] = more["estimated_bias"]
+        started = time.monotonic()
+    if not biases or samples.count >= PAPER_SAMPLES:
+        return
+    by = ", ".join(f"{name} by about {bias:.3g}" for name, bias in biases.items() if math.isfinite(bias))
+    report.warnings.append(
+        f"FID and other Frechet distances from {samples.count} samples are biased upwards (the paper takes "
+        f"{PAPER_SAMPLES}){f': {by}, a jackknife estimates' if by else ''}; compare them only with numbers from as "
+        "many samples"
+    )
+    for name, size in {name: features.shape[1] for (name, _), features in samples.features.items()}.items():
+        if samples.count <= size:
+            few = f"{samples.count} samples are too few to know the covariance of {size} {name} features"
+            report.warnings.append(f"{few}; take more than {size}")
 
 
-def add_sample_metrics(
-    report: EvaluationReport,
-    metrics: list[str],
-    samples: Samples,
-    references: list[RealImages],
-    cache_dir: Path,
-    device: torch.device,
-) -> None:
-    """Add FID, IS, KID, precision and recall of samples against each set of real images to the report.
+def sample_metrics(
+    wanted: list[str], samples: Samples, references: list[RealImages], cache_dir: Path, device: torch.device
+) -> Iterator[Measured]:
+    """Compute FID, IS, KID, precision and recall of samples against each set of real images.
 
     Names say what was compared: `fid_inception_train_float`, `kid_inception_validation_uint8`; with other features
     than Inception's FID is called `fd` and KID `kd`.
     """
-    started, biases = time.monotonic(), {}
-    for name, estimate, settings, more in _measure(metrics, samples, references, cache_dir, device):
-        seconds = round(time.monotonic() - started, 2)
-        report.add(name, *estimate, {**settings, "seconds": seconds}, **more)
-        if "estimated_bias" in more:
-            biases[name] = more["estimated_bias"]
-        started = time.monotonic()
-    if biases and samples.count < PAPER_SAMPLES:
-        _warn_of_bias(report, samples, biases)
-
-
-def _measure(
-    metrics: list[str], samples: Samples, references: list[RealImages], cache_dir: Path, device: torch.device
-) -> Iterator[Measured]:
-    """Yield each number: its name, its value and error, how it was made, and what else is known of it."""
     for (name, kind), features in samples.features.items():
-        x, count = features.to(device), samples.count
-        inception = name == "inception"
+        x, count, inception = features.to(device), samples.count, name == "inception"
         common = {"features": name, "sample_values": kind, "num_samples": count}
-        if "is" in metrics and (name, kind) in samples.logits:
-            score, deviation = inception_score(samples.logits[name, kind].to(device))
+        if "is" in wanted and (name, kind) in samples.logits:
+            score, deviation = metrics.inception_score(samples.logits[name, kind].to(device))
             how = {"estimator": f"{count} samples ({kind}), 10 parts", **common}
             yield f"is_{name}_{kind}", score, how, {"standard_deviation": deviation}
         # Once for all sets of real images: with 50,000 samples this is the long part.
-        gaussians = [frechet_statistics(part) for part in leaving_out(x)] if "fid" in metrics else []
+        gaussians = [metrics.frechet_statistics(part) for part in metrics.leaving_out(x)] if "fid" in wanted else []
         for real in references:
             y, where = real.features[name], f"{name}_{real.split}_{kind}"
             words = f"{count} samples ({kind}) against {len(y)} images of {real.split}, {name} features"
-            how = {"split": real.split, "num_real": len(y), "statistics": real.fingerprints[name]}
-            how = {"estimator": words, **common, **how}
-            if "fid" in metrics:
+            against = {"split": real.split, "num_real": len(y), "statistics": real.fingerprints[name]}
+            how = {"estimator": words, **common, **against}
+            if "fid" in wanted:
                 reference = real_statistics(real, name, cache_dir, device)
-                distance, bias = jackknife([frechet_distance(gaussian, reference) for gaussian in gaussians])
+                distance, bias = metrics.jackknife([metrics.frechet_distance(g, reference) for g in gaussians])
                 yield ("fid_" if inception else "fd_") + where, distance, how, {"estimated_bias": bias}
             if kind == "float":  # the other numbers are defined for whole pixel values
                 continue
-            if "kid" in metrics:
-                distance, size = kernel_distance(x, y.to(device))
+            if "kid" in wanted:
+                distance, size = metrics.kernel_distance(x, y.to(device))
                 subsets = {"estimator": f"{words}, 100 subsets of {size}", "subset_size": size}
                 yield ("kid_" if inception else "kd_") + where, distance, how | subsets, {}
-            if "prc" in metrics:
+            if "prc" in wanted:
                 third = {"estimator": f"{words}, third neighbour", "neighbour": 3}
-                for what, share in zip(("precision", "recall"), precision_recall(x, y.to(device)), strict=True):
-                    yield f"{what}_{where}", share, how | third, {}
-
-
-def _warn_of_bias(report: EvaluationReport, samples: Samples, biases: dict[str, float]) -> None:
-    """Say by how much fewer samples make every Frechet distance larger, whatever the model."""
-    by = ", ".join(f"{key} by about {bias:.3g}" for key, bias in biases.items() if math.isfinite(bias))
-    report.warnings.append(
-        f"FID and other Frechet distances from {samples.count} samples are biased upwards (the paper takes "
-        f"{PAPER_SAMPLES})"
-        + (f": {by}, a jackknife estimates" if by else "")
-        + "; compare them only with numbers from as many samples"
-    )
-    for name, size in {name: features.shape[1] for (name, _), features in samples.features.items()}.items():
-        if samples.count <= size:
-            report.warnings.append(
-                f"{samples.count} samples are too few to know the covariance of {size} {name} features; take more "
-                f"than {size}"
-            )
+                precision, recall = metrics.precision_recall(x, y.to(device))
+                yield f"precision_{where}", precision, how | third, {}
+                yield f"recall_{where}", recall, how | third, {}

@@ -60,24 +60,8 @@ def names_of_numbers(
     return names
 
 
-def is_better(name: str, value: float, than: float) -> bool:
-    """Return whether one value of a number is better than another; NaN never is."""
-    if math.isnan(value) or math.isnan(than):
-        return not math.isnan(value)
-    return value > than if name.startswith(_HIGHER_IS_BETTER) else value < than
-
-
 class TrainingEvaluation:
-    """Measures a run's EMA weights.
-
-    Args:
-        config: The run's.
-        train: Its training images.
-
-    Raises:
-        UserError: A metric that is unknown, or that is for finished models; something is to be measured on held-out
-            images, and nothing is held out.
-    """
+    """Measures a run's EMA weights; knows its configuration and its training images."""
 
     def __init__(self, config: TrainingConfig, train: Images):
         self.config, self.folder = config, Path(config.output_dir)
@@ -114,11 +98,7 @@ class TrainingEvaluation:
         return held_out
 
     def check(self, pipe: DDPMPipeline) -> None:
-        """Check everything that can be known of the evaluations to come.
-
-        Raises:
-            UserError: They will fail, or have no number called `best_metric`.
-        """
+        """Raise now what would be wrong with the evaluations to come."""
         config = self.config
         try:
             _, extractors = check_evaluation(pipe, self.sets, self._of_samples, self._options(pipe))
@@ -182,11 +162,7 @@ class TrainingEvaluation:
         return self.due(step) and from_first(str(step) not in self._history() if processes().is_main_process else None)
 
     def keep(self, pipe: DDPMPipeline, report: EvaluationReport, step: int) -> None:
-        """Record what was measured after update `step`, and keep the model if it is the best so far.
-
-        Raises:
-            OSError: The disk refuses; the best one before is intact.
-        """
+        """Record what was measured after update `step`, and keep the model if it is the best so far."""
         with together():
             if self.config.validation_steps is not None and processes().is_main_process:
                 if self.config.best_metric is not None:
@@ -202,8 +178,12 @@ class TrainingEvaluation:
         if best is not None and not _comparable(best, report, name):
             say(f"{folder} was chosen by another number than {name} as it is measured now, and is chosen anew")
             best = None
-        if math.isnan(value) or (best is not None and not is_better(name, value, best.values[name]["value"])):
+        if math.isnan(value):
             return
+        if best is not None:
+            before = best.values[name]["value"]
+            if not (value > before if name.startswith(_HIGHER_IS_BETTER) else value < before):
+                return
         report = dataclasses.replace(report, model={**report.model, "update": step, "best_metric": name})
 
         def fill(target: Path) -> None:

@@ -64,35 +64,21 @@ PAPER_TABLE_4: Mapping[int, tuple[float, float]] = {
 
 FOLDER, STAGES = "reproduction", "stages.json"
 # Settings that change nothing of what is trained or published, or are set here.
-_INCIDENTAL = (
-    "output_dir",
-    "resume_from_checkpoint",
-    "num_cpu_threads",
-    "dataloader_num_workers",
-    "report_to",
-    "logging_steps",
-    "eval_batch_size",
-)
+_INCIDENTAL = "output_dir resume_from_checkpoint num_cpu_threads dataloader_num_workers report_to logging_steps"
+_INCIDENTAL += " eval_batch_size"
 
 
 @dataclass(frozen=True)
 class Reproduction:
-    """The paper's numbers and ours.
+    """The paper's numbers and ours."""
 
-    Attributes:
-        preset: The experiment.
-        report: Our numbers.
-        rows: One for each number that the paper or we have: `number`, `paper` (as `Preset.paper`, or `None`), `ours`
-            (as in a report, or `None`), and a `note` on what was less than in the experiment.
-        differences: Where training images and recipe were not the preset's.
-        table_4: Reverse steps, and rate and distortion of both, of a CIFAR-10 model.
-    """
-
-    preset: Preset
-    report: EvaluationReport
+    preset: Preset  # the experiment
+    report: EvaluationReport  # our numbers
+    # one for each number that the paper or we have: `number`, `paper` (as `Preset.paper`, or `None`), `ours` (as in a
+    # report, or `None`), and a `note` on what was less than in the experiment
     rows: list[dict[str, Any]]
-    differences: list[str]
-    table_4: list[dict[str, float | None]]
+    differences: list[str]  # where training images and recipe were not the preset's
+    table_4: list[dict[str, float | None]]  # reverse steps, and rate and distortion of both, of a CIFAR-10 model
 
     def as_markdown(self) -> str:
         """Return the page: the table, and what to know before comparing."""
@@ -104,12 +90,10 @@ class Reproduction:
             "± is one standard error; of Inception scores the standard deviation over ten parts, as the paper has it. "
             "The paper's bits/dim are upper bounds, as ours are.",
         ]
-        for title, lines in (
-            ("Trained otherwise than the preset", self.differences),
-            ("Before you compare", report.warnings),
-        ):
-            if lines:
-                parts += [f"## {title}", "\n".join(f"- {line}" for line in lines)]
+        if self.differences:
+            parts += ["## Trained otherwise than the preset", "\n".join(f"- {line}" for line in self.differences)]
+        if report.warnings:
+            parts += ["## Before you compare", "\n".join(f"- {warning}" for warning in report.warnings)]
         if self.table_4:
             cells = [
                 [f"{steps:.0f}", *("-" if x is None else f"{x:.5f}" for x in numbers)]
@@ -150,9 +134,7 @@ class Reproduction:
 def reproduce(config: TrainingConfig, options: ReproductionConfig) -> Reproduction | None:
     """Train, sample, measure, compare; every process of a launch takes part and returns the same.
 
-    Args:
-        config: The training run; it resumes from its latest checkpoint by itself.
-        options: How to measure.
+    Training resumes from its latest checkpoint by itself.
 
     Returns:
         The comparison, which is also in the output folder; `None` where training was asked to stop.
@@ -202,7 +184,7 @@ def _record(folder: Path, stage: str, content: dict[str, Any]) -> None:
 
 
 def _training_settings(config: TrainingConfig) -> dict[str, Any]:
-    return plain({key: value for key, value in config.public_values().items() if key not in _INCIDENTAL})
+    return plain({key: value for key, value in config.public_values().items() if key not in _INCIDENTAL.split()})
 
 
 def _trained(config: TrainingConfig) -> DDPMPipeline | None:
@@ -292,10 +274,7 @@ def _measure(
 def compare_with_paper(config: TrainingConfig, report: EvaluationReport, sizes: Mapping[str, int]) -> Reproduction:
     """Put numbers beside the paper's, each with a note on what was less than in the experiment.
 
-    Args:
-        config: How the model was trained.
-        report: Our numbers.
-        sizes: How many images each split has.
+    `sizes` says how many images each split has.
     """
     preset, recipe = get_preset(config.preset), config.resolved_preset()
     updates = []

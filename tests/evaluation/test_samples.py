@@ -21,6 +21,10 @@ from ddpm_hf.sampling.generation import with_sampler
 PIXELS = Pixels((1, 8, 8))
 
 
+def cached(folder, **options) -> EvaluationOptions:
+    return EvaluationOptions(cache_dir=folder, **options)
+
+
 class Counting(Pixels):
     """The pixels, and how many images they were asked of."""
 
@@ -76,17 +80,17 @@ def test_more_samples_draw_only_what_is_new_and_other_settings_draw_again(digits
 
 def test_real_images_are_seen_once(tmp_path):
     data, extractor = load_digits("validation"), Counting()
-    first = real_images("validation", data, [extractor], tmp_path, batch_size=100)
+    first = real_images("validation", data, [extractor], cached(tmp_path, batch_size=100))
     assert extractor.seen == 296
     assert torch.equal(first.features["pixels"], data.images.flatten(1) / 255)
-    again = real_images("validation", data, [extractor], tmp_path, batch_size=7)
+    again = real_images("validation", data, [extractor], cached(tmp_path, batch_size=7))
     assert extractor.seen == 296
     assert torch.equal(again.features["pixels"], first.features["pixels"])
     changed = data.images.clone()
     changed[5, 0, 3, 3] += 1
     other = ImageDataset(changed, None, data.name)
     assert images_digest(other) != images_digest(data)
-    real_images("validation", other, [extractor], tmp_path)
+    real_images("validation", other, [extractor], cached(tmp_path))
     assert extractor.seen == 2 * 296  # one pixel value of one image is enough
 
     device = torch.device("cpu")
@@ -144,7 +148,7 @@ def samples_of(images):
 def test_neighbours(tmp_path, monkeypatch):
     monkeypatch.setattr("ddpm_hf.evaluation.neighbours._CHUNK", 100)  # the training images in several parts
     train, held_out = load_digits("train"), load_digits("validation")
-    real = [real_images(s, d, [PIXELS], tmp_path) for s, d in (("train", train), ("validation", held_out))]
+    real = [real_images(s, d, [PIXELS], cached(tmp_path)) for s, d in (("train", train), ("validation", held_out))]
     draw = torch.Generator().manual_seed(0)
     images = torch.cat([train.images[[700, 3]], torch.randint(0, 256, (8, 1, 8, 8), generator=draw).byte()])
     (found,) = find_neighbours(samples_of(images), *real, ["pixels"], k=3)
@@ -163,7 +167,7 @@ def test_neighbours(tmp_path, monkeypatch):
 
 def test_a_model_that_repeats_its_training_images_is_found_out(tmp_path):
     train, held_out = load_digits("train"), load_digits("validation")
-    real = [real_images(s, d, [PIXELS], tmp_path) for s, d in (("train", train), ("validation", held_out))]
+    real = [real_images(s, d, [PIXELS], cached(tmp_path)) for s, d in (("train", train), ("validation", held_out))]
     noise = torch.randint(-3, 4, (200, 1, 8, 8), generator=torch.Generator().manual_seed(1))
     repeats = (train.images[:200] + noise).clamp(0, 255).byte()
     fresh = held_out.images[:200]
@@ -179,7 +183,7 @@ def test_a_model_that_repeats_its_training_images_is_found_out(tmp_path):
 
 
 def test_without_held_out_images_nothing_is_judged(tmp_path):
-    real = real_images("train", load_digits("train"), [PIXELS], tmp_path)
+    real = real_images("train", load_digits("train"), [PIXELS], cached(tmp_path))
     found = find_neighbours(samples_of(load_digits("validation").images[:5]), real, None, [])
     report = EvaluationReport("digits", "train", 1)
     add_neighbours(report, found, real, None)
@@ -193,4 +197,4 @@ def test_what_cannot_be_compared(digits_pipeline, tmp_path):
     with pytest.raises(ValueError, match="num_inference_steps"):
         draw_samples(digits_pipeline, [PIXELS], EvaluationOptions(num_samples=1, num_inference_steps=2000))
     with pytest.raises(ValueError, match=r"'none' \(test\) has 1"):
-        real_images("test", ImageDataset(torch.zeros(1, 1, 8, 8).byte(), None, "none"), [PIXELS], tmp_path)
+        real_images("test", ImageDataset(torch.zeros(1, 1, 8, 8).byte(), None, "none"), [PIXELS], cached(tmp_path))
