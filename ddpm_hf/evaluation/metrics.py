@@ -3,7 +3,8 @@
 Features `[N, D]` -> statistics (mean and a factor of the covariance) -> Frechet distance; features -> KID, precision
 and recall, neighbours; class logits -> Inception score. torch-fidelity computes KID and distances in float32 and the
 root of the covariances' product by eigenvalues, which loses digits where they are singular, so all of it is done here;
-its protocols (subsets, seeds, parts, neighbourhoods) are kept.
+its protocols (subsets, seeds, parts, neighbourhoods) are kept. Features of different sizes, that are not finite, or of
+too few images raise a UserError.
 """
 
 from __future__ import annotations
@@ -66,11 +67,7 @@ def _check_same_size(a: Tensor, b: Tensor) -> None:
 
 
 def frechet_statistics(features: Tensor) -> FrechetStatistics:
-    """Compute mean and covariance of `features`, `[N, D]` with N >= 2.
-
-    Raises:
-        UserError: Fewer than two images, or features that are not finite.
-    """
+    """Compute mean and covariance of `features`, `[N, D]` with N >= 2."""
     x = _checked(features, 2, "the Frechet distance")
     mean = x.mean(0)
     factor = (x - mean) / math.sqrt(len(x) - 1)
@@ -80,11 +77,7 @@ def frechet_statistics(features: Tensor) -> FrechetStatistics:
 
 
 def frechet_distance(a: FrechetStatistics, b: FrechetStatistics) -> float:
-    """Compute the squared Frechet distance of two Gaussians; on Inception features the FID (Heusel et al. 2017).
-
-    Raises:
-        UserError: The features of the two differ in size.
-    """
+    """Compute the squared Frechet distance of two Gaussians; on Inception features the FID (Heusel et al. 2017)."""
     _check_same_size(a.mean, b.mean)
     # |m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)). With S = F^T F, the eigenvalues of S_a S_b are the squared
     # singular values of F_a F_b^T, which are exact for singular covariances too.
@@ -116,14 +109,10 @@ def jackknife(values: Sequence[float]) -> tuple[Estimate, float]:
 def inception_score(logits: Tensor, splits: int = 10) -> tuple[Estimate, float]:
     """Compute exp of the mean KL(p(y|x) || p(y)) (Salimans et al. 2016), averaged over `splits` parts of the samples.
 
-    As in the official code, `logits` `[N, classes]` have no biases, and samples are not shuffled before (as
-    torch-fidelity does).
+    As in the official code: `logits` `[N, classes]` without biases, and (unlike torch-fidelity) without shuffling.
 
     Returns:
         The score, and the standard deviation over the parts, which is what papers print after +-.
-
-    Raises:
-        UserError: Fewer images than parts.
     """
     x = _checked(logits, splits, "the Inception score")
     log_p = x.log_softmax(1)
@@ -148,9 +137,6 @@ def kernel_distance(
 
     Returns:
         The distance with its standard error over other samples and real images, and the size of the subsets.
-
-    Raises:
-        UserError: Features of different sizes; fewer images than a subset takes, or fewer than 4.
     """
     samples, real = _checked(samples, 4, "KID"), _checked(real, 4, "KID")
     _check_same_size(samples, real)
@@ -188,9 +174,6 @@ def precision_recall(samples: Tensor, real: Tensor, k: int = 3) -> tuple[Estimat
     """Compute improved precision and recall (Kynkaanniemi et al. 2019) of `samples` `[N, D]` and `real` `[M, D]`.
 
     Precision: the share of samples within the k-th neighbour's distance of any real image; recall: the reverse.
-
-    Raises:
-        UserError: Features of different sizes, or fewer than k + 1 images.
     """
     samples, real = (_checked(x, k + 1, "precision and recall") for x in (samples, real))
     _check_same_size(samples, real)
@@ -239,9 +222,6 @@ def nearest_neighbours(queries: Tensor, candidates: Tensor, k: int = 1) -> tuple
 
     Returns:
         Euclidean distances `[N, k]` float64, nearest first, and indices `[N, k]`.
-
-    Raises:
-        UserError: Features of different sizes, or fewer than k candidates.
     """
     queries, candidates = _checked(queries, 1, "neighbours"), _checked(candidates, k, "neighbours")
     _check_same_size(queries, candidates)
@@ -267,11 +247,7 @@ class Memorisation:
 
 
 def memorisation(samples: Tensor, held_out: Tensor) -> Memorisation:
-    """Compare distances to the nearest training image: `[N]` of the samples and `[M]` of held-out images.
-
-    Raises:
-        UserError: One of them is empty.
-    """
+    """Compare distances to the nearest training image: `[N]` of the samples and `[M]` of held-out images."""
     if not len(samples) or not len(held_out):
         raise UserError(f"memorisation compares samples with held-out images, got {len(samples)} and {len(held_out)}")
     # The Mann-Whitney statistic: [N, M], 1 where the sample is closer, 1/2 where both are as close.

@@ -83,9 +83,8 @@ class Reproduction:
     def as_markdown(self) -> str:
         """Return the page: the table, and what to know before comparing."""
         report = self.report
-        parts = [
-            f"# {self.preset.name} on {public_name(report.dataset)}",
-            f"The experiment: {self.preset.source}.",
+        parts = [f"# {self.preset.name} on {public_name(report.dataset)}", f"The experiment: {self.preset.source}."]
+        parts += [
             self.table(),
             "± is one standard error; of Inception scores the standard deviation over ten parts, as the paper has it. "
             "The paper's bits/dim are upper bounds, as ours are.",
@@ -117,17 +116,14 @@ class Reproduction:
 
     def as_json(self) -> str:
         """Return the same as data."""
-        content = {
-            "preset": self.preset.name,
-            "source": self.preset.source,
-            "dataset": public_name(self.report.dataset),
-            "rows": self.rows,
-            "differences": self.differences,
-            "warnings": self.report.warnings,
-            "table_4": self.table_4,
-            "model": self.report.model,
-            "versions": self.report.versions,
+        preset, report = self.preset, self.report
+        content: dict[str, Any] = {
+            "preset": preset.name,
+            "source": preset.source,
+            "dataset": public_name(report.dataset),
         }
+        content |= {"rows": self.rows, "differences": self.differences, "warnings": report.warnings}
+        content |= {"table_4": self.table_4, "model": report.model, "versions": report.versions}
         return json.dumps(finite(content), indent=2) + "\n"
 
 
@@ -147,7 +143,7 @@ def reproduce(config: TrainingConfig, options: ReproductionConfig) -> Reproducti
     config = dataclasses.replace(config, resume_from_checkpoint="latest")
     end_with_the_launcher()
     folder = Path(config.output_dir)
-    pipe = _trained(config)
+    pipe = _load_trained(config)
     if pipe is None:
         if not _train(config, options):
             return None
@@ -187,7 +183,7 @@ def _training_settings(config: TrainingConfig) -> dict[str, Any]:
     return plain({key: value for key, value in config.public_values().items() if key not in _INCIDENTAL.split()})
 
 
-def _trained(config: TrainingConfig) -> DDPMPipeline | None:
+def _load_trained(config: TrainingConfig) -> DDPMPipeline | None:
     """Load the model, if its training is finished and the folder still holds what came out of it."""
     folder, here = Path(config.output_dir), processes()
     stage = _finished(folder, "training", _training_settings(config))
@@ -245,15 +241,9 @@ def _measure(
 ) -> tuple[EvaluationReport, dict[str, int]]:
     """Return our numbers, and how many images each split has."""
     folder = Path(config.output_dir)
-    settings = plain(
-        {
-            "weights": weights_digest(pipe.unet),
-            "images": [config.images_given(), config.image_options(), config.validation_split],
-            "sampler": config.sampler,
-            **dataclasses.asdict(options),
-            "batch_size": None,
-        }
-    )
+    images = [config.images_given(), config.image_options(), config.validation_split]
+    made_of = {"weights": weights_digest(pipe.unet), "images": images, "sampler": config.sampler}
+    settings = plain({**made_of, **dataclasses.asdict(options), "batch_size": None})
     stage = _finished(folder, "evaluation", settings)
     if stage is not None and from_first((folder / FOLDER / "report.json").is_file()):
         say("the evaluation is finished")
@@ -300,12 +290,10 @@ def _less_than_paper(report: EvaluationReport, name: str, sizes: Mapping[str, in
     if "num_samples" not in settings:
         count, whole = settings["num_images"], sizes.get(settings["split"], settings["num_images"])
         return [f"{count:,} of {whole:,} {settings['split']} images"] if count < whole else []
-    less, count, sampling = [], settings["num_samples"], report.settings["sampling"]
-    if count < PAPER_SAMPLES:
-        less.append(f"{count:,} of {PAPER_SAMPLES:,} samples")
-    if sampling["sampler"] != "DDPMScheduler":
-        less.append(sampling["sampler"])
+    count, sampling = settings["num_samples"], report.settings["sampling"]
     steps, T = sampling["num_inference_steps"], sampling["scheduler"]["num_train_timesteps"]
+    less = [f"{count:,} of {PAPER_SAMPLES:,} samples"] if count < PAPER_SAMPLES else []
+    less += [sampling["sampler"]] if sampling["sampler"] != "DDPMScheduler" else []
     return less + ([f"{steps} of {T} steps"] if steps < T else [])
 
 
@@ -327,14 +315,11 @@ def _table_4(preset: Preset, report: EvaluationReport) -> list[dict[str, float |
     if preset.name != "cifar10":
         return []
     rows = report.tables.get(f"Progressive lossy code, {report.split} (Table 4)", [])
-    ours = {row["reverse steps"]: row for row in rows}
-    return [
-        {
-            "reverse steps": steps,
-            "rate (bits/dim), paper": rate,
-            "rate (bits/dim), ours": ours.get(steps, {}).get("rate (bits/dim)"),
-            "RMSE, paper": rmse,
-            "RMSE, ours": ours.get(steps, {}).get("distortion (RMSE)"),
-        }
-        for steps, (rate, rmse) in PAPER_TABLE_4.items()
-    ]
+    measured = {row["reverse steps"]: row for row in rows}
+    both = []
+    for steps, (rate, rmse) in PAPER_TABLE_4.items():
+        ours = measured.get(steps, {})
+        row: dict[str, float | None] = {"reverse steps": steps, "rate (bits/dim), paper": rate}
+        row |= {"rate (bits/dim), ours": ours.get("rate (bits/dim)"), "RMSE, paper": rmse}
+        both.append(row | {"RMSE, ours": ours.get("distortion (RMSE)")})
+    return both
