@@ -98,17 +98,17 @@ def _usual_inception_file(url: str) -> Path:
     file = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
     if file.is_file():
         return file
-    missing = (
-        f"the Inception weights are not at {str(file)!r} and cannot be downloaded here: fetch {url} on a machine with "
-        "internet and give it as --inception_weights FILE (or use --features pixels, or a vision model from disk)"
-    )
-    if constants.HF_HUB_OFFLINE:
-        raise UserError(missing)
     try:
+        if constants.HF_HUB_OFFLINE:
+            raise OSError("HF_HUB_OFFLINE is set")
         file.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(url, str(file), hash_prefix=file.stem.rsplit("-", 1)[1], progress=False)
     except (OSError, RuntimeError) as error:
-        raise UserError(f"{missing} ({_first_line(error)})") from None
+        raise UserError(
+            f"the Inception weights are not at {str(file)!r} and cannot be downloaded here ({_first_line(error)}): fetch "
+            f"{url} on a machine with internet and give it as --inception_weights FILE (or use --features pixels, or a "
+            "vision model from disk)"
+        ) from None
     return file
 
 

@@ -98,26 +98,24 @@ def add_neighbours(report: EvaluationReport, found: list[Neighbours], train: Rea
 
 
 def save_neighbours(
-    report: EvaluationReport,
-    samples: Samples,
-    train: RealImages,
-    found: list[Neighbours],
-    output: Path,
-    split: str | None,
-) -> None:
-    """Draw a grid of the first samples and their neighbours, and a plot of distances, for every space."""
-    for neighbours in found:
-        space, indices = neighbours.space, neighbours.indices[:8]
+    samples: Samples, train: RealImages, found: list[Neighbours], output: Path, split: str | None
+) -> list[str]:
+    """Draw a grid of the first samples and their neighbours, and a plot of distances, for every space.
+
+    Returns:
+        The names of the files.
+    """
+    figures = {}
+    for near in found:
+        indices = near.indices[:8]
         images = train.images.batch(indices.flatten())[0].unflatten(0, indices.shape)
-        title = f"Samples and their nearest training images ({space})"
-        figure = plots.neighbours_figure(samples.first[:8], images, neighbours.distances[:8], title)
-        figures = {f"neighbours_{space}.png": figure}
-        if neighbours.held_out is not None:
-            title = f"How new the samples are ({space})"
-            figure = plots.distances_figure(
-                neighbours.distances[:, 0], neighbours.held_out, f"images of {split}", title
-            )
-            figures[f"distances_{space}.png"] = figure
-        for name, figure in figures.items():
-            plots.save_figure(figure, output / name)
-            report.pictures.append(name)
+        title = f"Samples and their nearest training images ({near.space})"
+        figure = plots.neighbours_figure(samples.first[:8], images, near.distances[:8], title)
+        figures[f"neighbours_{near.space}.png"] = figure
+        if near.held_out is not None:
+            title, name = f"How new the samples are ({near.space})", f"images of {split}"
+            figure = plots.distances_figure(near.distances[:, 0], near.held_out, name, title)
+            figures[f"distances_{near.space}.png"] = figure
+    for name, figure in figures.items():
+        plots.save_figure(figure, output / name)
+    return list(figures)

@@ -176,7 +176,7 @@ def _evaluate_samples(
             found = find_neighbours(samples, train, real.get(held_out or ""), [e.name for e in extractors])
             add_neighbours(report, found, train, held_out)
             if output is not None:
-                save_neighbours(report, samples, train, found, output, held_out)
+                report.pictures += save_neighbours(samples, train, found, output, held_out)
 
 
 def check_evaluation(
