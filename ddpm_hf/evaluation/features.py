@@ -105,9 +105,9 @@ def _usual_inception_file(url: str) -> Path:
         torch.hub.download_url_to_file(url, str(file), hash_prefix=file.stem.rsplit("-", 1)[1], progress=False)
     except (OSError, RuntimeError) as error:
         raise UserError(
-            f"the Inception weights are not at {str(file)!r} and cannot be downloaded here ({_first_line(error)}): fetch "
-            f"{url} on a machine with internet and give it as --inception_weights FILE (or use --features pixels, or a "
-            "vision model from disk)"
+            f"the Inception weights are not at {str(file)!r} and cannot be downloaded here ({_first_line(error)}): "
+            f"fetch {url} on a machine with internet and give it as --inception_weights FILE (or use --features "
+            "pixels, or a vision model from disk)"
         ) from None
     return file
 

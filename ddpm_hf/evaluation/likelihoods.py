@@ -33,11 +33,8 @@ def evaluate_likelihood(
     Under `accelerate launch` every process evaluates a share of the images, and all return the same report.
 
     Raises:
-        UserError: No images, images that do not fit the network, or rate and distortion from an estimate.
+        UserError: As `likelihood_rows`, or rate and distortion from an estimate.
     """
-    if not len(data):
-        raise UserError(f"no images to evaluate on in {data.name!r} ({split})")
-    pipe.check_images_fit(data)
     if rate_distortion and options.num_evaluations is not None:
         raise UserError("rate_distortion needs every term of the bound; leave out --num_evaluations")
     report = EvaluationReport(recorded_name(data.name), split, len(data))
@@ -70,10 +67,13 @@ def likelihood_rows(pipe: DDPMPipeline, data: ImageDataset, options: EvaluationO
         `total`, `prior` and `sampling_variance` `[N]` float64; for the full sum also `terms` and `mse` `[N, T]`.
 
     Raises:
-        UserError: The model has no likelihood, or a class-conditional network gets no labels that it knows.
+        UserError: The model has no likelihood; no images, or of another shape; labels that the network does not know.
     """
     if not isinstance(pipe.scheduler, DDPMScheduler):
         raise UserError(f"the model was saved with a {type(pipe.scheduler).__name__}, which has no likelihood")
+    if not len(data):
+        raise UserError(f"there are no images to evaluate on in {data.name!r}")
+    pipe.check_images_fit(data)
     labels = pipe.classes.of_dataset(data)
     folder, K = None, options.num_evaluations
     if options.work_dir is not None:

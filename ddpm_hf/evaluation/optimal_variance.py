@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ..data.tensors import ImageDataset
 from ..pipelines.pipeline_ddpm import DDPMPipeline
-from ..utils.errors import UserError
 from ..utils.files import write_text
 from .likelihoods import likelihood_rows
 from .options import EvaluationOptions
@@ -31,11 +30,8 @@ def prediction_error(pipe: DDPMPipeline, data: ImageDataset, **options: Any) -> 
         `[T]` float64: E (x_0 - predicted x_0)^2 per pixel, in the [-1, 1] scale; the same in every process.
 
     Raises:
-        UserError: No images, images of another shape, a class-conditional network without labels, another scheduler.
+        UserError: See `likelihood_rows`.
     """
-    if not len(data):
-        raise UserError(f"{data.name!r} has no images to measure the network on")
-    pipe.check_images_fit(data)
     return likelihood_rows(pipe, data, EvaluationOptions(**options))["mse"].double().mean(0)
 
 

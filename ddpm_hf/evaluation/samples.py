@@ -57,12 +57,10 @@ class Samples:
 
 
 def real_images(split: str, images: Any, extractors: list[FeatureExtractor], options: EvaluationOptions) -> RealImages:
-    """Compute features of two or more real images, or read them from the cache.
+    """Compute features of real images, or read them from the cache.
 
     The cache's key is a hash of the pixels, the preprocessing and the weights, so that nothing stale is found.
     """
-    if len(images) < 2:
-        raise UserError(f"samples are compared with real images, and {images.name!r} ({split}) has {len(images)}")
     with together():
         content = images_digest(images) if processes().is_main_process else ""
     content = from_first(content)

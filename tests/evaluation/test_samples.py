@@ -15,6 +15,7 @@ from ddpm_hf.evaluation.metrics import frechet_statistics
 from ddpm_hf.evaluation.neighbours import add_neighbours, find_neighbours
 from ddpm_hf.evaluation.options import EvaluationOptions
 from ddpm_hf.evaluation.report import EvaluationReport
+from ddpm_hf.evaluation.run import check_evaluation
 from ddpm_hf.evaluation.samples import Samples, draw_samples, images_digest, real_images, real_statistics
 from ddpm_hf.sampling.generation import with_sampler
 
@@ -196,5 +197,6 @@ def test_what_cannot_be_compared(digits_pipeline, tmp_path):
         draw_samples(digits_pipeline, [PIXELS], EvaluationOptions(num_samples=0))
     with pytest.raises(ValueError, match="num_inference_steps"):
         draw_samples(digits_pipeline, [PIXELS], EvaluationOptions(num_samples=1, num_inference_steps=2000))
-    with pytest.raises(ValueError, match=r"'none' \(test\) has 1"):
-        real_images("test", ImageDataset(torch.zeros(1, 1, 8, 8).byte(), None, "none"), [PIXELS], cached(tmp_path))
+    one = ImageDataset(torch.zeros(1, 1, 8, 8).byte(), None, "none")
+    with pytest.raises(ValueError, match=r"fid needs at least 2 real images, and 'none' \(test\) has 1"):
+        check_evaluation(digits_pipeline, {"test": one}, ["fid"], EvaluationOptions(features=["pixels"]))
