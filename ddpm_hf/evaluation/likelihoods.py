@@ -21,7 +21,7 @@ from ..utils.text import recorded_name
 from . import plots
 from .metrics import Estimate, mean_estimate
 from .options import EvaluationOptions
-from .report import EvaluationReport
+from .report import EvaluationReport, describe_pipeline
 
 
 def evaluate_likelihood(
@@ -47,8 +47,7 @@ def evaluate_likelihood(
         "num_images": len(data),
         "seed": options.seed,
         "seconds": round(time.monotonic() - started, 2),
-        "scheduler": {key: value for key, value in pipe.scheduler.config.items() if not key.startswith("_")},
-        "dtype": pipe.settings["dtype"],
+        **describe_pipeline(pipe),
     }
     sampling_error = math.sqrt(rows["sampling_variance"].sum().item()) / len(data)
     report.add("bits_per_dim", *mean_estimate(rows["total"]), settings, sampling_standard_error=sampling_error)

@@ -32,10 +32,7 @@ def save_figure(figure: Any, path: Path) -> None:
 def rate_distortion_figure(rate: Tensor, rmse: Tensor, title: str) -> Any:
     """Draw Figure 5: distortion over reverse steps, rate over reverse steps, distortion over rate.
 
-    Args:
-        rate: `[T]`, bits/dim sent before x_t is known, column t.
-        rmse: `[T]`, of decoding from x_t, pixel values 0..255.
-        title: Above the panels.
+    `rate` `[T]` is in bits/dim sent before x_t is known; `rmse` `[T]` is that of decoding from x_t, in pixel values.
     """
     figure, axes = _figure(12, 3.6, 1, 3)
     steps = len(rate) - np.arange(len(rate))  # at t, T - t reverse steps are done
@@ -55,11 +52,7 @@ def rate_distortion_figure(rate: Tensor, rmse: Tensor, title: str) -> Any:
 def neighbours_figure(samples: Tensor, neighbours: Tensor, distances: Tensor, title: str) -> Any:
     """Draw Figures 12 and 15: each row a sample, and the training images that are nearest to it, nearest first.
 
-    Args:
-        samples: `[n, C, H, W]` uint8.
-        neighbours: `[n, k, C, H, W]` uint8.
-        distances: `[n, k]`, written under each neighbour.
-        title: Above the grid.
+    `samples` `[n, C, H, W]` and `neighbours` `[n, k, C, H, W]` are uint8; `distances` `[n, k]` are written below.
     """
     n, k = neighbours.shape[:2]
     figure, axes = _figure(1.15 * (k + 1) + 0.6, 1.3 * n + 0.7, n, k + 1)
@@ -79,13 +72,7 @@ def neighbours_figure(samples: Tensor, neighbours: Tensor, distances: Tensor, ti
 
 
 def distances_figure(samples: Tensor, held_out: Tensor, held_out_name: str, title: str) -> Any:
-    """Draw how far samples, and held-out images, are from their nearest training image.
-
-    Args:
-        samples, held_out: `[N]` and `[M]` distances.
-        held_out_name: Name of the latter in the legend.
-        title: Above.
-    """
+    """Draw how far samples `[N]`, and held-out images `[M]`, are from their nearest training image."""
     figure, ((axis,),) = _figure(7, 3.8)
     bins = np.linspace(0, max(samples.max().item(), held_out.max().item()) or 1.0, 41)
     for values, name, colour in ((held_out, held_out_name, "#7f8c8d"), (samples, "samples", _BLUE)):

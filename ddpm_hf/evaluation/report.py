@@ -31,6 +31,12 @@ def library_versions() -> dict[str, str]:
     return found
 
 
+def describe_pipeline(pipe: Any) -> dict[str, Any]:
+    """Return the scheduler's configuration and the network's dtype, for the settings of a number."""
+    config = {key: value for key, value in pipe.scheduler.config.items() if not key.startswith("_")}
+    return {"scheduler": config, "dtype": pipe.settings["dtype"]}
+
+
 @dataclass
 class EvaluationReport:
     """Numbers of one model on one dataset."""

@@ -27,7 +27,7 @@ from ..utils.randomness import derived_generator
 from . import metrics
 from .features import FeatureExtractor
 from .options import EvaluationOptions
-from .report import EvaluationReport
+from .report import EvaluationReport, describe_pipeline
 
 PAPER_SAMPLES = 50_000  # what the paper's FID and IS are computed from
 KEPT_SAMPLES = 1000  # so many are kept as images, for pictures and for neighbours among the training images
@@ -110,6 +110,16 @@ def _labels_of_samples(classes: Any, options: EvaluationOptions, train: Any) -> 
     return [ClassIndex(i % classes.count) for i in ids], f"in turn, 0..{classes.count - 1}"
 
 
+def _features_of_both(extractors: list[FeatureExtractor], whole: Tensor, pixels: Tensor) -> Rows:
+    """Return features and logits of images in uint8 and in floats by `<extractor>/<uint8 or float>/<what>`."""
+    found: Rows = {}
+    for extractor in extractors:
+        for kind, images in (("uint8", whole), ("float", pixels)):
+            if kind == "uint8" or extractor.takes_floats:
+                found |= {f"{extractor.name}/{kind}/{what}": rows for what, rows in extractor(images).items()}
+    return found
+
+
 def draw_samples(
     pipe: DDPMPipeline, extractors: list[FeatureExtractor], options: EvaluationOptions, train: Any = None
 ) -> Samples:
@@ -129,17 +139,15 @@ def draw_samples(
         "eta": pipe.checked_eta(options.eta),
         "guidance_scale": options.guidance_scale,
         "seed": seed,
-        "scheduler": {key: value for key, value in pipe.scheduler.config.items() if not key.startswith("_")},
-        "dtype": pipe.settings["dtype"],
+        **describe_pipeline(pipe),
     }
     labels, rule = _labels_of_samples(pipe.classes, options, train)
-    labels_digest = None
+    seen_labels = None
     if rule is not None:
         sampling["class_labels"] = rule
-        if train is not None and train.labels is not None:
-            labels_digest = digest(train.labels, train.class_names)
+        seen_labels = None if train is None or train.labels is None else digest(train.labels, train.class_names)
     fingerprints = [extractor.fingerprint for extractor in extractors]
-    key = digest(weights_digest(pipe.unet), pipe.settings, sampling, labels_digest, fingerprints)
+    key = digest(weights_digest(pipe.unet), pipe.settings, sampling, seen_labels, fingerprints)
 
     def rows_of(start: int, rows: list[int]) -> Rows:
         ids = [start + row for row in rows]
@@ -155,12 +163,7 @@ def draw_samples(
             )
         pixels = drawn.float() * 255
         whole = pixels.round().to(torch.uint8)
-        made = {} if start else {"images": whole}
-        for extractor in extractors:
-            for kind, images in (("uint8", whole), ("float", pixels)):
-                if kind == "uint8" or extractor.takes_floats:
-                    made |= {f"{extractor.name}/{kind}/{what}": rows for what, rows in extractor(images).items()}
-        return made
+        return ({} if start else {"images": whole}) | _features_of_both(extractors, whole, pixels)
 
     parts = []
     for name, start, stop in (("first", 0, min(count, KEPT_SAMPLES)), ("rest", KEPT_SAMPLES, count)):
