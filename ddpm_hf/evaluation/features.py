@@ -41,10 +41,7 @@ class Pixels:
 
     def __init__(self, image_shape: tuple[int, ...]):
         if (size := torch.Size(image_shape).numel()) > _MOST_VALUES:
-            raise UserError(
-                f"--features pixels is for tiny images, at most {_MOST_VALUES} values, and these have {size}; use "
-                "--features inception or a vision model such as facebook/dinov2-base"
-            )
+            raise UserError(f"--features pixels takes at most {_MOST_VALUES} values, got {size}; use inception")
 
     def __call__(self, images: Tensor) -> Rows:
         return {"features": images.float().flatten(1) / 255}
@@ -124,10 +121,8 @@ class VisionModel:
     def __init__(self, model: str, device: Any = "cpu"):
         self.name = model.rstrip("/").rsplit("/", 1)[-1]
         if self.name in ("inception", "pixels"):
-            raise UserError(
-                f"--features {model}: numbers and caches would go by the name {self.name!r}, which this package's own "
-                "features have; copy the model into a folder of another name"
-            )
+            what = f"the name {self.name!r} belongs to this package's own features"
+            raise UserError(f"--features {model}: {what}; copy the model into a folder of another name")
         from transformers import AutoImageProcessor, AutoModel
         from transformers.utils import logging
 
@@ -139,10 +134,8 @@ class VisionModel:
             raise UserError(f"cannot load --features {model}: {_first_line(error)}") from error
         self._net = net.eval().requires_grad_(False).to(device)
         self.fingerprint = digest("transformers, pooled", weights_digest(net), self._processor.to_dict())
-        preprocessing = type(self._processor).__name__
-        self.description = (
-            f"{type(net).__name__} {recorded_name(model)}, pooled output, preprocessed by {preprocessing}"
-        )
+        network, preprocessing = type(net).__name__, type(self._processor).__name__
+        self.description = f"{network} {recorded_name(model)}, pooled output, preprocessed by {preprocessing}"
 
     def __call__(self, images: Tensor) -> Rows:
         if images.is_floating_point():
@@ -171,9 +164,8 @@ def make_extractor(
     if name == "inception":
         return Inception(inception_weights, device)
     if "/" not in name and not Path(name).is_dir():
-        raise UserError(
-            f"unknown --features {name!r}; it is inception, pixels, or a vision model such as facebook/dinov2-base"
-        )
+        known = "inception, pixels, or a vision model such as facebook/dinov2-base"
+        raise UserError(f"unknown --features {name!r}; it must be {known}")
     return VisionModel(name, device)
 
 

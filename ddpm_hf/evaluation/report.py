@@ -63,9 +63,7 @@ class EvaluationReport:
             NotFiniteError: It is NaN or infinite. Its error, and `more`, may be NaN: not known, as from one image.
         """
         if not math.isfinite(value):
-            raise NotFiniteError(
-                f"{name} is {value}, which is no result; the model, or what it was compared with, is at fault"
-            )
+            raise NotFiniteError(f"{name} is {value}, which is no result; check the model and the images")
         self.values[name] = {"value": value, "standard_error": standard_error, **more}
         self.settings[name] = settings
 

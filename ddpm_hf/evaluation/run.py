@@ -72,11 +72,7 @@ def load_splits(
 
 
 def first_images(data: Images, count: int | None) -> ImageDataset:
-    """Load the first `count` images (all for `None`) into memory.
-
-    Raises:
-        UserError: All images of a stream.
-    """
+    """Load the first `count` images (all for `None`, but not of a stream) into memory."""
     if isinstance(data, StreamedImages):
         if count is None:
             raise UserError(f"{data.name!r} is a stream: say how many images to take")
@@ -232,10 +228,8 @@ def checked_extractors(
         if isinstance(images, StreamedImages):
             raise UserError(f"samples are compared with whole datasets, and {images.name!r} ({split}) is a stream")
         if len(images) < need:
-            names = " and ".join(of_real or wanted)
-            raise UserError(
-                f"{names} needs at least {need} real images, and {images.name!r} ({split}) has {len(images)}"
-            )
+            needs = f"{' and '.join(of_real or wanted)} needs at least {need} real images"
+            raise UserError(f"{needs}, and {images.name!r} ({split}) has {len(images)}")
         pipe.check_images_fit(images)
     if "is" in wanted and "inception" not in options.features:
         raise UserError("is is the score of a classifier: it needs --features inception")

@@ -80,10 +80,8 @@ class TrainingEvaluation:
         config = self.config
         if not config.validation_split and "dataset" not in config.images_given():
             if config.validation_steps and "nll" in self.metrics:
-                raise UserError(
-                    "--validation_steps needs images that are held out; add --validation_split 0.05, or measure "
-                    "something else than bits/dim: --eval_metrics fid"
-                )
+                advice = "add --validation_split 0.05, or measure something else than bits/dim: --eval_metrics fid"
+                raise UserError(f"--validation_steps needs images that are held out; {advice}")
             return None
         if self._of_samples:
             return load_split(config, "validation")
@@ -91,10 +89,8 @@ class TrainingEvaluation:
             return None
         held_out = first_images(load_split(config, "validation"), config.eval_num_images)
         if not len(held_out):
-            raise UserError(
-                f"--validation_split {config.validation_split} of {held_out.name!r} holds out no image; use a larger "
-                "share, or --eval_num_images 0"
-            )
+            what = f"--validation_split {config.validation_split} of {held_out.name!r} holds out no image"
+            raise UserError(f"{what}; use a larger share, or --eval_num_images 0")
         return held_out
 
     def check(self, pipe: DDPMPipeline) -> None:
@@ -108,10 +104,8 @@ class TrainingEvaluation:
         if (best := config.best_metric) is not None:
             names = names_of_numbers(self.metrics, extractors, list(self.sets))
             if best not in names:
-                raise UserError(
-                    f"--best_metric {best!r} is none of the numbers that --eval_metrics {config.eval_metrics} gives"
-                    f"{nearest(best, names)}: {', '.join(names)}"
-                )
+                what = f"none of the numbers that --eval_metrics {config.eval_metrics} gives{nearest(best, names)}"
+                raise UserError(f"--best_metric {best!r} is {what}: {', '.join(names)}")
 
     def _options(self, pipe: DDPMPipeline) -> EvaluationOptions:
         config = self.config

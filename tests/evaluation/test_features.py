@@ -148,7 +148,7 @@ def test_the_fingerprint_follows_weights_and_preprocessing(tmp_path):
 
 def test_pixels():
     assert torch.equal(Pixels((1, 8, 8))(GREY)["features"], GREY.reshape(2, 64) / 255)
-    with pytest.raises(ValueError, match=r"at most 4096 values, and these have 12288.*inception"):
+    with pytest.raises(ValueError, match=r"at most 4096 values, got 12288; use inception"):
         Pixels((3, 64, 64))
 
 
