@@ -200,7 +200,7 @@ def add_sample_metrics(report: EvaluationReport, measured: Iterable[Measured], s
     by = ", ".join(f"{name} by about {bias:.3g}" for name, bias in biases.items() if math.isfinite(bias))
     report.warnings.append(
         f"FID and other Frechet distances from {samples.count} samples are biased upwards (the paper takes "
-        f"{PAPER_SAMPLES}){f': {by}, a jackknife estimates' if by else ''}; compare them only with numbers from as "
+        f"{PAPER_SAMPLES}){f': {by} (a jackknife estimate)' if by else ''}; compare them only with numbers from as "
         "many samples"
     )
     for name, size in {name: features.shape[1] for (name, _), features in samples.features.items()}.items():
