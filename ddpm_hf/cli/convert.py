@@ -75,6 +75,7 @@ def convert(arguments: Sequence[str], prog: str | None = None) -> int:
     values = convert_parser(prog).parse_args(list(arguments))
     from ..convert import convert as write_converted
 
-    files = [values.pop(name) for name in ("from", "checkpoint", "output")]
-    write_converted(*files, tell=print, ema=not values.pop("no_ema"), **values.as_dict())
+    options = values.as_dict()
+    source, checkpoint, output = (options.pop(name) for name in ("from", "checkpoint", "output"))
+    write_converted(source, checkpoint, output, print, ema=not options.pop("no_ema"), **options)
     return 0

@@ -48,7 +48,7 @@ def convert(
     output = Path(output)
     if output.is_file() or (output.is_dir() and any(output.iterdir())):
         raise UserError(f"--output {str(output)!r} exists already; name another folder, or remove it first")
-    pipe, facts = _load(from_format, Path(checkpoint), options)
+    pipe, facts = load_pipeline(from_format, checkpoint, **options)
 
     def fill(folder: Path) -> None:
         pipe.save_pretrained(folder)
@@ -68,8 +68,8 @@ def convert(
     return pipe
 
 
-def load_pipeline(from_format: str, checkpoint: str | Path, **options: Any) -> DDPMPipeline:
-    """Return a pipeline from another implementation's checkpoint.
+def load_pipeline(from_format: str, checkpoint: str | Path, **options: Any) -> tuple[DDPMPipeline, dict[str, str]]:
+    """Return a pipeline from another implementation's checkpoint, and what a person should know of the conversion.
 
     The architecture is inferred from the names and shapes of the tensors; a `diffusers` repository says it, and
     everything else, itself, so that it takes no options.
@@ -78,21 +78,17 @@ def load_pipeline(from_format: str, checkpoint: str | Path, **options: Any) -> D
         from_format: One of `FORMATS`, or `diffusers`.
         checkpoint: The file (for TensorFlow the path without ending; for `diffusers` the folder).
         options: What the file does not say, by the names of `ddpm-hf convert`'s flags (docs/convert.md), of which each
-            format takes some. `ema=False` takes the raw weights.
+            format takes some; `None` is not said. `ema=False` takes the raw weights.
 
     Raises:
         ValueError: The file is missing, damaged, of another format or does not fit; an unknown format or preset; an
             option that is needed, that the format does not take, or that contradicts the file.
     """
-    return _load(from_format, Path(checkpoint), options)[0]
-
-
-def _load(from_format: str, path: Path, options: dict[str, Any]) -> tuple[DDPMPipeline, dict[str, str]]:
-    """The pipeline, and what a person should know of the conversion."""
+    path = Path(checkpoint)
     options = {name: value for name, value in options.items() if value is not None and (name, value) != ("ema", True)}
+    if from_format == "diffusers" and options:
+        raise UserError(f"--from diffusers takes no {_flags(options)}: the repository says it; leave it out")
     if from_format == "diffusers":
-        if options:
-            raise UserError(f"--from diffusers takes no {_flags(options)}: the repository says it; leave it out")
         return _load_diffusers(path)
     if from_format not in FORMATS:
         raise UserError(f"unknown format {from_format!r}; it must be one of {', '.join((*FORMATS, 'diffusers'))}")
@@ -140,7 +136,7 @@ def _flags(names: Iterable[str]) -> str:
 def _resolve(from_format: str, path: Path, options: dict[str, Any]) -> tuple[dict[str, Any], KnownModel | None]:
     """The options in the names of `DDPMScheduler`, with those of the preset among them, and the preset."""
     format, options = FORMATS[from_format], dict(options)
-    if refused := [name for name in options if not format.takes(name)]:
+    if refused := [name for name in options if name not in format.options]:
         one_head = format.naming != "openai" and any("head" in name for name in refused)
         reason = "its attention has one head" if one_head else "its code has no such setting"
         raise UserError(f"--from {from_format} takes no {_flags(refused)}: {reason}; leave it out")
@@ -176,23 +172,21 @@ def _resolve(from_format: str, path: Path, options: dict[str, Any]) -> tuple[dic
 
 
 def _head_channels(from_format: str, tensors: Tensors, options: dict[str, Any], assumed: dict[str, Any]) -> int | None:
-    """Channels per attention head, the same wherever there is attention; `None` for one head over all channels.
-
-    OpenAI's files do not say how attention is cut into heads, and UNet2DModel has one head size for all.
-    """
+    """Channels per attention head, for UNet2DModel the same at all levels; `None` for one head over all channels."""
     widths = {value.shape[1] for key, value in tensors.items() if key.endswith(".to_qkv.weight")}
     if not widths:
         return None
     guided = from_format == "guided_diffusion"
-    heads, size, upsample = (options.get(f"num_{name}") for name in ("heads", "head_channels", "heads_upsample"))
-    if heads is None and size is None:
+    heads, size, upsample = map(options.get, ("num_heads", "num_head_channels", "num_heads_upsample"))
+    parts = heads or size
+    if parts is None:
         raise UserError(
             f"--num_heads{' or --num_head_channels' if guided else ''} is needed: a file of {from_format} does not "
             "say how its attention is cut into heads (--num_heads 4 is the default of its training script)"
         )
-    if odd := sorted(width for width in widths if width % (heads or size)):
-        asked = f"num_heads={heads}" if heads else f"num_head_channels={size}"
-        raise UserError(f"{asked} does not divide the {odd[0]} channels of an attention block")
+    if odd := sorted(width for width in widths if width % parts):
+        asked = "num_heads" if heads else "num_head_channels"
+        raise UserError(f"{asked}={parts} does not divide the {odd[0]} channels of an attention block")
     if upsample not in (None, heads):
         why = f"differs from --num_heads {heads}" if heads else "has no effect beside --num_head_channels"
         raise UserError(f"--num_heads_upsample {upsample} {why}; UNet2DModel has one head size for all")
@@ -210,7 +204,7 @@ def _head_channels(from_format: str, tensors: Tensors, options: dict[str, Any], 
             "--use_new_attention_order is needed, true or false as in training (false is the default of its script): "
             "a file of guided_diffusion does not say it"
         )
-    return size or widths.pop() // heads
+    return size or widths.pop() // parts
 
 
 def _check_network(path: Path, from_format: str, network: dict[str, Any], model: KnownModel | None) -> None:
@@ -225,26 +219,19 @@ def _check_network(path: Path, from_format: str, network: dict[str, Any], model:
         raise UserError(
             f"{str(path)!r} holds a network of guided-diffusion (resblock_updown); give --from guided_diffusion"
         )
-    if model is not None:
-        defaults = {
-            "in_channels": 3,
-            "out_channels": 3,
-            "num_class_embeds": None,
-            "resnet_time_scale_shift": "default",
-        }
-        found, expected = defaults | network, {**defaults, **model.network}
-        for name in (*defaults, "block_out_channels", "layers_per_block", "down_block_types"):
-            if found[name] != expected[name]:
-                raise UserError(f"{str(path)!r} has {name}={found[name]}, and the preset has {expected[name]}")
+    if model is None:
+        return
+    plain = {"in_channels": 3, "out_channels": 3, "num_class_embeds": None, "resnet_time_scale_shift": "default"}
+    found, expected = plain | network, {**plain, **model.network}
+    for name in (*plain, "block_out_channels", "layers_per_block", "down_block_types"):
+        if found[name] != expected[name]:
+            raise UserError(f"{str(path)!r} has {name}={found[name]}, and the preset has {expected[name]}")
 
 
 def _process(format: Format, options: dict[str, Any], learned: bool, assumed: dict[str, Any]) -> dict[str, Any]:
     """`DDPMScheduler` arguments: the process that the network was trained for, sampled as the original does.
 
-    Args:
-        format, options: What is converted, and what is said of it.
-        learned: The network has channels for the variance.
-        assumed: Gets the flags that stand for what is not said.
+    `learned`: the network has channels for the variance; `assumed` gets the flags that stand for what is not said.
     """
 
     def option(name: str, default: Any) -> Any:
@@ -257,14 +244,14 @@ def _process(format: Format, options: dict[str, Any], learned: bool, assumed: di
     process: dict[str, Any] = {"num_train_timesteps": T, "beta_schedule": schedule}
     process["prediction_type"] = options.get("prediction_type", "epsilon")
     if "prediction_type" not in options and len(format.predictions) > 1:
-        assumed |= {"prediction_type": "epsilon"} if format.takes("prediction_type") else {"predict_xstart": False}
+        assumed |= {"prediction_type": "epsilon"} if "prediction_type" in format.options else {"predict_xstart": False}
     if format.naming == "openai":  # get_named_beta_schedule
+        betas: dict[str, Any] = {"beta_start": 1e-4 * 1000 / T, "beta_end": 0.02 * 1000 / T}
         if schedule == "cosine":
-            process["beta_schedule"] = "squaredcos_cap_v2"
-        else:
-            process |= {"beta_start": 1e-4 * 1000 / T, "beta_end": 0.02 * 1000 / T}
+            betas = {"beta_schedule": "squaredcos_cap_v2"}
         if T != 1000 and option("rescale_timesteps", format.rescales_timesteps):
-            process |= _rescaled(process, T)
+            betas = _rescaled({"beta_schedule": schedule, "beta_start": 0, "beta_end": 0} | betas, T)
+        process |= betas
     else:
         ends = {"jsd": (), "const": ("beta_end",)}.get(schedule, ("beta_start", "beta_end"))
         if unused := [name for name in ("beta_start", "beta_end") if name in options and name not in ends]:
@@ -285,8 +272,8 @@ def _process(format: Format, options: dict[str, Any], learned: bool, assumed: di
     return process
 
 
-def _rescaled(process: Mapping[str, Any], T: int) -> dict[str, Any]:
-    """The chain over those timesteps that the network saw as whole numbers: with rescale_timesteps, t * 1000 / T.
+def _rescaled(betas: Mapping[str, Any], T: int) -> dict[str, Any]:
+    """The chain over the timesteps that a network with rescale_timesteps saw as whole numbers t * 1000 / T.
 
     It is that of their `--timestep_respacing ddim1000`.
     """
@@ -295,36 +282,36 @@ def _rescaled(process: Mapping[str, Any], T: int) -> dict[str, Any]:
             f"with rescale_timesteps the network saw t * 1000 / {T}, and stock schedulers hand it t = 0, 1, 2, ...: "
             "only a multiple of 1000 timesteps can be converted (if it was trained without: --rescale_timesteps false)"
         )
-    betas = make_betas(process["beta_schedule"], T, process.get("beta_start", 0), process.get("beta_end", 0))
-    alpha_bar = np.cumprod(1 - betas)[:: T // 1000]
-    betas = 1 - alpha_bar / np.append(1.0, alpha_bar[:-1])
-    return {"beta_schedule": "linear", "num_train_timesteps": 1000, "trained_betas": betas.tolist()}
+    alpha_bar = np.cumprod(1 - make_betas(num_train_timesteps=T, **betas))[:: T // 1000]
+    chain = 1 - alpha_bar / np.append(1.0, alpha_bar[:-1])
+    return {"beta_schedule": "linear", "num_train_timesteps": 1000, "trained_betas": chain.tolist()}
 
 
 def _load_weights(unet: UNet2DModel, tensors: Tensors, names: Mapping[str, str], file: Path) -> None:
     """Give a network its weights, of which `names` are the names in the file: every tensor must find its place."""
     wanted = unet.state_dict()
-    if lost := [names[key] for key in tensors if key not in wanted]:
-        raise UserError(f"{str(file)!r}: no place for {shortened(lost)} in the network that the others describe")
-    if missing := sorted(wanted.keys() - tensors.keys()):
-        raise UserError(f"{str(file)!r}: nothing found for {shortened(missing, 1)}")
     state: Tensors = {}
-    for key, value in tensors.items():
-        where, target = f"{str(file)!r}: {names.get(key, key)}", wanted[key].shape
+    for key in sorted(tensors.keys() & wanted.keys()):
+        value, target, where = tensors[key], wanted[key].shape, f"{str(file)!r}: {names.get(key, key)}"
         if [n for n in value.shape if n != 1] == [n for n in target if n != 1]:
             value = value.reshape(target)  # 1x1 convolutions and matrices are the same numbers
         if value.shape != target:
-            shapes = f"has shape {tuple(value.shape)}, and the network asks for {tuple(target)}"
-            raise UserError(f"{where} {shapes} ({key})")
+            shapes = f"{tuple(value.shape)}, and the network asks for {tuple(target)}"
+            raise UserError(f"{where} has shape {shapes} ({key})")
         if not value.is_floating_point():
             raise UserError(f"{where} holds {value.dtype}, which no weights are")
         if not value.isfinite().all():
             raise UserError(f"{where} holds NaN or infinity; take an intact copy")
         state[key] = value.to(wanted[key].dtype)
+    if lost := [names.get(key, key) for key in tensors if key not in wanted]:
+        raise UserError(f"{str(file)!r}: no place for {shortened(lost)} in the network that the others describe")
+    if missing := sorted(wanted.keys() - state.keys()):
+        raise UserError(f"{str(file)!r}: nothing found for {shortened(missing, 1)}")
     unet.load_state_dict(state)
 
 
-_LEGACY_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+_CURRENT = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+_LEGACY = r"(\.attentions\.\d+\.)(query|key|value|proj_attn)\."
 
 
 def _load_diffusers(folder: Path) -> tuple[DDPMPipeline, dict[str, str]]:
@@ -332,9 +319,9 @@ def _load_diffusers(folder: Path) -> tuple[DDPMPipeline, dict[str, str]]:
     if not folder.is_dir():
         raise UserError(f"there is no folder {str(folder)!r}")
     parts = StockPipeline.load_config(folder) if (folder / "model_index.json").is_file() else {}
-    others = [name for name, part in parts.items() if isinstance(part, list) and part[0]]
-    if others := [name for name in others if name not in ("unet", "scheduler")]:
-        raise UserError(f"{str(folder)!r} has more than a network and a scheduler: {', '.join(others)}")
+    parts = {name: part for name, part in parts.items() if isinstance(part, list) and part[0]}
+    if others := parts.keys() - {"unet", "scheduler"}:
+        raise UserError(f"{str(folder)!r} has more than a network and a scheduler: {', '.join(sorted(others))}")
     config = UNet2DModel.load_config(folder, subfolder="unet")  # or in the folder itself
     if config.get("_class_name") not in (None, "UNet2DModel"):
         raise UserError(f"{str(folder)!r} holds a {config['_class_name']}, which is no DDPM network")
@@ -349,15 +336,13 @@ def _load_diffusers(folder: Path) -> tuple[DDPMPipeline, dict[str, str]]:
             f"{str(folder)!r} holds a network from {unet.config.in_channels} channels to {unet.config.out_channels} "
             f"with variance_type={variance!r}, which no DDPM samples with"
         )
-    folders, endings = (folder / "unet", folder), (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
-    file = next((f for ending in endings for part in folders if (f := part / ending).is_file()), None)
-    if file is None:
-        raise UserError(f"the network of {str(folder)!r} has neither {' nor '.join(endings)}")
-    weights, names = state_dict(file, read_weights(file)), {}
-    for name in weights:
-        parts = name.split(".")
-        current = [_LEGACY_ATTENTION.get(part, part) for part in parts] if "attentions" in parts else parts
-        names[".".join(current)] = name
+    files = [
+        part / ending for ending in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME) for part in (folder / "unet", folder)
+    ]
+    file = next((file for file in files if file.is_file()), files[0])
+    weights = state_dict(file, read_weights(file))
+    # Older versions called the layers of attention query, key, value and proj_attn.
+    names = {re.sub(_LEGACY, lambda m: f"{m[1]}{_CURRENT[m[2]]}.", name): name for name in weights}
     _load_weights(unet, {key: weights[name] for key, name in names.items()}, names, file)
     facts = {"converted from": f"{folder.name} (diffusers)"}
     if kind != "DDPMScheduler":

@@ -15,40 +15,23 @@ from .readers import Checkpoint, read_official_tf, read_openai, read_pesser, rea
 
 @dataclass(frozen=True)
 class Format:
-    """What sets one implementation's checkpoints apart.
+    """What sets one implementation's checkpoints apart."""
 
-    Attributes:
-        read: Reads a file; the second argument asks for EMA weights.
-        naming: The layers' names (`names.translate`).
-        network: Arguments of `UNet2DModel` that its networks share, and that shapes do not say.
-        options: Which flags of `ddpm-hf convert` it takes besides `_COMMON`, by name.
-        schedules: The noise schedules that its code has.
-        predictions: What its networks predict.
-        small_variance_from: Images of this height and more are sampled with the small variance by its scripts.
-        rescales_timesteps: Networks see t * 1000 / T unless its script is told otherwise.
-        clip_sample: Its sampler clips the predicted x_0.
-    """
-
-    read: Callable[[Path, bool], Checkpoint]
-    naming: str
-    network: Mapping[str, Any]
-    options: tuple[str, ...]
-    schedules: tuple[str, ...] = ("linear",)
-    predictions: tuple[str, ...] = ("epsilon",)
-    small_variance_from: float = float("inf")
-    rescales_timesteps: bool = False
-    clip_sample: bool = True
-
-    def takes(self, option: str) -> bool:
-        return option in _COMMON or option in self.options
+    read: Callable[[Path, bool], Checkpoint]  # the file, and whether EMA weights are wanted
+    naming: str  # a column of `names._LAYERS`
+    network: Mapping[str, Any]  # arguments of UNet2DModel that its networks share, and that shapes do not say
+    options: tuple[str, ...]  # flags of `ddpm-hf convert` that it takes
+    schedules: tuple[str, ...] = ("linear",)  # that its code has
+    predictions: tuple[str, ...] = ("epsilon",)  # what its networks predict
+    small_variance_from: float = float("inf")  # height from which its scripts sample with the posterior's variance
+    rescales_timesteps: bool = False  # networks see t * 1000 / T unless its script is told otherwise
+    clip_sample: bool = True  # its sampler clips the predicted x_0
 
 
-_COMMON = ("sample_size", "preset", "ema", "diffusion_steps", "variance_type", "clip_sample")
+_ANY = ("sample_size", "preset", "ema", "diffusion_steps", "variance_type", "clip_sample")
+_BETAS = (*_ANY, "beta_start", "beta_end")
+_SCHEDULES = ("linear", "quad", "const", "jsd")
 _PYTORCH_DDPM_NETWORK = {**OFFICIAL_NETWORK, "downsample_padding": 1, "freq_shift": 0, "norm_eps": 1e-5}
-_OPENAI_OPTIONS = (
-    *("noise_schedule", "rescale_timesteps", "predict_xstart", "learn_sigma"),
-    *("num_heads", "num_heads_upsample"),
-)
 _OPENAI: dict[str, Any] = {
     "read": read_openai,
     "naming": "openai",
@@ -56,28 +39,28 @@ _OPENAI: dict[str, Any] = {
     "schedules": ("linear", "cosine"),
     "predictions": ("epsilon", "sample"),
 }
+_HEADS = ("num_heads", "num_heads_upsample")
+_OPENAI_OPTIONS = (*_ANY, *_HEADS, "noise_schedule", "rescale_timesteps", "predict_xstart", "learn_sigma")
 
 FORMATS: dict[str, Format] = {
     "official_tf": Format(
         read_official_tf,
         "official",
         OFFICIAL_NETWORK,
-        ("beta_start", "beta_end", "noise_schedule", "prediction_type"),
-        ("linear", "quad", "const", "jsd", "warmup10", "warmup50"),
-        ("epsilon", "sample", "posterior_mean"),
+        options=(*_BETAS, "noise_schedule", "prediction_type"),
+        schedules=(*_SCHEDULES, "warmup10", "warmup50"),
+        predictions=("epsilon", "sample", "posterior_mean"),
         small_variance_from=256,  # the paper's scripts for 256 x 256
     ),
     "pesser": Format(
         read_pesser,
         "official",
         OFFICIAL_NETWORK,
-        ("beta_start", "beta_end", "noise_schedule"),
-        ("linear", "quad", "const", "jsd", "sigmoid"),
+        options=(*_BETAS, "noise_schedule"),
+        schedules=(*_SCHEDULES, "sigmoid"),
         small_variance_from=256,  # ddim's configurations for 256 x 256
     ),
-    "pytorch_ddpm": Format(
-        read_pytorch_ddpm, "pytorch_ddpm", _PYTORCH_DDPM_NETWORK, ("beta_start", "beta_end"), clip_sample=False
-    ),
+    "pytorch_ddpm": Format(read_pytorch_ddpm, "pytorch_ddpm", _PYTORCH_DDPM_NETWORK, _BETAS, clip_sample=False),
     "improved_diffusion": Format(**_OPENAI, options=(*_OPENAI_OPTIONS, "sigma_small"), rescales_timesteps=True),
     "guided_diffusion": Format(**_OPENAI, options=(*_OPENAI_OPTIONS, "num_head_channels", "use_new_attention_order")),
 }
@@ -92,36 +75,29 @@ class KnownModel:
 
 
 def _openai_model(
-    options: dict[str, Any], size: int, channels: int, attention: tuple[int, ...], **network: Any
+    options: dict[str, Any], size: int, channels: int, blocks: int, attention: tuple[int, ...], **network: Any
 ) -> KnownModel:
     """`create_model` in `script_util.py`: widths by image size, attention at the given resolutions, learned sigmas."""
     multiples = {32: (1, 2, 2, 2), 64: (1, 2, 3, 4), 256: (1, 1, 2, 2, 4, 4)}[size]
     plain = "ResnetDownsampleBlock2D" if "num_head_channels" in options else "DownBlock2D"  # resblock_updown
     attends = [size >> level in attention for level in range(len(multiples))]
+    network = {"out_channels": 6, "layers_per_block": blocks, "resnet_time_scale_shift": "scale_shift"} | network
+    network["block_out_channels"] = tuple(channels * m for m in multiples)
+    network["down_block_types"] = tuple("AttnDownBlock2D" if a else plain for a in attends)
     common = {"sample_size": size, "prediction_type": "epsilon", "learn_sigma": True, "rescale_timesteps": False}
-    return KnownModel(
-        common | options,
-        {
-            "block_out_channels": tuple(channels * m for m in multiples),
-            "down_block_types": tuple("AttnDownBlock2D" if a else plain for a in attends),
-            "layers_per_block": 2 if size == 256 else 3,
-            "out_channels": 6,
-            "resnet_time_scale_shift": "scale_shift",
-            **network,
-        },
-    )
+    return KnownModel(common | options, network)
 
 
 # README of improved-diffusion, "Models and Hyperparameters"; the rest is model_and_diffusion_defaults.
 _COSINE_4000 = {"noise_schedule": "cosine", "diffusion_steps": 4000, "rescale_timesteps": True, "num_heads": 4}
+_CIFAR10 = _openai_model(_COSINE_4000, 32, 128, 3, (16, 8), dropout=0.3)
 _LINEAR = {"noise_schedule": "linear", "diffusion_steps": 1000}
-_CIFAR10 = _openai_model(_COSINE_4000, 32, 128, (16, 8), dropout=0.3)
-_LSUN = _openai_model(_LINEAR | {"num_heads": 1}, 256, 128, (16,), resnet_time_scale_shift="default")
+_LSUN = _openai_model(_LINEAR | {"num_heads": 1}, 256, 128, 2, (16,), resnet_time_scale_shift="default")
 # README of guided-diffusion, "Sampling from pre-trained models"; the rest is diffusion_defaults.
-_64 = {"num_head_channels": 64, "use_new_attention_order": True, "noise_schedule": "cosine", "diffusion_steps": 1000}
-_256 = {**_LINEAR, "num_head_channels": 64, "use_new_attention_order": False}
-_GUIDED_LSUN = _openai_model(_256, 256, 256, (32, 16, 8), dropout=0.1)
-_GUIDED_256 = _openai_model(_256, 256, 256, (32, 16, 8))
+_GUIDED = {**_LINEAR, "num_head_channels": 64, "use_new_attention_order": False}
+_GUIDED_64 = {**_GUIDED, "noise_schedule": "cosine", "use_new_attention_order": True}
+_AT = (32, 16, 8)  # attention_resolutions
+_GUIDED_LSUN = _openai_model(_GUIDED, 256, 256, 2, _AT, dropout=0.1)
 
 # OpenAI's released models that fit `UNet2DModel`, by format and file.
 RELEASED = {
@@ -129,13 +105,13 @@ RELEASED = {
     "improved_diffusion_cifar10_uncond_vlb_50M_500K": _CIFAR10,
     "improved_diffusion_lsun_uncond_100M_1200K_bs128": _LSUN,
     "improved_diffusion_lsun_uncond_100M_2400K_bs64": _LSUN,
-    "guided_diffusion_64x64_diffusion": _openai_model(_64, 64, 192, (32, 16, 8), num_class_embeds=1000, dropout=0.1),
-    "guided_diffusion_256x256_diffusion": _openai_model(_256, 256, 256, (32, 16, 8), num_class_embeds=1000),
-    "guided_diffusion_256x256_diffusion_uncond": _GUIDED_256,
+    "guided_diffusion_64x64_diffusion": _openai_model(_GUIDED_64, 64, 192, 3, _AT, num_class_embeds=1000, dropout=0.1),
+    "guided_diffusion_256x256_diffusion": _openai_model(_GUIDED, 256, 256, 2, _AT, num_class_embeds=1000),
+    "guided_diffusion_256x256_diffusion_uncond": _openai_model(_GUIDED, 256, 256, 2, _AT),
     "guided_diffusion_lsun_bedroom": _GUIDED_LSUN,
     "guided_diffusion_lsun_cat": _GUIDED_LSUN,
     "guided_diffusion_lsun_horse": _GUIDED_LSUN,
-    "guided_diffusion_lsun_horse_nodropout": _GUIDED_256,
+    "guided_diffusion_lsun_horse_nodropout": _openai_model(_GUIDED, 256, 256, 2, _AT),
 }
 
 

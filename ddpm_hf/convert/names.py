@@ -19,28 +19,24 @@ Tensors = dict[str, Tensor]
 # step between two resolutions. `official` is TensorFlow's naming with dots, which the PyTorch ports of it kept.
 _LAYERS = """
 UNet2DModel              official      pytorch_ddpm                  openai
-
 conv_in                  conv_in       head                          input_blocks.0.0
 time_embedding.linear_1  temb.dense.0  time_embedding.timembedding.1 time_embed.0
 time_embedding.linear_2  temb.dense.1  time_embedding.timembedding.3 time_embed.2
 class_embedding          -             -                             label_emb
 conv_norm_out            norm_out      tail.0                        out.0
 conv_out                 conv_out      tail.2                        out.2
-
 norm1                    norm1         block1.0                      in_layers.0
 conv1                    conv1         block1.2                      in_layers.2
 time_emb_proj            temb_proj     temb_proj.1                   emb_layers.1
 norm2                    norm2         block2.0                      out_layers.0
 conv2                    conv2         block2.3                      out_layers.3
 conv_shortcut            nin_shortcut  shortcut                      skip_connection
-
 group_norm               norm          group_norm                    norm
 to_q                     q             proj_q                        -
 to_k                     k             proj_k                        -
 to_v                     v             proj_v                        -
 to_qkv                   -             -                             qkv
 to_out.0                 proj_out      proj                          proj_out
-
 conv                     conv          main                          op
 conv                     -             -                             conv
 """
@@ -127,20 +123,12 @@ def translate(names: Collection[str], naming: str) -> dict[str, str]:
     """
     head, *rows = (line.split() for line in _LAYERS.splitlines() if line)
     layers = {row[head.index(naming)]: row[0] for row in rows}
-    blocks = _BLOCKS[naming](names)
-    keys, unknown = {}, []
-    for name in names:
-        layer, _, tail = name.rpartition(".")
-        within = next((b for b in blocks if layer.startswith(f"{b}.") and layer[len(b) + 1 :] in layers), None)
-        if layer in layers:
-            keys[f"{layers[layer]}.{tail}"] = name
-        elif within is not None:
-            keys[f"{blocks[within]}.{layers[layer[len(within) + 1 :]]}.{tail}"] = name
-        else:
-            unknown.append(name)
-    if unknown:
+    blocks = _BLOCKS[naming](names).items()
+    keys = layers | {f"{block}.{layer}": f"{ours}.{layers[layer]}" for block, ours in blocks for layer in layers}
+    split = {name: name.rpartition(".") for name in names}
+    if unknown := [name for name, (layer, _, _) in split.items() if layer not in keys]:
         raise UserError(f"no place for {shortened(unknown)} in a network of this format; is the format right?")
-    return keys
+    return {f"{keys[layer]}.{tail}": name for name, (layer, _, tail) in split.items()}
 
 
 def shortened(names: list[str], shown: int = 3) -> str:
@@ -160,36 +148,29 @@ def infer_architecture(tensors: Tensors, family: Mapping[str, Any]) -> dict[str,
     Raises:
         UserError: A tensor that says it is missing.
     """
-
-    def outputs(layer: str) -> int:
-        return tensors[f"{layer}.weight"].shape[0]
-
+    outputs = {key.removesuffix(".weight"): value.shape[0] for key, value in tensors.items() if value.ndim}
+    levels = range(1 + max(_numbers(tensors, r"down_blocks\.(\d+)\."), default=0))
+    attends = [f"down_blocks.{level}.attentions.0.group_norm" in outputs for level in levels]
+    resnets = any(".downsamplers.0.conv1." in key for key in tensors)  # resblock_updown
+    kind = "Resnet{}sampleBlock2D" if resnets else "{}Block2D"
     try:
-        levels = range(1 + max(_numbers(tensors, r"down_blocks\.(\d+)\."), default=0))
-        widths = [outputs(f"down_blocks.{level}.resnets.0.conv1") for level in levels]
-        attends = [any(key.startswith(f"down_blocks.{level}.attentions.") for key in tensors) for level in levels]
-        resnets = any(".downsamplers.0.conv1." in key for key in tensors)  # resblock_updown
-        plain = ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D") if resnets else ("DownBlock2D", "UpBlock2D")
         arguments = {
             **family,
             "in_channels": tensors["conv_in.weight"].shape[1],
-            "out_channels": outputs("conv_out"),
-            "block_out_channels": tuple(widths),
+            "out_channels": outputs["conv_out"],
+            "block_out_channels": tuple(outputs[f"down_blocks.{level}.resnets.0.conv1"] for level in levels),
             "layers_per_block": len(_numbers(tensors, r"down_blocks\.0\.resnets\.(\d+)\.")),
-            "down_block_types": tuple("AttnDownBlock2D" if a else plain[0] for a in attends),
-            "up_block_types": tuple("AttnUpBlock2D" if a else plain[1] for a in reversed(attends)),
-            "add_attention": "mid_block.attentions.0.group_norm.weight" in tensors,
+            "down_block_types": tuple("AttnDownBlock2D" if a else kind.format("Down") for a in attends),
+            "up_block_types": tuple("AttnUpBlock2D" if a else kind.format("Up") for a in reversed(attends)),
+            "add_attention": "mid_block.attentions.0.group_norm" in outputs,
+            "num_class_embeds": outputs.get("class_embedding"),
         }
-        if outputs("mid_block.resnets.0.time_emb_proj") == 2 * widths[-1]:
-            groups = arguments["norm_num_groups"]
+        if outputs["mid_block.resnets.0.time_emb_proj"] == 2 * arguments["block_out_channels"][-1]:
+            groups = family["norm_num_groups"]
             arguments |= {"resnet_time_scale_shift": "scale_shift", "attn_norm_num_groups": groups}
     except KeyError as error:
-        raise UserError(f"nothing found for {error.args[0]}; is the format right?") from None
-    if "class_embedding.weight" in tensors:
-        arguments["num_class_embeds"] = outputs("class_embedding")
-    if resnets:
-        arguments |= {"downsample_type": "resnet", "upsample_type": "resnet"}
-    return arguments
+        raise UserError(f"no weights for {error.args[0]} were found; is the format right?") from None
+    return arguments | ({"downsample_type": "resnet", "upsample_type": "resnet"} if resnets else {})
 
 
 def split_attention(tensors: Tensors, head_channels: int | None, new_order: bool) -> Tensors:
@@ -201,15 +182,13 @@ def split_attention(tensors: Tensors, head_channels: int | None, new_order: bool
         new_order: The rows are q of all heads, then k, then v. Otherwise they are q, k and v of the first head, then
             those of the second.
     """
-    out: Tensors = {}
-    for key, value in tensors.items():
-        if ".to_qkv." not in key:
-            out[key] = value
-            continue
-        width, rest = value.shape[0] // 3, value.shape[1:]  # [3 C, C, 1] or [3 C]
+    out = {key: value for key, value in tensors.items() if ".to_qkv." not in key}
+    for key in tensors.keys() - out.keys():
+        value = tensors[key]  # [3 C, C, 1], or [3 C]
+        width, rest = value.shape[0] // 3, value.shape[1:]
         if not new_order:
             size = head_channels or width
             value = value.reshape(width // size, 3, size, *rest).transpose(0, 1)
         for letter, part in zip("qkv", value.reshape(3, width, *rest), strict=True):
-            out[key.replace(".to_qkv.", f".to_{letter}.")] = part
+            out[key.replace("to_qkv", f"to_{letter}")] = part
     return out

@@ -30,33 +30,20 @@ _PESSER_RAW = {
 
 @dataclass
 class Checkpoint:
-    """What a file says.
+    """What a file says."""
 
-    Attributes:
-        tensors: The weights by the implementation's names, in PyTorch's layout.
-        weights: Which ones they are (raw or EMA), and how that is known.
-        diffusion_steps, sample_size: T, and the images' height and width, where the file says them.
-        remark: What else a person should know.
-    """
-
-    tensors: Tensors
-    weights: str
-    diffusion_steps: int | None = None
-    sample_size: int | tuple[int, int] | None = None
-    remark: str | None = None
+    tensors: Tensors  # the weights by the implementation's names, in PyTorch's layout
+    weights: str  # which ones they are (raw or EMA), and how that is known
+    diffusion_steps: int | None = None  # T, where the file says it
+    sample_size: int | tuple[int, int] | None = None  # height and width of the images, where the file says them
+    remark: str | None = None  # what else a person should know
 
 
 def _which_weights(path: Path, ema: bool, holds_ema: Collection[bool], why: str = "") -> str:
     """Return which weights are taken, and how that is known.
 
-    Args:
-        path: The file.
-        ema: EMA weights are wanted, or raw ones.
-        holds_ema: What the file is known to hold: EMA weights (`True`), raw ones (`False`), both; nothing is unknown.
-        why: How it is known.
-
-    Raises:
-        UserError: The file is known to hold the others only.
+    `holds_ema` has `True` if the file is known to hold EMA weights, `False` if raw ones, and is empty if nothing is
+    known. A file that is known not to hold those that are wanted (`ema`) is refused.
     """
     if not holds_ema:
         if ema:
@@ -76,20 +63,15 @@ def state_dict(path: Path, content: Any) -> Tensors:
     """Return a file's tensors without the prefixes of DataParallel (`module.`) and torch.compile (`_orig_mod.`).
 
     Raises:
-        UserError: The file holds something else; says what it seems to be.
+        UserError: The file holds something else; says what.
     """
     if not isinstance(content, dict) or not content or not all(isinstance(v, Tensor) for v in content.values()):
-        instead = ""
-        if not isinstance(content, dict):
-            instead = f", but a {type(content).__name__}"
-        elif content.keys() == {"state", "param_groups"}:
-            instead = ", but an optimizer's state; the weights are in another file beside it"
-        elif inner := [str(key) for key, value in content.items() if isinstance(value, dict) and value]:
-            instead = (
-                f", but {', '.join(map(repr, inner))}; save the one with the weights alone, as in "
-                f"torch.save(torch.load(FILE)[{inner[0]!r}], 'weights.pt')"
-            )
-        raise UserError(f"{str(path)!r} holds no state dict of named tensors{instead}")
+        is_dict = isinstance(content, dict)
+        holds = f"entries {', '.join(map(repr, content))}"[:120] if is_dict else f"a {type(content).__name__}"
+        raise UserError(
+            f"{str(path)!r} holds no state dict of named tensors, but {holds}; if the weights are one of its entries, "
+            "save them alone, as in torch.save(torch.load(FILE)[ENTRY], 'weights.pt')"
+        )
     tensors: Tensors = {}
     for full, value in content.items():
         name = re.sub(r"^(module\.)+", "", str(full).replace("_orig_mod.", ""))
@@ -123,8 +105,6 @@ def read_official_tf(path: Path, ema: bool) -> Checkpoint:
     try:
         reader = tf.train.load_checkpoint(str(path))
         names = [n for n in reader.get_variable_to_shape_map() if n.startswith("model/") and "Adam" not in n]
-        if not names:
-            raise UserError(f"{str(path)!r} has no variables called model/...; is it a DDPM checkpoint?")
         is_ema = {name: name.endswith(_EMA_SUFFIX) for name in names}
         weights = _which_weights(path, ema, is_ema.values(), "by the names of the variables")
         variables = {name: torch.tensor(reader.get_tensor(name)) for name in names if is_ema[name] == ema}
@@ -146,7 +126,7 @@ def read_official_tf(path: Path, ema: bool) -> Checkpoint:
 def read_pesser(path: Path, ema: bool) -> Checkpoint:
     """Read a state dict of pesser/pytorch_diffusion, or a training checkpoint of ermongroup/ddim."""
     content, remark = read_weights(path), None
-    if isinstance(content, (list, tuple)):  # ermongroup/ddim: [model, optimizer, epoch, step, ema]
+    if isinstance(content, (list, tuple)) and content:  # ermongroup/ddim: [model, optimizer, epoch, step, ema]
         weights = _which_weights(path, ema, (False, True)[: 1 + (len(content) > 4)], "of a training checkpoint")
         content = content[4 if ema else 0]
         remark = "x_0 is clipped as in its DDPM sampler; its DDIM sampler does not clip (--clip_sample false)"

@@ -35,16 +35,12 @@ def read_weights(path: Path) -> Any:
     except MemoryError:
         raise  # the machine's fault, not the file's
     except Exception as error:  # damaged pickles end in nearly any error: KeyError, EOFError, IndexError, ...
-        text = str(error).strip()
-        reason = (text.splitlines() or [type(error).__name__])[0][:120]
-        if isinstance(error, pickle.UnpicklingError):
-            if re.search("weights_only|unsupported", text, re.IGNORECASE):
-                raise UserError(
-                    f"{str(path)!r} cannot be read as weights: it holds more than tensors and would run code when "
-                    "loaded, so it is refused; save its state dict alone (torch.save(model.state_dict(), ...) or "
-                    "safetensors) with the code that it came from"
-                ) from None
-            reason = "no pickle"
-        raise UserError(
-            f"{str(path)!r} cannot be read as weights: it is not a {kind}, or is damaged ({reason})"
-        ) from None
+        text = str(error).strip() or type(error).__name__
+        unpickling = isinstance(error, pickle.UnpicklingError)
+        reason = f"it is not a {kind}, or is damaged ({'no pickle' if unpickling else text.splitlines()[0][:120]})"
+        if unpickling and re.search("weights_only|unsupported", text, re.IGNORECASE):
+            reason = (
+                "it holds more than tensors and would run code when loaded, so it is refused; save its state dict "
+                "alone (torch.save(model.state_dict(), ...) or safetensors) with the code that it came from"
+            )
+        raise UserError(f"{str(path)!r} cannot be read as weights: {reason}") from None

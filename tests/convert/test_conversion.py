@@ -17,7 +17,7 @@ from conftest import SMALL_NETWORK
 from safetensors.torch import load_file, save_file
 
 from ddpm_hf import DDPMPipeline, UNet2DModel, cli
-from ddpm_hf.convert import convert, formats, load_pipeline, readers
+from ddpm_hf.convert import conversion, convert, formats, readers
 from ddpm_hf.convert.names import infer_architecture, translate
 from ddpm_hf.presets import OFFICIAL_NETWORK, PRESETS
 from ddpm_hf.utils.errors import UserError
@@ -27,6 +27,10 @@ from ddpm_hf.utils.errors import UserError
 def x_and_t():
     generator = torch.Generator().manual_seed(0)
     return torch.randn(2, 3, 16, 16, generator=generator), torch.tensor([3, 871])
+
+
+def load_pipeline(*arguments, **options):
+    return conversion.load_pipeline(*arguments, **options)[0]
 
 
 def agrees(unet, expected, x, t, **options):
@@ -354,8 +358,11 @@ def test_prefixes_of_wrappers_are_stripped(tmp_path, format_, prefix):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ({"state": {0: {}}, "param_groups": []}, "but an optimizer's state"),
-        ({"state_dict": {"a": torch.zeros(1)}, "epoch": 3}, "but 'state_dict'; save the one with the weights alone"),
+        ({"state": {0: {}}, "param_groups": []}, "but entries 'state', 'param_groups'"),
+        (
+            {"state_dict": {"a": torch.zeros(1)}, "epoch": 3},
+            "but entries 'state_dict', 'epoch'; if the weights are one of its entries, save them",
+        ),
         ([torch.zeros(1)], "but a list"),
         ({}, "holds no state dict"),
     ],
@@ -509,7 +516,7 @@ def test_a_checkpoint_without_ema_weights_is_refused_by_default(tmp_path):
     with pytest.raises(UserError, match=r"no EMA weights.*--no_ema"):
         load_pipeline("official_tf", tmp_path / "x", sample_size=8)
     write_checkpoint(tmp_path / "x", {"other/conv_in/b": np.zeros(3, np.float32)})
-    with pytest.raises(UserError, match="is it a DDPM checkpoint"):
+    with pytest.raises(UserError, match=r"no weights for conv_in.* is the format right"):
         load_pipeline("official_tf", tmp_path / "x", sample_size=8)
 
 
