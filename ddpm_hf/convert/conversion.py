@@ -134,7 +134,7 @@ def _flags(names: Iterable[str]) -> str:
 
 
 def _resolve(from_format: str, path: Path, options: dict[str, Any]) -> tuple[dict[str, Any], KnownModel | None]:
-    """The options in the names of `DDPMScheduler`, with those of the preset among them, and the preset."""
+    """Return the options in the names of `DDPMScheduler`, with those of the preset among them, and the preset."""
     format, options = FORMATS[from_format], dict(options)
     if refused := [name for name in options if name not in format.options]:
         one_head = format.naming != "openai" and any("head" in name for name in refused)
@@ -172,7 +172,7 @@ def _resolve(from_format: str, path: Path, options: dict[str, Any]) -> tuple[dic
 
 
 def _head_channels(from_format: str, tensors: Tensors, options: dict[str, Any], assumed: dict[str, Any]) -> int | None:
-    """Channels per attention head, for UNet2DModel the same at all levels; `None` for one head over all channels."""
+    """Return the channels per attention head, the same at all levels, or `None` for one head over all channels."""
     widths = {value.shape[1] for key, value in tensors.items() if key.endswith(".to_qkv.weight")}
     if not widths:
         return None
@@ -229,7 +229,7 @@ def _check_network(path: Path, from_format: str, network: dict[str, Any], model:
 
 
 def _process(format: Format, options: dict[str, Any], learned: bool, assumed: dict[str, Any]) -> dict[str, Any]:
-    """`DDPMScheduler` arguments: the process that the network was trained for, sampled as the original does.
+    """Return the arguments of `DDPMScheduler`: the process of the training, sampled as the original does.
 
     `learned`: the network has channels for the variance; `assumed` gets the flags that stand for what is not said.
     """
@@ -273,10 +273,7 @@ def _process(format: Format, options: dict[str, Any], learned: bool, assumed: di
 
 
 def _rescaled(betas: Mapping[str, Any], T: int) -> dict[str, Any]:
-    """The chain over the timesteps that a network with rescale_timesteps saw as whole numbers t * 1000 / T.
-
-    It is that of their `--timestep_respacing ddim1000`.
-    """
+    """Return the chain over the timesteps that were whole numbers t * 1000 / T: `--timestep_respacing ddim1000`."""
     if T % 1000:
         raise UserError(
             f"with rescale_timesteps the network saw t * 1000 / {T}, and stock schedulers hand it t = 0, 1, 2, ...: "
@@ -306,7 +303,7 @@ def _load_weights(unet: UNet2DModel, tensors: Tensors, names: Mapping[str, str],
     if lost := [names.get(key, key) for key in tensors if key not in wanted]:
         raise UserError(f"{str(file)!r}: no place for {shortened(lost)} in the network that the others describe")
     if missing := sorted(wanted.keys() - state.keys()):
-        raise UserError(f"{str(file)!r}: nothing found for {shortened(missing, 1)}")
+        raise UserError(f"{str(file)!r}: nothing found for {shortened(missing)}")
     unet.load_state_dict(state)
 
 
@@ -315,7 +312,7 @@ _LEGACY = r"(\.attentions\.\d+\.)(query|key|value|proj_attn)\."
 
 
 def _load_diffusers(folder: Path) -> tuple[DDPMPipeline, dict[str, str]]:
-    """A stock repository: components in subfolders or all in one, current or legacy keys, safetensors or `.bin`."""
+    """Read a stock repository: components in subfolders or in one, current or legacy keys, safetensors or `.bin`."""
     if not folder.is_dir():
         raise UserError(f"there is no folder {str(folder)!r}")
     parts = StockPipeline.load_config(folder) if (folder / "model_index.json").is_file() else {}

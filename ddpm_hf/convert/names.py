@@ -112,11 +112,7 @@ _BLOCKS: Mapping[str, Callable[[Collection[str]], dict[str, str]]] = {
 
 
 def translate(names: Collection[str], naming: str) -> dict[str, str]:
-    """Return `{key of UNet2DModel: name}` for the names of a state dict.
-
-    Args:
-        names: Such as `down.0.block.1.conv1.weight`.
-        naming: A column of `_LAYERS`.
+    """Return `{key of UNet2DModel: name}` for the names of a state dict; `naming` is a column of `_LAYERS`.
 
     Raises:
         UserError: Names that this implementation does not have.
@@ -131,22 +127,16 @@ def translate(names: Collection[str], naming: str) -> dict[str, str]:
     return {f"{keys[layer]}.{tail}": name for name, (layer, _, tail) in split.items()}
 
 
-def shortened(names: list[str], shown: int = 3) -> str:
-    """Return the first of the names, and how many more there are."""
-    others = len(names) - shown
-    more = f" and {others} other tensor{'s' if others > 1 else ''}" if others > 0 else ""
-    return ", ".join(names[:shown]) + more
+def shortened(names: list[str]) -> str:
+    """Return the first three of the names, and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def infer_architecture(tensors: Tensors, family: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of `UNet2DModel` (all but `sample_size`) that names and shapes of its weights say.
-
-    Args:
-        tensors: By the keys of `UNet2DModel`.
-        family: Arguments that all networks of this format share; they are in the result too.
+    """Return the arguments of `UNet2DModel` (all but `sample_size`): those of its `family`, and what its weights say.
 
     Raises:
-        UserError: A tensor that says it is missing.
+        UserError: A tensor is missing whose name and shape are needed for that.
     """
     outputs = {key.removesuffix(".weight"): value.shape[0] for key, value in tensors.items() if value.ndim}
     levels = range(1 + max(_numbers(tensors, r"down_blocks\.(\d+)\."), default=0))
@@ -169,18 +159,15 @@ def infer_architecture(tensors: Tensors, family: Mapping[str, Any]) -> dict[str,
             groups = family["norm_num_groups"]
             arguments |= {"resnet_time_scale_shift": "scale_shift", "attn_norm_num_groups": groups}
     except KeyError as error:
-        raise UserError(f"no weights for {error.args[0]} were found; is the format right?") from None
+        raise UserError(f"nothing found for {error.args[0]}; is the format right?") from None
     return arguments | ({"downsample_type": "resnet", "upsample_type": "resnet"} if resnets else {})
 
 
 def split_attention(tensors: Tensors, head_channels: int | None, new_order: bool) -> Tensors:
     """Return the weights with OpenAI's joint `to_qkv` as `to_q`, `to_k` and `to_v`.
 
-    Args:
-        tensors: By the keys of `UNet2DModel`.
-        head_channels: Channels per attention head; `None` for one head over all channels.
-        new_order: The rows are q of all heads, then k, then v. Otherwise they are q, k and v of the first head, then
-            those of the second.
+    In the new order, its rows are q of all heads, then k, then v; in the other one q, k and v of the first head, then
+    those of the second. `head_channels` is `None` for one head over all channels.
     """
     out = {key: value for key, value in tensors.items() if ".to_qkv." not in key}
     for key in tensors.keys() - out.keys():

@@ -40,23 +40,18 @@ class Checkpoint:
 
 
 def _which_weights(path: Path, ema: bool, holds_ema: Collection[bool], why: str = "") -> str:
-    """Return which weights are taken, and how that is known.
+    """Return which weights are taken (EMA ones if `ema`), and how that is known; refuse a file without them.
 
-    `holds_ema` has `True` if the file is known to hold EMA weights, `False` if raw ones, and is empty if nothing is
-    known. A file that is known not to hold those that are wanted (`ema`) is refused.
+    `holds_ema` has `True` if the file is known to hold EMA weights and `False` if raw ones; it is empty if nothing is
+    known.
     """
+    kinds = {True: "EMA weights", False: "raw weights"}
     if not holds_ema:
-        if ema:
-            return "taken for EMA weights, as nothing in the file says it (if they are raw: --no_ema)"
-        return "taken for raw weights, as --no_ema says"
-    if ema in holds_ema:
-        return f"{'EMA' if ema else 'raw'} weights ({why})"
-    if ema:
-        raise UserError(
-            f"{path.name} holds no EMA weights, only raw weights ({why}), which make far worse images; take another "
-            "file, or --no_ema if that is what you want"
-        )
-    raise UserError(f"{path.name} holds EMA weights only ({why}); leave out --no_ema, or take another file")
+        return f"taken for {kinds[ema]}, as nothing in the file says which they are (--no_ema: raw weights)"
+    if ema not in holds_ema:
+        otherwise = "--no_ema for these, which make far worse images" if ema else "leave out --no_ema"
+        raise UserError(f"{path.name} holds {kinds[not ema]} only ({why}); take another file, or {otherwise}")
+    return f"{kinds[ema]} ({why})"
 
 
 def state_dict(path: Path, content: Any) -> Tensors:
@@ -98,11 +93,7 @@ def read_official_tf(path: Path, ema: bool) -> Checkpoint:
         )
     try:
         import tensorflow as tf
-    except ImportError:
-        raise UserError(
-            "TensorFlow checkpoints need TensorFlow; install it with pip install 'ddpm-hf[convert]'"
-        ) from None
-    try:
+
         reader = tf.train.load_checkpoint(str(path))
         names = [n for n in reader.get_variable_to_shape_map() if n.startswith("model/") and "Adam" not in n]
         is_ema = {name: name.endswith(_EMA_SUFFIX) for name in names}
@@ -110,6 +101,8 @@ def read_official_tf(path: Path, ema: bool) -> Checkpoint:
         variables = {name: torch.tensor(reader.get_tensor(name)) for name in names if is_ema[name] == ema}
     except UserError:
         raise
+    except ImportError:
+        raise UserError("TensorFlow checkpoints need TensorFlow: pip install 'ddpm-hf[convert]'") from None
     except Exception as error:  # TensorFlow has errors of its own for damaged files
         reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
         raise UserError(f"{str(path)!r} is not a TensorFlow checkpoint, or is damaged ({reason})") from None
