@@ -273,7 +273,10 @@ def _process(format: Format, options: dict[str, Any], learned: bool, assumed: di
 
 
 def _rescaled(betas: Mapping[str, Any], T: int) -> dict[str, Any]:
-    """Return the chain over the timesteps that were whole numbers t * 1000 / T: `--timestep_respacing ddim1000`."""
+    """Return the chain over every T/1000th timestep t, which the network saw as the whole number t * 1000 / T.
+
+    OpenAI's sampler does the same with `--timestep_respacing ddim1000`.
+    """
     if T % 1000:
         raise UserError(
             f"with rescale_timesteps the network saw t * 1000 / {T}, and stock schedulers hand it t = 0, 1, 2, ...: "
@@ -333,9 +336,8 @@ def _load_diffusers(folder: Path) -> tuple[DDPMPipeline, dict[str, str]]:
             f"{str(folder)!r} holds a network from {unet.config.in_channels} channels to {unet.config.out_channels} "
             f"with variance_type={variance!r}, which no DDPM samples with"
         )
-    files = [
-        part / ending for ending in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME) for part in (folder / "unet", folder)
-    ]
+    file_names = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
+    files = [part / name for name in file_names for part in (folder / "unet", folder)]
     file = next((file for file in files if file.is_file()), files[0])
     weights = state_dict(file, read_weights(file))
     # Older versions called the layers of attention query, key, value and proj_attn.
