@@ -67,7 +67,7 @@ NOT_RUN = {
     "source ": ("activates an environment; `make setup` makes it", "nothing"),
     "hf auth login": ("needs a person", "nothing"),
     "DDPM_HF_SPACE_MODELS=": ("serves until it is stopped; hub/test_space.py starts the same file", "script"),
-    "ddpm-hf convert": ("needs other people's checkpoints and TensorFlow; convert/test_formats.py converts", "flags"),
+    "ddpm-hf convert": ("needs others' checkpoints and TensorFlow; convert/test_conversion.py converts", "flags"),
 }
 # Blocks that cannot run, by page and first line.
 BLOCKS_NOT_RUN = {

@@ -57,7 +57,7 @@ The DDPM of Ho, Jain and Abbeel (2020).
 making a model:
   train             train a model; the same as examples/train.py
   reproduce         an experiment of the paper: train, sample, evaluate, compare
-  convert           other people's weights to ours, ours to the official format
+  convert           other implementations' weights as a folder that diffusers opens
 
 using and measuring it:
   sample            images: from noise, from given images, the paper's figures

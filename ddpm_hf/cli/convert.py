@@ -1,36 +1,29 @@
-"""`ddpm-hf convert`: other people's weights to ours, ours to the official format."""
+"""`ddpm-hf convert`: other implementations' weights as a folder that diffusers opens."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 from ..training.configuration import paper_value
-from .command_line import Parser, UsageError
+from .command_line import Parser
 
 
 def convert_parser(prog: str | None = None) -> Parser:
     """The parser of `ddpm-hf convert`."""
-    parser = Parser(prog, "Other people's weights to a stock-readable folder, or ours to TensorFlow.")
+    parser = Parser(prog, "Other implementations' weights as a folder that stock diffusers opens.")
     group = parser.add_argument_group("formats and files")
     group.add_argument(
         "--from",
-        type=str | None,
-        default=None,
+        type=str,
+        required=True,
         help="official_tf, pesser (also ermongroup), pytorch_ddpm, improved_diffusion, guided_diffusion or diffusers",
     )
     group.add_argument(
-        "--to", type=str | None, default=None, help="official_tf: write our weights for the official code"
-    )
-    group.add_argument(
-        "--checkpoint",
-        type=str,
-        required=True,
-        help="the file (TensorFlow: without its ending); with --to, a model's folder or checkpoint-N",
+        "--checkpoint", type=str, required=True, help="the file (TensorFlow: without its ending), or the repository"
     )
     group.add_argument("--output", type=str, required=True, help="the folder to make")
-    group.add_argument("--no_ema", action="store_true", help="take the raw weights instead of the averaged ones")
+    group.add_argument("--no_ema", action="store_true", help="take the raw weights instead of the EMA weights")
     for title, flags in (
         ("model, where the file does not say", _model_flags()),
         ("diffusion process, where the file does not say", _process_flags()),
@@ -80,18 +73,9 @@ def _process_flags() -> list[tuple[str, type, str]]:
 def convert(arguments: Sequence[str], prog: str | None = None) -> int:
     """`ddpm-hf convert`."""
     values = convert_parser(prog).parse_args(list(arguments))
-    if (values["from"] is None) == (values["to"] is None):
-        raise UsageError("give either --from FORMAT (to ours) or --to official_tf (from ours)")
-    from ..convert import formats as conversion
+    from ..convert import convert as write_converted
 
-    names = [field.name for field in dataclasses.fields(conversion.ForeignOptions) if field.name != "ema"]
-    options = conversion.ForeignOptions(ema=not values["no_ema"], **{name: values[name] for name in names})
-    if values["to"] is not None:
-        if values["to"] != "official_tf":
-            raise UsageError(f"--to knows official_tf, got {values['to']!r}")
-        if given := options.flags():
-            raise UsageError(f"--to official_tf takes no {', '.join(given)}: the model's folder says it; leave it out")
-        print(f"wrote {conversion.convert_to_official(values['checkpoint'], values['output'])}")
-        return 0
-    conversion.convert(values["from"], values["checkpoint"], values["output"], tell=print, **options.given())
+    options = values.as_dict()
+    source, checkpoint, output = (options.pop(name) for name in ("from", "checkpoint", "output"))
+    write_converted(source, checkpoint, output, print, ema=not options.pop("no_ema"), **options)
     return 0

@@ -155,7 +155,7 @@ def test_other_mistakes(tmp_path, capsys, small_pipeline):
             "--optimize must be one of auto, yes, no, compile, got 'fast'",
         ),
         (["push"], "give RUN and --repo_id"),
-        (["convert", "--to", "official_tf", "--checkpoint", str(tmp_path / "no"), *out], "no folder"),
+        (["convert", "--from", "diffusers", "--checkpoint", str(tmp_path / "no"), *out], "no folder"),
         (["sample", *model, *out, "--class_labels", "cats"], "not class-conditional"),
         (["sample", *model, *out, "--class_labels", "null"], "class 'null'"),
         (["evaluate", *model, "--dataset", "digits", "--split", "test"], "validation"),
