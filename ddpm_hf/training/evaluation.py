@@ -40,8 +40,8 @@ from ..utils.errors import UserError
 from ..utils.files import default_cache_dir, writable_folder, write_directory, write_text
 from ..utils.processes import from_first, processes, say, together
 from ..utils.text import finite, nearest, number, plain
-from .batches import load_split
 from .configuration import TrainingConfig, due
+from .run import load_split
 
 BEST, HISTORY = "best", "evaluations.json"
 _WORK = ".evaluation"

@@ -75,8 +75,8 @@ def test_a_capture_that_fails_is_said_and_the_updates_are_made_without(
     plain = trainer(tmp_path / "plain", **options)
     graph = captured(trainer(tmp_path / "graph", **options))
     monkeypatch.setattr(training_update, "_record", refuse)
-    read, batches = [], graph._micro_batch
-    monkeypatch.setattr(graph, "_micro_batch", lambda *which: read.append(which[:2]) or batches(*which))
+    read, micro_batch = [], graph.batches.micro_batch
+    monkeypatch.setattr(graph.batches, "micro_batch", lambda *which: read.append(which[:2]) or micro_batch(*which))
     for step in range(3):
         assert graph._update(step)[0].item() == plain._update(step)[0].item()
     assert read == [(step, micro) for step in range(3) for micro in range(accumulation)]  # a stream is read once
