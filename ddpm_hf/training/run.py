@@ -88,7 +88,7 @@ class Run:
     @property
     def precision(self) -> str:
         """What the network computes in: float32, bf16 or fp16."""
-        return "float32" if self.accelerator.mixed_precision == "no" else self.accelerator.mixed_precision
+        return {"no": "float32"}.get(self.accelerator.mixed_precision, self.accelerator.mixed_precision)
 
     def describe_images(self, name: str | None = None) -> str:
         """Return how many images of what; `name` for readers who are not to see where on this machine they are."""
@@ -135,22 +135,15 @@ def start_accelerator(config: TrainingConfig) -> Accelerator:
 def _check_engine(accelerator: Accelerator, config: TrainingConfig) -> None:
     engine, precision = accelerator.distributed_type, accelerator.mixed_precision
     fsdp = engine == DistributedType.FSDP
+    ways = "FSDP 2 (examples/accelerate/fsdp2.yaml) or several processes (examples/accelerate/multi_gpu.yaml)"
     if engine in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-        raise UserError(
-            f"{engine.value} saves its state with pickle, which checkpoints here do not hold; use several processes "
-            "(examples/accelerate/multi_gpu.yaml) or FSDP 2 (examples/accelerate/fsdp2.yaml)"
-        )
+        raise UserError(f"{engine.value} saves its state with pickle, which checkpoints here do not hold; use {ways}")
     if fsdp and accelerator.state.fsdp_plugin.fsdp_version != 2:
-        raise UserError(
-            "the first FSDP keeps one flat tensor per block, which checkpoints here do not hold; use FSDP 2 "
-            "(examples/accelerate/fsdp2.yaml) or several processes (examples/accelerate/multi_gpu.yaml)"
-        )
+        raise UserError(f"FSDP 1 keeps one flat tensor per block, which checkpoints here do not hold; use {ways}")
     if fsdp and config.channels_last:
         raise UserError("FSDP 2 does not shard weights in channels_last; leave --channels_last out")
     if precision == "fp16" and accelerator.scaler is None:
-        raise UserError(
-            "--mixed_precision fp16 needs a GPU, and there is none here; use bf16, or leave it out for float32"
-        )
+        raise UserError("--mixed_precision fp16 needs a GPU, and there is none here; use bf16, or no for float32")
     if precision not in ("no", "fp16", "bf16"):
         raise UserError(f"mixed precision {precision!r} is not supported; use bf16, fp16 or no")
 
@@ -198,16 +191,14 @@ def _class_config(config: TrainingConfig, data: Images) -> dict[str, Any]:
     """Return `UNet2DModel` arguments for the classes; with class dropout, one more class stands for none."""
     if not config.class_conditional:
         return {}
-    names = data.class_names
-    if names is None:
+    if (names := data.class_names) is None:
         raise UserError(
             f"--class_conditional needs classes, and {data.name!r} has none: use a folder of folders, or a "
             "dataset with a label column (--label_column)"
         )
-    arguments: dict[str, Any] = {"num_class_embeds": len(names), "_class_names": list(names)}
     if config.class_dropout:
-        arguments |= {"num_class_embeds": len(names) + 1, "_null_class": len(names)}
-    return arguments
+        return {"num_class_embeds": len(names) + 1, "_class_names": list(names), "_null_class": len(names)}
+    return {"num_class_embeds": len(names), "_class_names": list(names)}
 
 
 # ---------------------------------------------------------------------- the images of a run

@@ -92,7 +92,7 @@ class Trainer:
             self.run = resolve(config, self.accelerator)
             self.evaluation = TrainingEvaluation(config, self.run.data)
         self.recipe, self.data, self.plan = self.run.recipe, self.run.data, self.run.plan
-        same_everywhere("has", self.run.describe_images(), "all of them need the same images")
+        same_everywhere(self.run.describe_images(), "all of them need the same images")
         self.publisher = Publisher(self.run, self.evaluation)
         self.unet = self._new_network()
         self._prepare_optimization()
@@ -124,12 +124,7 @@ class Trainer:
         # fused=True, on CPUs too: only this kernel looks at `found_inf`, by which updates that are not finite are
         # skipped without asking the device.
         self._adam = torch.optim.Adam(self.unet.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.999), fused=True)
-        self.lr_schedule = get_scheduler(
-            "constant_with_warmup" if recipe.lr_scheduler == "constant" else recipe.lr_scheduler,
-            self._adam,
-            num_warmup_steps=recipe.lr_warmup_steps,
-            num_training_steps=recipe.max_train_steps,
-        )
+        self.lr_schedule = self._learning_rate_schedule(0)
         network = torch.compile(self.unet) if self.run.computation.compile else self.unet
         self.model, self.optimizer = self.accelerator.prepare(network, self._adam)
         self.ema = EMAModel(
@@ -140,6 +135,19 @@ class Trainer:
             min_decay=0.0 if recipe.ema_warmup else recipe.ema_decay,
             update_after_step=-1,
             foreach=True,
+        )
+
+    def _learning_rate_schedule(self, step: int) -> Any:
+        """Return the schedule as it is after `step` updates: a function of the update and the recipe alone."""
+        for group in self._adam.param_groups:
+            group["initial_lr"] = self.recipe.learning_rate
+        name = self.recipe.lr_scheduler
+        return get_scheduler(
+            "constant_with_warmup" if name == "constant" else name,
+            self._adam,
+            num_warmup_steps=self.recipe.lr_warmup_steps,
+            num_training_steps=self.recipe.max_train_steps,
+            last_epoch=step - 1,
         )
 
     # ------------------------------------------------------------------ the run
@@ -238,10 +246,10 @@ class Trainer:
 
     def _give_up(self, loss: Tensor, norm: Tensor) -> None:
         kept, skipped = list_checkpoints(self.output_dir), int(self.update.skipped_in_a_row.item())
+        rate, precision = self.lr_schedule.get_last_lr()[0], f"precision {self.run.precision}"
         raise TrainingError(
-            f"loss {loss.item()} and gradient norm {norm.item()} at update {self.step + 1}: "
-            f"{skipped} updates in a row were skipped because their gradients are not "
-            f"finite (learning rate {self.lr_schedule.get_last_lr()[0]:.3g}, precision {self.run.precision}); "
+            f"loss {loss.item()} and gradient norm {norm.item()} at update {self.step + 1}: {skipped} updates in a "
+            f"row were skipped because their gradients are not finite (learning rate {rate:.3g}, {precision}); "
             f"lower the learning rate; the last checkpoint is {kept[-1] if kept else 'none yet'}"
         )
 
@@ -322,25 +330,23 @@ class Trainer:
 
     def _in_words(self) -> list[str]:
         """Return how the network is computed."""
-        channels_last, compiled, captured = self.run.computation
-        chosen = {"channels_last": channels_last, "compiled": compiled, "CUDA graphs": captured}
-        return [f"precision {self.run.precision}", *(name for name, on in chosen.items() if on)]
+        names = ("channels_last", "compiled", "CUDA graphs")
+        chosen = [name for name, on in zip(names, self.run.computation, strict=True) if on]
+        return [f"precision {self.run.precision}", *chosen]
 
     def _introduction(self) -> str:
+        run, plan, updates = self.run, self.plan, self.recipe.max_train_steps - self.step
+        machine = ", ".join([f"{plan.num_processes} process(es)", *self._in_words()])
         lines = [
-            f"{self.config.preset}: {parameter_count(self.unet):,} parameters, {self.run.describe_images()}, "
-            f"{self.recipe.max_train_steps - self.step} updates of {self.plan.total} images on {self.device.type} "
-            f"({', '.join([f'{self.plan.num_processes} process(es)', *self._in_words()])})"
+            f"{self.config.preset}: {parameter_count(self.unet):,} parameters, {run.describe_images()}, "
+            f"{updates} updates of {plan.total} images on {self.device.type} ({machine})",
+            run.describe_classes(),
+            f"each update gathers {plan.accumulation} micro-batches of {plan.micro} images per process"
+            if plan.accumulation > 1
+            else None,
+            f"resumed after update {self.step}" if self.step else None,
         ]
-        if classes := self.run.describe_classes():
-            lines.append(classes)
-        if self.plan.accumulation > 1:
-            lines.append(
-                f"each update gathers {self.plan.accumulation} micro-batches of {self.plan.micro} images per process"
-            )
-        if self.step:
-            lines.append(f"resumed after update {self.step}")
-        return "\n".join(lines)
+        return "\n".join(line for line in lines if line)
 
     def _say_stopped(self, remark: str = "") -> None:
         say(
@@ -350,8 +356,8 @@ class Trainer:
 
     def _start_trackers(self) -> None:
         if self.accelerator.log_with:
-            settings = {key: value for key, value in self.config.public_values().items() if value is not None}
-            settings = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in settings.items()}
+            given = {key: value for key, value in self.config.public_values().items() if value is not None}
+            settings = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in given.items()}
             with together():
                 try:
                     self.accelerator.init_trackers("ddpm_hf", config=settings)
@@ -406,7 +412,7 @@ class Trainer:
             found = find_checkpoint(self.output_dir, which)
         where = f"{found[0].name} ({fingerprint(found[0])[:12]})" if found else "no checkpoint"
         advice = "put --output_dir on a disk that all machines share, or copy the first one's folder to all of them"
-        same_everywhere("has", where, advice)
+        same_everywhere(where, advice)
         if found is None:
             say(f"no checkpoint in {str(self.output_dir)!r} yet, starting from the beginning")
             return
@@ -418,13 +424,7 @@ class Trainer:
             shard_like(tensors["ema"][name], like=parameter) for name, parameter in self.unet.named_parameters()
         ]
         self.ema.optimization_step = state["ema_steps"]
-        # The schedule is a function of the update, so a changed learning rate counts from here on.
-        schedule = self.lr_schedule
-        schedule.last_epoch = state["step"]
-        for group, base, factor in zip(self._adam.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
-            group["initial_lr"] = base
-            group["lr"] = base * factor(state["step"])
-        schedule._last_lr = [group["lr"] for group in self._adam.param_groups]
+        self.lr_schedule = self._learning_rate_schedule(state["step"])  # a changed learning rate counts from here on
         if self.accelerator.scaler is not None and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.step = self._saved_at = state["step"]

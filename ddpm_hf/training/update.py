@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -89,7 +90,8 @@ class Update:
         """Add a micro-batch's share to the loss and, by line 5, to the gradients."""
         x_0 = to_model_range(flip_images(batch.images, batch.flip))  # [b, C, H, W] in [-1, 1]
         labels = {} if batch.labels is None else {"class_labels": batch.labels}
-        losses = self.objective(self.model, self.scheduler, x_0, batch.t, batch.noise, **labels)  # [b]
+        # [b]; Eq. 14, where the loss is `simple`
+        losses = self.objective(self.model, self.scheduler, x_0, batch.t, batch.noise, **labels)
         # Gradients are averaged over processes, so this adds up to the mean over the update's images.
         loss = losses.sum() / self.run.plan.total
         self.accelerator.backward(loss * self.accelerator.num_processes)
@@ -234,11 +236,9 @@ class CapturedUpdate(Update):
     def _record_all(self, cuda: bool) -> None:
         """Record the graphs; none, and a line about it, where CUDA does not let something into them."""
         stream = torch.cuda.current_stream() if cuda else None
+        parts = [self._whole] if self._drop_gradients else [self._accumulate_inputs, self.apply]
         try:
-            if self._drop_gradients:
-                self._graphs = [_record(self._whole, cuda)]
-            else:
-                self._graphs = [_record(self._accumulate_inputs, cuda), _record(self.apply, cuda)]
+            self._graphs = [_record(part, cuda) for part in parts]
         except RuntimeError as error:  # whatever CUDA, a driver or the compiler refuses; too little memory for a copy
             self._graphs, self._drop_gradients = [], True
             self.optimizer.zero_grad(set_to_none=True)
@@ -259,17 +259,10 @@ class CapturedUpdate(Update):
         self.accumulate(self._inputs)
 
 
-class _Rehearsed:
-    """What stands for a captured graph on CPUs."""
-
-    def __init__(self, run: Callable[[], Any]):
-        self.replay = run
-
-
 def _record(run: Callable[[], Any], cuda: bool) -> Any:
-    """Return a graph of the kernels that `run` launches."""
+    """Return a graph of the kernels that `run` launches; on CPUs, what calls it again."""
     if not cuda:
-        return _Rehearsed(run)
+        return SimpleNamespace(replay=run)
     graph = torch.cuda.CUDAGraph()
     # Other threads (reading ahead, pushing) may allocate meanwhile.
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):

@@ -65,16 +65,15 @@ def _waiting_group() -> Any:
 
 
 def gather(own: Any) -> list[Any]:
-    """Return what each process passes, in their order, in all of them; each waits for the last one, however long."""
-    here = processes()
-    found = [own] * here.num_processes
-    if here.num_processes > 1:
+    """Return in every process what each passes, in their order; all wait for the last one, however long."""
+    found = [own] * processes().num_processes
+    if len(found) > 1:
         torch.distributed.all_gather_object(found, own, group=_waiting_group())
     return found
 
 
 def from_first(own: Any) -> Any:
-    """Return what the first process passes, in all of them."""
+    """Return in every process what the first one passes."""
     return gather(own if processes().is_main_process else None)[0]
 
 
@@ -113,23 +112,21 @@ def _kind_elsewhere(error: Exception) -> type[Exception]:
     return UserError if isinstance(error, users) else RuntimeError
 
 
-def same_everywhere(verb: str, what: str, advice: str) -> None:
-    """Check that all processes, on whatever machines, have found the same.
-
-    Raises:
-        UserError: On every process: what the first one and another one have found.
-    """
+def same_everywhere(what: str, advice: str) -> None:
+    """Raise UserError on every process unless all, on whatever machines, have the same."""
     found = gather(what)
     for index, other in enumerate(found):
         if other != found[0]:
-            raise UserError(f"process 0 {verb} {found[0]}, and process {index} {verb} {other}; {advice}")
+            raise UserError(f"process 0 has {found[0]}, and process {index} has {other}; {advice}")
 
 
 def reduce_in_float32(accelerator: Accelerator) -> None:
     """Let FSDP 2 add up the processes' gradients in float32, as DDP does; accelerate's default is low precision."""
-    plugin = accelerator.state.fsdp_plugin if accelerator.distributed_type == DistributedType.FSDP else None
-    if plugin is not None and plugin.mixed_precision_policy is not None:
-        plugin.mixed_precision_policy = dataclasses.replace(plugin.mixed_precision_policy, reduce_dtype=torch.float32)
+    if accelerator.distributed_type == DistributedType.FSDP:
+        plugin = accelerator.state.fsdp_plugin
+        if plugin.mixed_precision_policy is not None:
+            low = plugin.mixed_precision_policy
+            plugin.mixed_precision_policy = dataclasses.replace(low, reduce_dtype=torch.float32)
 
 
 def start_process() -> None:
@@ -165,16 +162,15 @@ def known_trackers(text: str | None) -> list[str]:
     """
     names = [part.strip().lower() for part in (text or "none").split(",") if part.strip()]
     installed = [str(tracker) for tracker in get_available_trackers()]
-    have = f"(installed: {', '.join(installed) or 'none'})"
     if names == ["none"]:
         return []
     if names == ["all"] and installed:
         return installed
-    for name in names:
-        if name not in installed:
-            raise UserError(
-                f"--report_to {name!r} is not an installed tracker {have}; pip install it first, or give none"
-            )
+    if missing := [name for name in names if name not in installed]:
+        have = f"(installed: {', '.join(installed) or 'none'})"
+        raise UserError(
+            f"--report_to {missing[0]!r} is not an installed tracker {have}; pip install it first, or give none"
+        )
     return list(dict.fromkeys(names))
 
 

@@ -61,16 +61,26 @@ QUICK = {
 }
 
 
-@pytest.fixture(autouse=True)
-def small_preset(monkeypatch):
+@pytest.fixture(autouse=True, scope="module")
+def small_preset():
     """The digits preset with a network that trains in an instant, and dropout so that its masks count."""
     unet = {**PRESETS["digits"].unet, "block_out_channels": (8, 16), "norm_num_groups": 8, "dropout": 0.1}
     small = dataclasses.replace(PRESETS["digits"], unet=unet)
-    monkeypatch.setattr("ddpm_hf.presets.PRESETS", {**PRESETS, "digits": small})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ddpm_hf.presets.PRESETS", {**PRESETS, "digits": small})
+        yield
 
 
 def trainer(output_dir, **settings) -> Trainer:
     return Trainer(TrainingConfig(**{**QUICK, "output_dir": str(output_dir), **settings}))
+
+
+@pytest.fixture(scope="module")
+def whole(small_preset, tmp_path_factory) -> Path:
+    """The folder of a run that nothing has interrupted."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    trainer(folder).train()
+    return folder
 
 
 def same_files(a, b, step):
@@ -99,14 +109,13 @@ def test_a_run_publishes_a_pipeline_with_card_numbers_and_samples(tmp_path, caps
     assert "bits/dim on 4 held-out images" in capsys.readouterr().out
 
 
-def test_a_resumed_run_ends_in_the_same_bits(tmp_path):
-    trainer(tmp_path / "whole").train()
-    shutil.copytree(tmp_path / "whole" / "checkpoint-3", tmp_path / "resumed" / "checkpoint-3")
+def test_a_resumed_run_ends_in_the_same_bits(tmp_path, whole):
+    shutil.copytree(whole / "checkpoint-3", tmp_path / "resumed" / "checkpoint-3")
     torch.manual_seed(123)  # whatever the new process has drawn before
     resumed = trainer(tmp_path / "resumed", resume_from_checkpoint="latest")
     assert resumed.step == 3
     resumed.train()
-    same_files(tmp_path / "whole", tmp_path / "resumed", 6)
+    same_files(whole, tmp_path / "resumed", 6)
 
 
 CHANNELS_LAST = {"channels_last": True}
@@ -243,18 +252,16 @@ def test_gradient_checkpointing_changes_no_bit(tmp_path):
     same_files(tmp_path / "plain", tmp_path / "checkpointing", 3)
 
 
-def test_pictures_during_training_do_not_change_the_run(tmp_path):
-    trainer(tmp_path / "plain").train()
+def test_pictures_during_training_do_not_change_the_run(tmp_path, whole):
     trainer(tmp_path / "watched", save_images_steps=2).train()
     assert (tmp_path / "watched" / "samples-2.png").is_file()
-    same_files(tmp_path / "plain", tmp_path / "watched", 6)
+    same_files(whole, tmp_path / "watched", 6)
 
 
-def test_another_seed_is_another_run(tmp_path):
-    trainer(tmp_path / "a").train()
+def test_another_seed_is_another_run(tmp_path, whole):
     trainer(tmp_path / "b", seed=1).train()
     with pytest.raises(AssertionError):
-        same_files(tmp_path / "a", tmp_path / "b", 6)
+        same_files(whole, tmp_path / "b", 6)
 
 
 def test_accumulation_is_the_same_as_a_larger_batch(tmp_path):
@@ -317,8 +324,7 @@ def test_ema_equals_a_float64_reference(tmp_path, monkeypatch, warmup):
         assert torch.allclose(averaged.double(), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_a_stop_signal_saves_and_the_run_goes_on_to_the_same_bits(tmp_path, monkeypatch, capsys):
-    trainer(tmp_path / "whole").train()
+def test_a_stop_signal_saves_and_the_run_resumes_to_the_same_bits(tmp_path, monkeypatch, capsys, whole):
     stopped = trainer(tmp_path / "stopped", checkpointing_steps=100)
     update = stopped._update
 
@@ -335,7 +341,7 @@ def test_a_stop_signal_saves_and_the_run_goes_on_to_the_same_bits(tmp_path, monk
     assert (tmp_path / "stopped" / "checkpoint-4").is_dir()
     assert not (tmp_path / "stopped" / "model_index.json").exists()
     trainer(tmp_path / "stopped", resume_from_checkpoint="latest").train()
-    same_files(tmp_path / "whole", tmp_path / "stopped", 6)
+    same_files(whole, tmp_path / "stopped", 6)
 
 
 def test_a_later_second_interrupt_leaves_at_once(monkeypatch):
@@ -371,7 +377,7 @@ def test_loss_that_is_not_finite_stops_with_a_sentence_and_keeps_the_checkpoint(
     assert all(torch.equal(last[name], value) for name, value in weights.items())
 
 
-def test_one_bad_update_is_skipped_and_the_run_goes_on(tmp_path, monkeypatch):
+def test_one_bad_update_is_skipped_and_training_continues(tmp_path, monkeypatch):
     run = trainer(tmp_path / "run")
 
     def spoiled(unet, scheduler, x_0, t, noise):
@@ -650,7 +656,7 @@ def test_ways_to_run_the_network_change_nothing_but_rounding(tmp_path, option, m
     assert fresh.step == 3
 
 
-def test_a_disk_that_refuses_gets_a_sentence_and_the_last_checkpoint_is_intact(tmp_path, monkeypatch):
+def test_a_disk_that_refuses_gets_a_sentence_and_the_last_checkpoint_is_intact(tmp_path, monkeypatch, whole):
     run = trainer(tmp_path / "run")
     update = run._update
 
@@ -670,9 +676,8 @@ def test_a_disk_that_refuses_gets_a_sentence_and_the_last_checkpoint_is_intact(t
         signal.signal(signal.SIGXFSZ, before)
     names = {p.name for p in (tmp_path / "run").iterdir()}
     assert names == {"training_config.yaml", "checkpoint-3", ".lock"}
-    trainer(tmp_path / "whole").train()
     trainer(tmp_path / "run", resume_from_checkpoint="latest").train()
-    same_files(tmp_path / "whole", tmp_path / "run", 6)
+    same_files(whole, tmp_path / "run", 6)
 
 
 def test_going_back_behind_later_checkpoints_is_refused(tmp_path):
@@ -744,8 +749,7 @@ def test_what_killed_writes_left_is_removed(tmp_path):
     assert not list((tmp_path / "run").glob(".checkpoint*"))
 
 
-def test_a_stop_signal_does_not_wait_for_a_sample_grid(tmp_path, monkeypatch):
-    trainer(tmp_path / "whole").train()
+def test_a_stop_signal_does_not_wait_for_a_sample_grid(tmp_path, monkeypatch, whole):
     run = trainer(tmp_path / "stopped", save_images_steps=4, checkpointing_steps=100)
     reached = []
 
@@ -760,7 +764,7 @@ def test_a_stop_signal_does_not_wait_for_a_sample_grid(tmp_path, monkeypatch):
     assert reached == []
     assert (tmp_path / "stopped" / "checkpoint-4").is_dir()
     trainer(tmp_path / "stopped", resume_from_checkpoint="latest").train()
-    same_files(tmp_path / "whole", tmp_path / "stopped", 6)
+    same_files(whole, tmp_path / "stopped", 6)
 
 
 def test_a_process_trains_in_one_precision_the_flag_s_or_the_launcher_s(tmp_path, monkeypatch):
@@ -885,12 +889,12 @@ def test_checkpoints_of_0_1_0_resume_and_nothing_is_said(tmp_path, capsys):
 
 def test_a_change_of_precision_is_said(tmp_path, capsys):
     trainer(tmp_path / "run", max_train_steps=3).train()
+    AcceleratorState._reset_state()  # as in another process
     trainer(tmp_path / "run", resume_from_checkpoint="latest", mixed_precision="bf16")
     assert "precision was float32 and is bf16 from now on" in capsys.readouterr().out
 
 
-def test_a_stop_signal_does_not_wait_for_the_published_samples(tmp_path, monkeypatch, capsys):
-    trainer(tmp_path / "whole").train()
+def test_a_stop_signal_does_not_wait_for_the_published_samples(tmp_path, monkeypatch, capsys, whole):
     run = trainer(tmp_path / "stopped")
     sample_grid = run.publisher.sample_grid
 
@@ -904,7 +908,7 @@ def test_a_stop_signal_does_not_wait_for_the_published_samples(tmp_path, monkeyp
     assert not (tmp_path / "stopped" / "samples.png").exists()
     assert trainer(tmp_path / "stopped", resume_from_checkpoint="latest").train() is not None
     for name in ("samples.png", "unet/diffusion_pytorch_model.safetensors"):
-        assert (tmp_path / "stopped" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+        assert (tmp_path / "stopped" / name).read_bytes() == (whole / name).read_bytes()
 
 
 @pytest.mark.parametrize("engine", ["DEEPSPEED", "MEGATRON_LM"])
@@ -963,11 +967,10 @@ def best_weights(folder):
     return load_file(folder / "best" / "unet" / "diffusion_pytorch_model.safetensors")
 
 
-def test_evaluation_in_the_loop_changes_nothing_and_gives_the_promised_numbers(tmp_path):
-    trainer(tmp_path / "plain").train()
+def test_evaluation_in_the_loop_changes_nothing_and_gives_the_promised_numbers(tmp_path, whole):
     run = trainer(tmp_path / "watched", best_metric="fd_pixels_validation_float", **WATCHED)
     run.train()
-    same_files(tmp_path / "plain", tmp_path / "watched", 6)
+    same_files(whole, tmp_path / "watched", 6)
     folder = tmp_path / "watched"
     history = json.loads((folder / "evaluations.json").read_text())
     assert list(history) == ["2", "4", "6"]
@@ -1051,7 +1054,7 @@ def test_the_best_model_is_kept(tmp_path, monkeypatch, name, values, best):
     assert EvaluationReport.load(tmp_path / "run" / "best" / "evaluation.json").model["update"] == best
 
 
-def test_a_model_whose_images_are_not_finite_is_not_the_best_one_and_the_run_goes_on(tmp_path, monkeypatch, capsys):
+def test_a_model_whose_images_are_not_finite_is_not_the_best_one_and_training_continues(tmp_path, monkeypatch, capsys):
     run = trainer(
         tmp_path / "run", validation_steps=2, save_images_steps=2, checkpointing_steps=2, best_metric="bits_per_dim"
     )
