@@ -14,7 +14,7 @@ from ..data.datasets import Images, StreamedImages, load_images
 from ..models.unet_2d import UNet2DModel, check_size
 from ..presets import Preset
 from ..utils.errors import UserError
-from ..utils.machine import check_precision, compiler_problem, default_precision, keep_freed_memory, use_tf32
+from ..utils.machine import choose_precision, compiler_problem, keep_freed_memory, use_tf32
 from ..utils.processes import cpu_only, known_trackers, reduce_in_float32, say, set_cpu_threads
 from .configuration import TrainingConfig
 
@@ -111,8 +111,7 @@ def start_accelerator(config: TrainingConfig) -> Accelerator:
     Raises:
         UserError: accelerate was asked, on a command line or in its configuration, for what is not possible here.
     """
-    precision = config.mixed_precision or default_precision()
-    check_precision(precision)
+    precision = choose_precision(config.mixed_precision)
     trackers: Any = known_trackers(config.report_to)
     try:
         accelerator = Accelerator(

@@ -21,15 +21,8 @@ _WRITTEN = (INDEX, "unet", "scheduler", CARD, SAMPLES, REPORT, BEST, HISTORY)
 
 # Attributes of the recipe, and of the configuration, that a resumed run may change.
 _CHANGEABLE = (
-    "learning_rate",
-    "lr_scheduler",
-    "lr_warmup_steps",
-    "max_train_steps",
-    "max_grad_norm",
-    "ema_decay",
-    "ema_warmup",
-    "random_flip",
-    "timestep_sampling",
+    *("learning_rate", "lr_scheduler", "lr_warmup_steps", "max_train_steps", "max_grad_norm"),
+    *("ema_decay", "ema_warmup", "random_flip", "timestep_sampling"),
 )
 _CHANGEABLE_SETTINGS = ("class_dropout", "center_crop", "tf32")
 

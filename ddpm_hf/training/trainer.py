@@ -179,8 +179,15 @@ class Trainer:
             self._start_trackers()
             cleanup.callback(self._close, end_processes)
             with stop_signals() as stop:
-                pipe = self._publish(stop) if self._run_updates(stop) else None
-            if pipe is not None and self.publisher.pushes is not None:
+                trained = self._run_updates(stop)
+                pipe = self._unless_stopped(stop, self._publish) if trained else None
+            if pipe is None:
+                remark = "; only the published model is not complete" if trained else ""
+                say(
+                    f"stopped after update {self.step}{remark}; resume with --resume_from_checkpoint latest "
+                    f"--output_dir {self.config.output_dir}"
+                )
+            elif self.publisher.pushes is not None:
                 self.publisher.pushes.finish()
             return pipe
 
@@ -222,8 +229,6 @@ class Trainer:
                     self._save()
                     if self.step < last:
                         self._log_numbers()
-                        bar.close()
-                        self._say_stopped()
                         return False
         seconds = time.monotonic() - started
         speed = (self.step - first) * self.plan.total / seconds
@@ -285,12 +290,8 @@ class Trainer:
             self._save()  # what was trained is not lost
             raise
 
-    def _publish(self, stop: StopFlag) -> DDPMPipeline | None:
-        """Return the trained model, written with all that belongs to it; `None` where the run was asked to stop."""
-        pipe = self._unless_stopped(stop, lambda: self.publisher.publish(self._ema_state_dict(), self.step))
-        if pipe is None:
-            self._say_stopped("; only the published model is not complete")
-        return pipe
+    def _publish(self) -> DDPMPipeline:
+        return self.publisher.publish(self._ema_state_dict(), self.step)
 
     def _unless_stopped(self, stop: StopFlag, make: Callable[[], _T]) -> _T | None:
         """Return what `make` returns; `None` if a stop was requested, before or meanwhile.
@@ -303,6 +304,8 @@ class Trainer:
             stop.interrupts = True
             return None if stop.requested else make()
         except KeyboardInterrupt:
+            if not stop.requested:
+                raise
             return None
         finally:
             stop.interrupts = False
@@ -347,12 +350,6 @@ class Trainer:
             f"resumed after update {self.step}" if self.step else None,
         ]
         return "\n".join(line for line in lines if line)
-
-    def _say_stopped(self, remark: str = "") -> None:
-        say(
-            f"stopped after update {self.step}{remark}; resume with --resume_from_checkpoint latest "
-            f"--output_dir {self.config.output_dir}"
-        )
 
     def _start_trackers(self) -> None:
         if self.accelerator.log_with:

@@ -42,23 +42,22 @@ def use_tf32(wanted: bool) -> None:
     torch.backends.cudnn.allow_tf32 = wanted
 
 
-def default_precision() -> str:
-    """Return the mixed precision if none is asked for: the launcher's, else bf16 on NVIDIA GPUs that have it."""
-    if launched := os.environ.get("ACCELERATE_MIXED_PRECISION"):  # `accelerate launch` always sets one
-        return launched.lower()
-    has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-    return "bf16" if has_bf16 else "no"
-
-
-def check_precision(precision: str) -> None:
-    """Check that the GPU computes in bf16 where that is asked for.
+def choose_precision(wanted: str | None) -> str:
+    """Return a run's mixed precision: what is asked for, else the launcher's, else bf16 on NVIDIA GPUs that have it.
 
     Raises:
-        UserError: It does not.
+        UserError: bf16 is asked for, and the GPU does not compute in it.
     """
-    if precision == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(False):
-        name = torch.cuda.get_device_name()
-        raise UserError(f"--mixed_precision bf16 is not there on {name}; use fp16, or no for float32")
+    gpu = torch.cuda.is_available()
+    has_bf16 = gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+    wanted = wanted or os.environ.get("ACCELERATE_MIXED_PRECISION")  # `accelerate launch` always sets it
+    if not wanted:
+        return "bf16" if has_bf16 else "no"
+    if wanted == "bf16" and gpu and not has_bf16:
+        raise UserError(
+            f"--mixed_precision bf16 is not there on {torch.cuda.get_device_name()}; use fp16, or no for float32"
+        )
+    return wanted.lower()
 
 
 def compiler_problem(device: torch.device) -> str | None:

@@ -167,18 +167,18 @@ def test_a_delayed_scalar_is_read_without_synchronizing():
 def test_bf16_is_the_default_where_the_card_has_it_and_no_launcher_speaks(monkeypatch):
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert machine.default_precision() == "no"
+    assert machine.choose_precision(None) == "no"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for there, expected in ((True, "bf16"), (False, "no")):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True, there=there: there)
-        assert machine.default_precision() == expected
+        assert machine.choose_precision(None) == expected
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
     with pytest.raises(UserError, match="bf16 is not there on Tesla T4; use fp16, or no for float32"):
-        machine.check_precision("bf16")
-    machine.check_precision("fp16")
+        machine.choose_precision("bf16")
+    assert machine.choose_precision("fp16") == "fp16"
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-    assert machine.default_precision() == "no"
+    assert machine.choose_precision(None) == "no"
 
 
 def test_what_a_compiler_lacks(monkeypatch):
