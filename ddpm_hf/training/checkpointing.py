@@ -115,19 +115,17 @@ def _read_json(path: Path) -> dict[str, Any]:
 def save_checkpoint(
     output_dir: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any], keep: int | None = None
 ) -> Path:
-    """Write `output_dir/checkpoint-<step>`, then remove all but the `keep` newest ones.
+    """Write `output_dir/checkpoint-<step>`, then remove all but the `keep` newest ones (`None`: keep all).
 
     Args:
         output_dir: The run's directory.
         step: Optimizer updates done.
         tensors: File name (without ending) to tensors by name.
         state: JSON values.
-        keep: How many checkpoints to keep, `None` for all.
 
     Raises:
         OSError: It could not be written; older checkpoints are untouched.
     """
-    target = output_dir / f"checkpoint-{step}"
 
     def fill(folder: Path) -> None:
         for name, content in tensors.items():
@@ -137,6 +135,7 @@ def save_checkpoint(
         manifest = {file.name: _manifest_entry(file) for file in folder.iterdir()}
         (folder / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
+    target = output_dir / f"checkpoint-{step}"
     try:
         write_directory(target, fill)
     except OSError as error:
@@ -187,15 +186,12 @@ def fingerprint(path: Path) -> str:
 
 
 def find_checkpoint(output_dir: Path, which: str) -> tuple[Path, dict[str, dict[str, Tensor]], dict[str, Any]] | None:
-    """Return the checkpoint to resume from, and what it holds.
+    """Return the checkpoint to resume from and what it holds; `None` where `latest` finds no checkpoint at all.
 
     Args:
         output_dir: The run's directory.
         which: `latest`, a path, or the name of a checkpoint in `output_dir`. With `latest`, damaged checkpoints are
             reported and the newest good one is taken.
-
-    Returns:
-        `None` where `latest` finds no checkpoint at all.
 
     Raises:
         CheckpointError: A named checkpoint is missing or damaged, or all are damaged.

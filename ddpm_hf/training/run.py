@@ -15,7 +15,7 @@ from ..models.unet_2d import UNet2DModel, check_size
 from ..presets import Preset
 from ..utils.errors import UserError
 from ..utils.machine import choose_precision, compiler_problem, keep_freed_memory, use_tf32
-from ..utils.processes import cpu_only, known_trackers, reduce_in_float32, say, set_cpu_threads
+from ..utils.processes import cpu_only, end_with_the_launcher, known_trackers, reduce_in_float32, say, set_cpu_threads
 from .configuration import TrainingConfig
 
 
@@ -46,7 +46,7 @@ class BatchPlan:
 
 
 class Computation(NamedTuple):
-    """How the network is computed: a function of settings and device, not of a timing, so that runs are repeatable."""
+    """How the network is computed: a function of settings and device, not of timings, so that runs can be repeated."""
 
     channels_last: bool
     compile: bool
@@ -128,6 +128,7 @@ def start_accelerator(config: TrainingConfig) -> Accelerator:
         set_cpu_threads(config.num_cpu_threads, accelerator.num_processes)
         keep_freed_memory()
     use_tf32(config.tf32)
+    end_with_the_launcher()
     return accelerator
 
 
@@ -148,11 +149,7 @@ def _check_engine(accelerator: Accelerator, config: TrainingConfig) -> None:
 
 
 def choose_computation(config: TrainingConfig, accelerator: Accelerator) -> Computation:
-    """Return how to compute the network: as configured, else what is fast on this device.
-
-    Raises:
-        UserError: `--compile true`, and there is no compiler.
-    """
+    """Return how to compute the network: as configured (UserError if that is not possible), else what is fast here."""
     # FSDP 2 shards no weights in channels_last, and was not tried with compiled networks.
     fast = accelerator.device.type == "cuda" and accelerator.distributed_type != DistributedType.FSDP
     channels_last = fast if config.channels_last is None else config.channels_last
@@ -210,12 +207,7 @@ def image_size(recipe: Preset) -> tuple[int, int]:
 
 
 def image_arguments(config: TrainingConfig, center: bool) -> dict[str, Any]:
-    """Return the arguments of `data.load_images` and `evaluation.load_splits` for a run's images, but for the split.
-
-    Args:
-        config: The run's.
-        center: Crop from the centre, even if the run crops at random.
-    """
+    """Return `data.load_images`'s arguments but for the split; `center` crops no image at random."""
     recipe, options = config.resolved_preset(), config.image_options()
     if center and "crop" in options:
         options["crop"] = "center"
@@ -229,9 +221,5 @@ def image_arguments(config: TrainingConfig, center: bool) -> dict[str, Any]:
 
 
 def load_split(config: TrainingConfig, split: str) -> Images:
-    """Load a run's images: `train`, or the `validation` images, which are never cropped at random.
-
-    Raises:
-        UserError: As `data.load_images`.
-    """
+    """Load a run's images: `train`, or the `validation` images, which are never cropped at random."""
     return load_images(split=split, **image_arguments(config, center=split != "train"))

@@ -29,15 +29,7 @@ from ..pipelines.pipeline_ddpm import DDPMPipeline
 from ..utils.errors import UserError
 from ..utils.files import remove_leftovers, writable_folder
 from ..utils.machine import deterministic_algorithms, has_deterministic_algorithms
-from ..utils.processes import (
-    StopFlag,
-    end_with_the_launcher,
-    only_run_in,
-    same_everywhere,
-    say,
-    stop_signals,
-    together,
-)
+from ..utils.processes import StopFlag, only_run_in, same_everywhere, say, stop_signals, together
 from ..utils.randomness import derive_seed
 from .batches import Batches
 from .checkpointing import (
@@ -156,7 +148,7 @@ class Trainer:
         """Train to the last update, then publish the model, its samples, numbers and card in `output_dir`.
 
         Args:
-            end_processes: Several processes part afterwards; `False` where they have more to do together.
+            end_processes: End the process group; `False` where the processes have more to do together.
 
         Returns:
             The published pipeline (EMA weights), or `None` where the run was asked to stop: its state is saved.
@@ -196,7 +188,6 @@ class Trainer:
         config, last, first = self.config, self.recipe.max_train_steps, self.step
         main = self.accelerator.is_main_process
         reproducible = deterministic_algorithms if self._deterministic else nullcontext
-        end_with_the_launcher()
         self.model.train()
         with reproducible():
             self._settle_buckets()
@@ -213,8 +204,8 @@ class Trainer:
                 now = time.monotonic()
                 speed = (self.step - first) * self.plan.total / (now - started)
                 if self.accelerator.trackers and (due(self.step, config.logging_steps) or self.step == last):
-                    values = {"lr": self.lr_schedule.get_last_lr()[0], "images_per_second": speed}
-                    self._unlogged.append((self.step, torch.stack([loss, norm]), values))
+                    numbers = {"lr": self.lr_schedule.get_last_lr()[0], "images_per_second": speed}
+                    self._unlogged.append((self.step, torch.stack([loss, norm]), numbers))
                 if now - shown > _SECONDS_BETWEEN_READINGS or self.step == last:
                     self._read_numbers(bar, loss, norm, speed)
                     shown = now
@@ -230,9 +221,8 @@ class Trainer:
                     if self.step < last:
                         self._log_numbers()
                         return False
-        seconds = time.monotonic() - started
-        speed = (self.step - first) * self.plan.total / seconds
-        say(f"trained {self.step - first} updates in {seconds:.1f} s, {speed:.0f} images/s")
+        made, seconds = self.step - first, time.monotonic() - started
+        say(f"trained {made} updates in {seconds:.1f} s, {made * self.plan.total / seconds:.0f} images/s")
         return True
 
     def _update(self, step: int) -> tuple[Tensor, Tensor]:
@@ -251,7 +241,7 @@ class Trainer:
 
     def _give_up(self, loss: Tensor, norm: Tensor) -> None:
         kept, skipped = list_checkpoints(self.output_dir), int(self.update.skipped_in_a_row.item())
-        rate, precision = self.lr_schedule.get_last_lr()[0], f"precision {self.run.precision}"
+        rate, precision = self._adam.param_groups[0]["lr"], f"precision {self.run.precision}"
         raise TrainingError(
             f"loss {loss.item()} and gradient norm {norm.item()} at update {self.step + 1}: {skipped} updates in a "
             f"row were skipped because their gradients are not finite (learning rate {rate:.3g}, {precision}); "
@@ -259,10 +249,10 @@ class Trainer:
         )
 
     def _settle_buckets(self) -> None:
-        """Make a backward pass of no effect, after which DDP adds gradients up as it will for the rest of the run.
+        """Make a backward pass of no effect, after which DDP adds gradients up as in the rest of the run.
 
-        DDP sends gradients in buckets, and arranges them anew after its first backward pass. With three processes and
-        more, the order of the sums depends on them: a resumed run's first update would differ by rounding.
+        It arranges its buckets of gradients anew after the first one. With three processes and more, the order of the
+        sums depends on them: a resumed run's first update would differ by rounding.
         """
         if not isinstance(self.model, DistributedDataParallel):
             return
@@ -353,8 +343,8 @@ class Trainer:
 
     def _start_trackers(self) -> None:
         if self.accelerator.log_with:
-            given = {key: value for key, value in self.config.public_values().items() if value is not None}
-            settings = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in given.items()}
+            given = self.config.public_values().items()
+            settings = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in given if v is not None}
             with together():
                 try:
                     self.accelerator.init_trackers("ddpm_hf", config=settings)

@@ -34,23 +34,14 @@ _WARM_UP = 3
 
 @dataclass
 class Update:
-    """One optimizer update, from the images of a batch to new weights.
-
-    Attributes:
-        run: What the run is made of.
-        batches: Where x_0, t and epsilon come from.
-        model: The network as accelerate prepared it (compiled, autocast, several processes).
-        unet: The network itself.
-        adam, optimizer: Adam, and as accelerate prepared it.
-        ema: The moving average of the weights.
-    """
+    """One optimizer update, from the images of a batch to new weights."""
 
     run: Run
-    batches: Batches
-    model: nn.Module
-    unet: nn.Module
+    batches: Batches  # where x_0, t and epsilon come from
+    model: nn.Module  # the network as accelerate prepared it: compiled, autocast, in several processes
+    unet: nn.Module  # the network itself
     adam: torch.optim.Optimizer
-    optimizer: Any
+    optimizer: Any  # Adam as accelerate prepared it
     ema: EMAModel
     _drop_gradients: bool = field(default=True, init=False)
 
