@@ -45,7 +45,7 @@ def check_output_is_ours(config: TrainingConfig) -> None:
         for name in _WRITTEN:
             if (folder / name).exists():
                 raise UserError(f"{where} holds {name}, which a run would overwrite; name another folder")
-    # Models are written after checkpoints, so somebody has removed these: to save space, not to train all over again.
+    # Models are written after checkpoints, so these were removed: to save space, not to train all over again.
     elif (folder / INDEX).exists() and not checkpoints and config.resume_from_checkpoint in (None, "latest"):
         raise UserError(f"{where} holds a finished model and no checkpoint to resume from; name another folder")
 

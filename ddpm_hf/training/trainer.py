@@ -122,8 +122,8 @@ class Trainer:
         self.ema = EMAModel(
             self.unet.parameters(),  # after they were prepared: FSDP replaces them by shards
             decay=recipe.ema_decay,
-            # diffusers ramps up to the decay unless the smallest one equals it, and skips the first update unless told
-            # that averaging began before it; the paper's EMA has its full decay from the first update.
+            # diffusers ramps up to the decay unless the smallest one equals it, and skips the first update unless
+            # averaging began before it; the paper's EMA has its full decay from the first update.
             min_decay=0.0 if recipe.ema_warmup else recipe.ema_decay,
             update_after_step=-1,
             foreach=True,
@@ -377,7 +377,7 @@ class Trainer:
             return
         weights, optimizer_tensors, optimizer_values = training_state(self.model, self._adam)
         ema_weights, scaler = self._ema_state_dict(), self.accelerator.scaler
-        with together():  # and nobody continues before it is written
+        with together():  # no process continues before it is written
             if self.accelerator.is_main_process:
                 save_checkpoint(
                     self.output_dir,
@@ -419,5 +419,5 @@ class Trainer:
     def _ema_state_dict(self) -> dict[str, Tensor]:
         """Return the EMA weights, whole, under the network's own names; all processes have to call this."""
         names = (name for name, _ in self.unet.named_parameters())
-        averaged = {name: gather_shards(value) for name, value in zip(names, self.ema.shadow_params, strict=True)}
-        return {**dict(self.unet.named_buffers()), **averaged}
+        weights = {name: gather_shards(value) for name, value in zip(names, self.ema.shadow_params, strict=True)}
+        return {**dict(self.unet.named_buffers()), **weights}

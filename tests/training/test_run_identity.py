@@ -1,4 +1,4 @@
-"""Which folders a run may write into; which checkpoints it may go on from is in `test_trainer.py`."""
+"""Which folders a run may write into; which checkpoints it may resume from is in `test_trainer.py`."""
 
 from pathlib import Path
 
