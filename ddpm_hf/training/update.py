@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -21,15 +20,13 @@ from torch import Tensor, nn
 from ..data.tensors import flip_images, to_model_range
 from ..diffusion.objectives import OBJECTIVES
 from ..diffusion.scheduling_ddpm import DDPMScheduler
-from ..utils.machine import DelayedScalar, fresh_default_generator
+from ..utils.cuda_graphs import record, warm_up
+from ..utils.machine import DelayedScalar
 from ..utils.processes import say
 from ..utils.randomness import derive_seed
 from .batches import Batches, MicroBatch
 from .checkpointing import gather_shards
 from .run import Run
-
-# Before the capture: compiling, choosing convolutions and creating Adam's moments may not happen inside it.
-_WARM_UP = 3
 
 
 @dataclass
@@ -203,7 +200,9 @@ class CapturedUpdate(Update):
         try:
             if cuda:
                 group |= {"lr": self._learning_rate, "capturable": True}
-            self._warm_up(cuda)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", ".*capturable=True", UserWarning)  # of Adam's steps before a capture
+                warm_up(self._whole, cuda)  # compiling, choosing convolutions, creating Adam's moments
             self._record_all(cuda)
         finally:
             group |= before
@@ -212,31 +211,14 @@ class CapturedUpdate(Update):
                     tensor.copy_(kept[index]) if index < len(kept) else tensor.zero_()
             self.skipped_in_a_row.copy_(skipped)
 
-    def _warm_up(self, cuda: bool) -> None:
-        """Let everything happen that may not happen while capturing: compiling, choices, Adam's first step."""
-        side = torch.cuda.Stream() if cuda else None
-        if side is not None:
-            side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*capturable=True", UserWarning)  # Adam's, of steps outside a capture
-            for _ in range(_WARM_UP):
-                self._whole()
-        if side is not None:
-            torch.cuda.current_stream().wait_stream(side)
-
     def _record_all(self, cuda: bool) -> None:
         """Record the graphs; none, and a line about it, where CUDA does not let something into them."""
-        stream = torch.cuda.current_stream() if cuda else None
         parts = [self._whole] if self._drop_gradients else [self._accumulate_inputs, self.apply]
         try:
-            self._graphs = [_record(part, cuda) for part in parts]
+            self._graphs = [record(part, cuda) for part in parts]
         except RuntimeError as error:  # whatever CUDA, a driver or the compiler refuses; too little memory for a copy
             self._graphs, self._drop_gradients = [], True
             self.optimizer.zero_grad(set_to_none=True)
-            if stream is not None:  # a failed capture may leave its own stream, and a generator that still captures
-                torch.cuda.set_stream(stream)
-                torch.cuda.empty_cache()
-                fresh_default_generator(self.run.device)
             reason = " ".join(str(error).split("\n")[0].split()) or type(error).__name__
             say(
                 f"the update could not be captured as a CUDA graph ({reason}); training continues without, more slowly"
@@ -248,14 +230,3 @@ class CapturedUpdate(Update):
 
     def _accumulate_inputs(self) -> None:
         self.accumulate(self._inputs)
-
-
-def _record(run: Callable[[], Any], cuda: bool) -> Any:
-    """Return a graph of the kernels that `run` launches; on CPUs, what calls it again."""
-    if not cuda:
-        return SimpleNamespace(replay=run)
-    graph = torch.cuda.CUDAGraph()
-    # Other threads (reading ahead, pushing) may allocate meanwhile.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        run()
-    return graph

@@ -158,12 +158,3 @@ class DelayedScalar:
         self._copied = torch.cuda.Event()
         self._copied.record()
         return before
-
-
-def fresh_default_generator(device: torch.device) -> None:
-    """Give an NVIDIA GPU's default generator a new state, with another seed.
-
-    Before PyTorch 2.14, a CUDA graph whose capture failed left the old one refusing to draw outside of a capture.
-    """
-    index = torch.cuda.current_device() if device.index is None else device.index
-    torch.cuda.default_generators[index].graphsafe_set_state(torch.Generator(device).graphsafe_get_state())

@@ -80,7 +80,7 @@ def test_a_capture_that_fails_is_said_and_the_updates_are_made_without(
     options = {"gradient_accumulation_steps": accumulation, "total_batch_size": 4}
     plain = trainer(tmp_path / "plain", **options)
     graph = captured(trainer(tmp_path / "graph", **options))
-    monkeypatch.setattr(training_update, "_record", refuse)
+    monkeypatch.setattr(training_update, "record", refuse)
     read, micro_batch = [], graph.batches.micro_batch
     monkeypatch.setattr(graph.batches, "micro_batch", lambda *which: read.append(which[:2]) or micro_batch(*which))
     for step in range(3):
@@ -136,8 +136,8 @@ def change_adam(run):
 @pytest.mark.parametrize("replace", [replace_ema, replace_moments, replace_parameter, change_adam])
 def test_what_is_replaced_from_python_is_captured_anew(tmp_path, monkeypatch, replace):
     plain, graph = trainer(tmp_path / "plain"), captured(trainer(tmp_path / "graph"))
-    record, records = training_update._record, []
-    monkeypatch.setattr(training_update, "_record", lambda *which: records.append(len(records)) or record(*which))
+    record, records = training_update.record, []
+    monkeypatch.setattr(training_update, "record", lambda *which: records.append(len(records)) or record(*which))
     for step in range(4):
         if step == 2:
             assert records == [0]
@@ -155,8 +155,8 @@ def test_lasting_gradients_that_are_dropped_are_captured_anew(tmp_path, monkeypa
     """With accumulation two graphs share the gradients."""
     options = {"gradient_accumulation_steps": 2, "total_batch_size": 4}
     plain, graph = trainer(tmp_path / "plain", **options), captured(trainer(tmp_path / "graph", **options))
-    record, records = training_update._record, []
-    monkeypatch.setattr(training_update, "_record", lambda *which: records.append(len(records)) or record(*which))
+    record, records = training_update.record, []
+    monkeypatch.setattr(training_update, "record", lambda *which: records.append(len(records)) or record(*which))
     for step in range(3):
         if step == 1:
             graph.model.zero_grad(set_to_none=True)
