@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..data.class_labels import ClassIndex
 from ..diffusion.scheduling_ddpm import DDPMScheduler
-from ..evaluation.run import EvaluationReport
+from ..evaluation.report import EvaluationReport
 from ..hub.background import BackgroundPush
 from ..hub.files import CARD, REPORT, SAMPLES, write_card, write_pipeline
 from ..hub.model_card import CardFacts, check_license
