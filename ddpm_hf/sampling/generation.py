@@ -19,7 +19,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..data.class_labels import as_list
-from ..diffusion.scheduling_ddpm import TIMESTEP_SPACINGS, DDPMScheduler, check_choice
+from ..diffusion.noise_schedule import check_choice
+from ..diffusion.scheduling_ddpm import TIMESTEP_SPACINGS, DDPMScheduler
 from ..pipelines.inputs import one_per_image
 from ..pipelines.pipeline_ddpm import DDPMPipeline, check_is_ddpm, without_bar
 from ..utils.digests import digest, weights_digest

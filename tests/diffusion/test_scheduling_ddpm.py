@@ -35,7 +35,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import ddpm_hf.diffusion.scheduling_ddpm as our_module
 from ddpm_hf import DDPMScheduler
-from ddpm_hf.diffusion.scheduling_ddpm import OFFICIAL_SCHEDULES, PREDICTION_TYPES, STOCK_SCHEDULES, make_betas
+from ddpm_hf.diffusion.noise_schedule import OFFICIAL_SCHEDULES, STOCK_SCHEDULES, make_betas
+from ddpm_hf.diffusion.scheduling_ddpm import PREDICTION_TYPES
 
 StockDDPMScheduler = diffusers.DDPMScheduler
 VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range")
