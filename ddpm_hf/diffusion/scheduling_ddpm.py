@@ -624,9 +624,9 @@ class DDPMScheduler(PrivateByDefault, StockDDPMScheduler):
             if isinstance(value, bool) or not isinstance(value, numbers.Real):
                 raise UserError(f"{name} must be a number, got {value!r}")
             if name == "dynamic_thresholding_ratio":
-                if not 0 <= value <= 1:
+                if not 0 <= float(value) <= 1:
                     raise UserError(f"{name} must be in [0, 1], got {value!r}")
-            elif not 0 < value < math.inf:
+            elif not 0 < float(value) < math.inf:
                 raise UserError(
                     f"{name} must be positive and finite, got {value!r}; images lie in [-1, 1], and clip_sample=False "
                     "does not clip"
