@@ -20,19 +20,12 @@ from .scheduling_ddpm import DDPMScheduler, infinite_to_nan
 
 @dataclass
 class LikelihoodResult:
-    """The bound of every image, term by term (`calc_bpd_loop` of the official code), on the CPU.
+    """The bound of every image, term by term (`calc_bpd_loop` of the official code), on the CPU."""
 
-    Attributes:
-        total_bpd: `[B]`, the bound in bits/dim: `prior_bpd + terms_bpd.sum(1)`.
-        prior_bpd: `[B]`, L_T.
-        terms_bpd: `[B, T]`, column t is the term at t: L_0 first, then L_1, ... L_{T-1}.
-        mse: `[B, T]`, mean squared error of the predicted x_0 at t, in the [-1, 1] scale.
-    """
-
-    total_bpd: Tensor
-    prior_bpd: Tensor
-    terms_bpd: Tensor
-    mse: Tensor
+    total_bpd: Tensor  # [B], the bound in bits/dim: prior_bpd + terms_bpd.sum(1)
+    prior_bpd: Tensor  # [B], L_T
+    terms_bpd: Tensor  # [B, T], column t is the term at t: L_0 first, then L_1, ... L_{T-1}
+    mse: Tensor  # [B, T], mean squared error of the predicted x_0 at t, in the [-1, 1] scale
 
     @property
     def rate_bpd(self) -> Tensor:
@@ -62,17 +55,11 @@ class LikelihoodResult:
 
 @dataclass
 class LikelihoodEstimate:
-    """An unbiased estimate of the bound from few network evaluations per image, on the CPU.
+    """An unbiased estimate of the bound from few network evaluations per image, on the CPU."""
 
-    Attributes:
-        total_bpd: `[B]`, each image's estimate, bits/dim.
-        prior_bpd: `[B]`, L_T, exact.
-        sampling_variance: `[B]`, an unbiased estimate of the variance of `total_bpd` over draws of t and noise.
-    """
-
-    total_bpd: Tensor
-    prior_bpd: Tensor
-    sampling_variance: Tensor
+    total_bpd: Tensor  # [B], each image's estimate, bits/dim
+    prior_bpd: Tensor  # [B], L_T, exact
+    sampling_variance: Tensor  # [B], an unbiased estimate of the variance of total_bpd over draws of t and noise
 
     @property
     def mean(self) -> float:
@@ -87,9 +74,8 @@ class LikelihoodEstimate:
     @property
     def standard_error(self) -> float:
         """How far `mean` is expected to lie from the mean over all images of their kind; NaN for one image."""
-        if len(self.total_bpd) < 2:
-            return math.nan
-        return (self.total_bpd.std() / math.sqrt(len(self.total_bpd))).item()
+        n = len(self.total_bpd)
+        return (self.total_bpd.std() / math.sqrt(n)).item() if n > 1 else math.nan
 
 
 def prior_bpd(scheduler: DDPMScheduler, x_0: Tensor) -> Tensor:
@@ -118,17 +104,10 @@ def vb_terms_bpd(
         clip_denoised: Clip the predicted x_0 (evaluation does, training does not).
         cdf: `tanh` (the official code's) or `exact`, for L_0.
     """
-    return _term_and_x_0(scheduler, model_output, x_0, x_t, t, clip_denoised, cdf)[0]
-
-
-def _term_and_x_0(
-    scheduler: DDPMScheduler, model_output: Tensor, x_0: Tensor, x_t: Tensor, t: Any, clip: bool, cdf: str
-) -> tuple[Tensor, Tensor]:
-    """Return `vb_terms_bpd`, and the predicted x_0."""
     q_mean, _, q_log_variance = scheduler.q_posterior(x_0, x_t, t)
-    p_mean, _, p_log_variance, pred_x_0 = scheduler.p_mean_variance(model_output, t, x_t, clip_denoised=clip)
+    p_mean, _, p_log_variance, _ = scheduler.p_mean_variance(model_output, t, x_t, clip_denoised=clip_denoised)
     t = torch.as_tensor(t, device=x_0.device)
-    return bound_term(x_0, t, q_mean, q_log_variance, p_mean, p_log_variance, cdf), pred_x_0
+    return bound_term(x_0, t, q_mean, q_log_variance, p_mean, p_log_variance, cdf)
 
 
 def _evaluate(
@@ -141,15 +120,13 @@ def _evaluate(
     cdf: str,
     model_kwargs: dict[str, Any],
 ) -> tuple[Tensor, Tensor]:
-    """Return the bound's terms `[B]` and the squared errors `[B]` of the predicted x_0, for one draw of x_t.
-
-    Raises:
-        NotFiniteError: A term is NaN or infinite; says where the network failed.
-    """
+    """Return the bound's terms `[B]` and the squared errors `[B]` of the predicted x_0, for one draw of x_t."""
     x_t = scheduler.add_noise(x_0, noise.to(x_0), t)
     dtype = getattr(unet, "dtype", x_t.dtype)  # a network in bf16; the bound's own arithmetic is x_0's
     output = infinite_to_nan(unet(x_t.to(dtype), t, **model_kwargs).sample.to(x_0.dtype))
-    term, pred_x_0 = _term_and_x_0(scheduler, output, x_0, x_t, t, clip, cdf)
+    q_mean, _, q_log_variance = scheduler.q_posterior(x_0, x_t, t)
+    p_mean, _, p_log_variance, pred_x_0 = scheduler.p_mean_variance(output, t, x_t, clip_denoised=clip)
+    term = bound_term(x_0, t, q_mean, q_log_variance, p_mean, p_log_variance, cdf)
     if not (finite := term.isfinite()).all():
         hint = ", float16 ends at 65504: use bfloat16 or float32" if dtype == torch.float16 else ""
         raise NotFiniteError(
@@ -213,7 +190,7 @@ def bits_per_dim(
 
     Raises:
         ValueError: No images, images outside [-1, 1], a batch size below 1.
-        NotFiniteError: A term is NaN or infinite.
+        NotFiniteError: A term is NaN or infinite; says where.
     """
     ids = _check_images(x_0, image_ids, batch_size)
     T, n = scheduler.config.num_train_timesteps, len(x_0)
@@ -272,10 +249,8 @@ def stratified_bits_per_dim(
     Args:
         num_evaluations: K, even, 2..2T.
         seed: Seed of all draws.
-        unet, scheduler, x_0, batch_size, image_ids, clip_denoised, cdf, progress, model_kwargs: See `bits_per_dim`.
-
-    Raises:
-        ValueError: `num_evaluations` is odd or out of range; or as `bits_per_dim`.
+        unet, scheduler, x_0, batch_size, image_ids, clip_denoised, cdf, progress, model_kwargs: See `bits_per_dim`,
+            which raises the same errors.
     """
     ids = _check_images(x_0, image_ids, batch_size)
     T, n, K = scheduler.config.num_train_timesteps, len(x_0), num_evaluations

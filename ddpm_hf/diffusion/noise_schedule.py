@@ -24,11 +24,7 @@ OFFICIAL_SCHEDULES = ("quad", "const", "jsd", "warmup10", "warmup50")
 
 
 def check_choice(name: str, value: Any, known: Sequence[str], otherwise: str = "") -> None:
-    """Check that a setting is one of those that are known.
-
-    Raises:
-        ValueError: It is not; names the nearest, and `otherwise` what else there is.
-    """
+    """Raise a `ValueError` where a setting is not one of those known; it names the nearest, and what else there is."""
     if value not in known:
         raise UserError(
             f"unknown {name} {value!r}{nearest(str(value), known)}; it must be one of {', '.join(known)}{otherwise}"
@@ -43,9 +39,6 @@ def make_betas(beta_schedule: str, num_train_timesteps: int, beta_start: float, 
             code), `scaled_linear`, `squaredcos_cap_v2`, `laplace`, `sigmoid` (stock diffusers').
         num_train_timesteps: T.
         beta_start, beta_end: The first and last beta where the schedule has a choice.
-
-    Raises:
-        ValueError: Unknown schedule, or ends that are not numbers from 0 on.
     """
     T = num_train_timesteps
     check_choice("beta_schedule", beta_schedule, STOCK_SCHEDULES + OFFICIAL_SCHEDULES, ", or give trained_betas")
@@ -76,11 +69,7 @@ def make_betas(beta_schedule: str, num_train_timesteps: int, beta_start: float, 
 
 
 def rescale_zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
-    """Shift betas so that alpha_bar_T is 0 (Lin et al. 2023, arXiv 2305.08891, Algorithm 1), float64 `[T]`.
-
-    Raises:
-        ValueError: alpha_bar does not fall, so that no shift can do this.
-    """
+    """Shift betas `[T]` so that alpha_bar_T is 0 (Lin et al. 2023, arXiv 2305.08891, Algorithm 1)."""
     root = np.sqrt(np.cumprod(1.0 - betas))
     if not root[-1] < root[0]:
         raise UserError(
@@ -109,9 +98,7 @@ def betas_of(name: str, table: np.ndarray) -> np.ndarray:
 def first_outside(betas: np.ndarray, may_end_at_1: bool = False) -> int | None:
     """Return the first t at which beta_t does not lie strictly between 0 and 1, or `None`.
 
-    Args:
-        betas: `[T]`.
-        may_end_at_1: The last one may be 1: nothing is left of the image.
+    With `may_end_at_1` the last one may be 1: nothing is left of the image.
     """
     outside = ~((betas > 0) & (betas < 1))
     outside[-1] &= not (may_end_at_1 and betas[-1] == 1)
@@ -194,11 +181,7 @@ class Chain:
         self._on_device: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def check(self, t: int) -> None:
-        """Check that t is one of the chain's timesteps.
-
-        Raises:
-            ValueError: It is not.
-        """
+        """Raise a `ValueError` where t is not one of the chain's timesteps."""
         if not 0 <= t < len(self.table):
             raise UserError(f"t={t} is outside the schedule; timesteps count from 0 to {len(self.table) - 1}")
         if t not in self.previous:

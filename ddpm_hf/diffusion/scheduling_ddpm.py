@@ -88,32 +88,25 @@ class DDPMScheduler(PrivateByDefault, StockDDPMScheduler):
     as in stock. What is set after construction counts, or is refused: `register_to_config(prediction_type=...)`,
     assigned `timesteps`, and an assigned `betas`, `alphas` or `alphas_cumprod`, which the other two follow and which
     is saved as `trained_betas`. So does what is written into these tensors in place (in a compiled `step`, once one
-    of them was read again outside of it). Beyond stock:
+    of them was read again outside of it). `step` takes one timestep per image, too, and adds noise wherever the chain
+    has a next timestep, and nowhere else: the last step gives the mean (Algorithm 2).
 
-    - `prediction_type="posterior_mean"`: the network predicts mu-tilde, the mean of q(x_{t-1}|x_t,x_0) (the paper's
-      ablation, Table 2; `xprev` in the official code). Stock refuses to sample with it.
-    - `beta_schedule` in `quad | const | jsd | warmup10 | warmup50` (the official code's), saved as `trained_betas`.
-    - `variance_type="learned"`: the second half of the network's channels is the log-variance, as in the official
-      code.
-    - `variance_type="optimal"`: the variance that a measured error of the network makes best (Analytic-DPM, Bao et
-      al. 2022); needs no training, only `set_prediction_error`. Stock sees `fixed_small`.
-    - `step` takes one timestep per image, too.
-    - Noise is added wherever the chain has a next timestep, and nowhere else: the last step gives the mean
-      (Algorithm 2).
-
-    In all methods x_0, x_t and noise are `[B, ...]` floating-point tensors; `t` is an int, a 0-d tensor or `[B]`, from
-    0 to T-1. Shapes that do not fit and a t outside the schedule raise a `ValueError`. float16 and bfloat16 are
-    computed in float32.
+    In all methods x_0, x_t and noise are floating-point `[B, ...]`, computed in float32 at least; t is an int, a 0-d
+    tensor or `[B]`, from 0 to T-1. Shapes that do not fit and a t outside the schedule raise a `ValueError`.
 
     Args:
         num_train_timesteps: T.
-        beta_start, beta_end, beta_schedule, trained_betas: The forward process; see `make_betas`.
+        beta_start, beta_end, beta_schedule, trained_betas: The forward process; see `make_betas`. Stock's schedules,
+            and the official code's `quad | const | jsd | warmup10 | warmup50`, saved as `trained_betas`.
         variance_type: The reverse process's variance. `fixed_small` is beta_tilde_t, `fixed_large` is beta_t
-            (Section 3.2; the same with `_log`), `optimal` is in between, by a measurement of the network, `learned`
-            and `learned_range` read it from the network's output.
+            (Section 3.2; the same with `_log`). `learned` and `learned_range` read it from the second half of the
+            network's channels: the log-variance itself as in the official code, or a share between the two
+            (Nichol & Dhariwal 2021). `optimal` is in between by a measured error of the network, needs no training
+            but `set_prediction_error` (Analytic-DPM, Bao et al. 2022), and is `fixed_small` for stock.
         clip_sample, clip_sample_range: Clip the predicted x_0 to `[-range, range]`.
-        prediction_type: What the network predicts: `epsilon` (Eq. 12), `sample` (x_0), `v_prediction`
-            (Salimans & Ho 2022) or `posterior_mean`.
+        prediction_type: What the network predicts: `epsilon` (Eq. 12), `sample` (x_0), `v_prediction` (Salimans & Ho
+            2022), or `posterior_mean`: mu-tilde, the mean of q(x_{t-1}|x_t,x_0) (the paper's ablation, Table 2; the
+            official code's `xprev`), with which stock refuses to sample.
         thresholding, dynamic_thresholding_ratio, sample_max_value: Imagen's dynamic thresholding instead of clipping.
         timestep_spacing, steps_offset: How `set_timesteps` chooses fewer than T timesteps.
         rescale_betas_zero_snr: Shift the schedule so that alpha_bar_T = 0 (Lin et al. 2023).
@@ -295,7 +288,7 @@ class DDPMScheduler(PrivateByDefault, StockDDPMScheduler):
         generator: Generators = None,
         return_dict: bool = True,
     ) -> DDPMSchedulerOutput | tuple[Tensor, Tensor]:
-        """Take one step of Algorithm 2: x_t to the chain's next timestep (the data, where there is none).
+        """Take one step of Algorithm 2, from x_t to the chain's next timestep (the data, where there is none).
 
         With fewer timesteps than T (`set_timesteps`), mean and variance are those of the subsequence's own posterior.
 
@@ -303,15 +296,9 @@ class DDPMScheduler(PrivateByDefault, StockDDPMScheduler):
             model_output: `[B, C, ...]`, or `[B, 2C, ...]` where the variance is learned.
             timestep: int, 0-d or `[B]` (one per image), each among `timesteps`.
             sample: x_t, `[B, C, ...]`.
-            generator: One generator, or exactly B of them, or `SeededNoise` of B seeds. Generators draw in stock's
-                order; nothing is drawn where a single `timestep` is the last one.
-            return_dict: `False` gives a tuple.
-
-        Returns:
-            `prev_sample` and `pred_original_sample`, the shape and dtype of `sample`.
-
-        Raises:
-            ValueError: Shapes that do not fit, a t that is not among the timesteps, a wrong number of generators.
+            generator: One generator, or B of them, or `SeededNoise` of B seeds. Generators draw in stock's order;
+                nothing is drawn where a single `timestep` is the last one.
+            return_dict: `False` gives the tuple of x_{t-1} and the predicted x_0, shape and dtype of `sample`.
         """
         if isinstance(generator, (list, tuple)):
             generator = list(generator)  # randn_tensor knows lists only
@@ -341,18 +328,11 @@ class DDPMScheduler(PrivateByDefault, StockDDPMScheduler):
     def p_mean_variance(
         self, model_output: Tensor, t: Timestep, x_t: Tensor, clip_denoised: bool = True
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return the model's p(x_{t-1}|x_t) (Eq. 1) over all T timesteps, whatever `set_timesteps` chose for sampling.
+        """Return mean, variance and log-variance of p(x_{t-1}|x_t) (Eq. 1) and the predicted x_0, like `x_t` each.
 
-        Args:
-            model_output: `[B, C, ...]`, or `[B, 2C, ...]` where the variance is learned.
-            t: int, 0-d or `[B]`, 0..T-1.
-            x_t: `[B, C, ...]`.
-            clip_denoised: Clip the predicted x_0 to `clip_sample_range` (or threshold it), as sampling and the
-                likelihood do; the training bound does not.
-
-        Returns:
-            `(mean, variance, log_variance, pred_original_sample)`, each the shape of `x_t`. At t = 0 the log-variance
-            of the fixed types is that of beta_tilde at t = 1, as in the official code, and the variance goes with it.
+        Over all T timesteps, whatever `set_timesteps` chose for sampling. At t = 0 the log-variance of the fixed types
+        is that of beta_tilde at t = 1, as in the official code, and the variance goes with it. `clip_denoised` clips
+        (or thresholds) the predicted x_0, as sampling and the likelihood do; the training bound does not.
         """
         c = self._coefficients(self._process, t, x_t, as_tensors=True)
         mean, log_variance, x_0 = self._reverse(self._process, c, t, model_output, x_t, clip_denoised)
@@ -409,11 +389,7 @@ class DDPMScheduler(PrivateByDefault, StockDDPMScheduler):
         return mean, c["log_beta_tilde_clipped" if small else "log_beta_clipped"], x_0
 
     def split_output(self, model_output: Tensor, x_t: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Split the network's output into (prediction, raw variance or `None`), each the shape of `x_t`.
-
-        Raises:
-            ValueError: The number of channels does not fit the `variance_type`, or other dimensions differ.
-        """
+        """Split the network's output into (prediction, raw variance or `None`), each the shape of `x_t`."""
         if x_t.ndim < 2:
             raise UserError(f"a sample must have the shape [B, C, ...], got {tuple(x_t.shape)}")
         channels, learned = x_t.shape[1], self.variance_type in LEARNED_VARIANCES
@@ -435,8 +411,7 @@ class DDPMScheduler(PrivateByDefault, StockDDPMScheduler):
         """Return the chain's numbers at t, to multiply tensors of `like`'s shape and working precision with.
 
         One t known on the host gives Python floats (no kernels), unless `as_tensors`; else `[B, 1, ..., 1]` tensors.
-        With `broadcast` one image may be at many timesteps.
-        A `t` that lies on an accelerator is not checked: that would wait for the device.
+        With `broadcast` one image may be at many timesteps. A `t` on an accelerator is not checked: that would wait.
         """
         dtype = _working_dtype(like)
         if torch.compiler.is_compiling() or (isinstance(t, Tensor) and t.device.type != "cpu"):
@@ -467,13 +442,8 @@ class DDPMScheduler(PrivateByDefault, StockDDPMScheduler):
     ) -> None:
         """Choose the timesteps that `step` goes through, from high to low; the last one steps to the data.
 
-        Args:
-            num_inference_steps: K, 1..T, spaced as `timestep_spacing` says.
-            device: Where to put `timesteps`.
-            timesteps: Falling timesteps of your own, instead of `num_inference_steps`.
-
-        Raises:
-            ValueError: None or both given, K outside 1..T, timesteps empty, repeated, rising or outside the schedule.
+        Either K = `num_inference_steps` of them, 1..T, as `timestep_spacing` says, or falling `timesteps` of your own;
+        a `ValueError` for anything else.
         """
         self._follow(but="timesteps")
         config, T = self._internal_dict, len(self._betas)
@@ -511,9 +481,6 @@ class DDPMScheduler(PrivateByDefault, StockDDPMScheduler):
         """Return the chain's next timestep after (below) `timestep`, or -1 where that is the data.
 
         A 0-d tensor as in stock; `timestep - 1`, of its own type, where the chain is that of a new scheduler.
-
-        Raises:
-            ValueError: `timestep` is not among `timesteps`.
         """
         chain, t = self._chain, whole_number("timestep", timestep)
         chain.check(t)
@@ -552,9 +519,6 @@ class DDPMScheduler(PrivateByDefault, StockDDPMScheduler):
         Args:
             error: `[T]`, the mean squared error of the predicted (and clipped) x_0 at every t, per pixel and in the
                 [-1, 1] scale: `bits_per_dim(...).mse.mean(0)`, or `optimal_variance.prediction_error`.
-
-        Raises:
-            ValueError: Not T finite numbers from 0 on.
         """
         T = self.config.num_train_timesteps
         values = torch.as_tensor(error, dtype=torch.float64).cpu()
@@ -565,11 +529,7 @@ class DDPMScheduler(PrivateByDefault, StockDDPMScheduler):
         self._make_chains()
 
     def check_variance(self) -> None:
-        """Check that the variance of the ancestral sampler is known.
-
-        Raises:
-            ValueError: `optimal`, and the network's error was not measured.
-        """
+        """Raise a `ValueError` where the variance is `optimal` and the network's error was not measured."""
         if self.variance_type == OPTIMAL_VARIANCE and self.config.get("_prediction_error") is None:
             raise UserError(
                 "variance_type='optimal' needs the network's measured error: run ddpm-hf optimal_variance on the "
@@ -585,10 +545,8 @@ class DDPMScheduler(PrivateByDefault, StockDDPMScheduler):
             ValueError: A value outside its range, or a setting that the tables were made from.
         """
         # NumPy's and PyTorch's single numbers as Python's, which JSON knows
-        plain = {
-            name: value.item() if isinstance(value, (np.generic, Tensor)) and value.ndim == 0 else value
-            for name, value in kwargs.items()
-        }
+        numbers_of = (np.generic, Tensor)
+        plain = {n: x.item() if isinstance(x, numbers_of) and x.ndim == 0 else x for n, x in kwargs.items()}
         if "_betas" in self.__dict__:
             for name in plain.keys() & _FIXED:
                 if not np.array_equal(plain[name], self.config[name]):
@@ -649,19 +607,14 @@ class DDPMScheduler(PrivateByDefault, StockDDPMScheduler):
         self.register_to_config(variance_type=value)
 
     def to_json_string(self) -> str:
-        """Return the configuration as it is saved: stock's, changed where stock would sample nonsense from it.
-
-        Stock reads a `learned` log-variance as a variance. Its `prediction_type` is saved with a suffix, so that stock
-        refuses to sample and names it; this class takes the suffix off again. `fixed_large_log`, which is NaN in
-        stock, is saved as `fixed_large`, which means the same; `optimal` as `fixed_small`, with a note for this class.
-        """
+        """Return the configuration as it is saved: stock's, changed where stock would sample nonsense from it."""
         self._follow(but="timesteps")
         config = json.loads(super().to_json_string())
-        if self.variance_type == "learned":
-            config["prediction_type"] += _ON_DISK_LEARNED
-        if self.variance_type == "fixed_large_log":
+        if self.variance_type == "learned":  # stock takes it for a variance; so it refuses to sample, and this class
+            config["prediction_type"] += _ON_DISK_LEARNED  # takes the suffix off again
+        if self.variance_type == "fixed_large_log":  # the same as `fixed_large`, and NaN in stock
             config["variance_type"] = "fixed_large"
-        if self.variance_type == OPTIMAL_VARIANCE:
+        if self.variance_type == OPTIMAL_VARIANCE:  # with a note for this class
             config |= {"variance_type": "fixed_small", "_variance_type": OPTIMAL_VARIANCE}
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
@@ -694,14 +647,12 @@ class DDPMScheduler(PrivateByDefault, StockDDPMScheduler):
         return self._public[name]
 
     @property
-    def _process(self) -> Chain:
-        """The paper's chain, over all T timesteps."""
+    def _process(self) -> Chain:  # the paper's chain, over all T timesteps
         self._follow()
         return self._whole_chain
 
     @property
-    def _chain(self) -> Chain:
-        """The chain that `step` goes down, over `timesteps`."""
+    def _chain(self) -> Chain:  # the one that `step` goes down, over `timesteps`
         self._follow()
         return self._sampling_chain
 
@@ -801,11 +752,7 @@ def _check_same_shape(name_1: str, x_1: Tensor, name_2: str, x_2: Tensor) -> Non
 
 
 def whole_number(name: str, value: Any, or_float: bool = False) -> int:
-    """Return the value as an int; with `or_float` also 10.0, which stock takes.
-
-    Raises:
-        ValueError: It is no whole number.
-    """
+    """Return the value as an int, or raise a `ValueError`; `or_float` takes 10.0 as well, as stock does."""
     try:
         if or_float and isinstance(value, (float, np.floating)) and float(value).is_integer():
             return int(value)

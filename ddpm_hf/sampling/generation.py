@@ -48,11 +48,7 @@ _OTHER_FILES = (".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".npy
 
 
 def parse_seeds(text: str) -> list[int]:
-    """Read `"0-3,8"` as `[0, 1, 2, 3, 8]`.
-
-    Raises:
-        ValueError: Not a list of whole numbers and ranges, or a seed given twice.
-    """
+    """Read `"0-3,8"` as `[0, 1, 2, 3, 8]`; a `ValueError` for another text, or a seed given twice."""
     seeds: list[int] = []
     most, largest = 10_000_000, 2**63 - 1  # a longer list would fill the memory
     for part in text.split(","):
@@ -60,10 +56,10 @@ def parse_seeds(text: str) -> list[int]:
         if not first.isdecimal() or (dash and not last.isdecimal()):
             raise UserError(f"--seeds takes whole numbers and ranges such as 0-63 or 0,5,8-11, got {text!r}")
         low, high = int(first), int(last or first)
-        if high > largest or high - low >= most:
-            raise UserError(f"--seeds takes numbers up to {largest}, and at most {most} of them, got {part.strip()!r}")
-        if high < low:
-            raise UserError(f"the range {part.strip()!r} of --seeds is empty; write {high}-{low}")
+        if not low <= high < min(low + most, largest + 1):
+            raise UserError(
+                f"a range of --seeds rises, to {largest} at most, and has at most {most} numbers; got {part.strip()!r}"
+            )
         seeds.extend(range(low, high + 1))
     if len(set(seeds)) < len(seeds):
         raise UserError(f"--seeds {text!r} names a seed twice")
@@ -115,10 +111,6 @@ def with_sampler(
 def check_sampler(pipe: DDPMPipeline, **options: Any) -> None:
     """Check a pipeline's settings and the options of a call of it, without drawing anything.
 
-    Args:
-        pipe: Network and sampler.
-        options: See `DDPMPipeline`; `class_labels=[]` where they will be given with the images.
-
     Raises:
         ValueError: One of them does not go with the others, the network or the sampler.
     """
@@ -167,7 +159,8 @@ def generate(
     """
     if batch_size < 1:
         raise UserError(f"batch_size must be at least 1, got {batch_size}")
-    _check_labels(class_labels, seeds)
+    if class_labels is not None and len(class_labels) != len(seeds):
+        raise UserError(f"got {len(class_labels)} class_labels for {len(seeds)} seeds; give one per seed")
     steps = pipe.checked_steps(options.get("num_inference_steps"))  # before a progress bar is shown
     strength = options.get("strength")
     if strength is not None and 0 <= strength <= 1:  # the pipeline refuses others
@@ -196,22 +189,13 @@ def generate(
             yield list(seeds[rows]), (images * 255).round().to(torch.uint8).cpu()
 
 
-def _check_labels(class_labels: Sequence[int] | None, seeds: Sequence[int]) -> None:
-    if class_labels is not None and len(class_labels) != len(seeds):
-        raise UserError(f"got {len(class_labels)} class_labels for {len(seeds)} seeds; give one per seed")
-
-
 def _share(values: Tensor | None, rows: slice | list[int]) -> Tensor | None:
     """Select the values of some seeds, of one for all seeds or one per seed."""
     return values if values is None or len(values) == 1 else values[rows]
 
 
 def class_sequence(pipe: DDPMPipeline, text: str | None, count: int) -> list[int] | None:
-    """Read `"cats,dogs"` or `"0,1"` (see `Classes.index`) as class indices for `count` images, over and over.
-
-    Raises:
-        ValueError: A class that the network does not have.
-    """
+    """Read `"cats,dogs"` or `"0,1"` (see `Classes.index`) as class indices for `count` images, over and over."""
     if text is None:
         return None
     parts = [text] if text in pipe.classes.names else text.split(",")  # a name may hold a comma
@@ -315,10 +299,13 @@ def _check_options(pipe: DDPMPipeline, seeds: Sequence[int], options: dict[str, 
     for name in ("image", "mask_image"):
         if given.get(name) is not None:
             given[name] = one_per_image(given[name], len(seeds), name)[:1]
-    if options.get("class_labels") is not None and pipe.classes.count is not None:
-        options["class_labels"] = [pipe.classes.index(label) for label in as_list(options["class_labels"])]
-    _check_labels(options.get("class_labels"), seeds)
-    check_sampler(pipe, class_labels=None if options.get("class_labels") is None else [], **given)
+    if (labels := options.get("class_labels")) is not None:
+        if len(labels) != len(seeds):
+            raise UserError(f"got {len(labels)} class_labels for {len(seeds)} seeds; give one per seed")
+        if pipe.classes.count is not None:
+            options["class_labels"] = [pipe.classes.index(label) for label in as_list(labels)]
+        given["class_labels"] = []
+    check_sampler(pipe, **{"class_labels": None, **given})
 
 
 def _finished(folder: Path, kind: str) -> set[int]:
@@ -336,11 +323,7 @@ def _save_npz(path: Path, images: Tensor) -> None:
 
 
 def _claim(folder: Path, has_images: bool, pipe: DDPMPipeline, seeds: Sequence[int], options: dict[str, Any]) -> None:
-    """Note in the folder how its images are made, and refuse to mix them with images that were made otherwise.
-
-    Raises:
-        ValueError: It holds images that were made otherwise.
-    """
+    """Note in the folder how its images are made; a `ValueError` where it holds images that were made otherwise."""
     inpainting = options.get("mask_image") is not None
     made = {
         "weights": weights_digest(pipe.unet),
@@ -352,18 +335,20 @@ def _claim(folder: Path, has_images: bool, pipe: DDPMPipeline, seeds: Sequence[i
         **{name: options.get(name, default) if inpainting else None for name, default in _RESAMPLE.items()},
     }
     # What each image has of its own, by its seed.
-    own: dict[str, dict[str, Any]] = {"class_labels": _by_seed(seeds, options.get("class_labels"))}
-    for name in ("image", "mask_image"):
-        pixels = options.get(name)
-        own[name] = _by_seed(seeds, None if pixels is None else [digest(one)[:16] for one in pixels])
+    own: dict[str, dict[str, Any]] = {}
+    for name in ("class_labels", "image", "mask_image"):
+        values = options.get(name)
+        if name != "class_labels" and values is not None:
+            values = [digest(pixels)[:16] for pixels in values]
+        values = [] if values is None else list(values) * (len(seeds) if len(values) == 1 else 1)  # one for all
+        own[name] = dict(zip(map(str, seeds), values, strict=True)) if values else {}
     note = folder / _NOTE
     if has_images:
         try:
             there = json.loads(note.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise UserError(
-                f"{str(folder)!r} holds images, and no sampling.json that says how they were made; name another "
-                "--output"
+                f"{str(folder)!r} holds images, and no {_NOTE} that says how they were made; name another --output"
             ) from None
         except ValueError:
             raise UserError(f"{str(note)!r} is damaged, and its images may be others; remove the folder") from None
@@ -379,10 +364,3 @@ def _claim(folder: Path, has_images: bool, pipe: DDPMPipeline, seeds: Sequence[i
                 "--output, or remove it first"
             )
     write_text(note, json.dumps(made | own, indent=2) + "\n")
-
-
-def _by_seed(seeds: Sequence[int], values: Sequence[Any] | None) -> dict[str, Any]:
-    if values is None:
-        return {}
-    values = list(values) * len(seeds) if len(values) == 1 else values  # one for all
-    return {str(seed): value for seed, value in zip(seeds, values, strict=True)}

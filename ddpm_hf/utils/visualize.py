@@ -30,9 +30,6 @@ def image_grid(images: Tensor, columns: int | None = None, tile: int = 64, gap: 
         columns: Tiles per row; about as many as rows by default.
         tile: Smallest height and width of a tile in pixels.
         gap: Pixels between tiles and around them.
-
-    Raises:
-        ValueError: No images, or a number of channels that no picture has.
     """
     n, channels, height, width = images.shape
     if n == 0 or channels not in (1, 3):
@@ -41,7 +38,7 @@ def image_grid(images: Tensor, columns: int | None = None, tile: int = 64, gap: 
     scale = _scale(height, width, tile)
     tiles = images.cpu().numpy().transpose(0, 2, 3, 1).repeat(scale, axis=1).repeat(scale, axis=2)
     rows, (h, w) = math.ceil(n / columns), tiles.shape[1:3]
-    canvas = np.full((rows * (h + gap) + gap, columns * (w + gap) + gap, channels), 255, dtype=np.uint8)
+    canvas = np.full((rows * (h + gap) + gap, columns * (w + gap) + gap, channels), 255, dtype=np.uint8)  # white
     for i, pixels in enumerate(tiles):
         top, left = (i // columns) * (h + gap) + gap, (i % columns) * (w + gap) + gap
         canvas[top : top + h, left : left + w] = pixels
@@ -70,9 +67,6 @@ def labelled_grid(
         rows, columns: R and C titles; none by default.
         title: Above everything, in as many lines as it takes.
         tile, gap: See `image_grid`.
-
-    Raises:
-        ValueError: See `image_grid`; or a number of titles that does not fit.
     """
     for name, titles, count in (("row", rows, images.shape[0]), ("column", columns, images.shape[1])):
         if titles is not None and len(titles) != count:
@@ -123,9 +117,6 @@ def save_animation(frames: Sequence[Image.Image], path: str | Path, duration: in
         path: `FILE.gif`, `FILE.png` (or `.apng`) or `FILE.webp`.
         duration: Milliseconds per frame.
         hold: Milliseconds for the last one.
-
-    Raises:
-        ValueError: No frames, or another suffix.
     """
     file_format = animation_format(path)
     if not frames:
@@ -141,11 +132,7 @@ def save_animation(frames: Sequence[Image.Image], path: str | Path, duration: in
 
 
 def animation_format(path: str | Path) -> str:
-    """Return Pillow's name of the format of an animation.
-
-    Raises:
-        ValueError: A suffix that no animation has.
-    """
+    """Return Pillow's name of an animation's format, or raise a `ValueError` for a suffix that no animation has."""
     suffix = Path(path).suffix.lower()
     if suffix not in ANIMATION_FORMATS:
         raise UserError(f"an animation is written as FILE{', FILE'.join(ANIMATION_FORMATS)}, got {str(path)!r}")
@@ -153,11 +140,7 @@ def animation_format(path: str | Path) -> str:
 
 
 def check_writable(path: str | Path) -> None:
-    """Check before the work that a file can be written afterwards; leaves nothing behind.
-
-    Raises:
-        ValueError: It cannot; the reason.
-    """
+    """Raise a `ValueError` with the reason where a file could not be written later; leaves nothing behind."""
     path = Path(path)
     if path.is_dir():
         raise UserError(f"cannot write {path}: it is a folder")
