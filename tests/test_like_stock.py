@@ -24,8 +24,8 @@ from ddpm_hf.utils.errors import UserError
 # that is gone. docs/paper.md has them for readers.
 DIFFERENCES = {
     # state
-    "variance_type_assigned": "stock's step goes on with the configuration's; here it counts",
-    "betas_assigned": "stock's add_noise and step go on with alphas_cumprod; here all tables follow",
+    "variance_type_assigned": "stock's step still uses the configuration's; here it counts",
+    "betas_assigned": "stock's add_noise and step still use alphas_cumprod; here all tables follow",
     "alphas_assigned": "as betas",
     "betas_in_place": "as betas",
     "alphas_cumprod_saved": "stock's file has the betas of before; ours has trained_betas",

@@ -70,14 +70,20 @@ class _Config(FrozenDict):
             raise UserError(f"config.{name} cannot be written to; use scheduler.register_to_config({name}={value!r})")
 
 
-def _public_table(name: str, meaning: str) -> property:
-    """A float32 `[T]` table as stock has it, which may be assigned or written into: the other tables follow."""
+def _followed(name: str, meaning: str) -> property:
+    """A tensor that users may assign or write into; what is computed from it follows (`DDPMScheduler._follow`)."""
+
+    def read(self: DDPMScheduler) -> Tensor:
+        self._follow(but=name)
+        with suppress(UserError):  # else what stands there could not be repaired; its next use refuses it
+            self._follow()
+        return self._public[name]
 
     def write(self: DDPMScheduler, value: Any) -> None:
         self._follow(but=name)
-        self._follow_tables({name: value})
+        self._take_over({name: value})
 
-    return property(lambda self: self._read(name), write, doc=f"{meaning}, float32 `[T]`; may be assigned.")
+    return property(read, write, doc=f"{meaning}; may be assigned.")
 
 
 class DDPMScheduler(PrivateByDefault, StockDDPMScheduler):
@@ -593,7 +599,7 @@ class DDPMScheduler(PrivateByDefault, StockDDPMScheduler):
     @property
     def config(self) -> Any:
         """The settings in force."""
-        if "_sampling_chain" in self.__dict__:  # not while it is being made
+        if "_sampling_chain" in self.__dict__:  # else it is being made
             self._follow(but="timesteps")
         return self._internal_dict
 
@@ -620,31 +626,15 @@ class DDPMScheduler(PrivateByDefault, StockDDPMScheduler):
 
     # ------------------------------------------------------------------ tables that users may change
 
-    betas = _public_table("betas", "beta_t")
-    alphas = _public_table("alphas", "1 - beta_t")
-    alphas_cumprod = _public_table("alphas_cumprod", "alpha_bar_t")
+    betas = _followed("betas", "beta_t, float32 `[T]`")
+    alphas = _followed("alphas", "1 - beta_t, float32 `[T]`")
+    alphas_cumprod = _followed("alphas_cumprod", "alpha_bar_t, float32 `[T]`")
+    timesteps = _followed("timesteps", "The timesteps that `step` goes through, int64 from high to low")
 
     @property
     def alpha_bar(self) -> np.ndarray:
         """alpha_bar_t, float64 `[T]`: what `alphas_cumprod` rounds."""
         return self._process.alpha_bar
-
-    @property
-    def timesteps(self) -> Tensor:
-        """The timesteps that `step` goes through, int64 from high to low; may be assigned."""
-        return self._read("timesteps")
-
-    @timesteps.setter
-    def timesteps(self, value: Any) -> None:
-        self._follow(but="timesteps")
-        given = value if isinstance(value, Tensor) else None
-        self._use_timesteps(self._falling(value), given, self._public["timesteps"].device)
-
-    def _read(self, name: str) -> Tensor:
-        self._follow(but=name)
-        with suppress(UserError):  # else what stands there could not be repaired; its next use refuses it
-            self._follow()
-        return self._public[name]
 
     @property
     def _process(self) -> Chain:  # the paper's chain, over all T timesteps
@@ -658,22 +648,21 @@ class DDPMScheduler(PrivateByDefault, StockDDPMScheduler):
 
     def _follow(self, but: str = "") -> None:
         """Take over what was written in place into the public tables and timesteps since they were last looked at."""
-        if torch.compiler.is_compiling():
-            return
-        changed = [name for name, x in self._public.items() if _version(x) != self._seen[name] and name != but]
-        if tables := {name: self._public[name] for name in changed if name != "timesteps"}:
-            self._follow_tables(tables)
-        if "timesteps" in changed:
-            self._use_timesteps(self._falling(self._public["timesteps"]), self._public["timesteps"])
+        if not torch.compiler.is_compiling():
+            public = self._public.items()
+            self._take_over({name: x for name, x in public if _version(x) != self._seen[name] and name != but})
 
-    def _follow_tables(self, written: dict[str, Any]) -> None:
-        """Take over tables that a user wrote, unless they are those in force as their dtype rounds them."""
-        in_force = tables_of(self._betas)
+    def _take_over(self, written: dict[str, Any]) -> None:
+        """Make what a user wrote the process's tables and timesteps; a `ValueError` if they do not make sense.
+
+        Tables are left alone where they are those in force as their dtype rounds them.
+        """
+        timesteps, betas = written.pop("timesteps", None), None
         tables = {name: _as_table(name, value, len(self._betas)) for name, value in written.items()}
-        betas: np.ndarray | None = None
         for name, table in tables.items():
             dtype = table.dtype if table.dtype.itemsize < 4 else torch.float32
-            if torch.equal(table.cpu().to(dtype), torch.from_numpy(in_force[name]).float().to(dtype)):
+            in_force = torch.from_numpy(tables_of(self._betas)[name]).float().to(dtype)
+            if torch.equal(table.cpu().to(dtype), in_force):
                 continue
             found = table.double().cpu().numpy().copy()  # what is written into the table later has to be seen
             if betas is not None and not np.allclose(tables_of(betas)[name], found, rtol=1e-3, atol=1e-5):
@@ -690,6 +679,8 @@ class DDPMScheduler(PrivateByDefault, StockDDPMScheduler):
             self._use_betas(betas)
         for name, table in tables.items():
             self._publish(name, table)
+        if timesteps is not None:
+            self._use_timesteps(self._falling(timesteps), timesteps, self._public["timesteps"].device)
 
     def _use_betas(self, betas: np.ndarray) -> None:
         """Make these the betas in force, float64 `[T]`, and the public tables follow."""
@@ -698,10 +689,11 @@ class DDPMScheduler(PrivateByDefault, StockDDPMScheduler):
             self._publish(name, torch.from_numpy(table).float())
         self._make_chains()
 
-    def _use_timesteps(self, chosen: np.ndarray, given: Tensor | None = None, device: Any = None) -> None:
+    def _use_timesteps(self, chosen: np.ndarray, given: Any = None, device: Any = None) -> None:
         """Sample over these (checked) timesteps from now on; `given` holds them, if they came as a tensor."""
-        if given is None or given.dtype != torch.int64:
-            given = torch.from_numpy(chosen.copy()).to(device if given is None else given.device)
+        if not isinstance(given, Tensor) or given.dtype != torch.int64:
+            device = given.device if isinstance(given, Tensor) else device
+            given = torch.from_numpy(chosen.copy()).to(device)
         self._publish("timesteps", given)
         self._sampling_chain = self._chain_over(chosen)
 

@@ -81,7 +81,7 @@ def test_the_approximate_cdf_is_the_official_one():
 @pytest.mark.parametrize(("cdf", "tolerance"), [("tanh", 1e-9), ("exact", 1e-12)])
 @QUICK
 @given(mean=st.floats(-1.5, 1.5), log_scale=st.floats(-6, 2))
-def test_eq_13_sums_to_one_over_the_grey_levels(cdf, tolerance, mean, log_scale):
+def test_eq_13_sums_to_one_over_the_pixel_values(cdf, tolerance, mean, log_scale):
     log_p = discretized_gaussian_log_likelihood(LEVELS, torch.tensor(mean), torch.tensor(log_scale), cdf=cdf)
     # The floor of 1e-12 under each probability of the official code may add up to 2.56e-10.
     assert abs(log_p.exp().sum().item() - 1) < tolerance
