@@ -300,10 +300,10 @@ def _check_options(pipe: DDPMPipeline, seeds: Sequence[int], options: dict[str, 
         if given.get(name) is not None:
             given[name] = one_per_image(given[name], len(seeds), name)[:1]
     if (labels := options.get("class_labels")) is not None:
+        if pipe.classes.count is not None:
+            labels = options["class_labels"] = [pipe.classes.index(label) for label in as_list(labels)]
         if len(labels) != len(seeds):
             raise UserError(f"got {len(labels)} class_labels for {len(seeds)} seeds; give one per seed")
-        if pipe.classes.count is not None:
-            options["class_labels"] = [pipe.classes.index(label) for label in as_list(labels)]
         given["class_labels"] = []
     check_sampler(pipe, **{"class_labels": None, **given})
 
