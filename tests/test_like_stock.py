@@ -693,7 +693,7 @@ def test_what_cannot_be_followed_is_refused_until_it_is_repaired():
     s = DDPMScheduler()
     s.betas[3] = 2.0
     for use in (lambda: s.alphas, lambda: s.config, lambda: s.add_noise(X, X, 5), lambda: s.step(X, 5, X)):
-        with pytest.raises(UserError, match="betas as set gives 2 at t=3"):
+        with pytest.raises(UserError, match=r"got 2\.0 at t=3"):
             use()
     s.betas[3] = 1e-3
     assert s.alphas[3] == pytest.approx(0.999)

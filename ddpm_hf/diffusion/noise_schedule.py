@@ -95,14 +95,19 @@ def betas_of(name: str, table: np.ndarray) -> np.ndarray:
         return 1.0 - np.append(table[:1], table[1:] / table[:-1])  # alpha_t = alpha_bar_t / alpha_bar_{t-1}
 
 
-def first_outside(betas: np.ndarray, may_end_at_1: bool = False) -> int | None:
-    """Return the first t at which beta_t does not lie strictly between 0 and 1, or `None`.
+def check_betas(betas: np.ndarray, may_end_at_1: bool = False) -> None:
+    """Raise a `ValueError` where a beta does not lie strictly between 0 and 1.
 
-    With `may_end_at_1` the last one may be 1: nothing is left of the image.
+    With `may_end_at_1` the last one may be 1: alpha_bar_T = 0, nothing is left of the image.
     """
     outside = ~((betas > 0) & (betas < 1))
     outside[-1] &= not (may_end_at_1 and betas[-1] == 1)
-    return int(outside.argmax()) if outside.any() else None
+    if outside.any():
+        t = int(outside.argmax())
+        raise UserError(
+            f"betas must lie strictly between 0 and 1, got {float(betas[t])!r} at t={t}; the paper's schedule is "
+            "beta_schedule='linear' with beta_start=1e-4 and beta_end=0.02"
+        )
 
 
 class Chain:

@@ -30,8 +30,8 @@ from .noise_schedule import (
     OFFICIAL_SCHEDULES,
     Chain,
     betas_of,
+    check_betas,
     check_choice,
-    first_outside,
     make_betas,
     rescale_zero_terminal_snr,
     tables_of,
@@ -162,18 +162,10 @@ class DDPMScheduler(PrivateByDefault, StockDDPMScheduler):
             except (TypeError, ValueError):
                 raise UserError(f"trained_betas must be a list of numbers, got {trained_betas!r}") from None
             if betas.shape != (T,):
-                raise UserError(
-                    f"trained_betas has {betas.size} values for num_train_timesteps={T}; give exactly one beta per "
-                    "timestep"
-                )
+                raise UserError(f"trained_betas has {betas.size} values for num_train_timesteps={T}; give T of them")
         if trained_betas is not None or beta_schedule in OFFICIAL_SCHEDULES:
             self._save_betas(betas)
-        may_end_at_1 = beta_schedule == "jsd" or trained_betas is not None  # alpha_bar_T = 0
-        if (t := first_outside(betas, may_end_at_1)) is not None:
-            raise UserError(
-                f"betas must lie strictly between 0 and 1, got {float(betas[t])!r} at t={t}; the paper's schedule is "
-                "beta_schedule='linear' with beta_start=1e-4 and beta_end=0.02"
-            )
+        check_betas(betas, may_end_at_1=beta_schedule == "jsd" or trained_betas is not None)
         if rescale_betas_zero_snr:
             betas = rescale_zero_terminal_snr(betas)
 
@@ -205,10 +197,7 @@ class DDPMScheduler(PrivateByDefault, StockDDPMScheduler):
             # of another class's scheduler or file; a file of these classes may leave out what is its default
             origin = config.get("_class_name", "another scheduler" if "_use_default_values" in config else None)
             if origin not in (None, *cls._compatibles):
-                raise UserError(
-                    f"the configuration of {origin} has no betas, so it does not say which DDPM this is; give "
-                    "beta_schedule='linear' for the paper's"
-                )
+                raise UserError(f"the configuration of {origin} has no betas; the paper's are beta_schedule='linear'")
         if kwargs.keys() & {"beta_schedule", "beta_start", "beta_end"}:
             kwargs.setdefault("trained_betas", None)
         if isinstance(config, dict) and "_variance_type" in config:
@@ -505,8 +494,8 @@ class DDPMScheduler(PrivateByDefault, StockDDPMScheduler):
         if (rises := np.diff(chosen) >= 0).any():
             k = int(rises.argmax())
             raise UserError(
-                f"timesteps must fall from high to low without repeats, but {chosen[k]} is followed by "
-                f"{chosen[k + 1]}; try sorted(set(timesteps), reverse=True)"
+                f"timesteps must fall, but {chosen[k]} is followed by {chosen[k + 1]}; try sorted(set(timesteps), "
+                "reverse=True)"
             )
         for t in chosen[[0, -1]]:
             if not 0 <= t < (T := len(self._betas)):
@@ -538,8 +527,8 @@ class DDPMScheduler(PrivateByDefault, StockDDPMScheduler):
         """Raise a `ValueError` where the variance is `optimal` and the network's error was not measured."""
         if self.variance_type == OPTIMAL_VARIANCE and self.config.get("_prediction_error") is None:
             raise UserError(
-                "variance_type='optimal' needs the network's measured error: run ddpm-hf optimal_variance on the "
-                "model, or call scheduler.set_prediction_error"
+                "variance_type='optimal' needs the network's measured error: run ddpm-hf optimal_variance, or call "
+                "scheduler.set_prediction_error"
             )
 
     # ------------------------------------------------------------------ settings
@@ -556,10 +545,7 @@ class DDPMScheduler(PrivateByDefault, StockDDPMScheduler):
         if "_betas" in self.__dict__:
             for name in plain.keys() & _FIXED:
                 if not np.array_equal(plain[name], self.config[name]):
-                    raise UserError(
-                        f"{name} cannot change once the tables are made; make another scheduler: "
-                        f"DDPMScheduler.from_config(scheduler.config, {name}=...)"
-                    )
+                    raise UserError(f"{name} cannot change later; use DDPMScheduler.from_config(config, {name}=...)")
             self._check_settings({**self.config, **plain})
         super().register_to_config(**plain)
         self._internal_dict = _Config(self._internal_dict)
@@ -591,10 +577,7 @@ class DDPMScheduler(PrivateByDefault, StockDDPMScheduler):
                 if not 0 <= float(value) <= 1:
                     raise UserError(f"{name} must be in [0, 1], got {value!r}")
             elif not 0 < float(value) < math.inf:
-                raise UserError(
-                    f"{name} must be positive and finite, got {value!r}; images lie in [-1, 1], and clip_sample=False "
-                    "does not clip"
-                )
+                raise UserError(f"{name} must be positive and finite, got {value!r}; clip_sample=False does not clip")
 
     @property
     def config(self) -> Any:
@@ -668,10 +651,7 @@ class DDPMScheduler(PrivateByDefault, StockDDPMScheduler):
             if betas is not None and not np.allclose(tables_of(betas)[name], found, rtol=1e-3, atol=1e-5):
                 raise UserError(f"{' and '.join(tables)} were written to and contradict each other; write one of them")
             betas = betas_of(name, found)
-            if (t := first_outside(betas, may_end_at_1=True)) is not None:
-                raise UserError(
-                    f"every beta must lie strictly between 0 and 1, and {name} as set gives {betas[t]:g} at t={t}"
-                )
+            check_betas(betas, may_end_at_1=True)
         if betas is not None:
             # an error measured on another process is not this one's
             measured = self._internal_dict.get("_prediction_error") is not None

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -80,41 +79,28 @@ class _Chain:
             "eta": self.eta,
         }
 
-    def batches(self, starts: Sequence[int]) -> list[list[int]]:
-        """Return which images are sampled together, given where each starts in the chain."""
-        rows = list(range(len(starts)))
-        groups = [rows]
-        if not isinstance(self.pipe.scheduler, (DDPMScheduler, DDIMScheduler)):
-            # The others go by the steps before as well, so an image that joins would disturb them.
-            groups = [[row for row in rows if starts[row] == start] for start in dict.fromkeys(starts)]
-        size = self.batch_size
-        return [group[first : first + size] for group in groups for first in range(0, len(group), size)]
+    def batches(self, count: int) -> list[slice]:
+        return [slice(first, first + self.batch_size) for first in range(0, count, self.batch_size)]
 
-    def steps(self, starts: Sequence[int]) -> int:
-        """Return how many steps `decode` takes."""
-        return sum(len(self.ts) - 1 - min(starts[row] for row in batch) for batch in self.batches(starts))
+    def steps(self, count: int, indices: Sequence[int]) -> int:
+        """Return how many steps it takes to decode `count` images from each of these places."""
+        return len(self.batches(count)) * sum(len(self.ts) - 1 - index for index in indices)
 
-    def decode(
-        self, x_t: Tensor, seeds: Sequence[int], drawn: int, starts: Sequence[int], labels: Sequence[Any]
-    ) -> Tensor:
-        """Draw x_0 ~ p(x_0|x_t) for `[B, C, H, W]`, each with its own seed, label and place in the chain to start.
+    def decode(self, x_t: Tensor, index: int, seeds: list[int], drawn: int, labels: list[Any]) -> Tensor:
+        """Draw x_0 ~ p(x_0|x_t) for `[B, C, H, W]` at one place in the chain, each with its own seed and label.
 
-        `drawn` is how often their seeds' noise was drawn before. Images that start late join the batch on its way.
+        `drawn` is how often their seeds' noise was drawn before.
         """
-        x_t = x_t.to(self.pipe._execution_device, copy=True)
-        for batch in self.batches(starts):
-            for first, last in pairwise(sorted({*(starts[row] for row in batch), len(self.ts) - 1})):
-                rows = [row for row in batch if starts[row] <= first]
-                x = x_t[rows]
-                before = [drawn + first - starts[row] for row in rows]  # one draw for every step that was taken
-                noise = SeededNoise([seeds[row] for row in rows], x.device, before)
-                options = self.options([labels[row] for row in rows])
-                for step in self.pipe.denoise(x, noise, start=first, stop=last, **options):
-                    x = step.prev_sample
-                    self.bar.update()
-                x_t[rows] = x
-        self.pipe.check_finite(x_t)
-        return x_t.cpu()
+        x_0 = []
+        for rows in self.batches(len(x_t)):
+            x = x_t[rows].to(self.pipe._execution_device)
+            noise = SeededNoise(seeds[rows], x.device, drawn)
+            for step in self.pipe.denoise(x, noise, start=index, **self.options(labels[rows])):
+                x = step.prev_sample
+                self.bar.update()
+            self.pipe.check_finite(x)
+            x_0.append(x.cpu())
+        return torch.cat(x_0)
 
 
 def _evenly(last: int, count: int) -> list[int]:
@@ -175,26 +161,22 @@ def progressive_generation(
     if points < 1:
         raise UserError(f"points must be at least 1, got {points}")
     chain = _Chain(pipe, **options)
-    labels, steps = chain.labels(len(seeds)), len(chain.ts) - 1
-    kept = _evenly(steps, points)
-    batches = chain.batches([0] * len(seeds))
+    labels, kept = chain.labels(len(seeds)), _evenly(len(chain.ts) - 1, points)
     parts = []
     with chain.bar:
-        chain.bar.total = len(batches) * steps
-        for rows in batches:
-            x_ts, x_0s = [], []
-            step_options = chain.options([labels[row] for row in rows])
-            for step in pipe.progressive(seeds=[seeds[row] for row in rows], **step_options):
+        chain.bar.total = chain.steps(len(seeds), [0])
+        for rows in chain.batches(len(seeds)):
+            pairs = []
+            for step in pipe.progressive(seeds=seeds[rows], **chain.options(labels[rows])):
                 if step.pred_original_sample is None:
                     name = type(pipe.scheduler).__name__
                     raise UserError(f"{name} does not tell which x_0 it predicts; use the sampler ddpm or ddim")
                 if step.index in kept:
-                    x_ts.append(step.sample.cpu())
-                    x_0s.append(step.pred_original_sample.cpu())
+                    pairs.append(torch.stack([step.sample, step.pred_original_sample]).cpu())
                 chain.bar.update()
             pipe.check_finite(step.prev_sample)
-            image = [step.prev_sample.cpu()]
-            parts.append(torch.stack([torch.stack(x_ts + image, dim=1), torch.stack(x_0s + image, dim=1)]))
+            pairs.append(step.prev_sample.expand(2, *step.prev_sample.shape).cpu())
+            parts.append(torch.stack(pairs, dim=2))  # [2, B, S, C, H, W]
     x_t, x_0 = torch.cat(parts, dim=1)
     return ProgressiveGeneration(x_t, x_0, [chain.ts[index] for index in kept], chain.T, seeds)
 
@@ -243,18 +225,18 @@ def shared_latents(
     chain = _Chain(pipe, **options)
     labels = chain.labels(len(seeds))
     indices = chain.indices_of([round(chain.T * share / 4) for share in (4, 3, 2, 1)] if ts is None else ts)
-    starts = [index for index in indices for _ in seeds[1:]]
-    stop = max(1, *indices)  # `progressive` returns x_T only with its first step
+    count, stop = len(seeds) - 1, max(1, *indices)  # `progressive` returns x_T only with its first step
     x_at: dict[int, Tensor] = {}
     with chain.bar:
-        chain.bar.total = stop + chain.steps(starts)
+        chain.bar.total = stop + chain.steps(count, indices)
         for step in pipe.progressive(seeds=seeds[:1], stop=stop, **chain.options(labels[:1])):
             x_at[step.index], x_at[step.index + 1] = step.sample.cpu(), step.prev_sample.cpu()
             chain.bar.update()
-        shared, count = torch.cat([x_at[index] for index in starts]), len(indices)
-        samples = chain.decode(shared, seeds[1:] * count, 0, starts, labels[1:] * count).unflatten(0, (count, -1))
+        samples = [
+            chain.decode(x_at[index].repeat(count, 1, 1, 1), index, seeds[1:], 0, labels[1:]) for index in indices
+        ]
     x_t = torch.cat([x_at[index] for index in indices])
-    return SharedLatents(x_t, samples, [chain.ts[index] for index in indices], chain.T, seeds)
+    return SharedLatents(x_t, torch.stack(samples), [chain.ts[index] for index in indices], chain.T, seeds)
 
 
 @dataclass(frozen=True)
@@ -328,9 +310,8 @@ def interpolate(
         t: After how many diffusion steps to mix; T / 2 by default, in the paper 500. 0 mixes the images themselves.
         lambdas: Shares of `image_b`, 0 to 1.
         seeds: One per pair; 0, 1, ... by default.
-        same_noise: Diffuse both images with the same noise, instead of one of its own for each as in the paper. The
-            mixture of two noises has less variance than the network was trained on, by up to a half at lambda = 0.5;
-            that of one noise has not, and the figure is the same mirrored when the images change places.
+        same_noise: Diffuse both images with the same noise, instead of one of its own for each as in the paper, whose
+            mixture has less variance than the network was trained on, by up to a half at lambda = 0.5.
         options: See `progressive_generation`; one label per pair.
 
     Raises:
@@ -397,21 +378,17 @@ def _interpolations(
     seeds_b = [derive_seed(seed, "noise of the second image") for seed in seeds]
     noise_b = noise_a if same_noise else SeededNoise(seeds_b).normal(b.shape)
     share = torch.tensor(lambdas).view(-1, 1, 1, 1)
-    mixed = []
-    for index in indices:
-        x_a, x_b = a, b
-        if chain.ts[index] > 0:  # x_t, x'_t ~ q(x_t|x_0), Eq. 4
-            t = scheduler.timesteps[index : index + 1].cpu()
-            x_a, x_b = scheduler.add_noise(a, noise_a, t), scheduler.add_noise(b, noise_b, t)
-        mixed.append((1 - share) * x_a[:, None] + share * x_b[:, None])  # [N, L, C, H, W]
-    starts = [index for index in indices for _ in range(len(a) * len(lambdas))]
-    labels = [label for label in chain.labels(len(a)) for _ in lambdas] * len(indices)
-    of_each = [seed for seed in seeds for _ in lambdas] * len(indices)  # the same noise for every lambda
+    labels = [label for label in chain.labels(len(a)) for _ in lambdas]
+    of_each = [seed for seed in seeds for _ in lambdas]  # the reverse chain's noise is the same for every lambda
+    made = []
     with chain.bar:
-        chain.bar.total = chain.steps(starts)
-        images = chain.decode(torch.cat(mixed).flatten(0, 1), of_each, 1, starts, labels)
-    images = images.unflatten(0, (len(indices), len(a), len(lambdas)))
-    return [
-        Interpolation(x_0, a, b, lambdas, chain.ts[index], chain.T, seeds)
-        for x_0, index in zip(images, indices, strict=True)
-    ]
+        chain.bar.total = chain.steps(len(of_each), indices)
+        for index in indices:
+            x_a, x_b = a, b
+            if chain.ts[index] > 0:  # x_t, x'_t ~ q(x_t|x_0), Eq. 4
+                t = scheduler.timesteps[index : index + 1].cpu()
+                x_a, x_b = scheduler.add_noise(a, noise_a, t), scheduler.add_noise(b, noise_b, t)
+            mixed = ((1 - share) * x_a[:, None] + share * x_b[:, None]).flatten(0, 1)  # [N L, C, H, W]
+            x_0 = chain.decode(mixed, index, of_each, 1, labels).unflatten(0, (len(a), -1))
+            made.append(Interpolation(x_0, a, b, lambdas, chain.ts[index], chain.T, seeds))
+    return made

@@ -132,7 +132,6 @@ def generate(
     *,
     batch_size: int = 64,
     progress: bool = False,
-    desc: str = "sampling",
     class_labels: Sequence[int] | None = None,
     image: Tensor | None = None,
     mask_image: Tensor | None = None,
@@ -145,7 +144,6 @@ def generate(
         seeds: One per image; an image depends on its own seed only.
         batch_size: Images at a time.
         progress: One progress bar over all steps of all batches.
-        desc: Its label.
         class_labels: One per seed, for class-conditional networks.
         image, mask_image: Start from these, `[n, C, H, W]` uint8 and `[n, 1, H, W]` bool; one, or one per seed.
         options: `num_inference_steps`, `guidance_scale`, `eta`, `strength`, `resample_length` and `resample_times` of
@@ -159,8 +157,8 @@ def generate(
     """
     if batch_size < 1:
         raise UserError(f"batch_size must be at least 1, got {batch_size}")
-    if class_labels is not None and len(class_labels) != len(seeds):
-        raise UserError(f"got {len(class_labels)} class_labels for {len(seeds)} seeds; give one per seed")
+    if class_labels is not None:
+        _check_labels(class_labels, seeds)
     steps = pipe.checked_steps(options.get("num_inference_steps"))  # before a progress bar is shown
     strength = options.get("strength")
     if strength is not None and 0 <= strength <= 1:  # the pipeline refuses others
@@ -168,7 +166,7 @@ def generate(
     if mask_image is not None:
         steps *= options.get("resample_times", _RESAMPLE["resample_times"])
     starts = range(0, len(seeds), batch_size)
-    with tqdm(total=len(starts) * steps, desc=desc, unit="step", disable=not progress) as bar:
+    with tqdm(total=len(starts) * steps, desc="sampling", unit="step", disable=not progress) as bar:
 
         def advance(*_: Any) -> None:
             bar.update()
@@ -187,6 +185,11 @@ def generate(
                     **options,
                 )
             yield list(seeds[rows]), (images * 255).round().to(torch.uint8).cpu()
+
+
+def _check_labels(class_labels: Sequence[Any], seeds: Sequence[int]) -> None:
+    if len(class_labels) != len(seeds):
+        raise UserError(f"got {len(class_labels)} class_labels for {len(seeds)} seeds; give one per seed")
 
 
 def _share(values: Tensor | None, rows: slice | list[int]) -> Tensor | None:
@@ -295,15 +298,14 @@ def _checked_kind(output: Path, pipe: DDPMPipeline) -> str:
 
 def _check_options(pipe: DDPMPipeline, seeds: Sequence[int], options: dict[str, Any]) -> None:
     """Check everything that images are drawn with before anything is written; class labels become indices."""
-    given = {name: value for name, value in options.items() if name not in ("progress", "desc", "class_labels")}
+    given = {name: value for name, value in options.items() if name not in ("progress", "class_labels")}
     for name in ("image", "mask_image"):
         if given.get(name) is not None:
             given[name] = one_per_image(given[name], len(seeds), name)[:1]
     if (labels := options.get("class_labels")) is not None:
         if pipe.classes.count is not None:
             labels = options["class_labels"] = [pipe.classes.index(label) for label in as_list(labels)]
-        if len(labels) != len(seeds):
-            raise UserError(f"got {len(labels)} class_labels for {len(seeds)} seeds; give one per seed")
+        _check_labels(labels, seeds)
         given["class_labels"] = []
     check_sampler(pipe, **{"class_labels": None, **given})
 

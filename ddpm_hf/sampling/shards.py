@@ -53,7 +53,6 @@ def all_rows(
     batch_size: int,
     folder: Path | None = None,
     desc: str = "",
-    unit: str = "image",
     progress: bool = False,
 ) -> Rows:
     """Return the rows 0..count-1 on every process, each made once by one of them.
@@ -64,7 +63,7 @@ def all_rows(
         batch_size: Ids at a time, at most: fewer where every process would not get its share otherwise.
         folder: Where finished batches are kept and found again; its name has to hold all that the rows depend on.
             Without it they are in memory only.
-        desc, unit, progress: Text, unit and visibility of the progress bar.
+        desc, progress: Text and visibility of the progress bar.
 
     Raises:
         ValueError: A batch size below 1, or a folder that the processes do not share.
@@ -82,7 +81,7 @@ def all_rows(
     mine = batches[here.process_index :: here.num_processes]
     made: list[Rows] = []
     quiet = not (progress and here.is_main_process and missing)
-    with together(), tqdm(total=sum(map(len, mine)), desc=desc, unit=unit, disable=quiet) as bar:
+    with together(), tqdm(total=sum(map(len, mine)), desc=desc, unit="image", disable=quiet) as bar:
         for ids in mine:
             rows = {"ids": torch.tensor(ids), **{name: value.cpu() for name, value in make(ids).items()}}
             _check_finite(rows, desc)
