@@ -378,17 +378,19 @@ def _interpolations(
     seeds_b = [derive_seed(seed, "noise of the second image") for seed in seeds]
     noise_b = noise_a if same_noise else SeededNoise(seeds_b).normal(b.shape)
     share = torch.tensor(lambdas).view(-1, 1, 1, 1)
+    mixed = []  # before any step is taken: stock's solvers diffuse to the step that they are at
+    for index in indices:
+        x_a, x_b = a, b
+        if chain.ts[index] > 0:  # x_t, x'_t ~ q(x_t|x_0), Eq. 4
+            t = scheduler.timesteps[index : index + 1].cpu()
+            x_a, x_b = scheduler.add_noise(a, noise_a, t), scheduler.add_noise(b, noise_b, t)
+        mixed.append(((1 - share) * x_a[:, None] + share * x_b[:, None]).flatten(0, 1))  # [N L, C, H, W]
     labels = [label for label in chain.labels(len(a)) for _ in lambdas]
     of_each = [seed for seed in seeds for _ in lambdas]  # the reverse chain's noise is the same for every lambda
     made = []
     with chain.bar:
         chain.bar.total = chain.steps(len(of_each), indices)
-        for index in indices:
-            x_a, x_b = a, b
-            if chain.ts[index] > 0:  # x_t, x'_t ~ q(x_t|x_0), Eq. 4
-                t = scheduler.timesteps[index : index + 1].cpu()
-                x_a, x_b = scheduler.add_noise(a, noise_a, t), scheduler.add_noise(b, noise_b, t)
-            mixed = ((1 - share) * x_a[:, None] + share * x_b[:, None]).flatten(0, 1)  # [N L, C, H, W]
-            x_0 = chain.decode(mixed, index, of_each, 1, labels).unflatten(0, (len(a), -1))
+        for x_t, index in zip(mixed, indices, strict=True):
+            x_0 = chain.decode(x_t, index, of_each, 1, labels).unflatten(0, (len(a), -1))
             made.append(Interpolation(x_0, a, b, lambdas, chain.ts[index], chain.T, seeds))
     return made
