@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import (
     CASES,
-    GREY_LEVELS,
+    PIXEL_VALUES,
     PREDICTION_TYPE,
     TIMESTEPS,
     VARIANCE_TYPE,
@@ -27,7 +27,7 @@ from ddpm_hf import DDPMScheduler, bits_per_dim, stratified_bits_per_dim
 from ddpm_hf.diffusion.likelihood import LikelihoodEstimate, LikelihoodResult, prior_bpd, timestep_strata, vb_terms_bpd
 from ddpm_hf.utils.errors import NotFiniteError
 
-LEVELS = torch.from_numpy(GREY_LEVELS).float()
+LEVELS = torch.from_numpy(PIXEL_VALUES).float()
 
 
 class Predicts:
@@ -158,17 +158,17 @@ class DiscretisedGaussian:
     """Grey levels of a Gaussian, rounded; the expected bound of an image is known pixel by pixel."""
 
     def __init__(self, mean: float, std: float, betas: np.ndarray, large: bool):
-        weights = special.ndtr((GREY_LEVELS + 1 / 255 - mean) / std) - special.ndtr(
-            (GREY_LEVELS - 1 / 255 - mean) / std
+        weights = special.ndtr((PIXEL_VALUES + 1 / 255 - mean) / std) - special.ndtr(
+            (PIXEL_VALUES - 1 / 255 - mean) / std
         )
         self.probability = weights / weights.sum()
-        self.mean = float(self.probability @ GREY_LEVELS)
-        self.std = float(self.probability @ (GREY_LEVELS - self.mean) ** 2) ** 0.5
+        self.mean = float(self.probability @ PIXEL_VALUES)
+        self.std = float(self.probability @ (PIXEL_VALUES - self.mean) ** 2) ** 0.5
         self.process = GaussianData(self.mean, self.std, betas)  # the best *linear* prediction of the rounded data
         self.betas, self.large = betas, large
         self.by_level = self._expected_terms()  # [256, T] in bits
         a = self.process.alpha_bar[-1]
-        self.prior = 0.5 * (-math.log(1 - a) - a + a * GREY_LEVELS**2) / math.log(2)
+        self.prior = 0.5 * (-math.log(1 - a) - a + a * PIXEL_VALUES**2) / math.log(2)
 
     @property
     def entropy(self) -> float:
@@ -188,14 +188,14 @@ class DiscretisedGaussian:
             beta_tilde = self.betas[s] * (1 - a_s) / (1 - alpha_bar[s])
             variance = self.betas[t] if self.large and t else beta_tilde
             if t == 0:  # the decoder, by quadrature over the noise of x_1
-                x_1 = math.sqrt(a) * GREY_LEVELS[:, None] + math.sqrt(1 - a) * nodes
+                x_1 = math.sqrt(a) * PIXEL_VALUES[:, None] + math.sqrt(1 - a) * nodes
                 log_std = np.full(x_1.shape, 0.5 * math.log(variance))
-                log_p = decoder_log_likelihood(GREY_LEVELS[:, None], slope * x_1 + offset, log_std, tanh_cdf)
+                log_p = decoder_log_likelihood(PIXEL_VALUES[:, None], slope * x_1 + offset, log_std, tanh_cdf)
                 out[:, 0] = -log_p @ (weights / weights.sum()) / math.log(2)
                 continue
             from_x_0 = math.sqrt(a_s) * self.betas[t] / (1 - a)
             # x_0 - E[x_0|x_t] = (1 - slope sqrt(a)) x_0 - offset - slope sqrt(1 - a) noise
-            gap = ((1 - slope * math.sqrt(a)) * GREY_LEVELS - offset) ** 2 + slope**2 * (1 - a)
+            gap = ((1 - slope * math.sqrt(a)) * PIXEL_VALUES - offset) ** 2 + slope**2 * (1 - a)
             nats = 0.5 * (math.log(variance / beta_tilde) - 1 + (beta_tilde + from_x_0**2 * gap) / variance)
             out[:, t] = nats / math.log(2)
         return out
