@@ -55,9 +55,6 @@ def discretized_gaussian_log_likelihood(x: Tensor, means: Tensor, log_scales: Te
         means, log_scales: Means and log standard deviations in the same scale; all three broadcast.
         cdf: `"tanh"`: the official code's approximation with its floor of 1e-12 under each probability (the paper's
             numbers were made with it). `"exact"`: the exact CDF in log space, without a floor.
-
-    Raises:
-        ValueError: `cdf` is neither of the two.
     """
     # Eq. 13: p(x) = Phi((x + 1/255 - mean) / scale) - Phi((x - 1/255 - mean) / scale)
     centered = x - means

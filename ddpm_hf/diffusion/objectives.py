@@ -69,10 +69,7 @@ def hybrid_loss(
     """Return L_simple + 0.001 L_vlb (Nichol & Dhariwal 2021), `[B]`: the bound trains the learned variance only.
 
     L_vlb is T times the term at t in bits/dim, so that its mean over uniform t is the bound; the prediction's
-    gradient is stopped in it.
-
-    Raises:
-        ValueError: The scheduler's variance is not learned.
+    gradient is stopped in it. A variance that is not learned raises a `ValueError`.
     """
     if scheduler.variance_type not in LEARNED_VARIANCES:
         raise UserError(

@@ -188,10 +188,8 @@ class DDPMScheduler(PrivateByDefault, StockDDPMScheduler):
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """Make a scheduler as stock does, with the measured error and the `optimal` variance that stock does not know.
 
-        Another schedule in `kwargs` takes the place of the configuration's `trained_betas`, which would hide it.
-
-        Raises:
-            ValueError: The configuration of a scheduler that has no betas, or as the constructor.
+        Another schedule in `kwargs` takes the place of the configuration's `trained_betas`, which would hide it. The
+        configuration of a scheduler that has no betas raises a `ValueError`.
         """
         if isinstance(config, dict) and "beta_schedule" not in {**config, **kwargs}:
             # of another class's scheduler or file; a file of these classes may leave out what is its default
@@ -536,8 +534,7 @@ class DDPMScheduler(PrivateByDefault, StockDDPMScheduler):
     def register_to_config(self, **kwargs: Any) -> None:
         """Change settings, as stock's trainers do; they hold from the next call on, and are saved.
 
-        Raises:
-            ValueError: A value outside its range, or a setting that the tables were made from.
+        A value outside its range, or another value of what the tables were made from, raises a `ValueError`.
         """
         # NumPy's and PyTorch's single numbers as Python's, which JSON knows
         numbers_of = (np.generic, Tensor)

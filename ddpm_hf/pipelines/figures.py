@@ -4,7 +4,8 @@
 Each function samples and returns its images, in the [-1, 1] scale and on the CPU; `draw()` of what it returns makes
 the labelled picture. `t` counts diffusion steps as in the paper: T is pure noise and 0 the data, so t = 500 is 499 in
 `scheduler.timesteps`. Where the chain has fewer steps, t becomes the nearest one that it has, and the label says so.
-All noise comes from seeds, so a figure is the same again on the same device, whatever the batch size.
+All noise comes from seeds, so a figure is the same again on the same device, whatever the batch size. An argument
+outside its range, or numbers of seeds, images and labels that disagree, raise a `ValueError` before sampling starts.
 """
 
 from __future__ import annotations
@@ -151,10 +152,8 @@ def progressive_generation(
         seeds: One per image; the images are those of `pipe(seeds=seeds)`.
         points: How many points of the chain to keep beside the image, evenly spaced; all if it has fewer steps.
         options: `num_inference_steps` (T), `batch_size` (64), `class_labels` (one, or one per seed), `guidance_scale`
-            (1.0), `eta` (the scheduler's own), `progress` (False).
-
-    Raises:
-        ValueError: An argument is outside its range, or the sampler does not return its predicted x_0.
+            (1.0), `eta` (the scheduler's own), `progress` (False). The sampler has to return its predicted x_0, as
+            `ddpm` and `ddim` do.
     """
     if not (seeds := list(seeds)):
         raise UserError("progressive generation needs at least 1 seed, got 0")
@@ -211,10 +210,7 @@ def shared_latents(
         pipe: Network and sampler.
         seeds: The first one draws the chain that all x_t are from, each of the others one column of samples.
         ts: Where on the chain; T, 3/4 T, 1/2 T and 1/4 T by default, in the paper 1000, 750, 500 and 250.
-        options: See `progressive_generation`.
-
-    Raises:
-        ValueError: An argument is outside its range, or the sampler is deterministic.
+        options: See `progressive_generation`. The sampler has to be random: `ddpm`, or `ddim` with an eta above 0.
     """
     if len(seeds := list(seeds)) < 2:
         raise UserError(f"a figure of shared latents needs at least 2 seeds, got {len(seeds)}")
@@ -313,9 +309,6 @@ def interpolate(
         same_noise: Diffuse both images with the same noise, instead of one of its own for each as in the paper, whose
             mixture has less variance than the network was trained on, by up to a half at lambda = 0.5.
         options: See `progressive_generation`; one label per pair.
-
-    Raises:
-        ValueError: An argument is outside its range, or numbers of images and seeds disagree.
     """
     chain = _Chain(pipe, **options)
     ts = [chain.T // 2 if t is None else t]
@@ -342,9 +335,6 @@ def coarse_to_fine(
         pipe, image_a, image_b, lambdas, same_noise, options: See `interpolate`.
         ts: Numbers of diffusion steps, one row each; eighths of T by default, in the paper 1000, 875, ..., 125, 0.
         seed: Of the noise, which is the same in all rows.
-
-    Raises:
-        ValueError: An argument is outside its range, or several pairs were given.
     """
     chain = _Chain(pipe, **options)
     if ts is None:

@@ -137,7 +137,7 @@ def generate(
     mask_image: Tensor | None = None,
     **options: Any,
 ) -> Iterator[tuple[list[int], Tensor]]:
-    """Draw one image per seed, batch by batch.
+    """Draw one image per seed, batch by batch; counts that disagree raise a `ValueError`.
 
     Args:
         pipe: Network and sampler.
@@ -151,9 +151,6 @@ def generate(
 
     Yields:
         The seeds of a batch, and its images, `[B, C, H, W]` uint8.
-
-    Raises:
-        ValueError: No batch, counts that disagree, or what `DDPMPipeline` refuses.
     """
     if batch_size < 1:
         raise UserError(f"batch_size must be at least 1, got {batch_size}")

@@ -26,11 +26,7 @@ Rows = dict[str, Tensor]
 
 
 def write_tensors(path: Path, tensors: Rows) -> None:
-    """Write a safetensors file completely or not at all.
-
-    Raises:
-        OSError: It cannot be written.
-    """
+    """Write a safetensors file completely or not at all, with an `OSError` where it cannot be written."""
     plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     try:
         write_whole(path, lambda partial: save_file(plain, partial))
@@ -111,11 +107,7 @@ def kept_rows(folder: Path) -> list[Rows]:
 
 
 def in_order(parts: Sequence[Rows], ids: Sequence[int], folder: Path | None = None) -> Rows:
-    """Return the rows of these ids, in their order, out of batches in any order.
-
-    Raises:
-        ValueError: A row is missing, as the processes do not share the folder.
-    """
+    """Return the rows of these ids, in their order, out of batches in any order; a `ValueError` if one is missing."""
     row_of = {i: row for row, i in enumerate(i for part in parts for i in part["ids"].tolist())}
     if missing := [i for i in ids if i not in row_of]:
         raise UserError(
