@@ -69,9 +69,8 @@ class Parser(argparse.ArgumentParser):
     """A parser whose errors are one sentence, without the usage."""
 
     def __init__(self, prog: str | None, description: str, arguments: str = "[flags]"):
-        super().__init__(
-            prog, f"%(prog)s {arguments}", description, allow_abbrev=False, formatter_class=_HelpFormatter
-        )
+        usage = f"%(prog)s {arguments}"
+        super().__init__(prog, usage, description, allow_abbrev=False, formatter_class=_HelpFormatter)
 
     def group(self, title: str) -> Callable[..., None]:
         """Add a group of flags; return the function that adds a flag to it.
@@ -88,7 +87,7 @@ class Parser(argparse.ArgumentParser):
             UserError: A flag is unknown, missing, or has a value of another kind.
         """
         for name in (argument.partition("=")[0] for argument in args):
-            if name.startswith("--") and name not in self._option_string_actions:
+            if name.startswith("--") and name not in ("--", *self._option_string_actions):
                 hint = nearest(name, self._option_string_actions) or "; see --help"
                 raise UserError(f"unknown flag {name}{hint}")
         return super().parse_args(args, namespace)
@@ -103,10 +102,11 @@ def add_config_flags(parser: Parser, config_class: type) -> None:
     for field in dataclasses.fields(config_class):
         if field.metadata["group"] is not None:
             flag = parser.group(field.metadata["group"])
-        kind = [kind for kind in typing.get_args(hints[field.name]) or [hints[field.name]] if kind is not NoneType][-1]
-        more = {"nargs": "+"} if typing.get_origin(kind) is list else {}
-        kind = typing.get_args(kind)[0] if more else kind
-        flag(f"--{field.name}", kind, field.default, field.metadata["help"], **more)
+        hint = hints[field.name]  # such as int | list[int] | None, of which the flag takes the last that is not None
+        kind = [kind for kind in typing.get_args(hint) or (hint,) if kind is not NoneType][-1]
+        several = {"nargs": "+"} if typing.get_origin(kind) is list else {}
+        kind = typing.get_args(kind)[0] if several else kind
+        flag(f"--{field.name}", kind, field.default, field.metadata["help"], **several)
 
 
 def parse_configs(parser: Parser, arguments: Sequence[str], *config_classes: type) -> list[Any]:
@@ -131,14 +131,15 @@ def _arguments_of_file(parser: Parser, path: str) -> list[str]:
         raise UserError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise UserError(f"--config {path} must hold keys and values, such as 'preset: digits'")
-    known = [action.dest for action in parser._actions if action.dest not in ("help", "config")]
+    flags = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
     arguments: list[str] = []
     for key, value in content.items():
-        if key not in known:
-            raise UserError(f"unknown key {key!r} in --config {path}{nearest(key, known) or '; see --help'}")
-        if value is None and parser.get_default(key) is not None:
-            raise UserError(f"--config {path}: {key} has no value; leave it out for {parser.get_default(key)!r}")
-        if isinstance(value, list):  # with a space before it, -1e-05 is a value, and no flag
+        if key not in flags:
+            raise UserError(f"unknown key {key!r} in --config {path}{nearest(key, flags) or '; see --help'}")
+        several = isinstance(value, list)
+        if (value is None and flags[key].default is not None) or (several and flags[key].nargs != "+"):
+            raise UserError(f"--config {path}: {key} takes one value, got {value!r}")
+        if several:  # with a space before it, -1e-05 is a value, and no flag
             arguments += [f"--{key}", *(f" {_text(part)}" for part in value)]
         elif value is not None:
             arguments.append(f"--{key}={_text(value)}")

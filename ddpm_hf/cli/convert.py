@@ -1,4 +1,4 @@
-"""`ddpm-hf convert`: other people's weights to ours."""
+"""`ddpm-hf convert`: other implementations' weights as a folder that diffusers opens."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from .command_line import Parser
 
 def convert_parser(prog: str | None = None) -> Parser:
     """Return the parser of `ddpm-hf convert`; flags have the names that other training scripts have, too."""
-    parser = Parser(prog, "Other people's weights to a folder that stock diffusers reads.")
+    parser = Parser(prog, "Other implementations' weights as a folder that stock diffusers opens.")
     flag = parser.group("formats and files")
     formats = "official_tf, pesser (also ermongroup), pytorch_ddpm, improved_diffusion, guided_diffusion or diffusers"
     flag("--from", str, None, formats, required=True)
-    flag("--checkpoint", str, None, "the file (TensorFlow: without its ending)", required=True)
+    flag("--checkpoint", str, None, "the file (TensorFlow: without its ending), or the repository", required=True)
     flag("--output", str, None, "the folder to make", required=True)
     flag("--no_ema", bool, False, "take the raw weights instead of the EMA weights")
     flag = parser.group("model, where the file does not say")
@@ -49,10 +49,8 @@ def convert(arguments: Sequence[str], prog: str | None = None) -> int:
     """Run `ddpm-hf convert`."""
     values = vars(convert_parser(prog).parse_args(arguments))
     source, checkpoint, output, no_ema = (values.pop(name) for name in ("from", "checkpoint", "output", "no_ema"))
-    options = {name: value for name, value in values.items() if value is not None}
-    if no_ema:
-        options["ema"] = False
-    from ..convert import formats
+    from ..convert import convert as write_converted
 
-    formats.convert(source, checkpoint, output, tell=print, **options)
+    options = {name: value for name, value in values.items() if value is not None}
+    write_converted(source, checkpoint, output, tell=print, ema=not no_ema, **options)
     return 0

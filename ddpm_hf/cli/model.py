@@ -43,9 +43,9 @@ def add_sampler_flags(parser: Parser) -> None:
         "--optimize",
         str,
         "auto",
-        "how the network is computed: no (as stock computes it), yes (as is fast on the device, on NVIDIA GPUs by CUDA "
-        "graphs; images differ by rounding only), compile (by torch.compile as well), auto (yes on GPUs, with compile "
-        "for long runs; on CPUs yes for long runs)",
+        "how the network is computed: no (as stock computes it), yes (as is fast on the device, on NVIDIA GPUs by "
+        "CUDA graphs; images differ by rounding only), compile (by torch.compile as well), auto (yes on GPUs, with "
+        "compile for long runs; on CPUs yes for long runs)",
         one_of("auto", "yes", "no", "compile"),
     )
 

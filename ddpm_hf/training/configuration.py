@@ -27,7 +27,10 @@ EVEN: Limit = (lambda value: value > 0 and value % 2 == 0, "must be positive and
 NORM: Limit = (lambda value: value > 0, "must be positive")  # infinity leaves gradients as they are
 THREADS: Limit = (lambda value: 0 < value <= 4096, "must be between 1 and 4096")
 NOT_EMPTY: Limit = (bool, "must not be empty")
-SIZE: Limit = (lambda value: _is_size(value), "takes one or two positive numbers")
+SIZE: Limit = (
+    lambda value: (len(value) == 2 and min(value) > 0) if isinstance(value, list) else value > 0,
+    "takes one or two positive numbers",
+)
 RANGE: Limit = (
     lambda value: isinstance(value, list) and len(value) == 2 and -math.inf < value[0] < value[1] < math.inf,
     "takes two rising numbers, for example 0 1",
@@ -40,11 +43,6 @@ _PRESET = "what is left out is as in --preset"
 def one_of(*names: str) -> Limit:
     """Return the limit of a flag that takes one of some names."""
     return (lambda value: value in names), f"must be one of {', '.join(names)}"
-
-
-def _is_size(value: int | list[int]) -> bool:
-    sizes = value if isinstance(value, list) else [value]
-    return len(sizes) in (1, 2) and min(sizes) > 0
 
 
 def paper_value(name: str) -> str:
@@ -61,8 +59,8 @@ def paper_value(name: str) -> str:
         found.setdefault(text, []).append(preset.name)
     if len(found) == 1:
         return f"the paper: {next(iter(found))}"
-    names = {text: "256x256" if names == large else ", ".join(names) for text, names in found.items()}
-    return "the paper: " + "; ".join(f"{text} ({names})" for text, names in names.items())
+    of = {text: "256x256" if names == large else ", ".join(names) for text, names in found.items()}
+    return "the paper: " + "; ".join(f"{text} ({names})" for text, names in of.items())
 
 
 def _flag(
@@ -74,15 +72,7 @@ def _flag(
     group: str | None = None,
     repr: bool = True,
 ) -> Any:
-    """Return a field that is a flag.
-
-    Args:
-        default, help: Its default and its text in `--help`.
-        limit: The values that it takes, where its type allows others.
-        paper: Name of the paper's value for the text, see `paper_value`.
-        group: Title in `--help` of this flag and of those that follow.
-        repr: Whether its value is shown.
-    """
+    """Return a field that is a flag; `paper` is for `paper_value`, `group` the title of it and those that follow."""
     text = help if paper is None else f"{help}; {paper_value(paper)}"
     return field(default=default, metadata={"help": text, "limit": limit, "group": group}, repr=repr)
 

@@ -107,7 +107,8 @@ def test_every_preset_has_a_configuration_that_changes_nothing_of_it(repository_
         (["--config", "{tmp}/list.yaml"], ["keys and values"]),
         (["--config", "{tmp}/broken.yaml"], ["not valid YAML"]),
         (["--config", "{tmp}/type.yaml"], ["--max_train_steps", "a whole number", "'1.5'"]),
-        (["--config", "{tmp}/null.yaml"], ["seed has no value"]),
+        (["--config", "{tmp}/several.yaml"], ["dataset_name takes one value, got ['a']"]),
+        (["--config", "{tmp}/null.yaml"], ["seed takes one value, got None"]),
         (["--config", "{tmp}/date.yaml"], ["not valid YAML", "month"]),
         (["--preset", "digits", "--num_cpu_threads", "99999999999"], ["--num_cpu_threads", "4096"]),
         (["--preset", "digits", "--output_dir", "{tmp}/list.yaml"], ["is a file"]),
@@ -127,6 +128,7 @@ def test_training_mistakes(tmp_path, capsys, monkeypatch, arguments, words):
     (tmp_path / "list.yaml").write_text("- 1\n")
     (tmp_path / "broken.yaml").write_text("a: [1\n")
     (tmp_path / "type.yaml").write_text("preset: digits\nmax_train_steps: 1.5\n")
+    (tmp_path / "several.yaml").write_text("dataset_name: [a]\n")
     (tmp_path / "null.yaml").write_text("dropout: null\nseed: null\n")
     (tmp_path / "date.yaml").write_text("output_dir: 2026-13-01\n")
     before = sorted(tmp_path.iterdir())
@@ -181,7 +183,7 @@ def test_other_mistakes(tmp_path, capsys, small_pipeline):
             "--optimize: must be one of auto, yes, no, compile, got 'fast'",
         ),
         (["push"], "required: RUN, --repo_id"),
-        (["convert", "--from", "diffusers", "--checkpoint", str(tmp_path / "no"), *out], "no"),
+        (["convert", "--from", "diffusers", "--checkpoint", str(tmp_path / "no"), *out], "no folder"),
         (["sample", *model, *out, "--class_labels", "cats"], "not class-conditional"),
         (["sample", *model, *out, "--class_labels", "null"], "class 'null'"),
         (["evaluate", *model, "--dataset", "digits", "--split", "test"], "validation"),
