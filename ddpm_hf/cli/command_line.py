@@ -151,9 +151,9 @@ def _text(value: Any) -> str:
     return ("yes" if value else "no") if isinstance(value, bool) else str(value)
 
 
-def pick(values: Any, *names: str) -> dict[str, Any]:
-    """Return some flags' values by their names."""
-    return {name: getattr(values, name) for name in names}
+def given(values: Any, *names: str) -> dict[str, Any]:
+    """Return some flags' values by their names, without those that are left out."""
+    return {name: value for name in names if (value := getattr(values, name)) is not None}
 
 
 def add_image_flags(flag: Callable[..., None]) -> None:
@@ -165,11 +165,12 @@ def add_image_flags(flag: Callable[..., None]) -> None:
             flag(f"--{field.name}", float if more else str, None, field.metadata["help"] + default, **more)
 
 
-def image_arguments(values: Any) -> dict[str, Any]:
-    """Return those of them that are given, as arguments of `data.load_images`."""
-    given = {name: value for name, value in pick(values, *IMAGE_FLAGS).items() if value is not None}
-    if "value_range" in given:
-        given["value_range"] = tuple(given["value_range"])
-    if "dataset_config_name" in given:
-        given["config_name"] = given.pop("dataset_config_name")
-    return given
+def image_arguments(values: Any, image_shape: tuple[int, int, int]) -> dict[str, Any]:
+    """Return the flags for images, and the shape that a network takes, as arguments of `data.load_images`."""
+    channels, height, width = image_shape
+    arguments = {"channels": channels, "resolution": (height, width), **given(values, *IMAGE_FLAGS)}
+    if "value_range" in arguments:
+        arguments["value_range"] = tuple(arguments["value_range"])
+    if "dataset_config_name" in arguments:
+        arguments["config_name"] = arguments.pop("dataset_config_name")
+    return arguments

@@ -10,22 +10,15 @@ from typing import Any
 
 from ..training.configuration import POSITIVE
 from ..utils.errors import UserError
-from .command_line import IMAGE_SOURCES, Parser, add_image_flags, image_arguments, pick
-from .model import (
-    add_model_flags,
-    add_sampler_flags,
-    inference_optimization,
-    load_pipeline,
-    sampler_arguments,
-    sampling_arguments,
-)
+from . import model
+from .command_line import IMAGE_SOURCES, Parser, add_image_flags, given, image_arguments
 
 
 def evaluate_parser(prog: str | None = None) -> Parser:
     """Return the parser of `ddpm-hf evaluate`."""
     parser = Parser(prog, "The numbers of the paper's tables for a model.")
     flag = parser.group("model and numbers")
-    add_model_flags(flag, batch_size=256, required=False)
+    model.add_model_flags(flag, batch_size=256, required=False)
     text = "nll (bits/dim), rate_distortion, fid, is, kid, prc (precision and recall), nn (nearest neighbours)"
     flag("--metrics", str, "nll", f"comma-separated: {text}")
     flag("--seed", int, 0, "of the likelihood's noise; sample i has the seed SEED + i")
@@ -44,7 +37,7 @@ def evaluate_parser(prog: str | None = None) -> Parser:
     flag("--num_images", int, None, "the first this many images; all if left out", POSITIVE)
     text = "network evaluations per image, for an estimate; left out: all T, the paper's full sum"
     flag("--num_evaluations", int, None, text)
-    add_sampler_flags(parser)
+    model.add_sampler_flags(parser)
     flag = parser.group("comparison of samples (fid, is, kid, prc, nn)")
     flag("--num_samples", int, 50_000, "samples to draw; the paper: 50000", POSITIVE)
     flag(
@@ -85,15 +78,12 @@ def evaluate(arguments: Sequence[str], prog: str | None = None) -> int:
     start_process()
     here = processes()
     with together():
-        pipe = load_pipeline(values.model, values.dtype, values.tf32)
-        channels, height, width = pipe.image_shape
+        pipe = model.load_pipeline(values.model, values.dtype, values.tf32)
         sets = load_splits(
             None if values.split is None else _parts(values.split),
             bool(set(metrics) - set(LIKELIHOOD_METRICS)),
-            **image_arguments(values),
             validation_split=values.validation_split,
-            channels=channels,
-            resolution=(height, width),
+            **image_arguments(values, pipe.image_shape),
         )
     num_images = sum(len(images) for images in sets.values() if isinstance(images, Sized))
     try:
@@ -108,10 +98,10 @@ def evaluate(arguments: Sequence[str], prog: str | None = None) -> int:
             output=folder,
             model_name=values.model,
             progress=True,
-            prepare=inference_optimization(values, _evaluations(pipe, values, metrics, num_images)),
-            **pick(values, "num_images", "num_evaluations", "num_samples", "batch_size", "seed", "inception_weights"),
-            **sampler_arguments(values),
-            **sampling_arguments(values),
+            prepare=model.inference_optimization(values, _evaluations(pipe, values, metrics, num_images)),
+            **given(values, "num_images", "num_evaluations", "num_samples", "batch_size", "seed", "inception_weights"),
+            **model.sampler_arguments(values),
+            **model.sampling_arguments(values),
         )
     except KeyboardInterrupt:
         print("finished batches are kept: the same command resumes from there", file=sys.stderr)

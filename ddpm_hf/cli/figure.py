@@ -6,14 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from ..utils.errors import UserError
+from . import model
 from .command_line import IMAGE_FLAGS, IMAGE_SOURCES, Parser, add_image_flags, image_arguments
-from .model import (
-    inference_optimization,
-    load_sampling_pipeline,
-    read_images,
-    sampling_arguments,
-    sampling_evaluations,
-)
 
 # The figures, and the seeds that they have by default.
 _SEEDS = {"progressive": "0-7", "shared_latents": "0-8", "interpolation": "0-3", "coarse_to_fine": "0"}
@@ -59,20 +53,20 @@ def draw_figure(values: Any) -> int:
     seeds = _checked_seeds(values)
     if not processes().is_main_process:
         return 0  # one picture, one process
-    pipe = load_sampling_pipeline(values)
+    pipe = model.load_sampling_pipeline(values)
     if pipe.image_shape[0] not in (1, 3):
         raise UserError(f"a figure needs images of 1 or 3 channels, and the model's have {pipe.image_shape[0]}")
     options = {
         "batch_size": values.batch_size,
         "class_labels": class_sequence(pipe, values.class_labels, len(seeds)),
         "progress": True,
-        **sampling_arguments(values),
+        **model.sampling_arguments(values),
     }
     interpolates = values.figure in _TAKEN_BY["images"]
     given = _given_images(values, 2 * len(seeds), pipe.image_shape) if interpolates else None
     for path in filter(None, (values.output, values.animation)):
         check_writable(path)
-    prepare = inference_optimization(values, sampling_evaluations(pipe, values, len(seeds)))
+    prepare = model.inference_optimization(values, model.sampling_evaluations(pipe, values, len(seeds)))
     if prepare is not None:
         prepare(pipe)
 
@@ -140,10 +134,8 @@ def _given_images(values: Any, count: int, image_shape: tuple[int, int, int]) ->
     from ..evaluation.run import first_images
 
     if values.images is not None:
-        return read_images("images", values.images, image_shape)
-    channels, height, width = image_shape
-    source = load_images(**image_arguments(values), channels=channels, resolution=(height, width))
-    images = first_images(source, count).images
+        return model.read_images("images", values.images, image_shape)
+    images = first_images(load_images(**image_arguments(values, image_shape)), count).images
     if len(images) < count:
         raise UserError(f"{len(images)} images are too few for {count // 2} pairs; give fewer --seeds")
     return images

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..training.configuration import POSITIVE, one_of, paper_value
 from ..utils.errors import UserError
-from .command_line import Parser, pick
+from .command_line import Parser, given
 
 # Network evaluations that are worth a minute of compiling on a GPU, and on a CPU a rounding that is not stock's.
 _LONG_RUN = 5000
@@ -52,21 +52,16 @@ def add_sampler_flags(parser: Parser) -> None:
 
 def sampler_arguments(values: Any) -> dict[str, Any]:
     """Return what `generation.with_sampler` takes of the flags."""
-    return pick(values, "sampler", "variance_type", "timestep_spacing")
+    return given(values, "sampler", "variance_type", "timestep_spacing")
 
 
 def sampling_arguments(values: Any) -> dict[str, Any]:
     """Return what `DDPMPipeline` takes of the flags."""
-    return pick(values, "num_inference_steps", "eta", "guidance_scale")
+    return given(values, "num_inference_steps", "eta", "guidance_scale")
 
 
 def load_pipeline(model: str, dtype: str = "float32", tf32: bool = False) -> Any:
     """Return the `DDPMPipeline` in a folder or on the Hub, on this process's device.
-
-    Args:
-        model: The folder or name.
-        dtype: The weights' precision.
-        tf32: Let float32 products on NVIDIA GPUs round their factors to TF32.
 
     Raises:
         UserError: There is no pipeline, or a weight is NaN or infinite.
@@ -110,11 +105,9 @@ def sampling_evaluations(pipe: Any, values: Any, count: int) -> int:
 
 
 def inference_optimization(values: Any, evaluations: int) -> Callable[[Any], None] | None:
-    """Return a function that makes a pipeline's network faster as `--optimize` says, and logs how; or `None`.
+    """Return a function that makes a pipeline's network faster as `--optimize` says, or `None`.
 
-    Args:
-        values: The flags.
-        evaluations: About how many evaluations of the network follow, of a batch each.
+    `evaluations` is about how many evaluations of the network follow, of a batch each.
     """
     from ..pipelines.inference import optimize_for_inference
     from ..utils.machine import compiler_problem

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from ..training.configuration import POSITIVE
 from ..utils.errors import UserError
+from . import model
 from .command_line import Parser, add_image_flags, image_arguments
-from .model import add_model_flags, load_pipeline
 
 
 def optimal_variance_parser(prog: str | None = None) -> Parser:
@@ -16,7 +16,7 @@ def optimal_variance_parser(prog: str | None = None) -> Parser:
     what = "Measure the best variance of the ddpm sampler (Analytic-DPM), and write it into the model's scheduler."
     parser = Parser(prog, what)
     flag = parser.group("model")
-    add_model_flags(flag, batch_size=256)
+    model.add_model_flags(flag, batch_size=256)
     text = "leave the model's own variance in use; take the new one with --variance_type optimal"
     flag("--keep_variance_type", bool, False, text)
     flag = parser.group("images")
@@ -38,11 +38,10 @@ def optimal_variance(arguments: Sequence[str], prog: str | None = None) -> int:
         raise UserError(f"--model {values.model!r} must be a folder on this machine: its scheduler is rewritten")
     start_process()
     with together():
-        pipe = load_pipeline(values.model)
+        pipe = model.load_pipeline(values.model)
         if not values.keep_variance_type and "learned" in (pipe.scheduler.config.get("variance_type") or ""):
             raise UserError("this network predicts its own variance; add --keep_variance_type")
-        channels, height, width = pipe.image_shape
-        data = load_images(**image_arguments(values), split="train", channels=channels, resolution=(height, width))
+        data = load_images(split="train", **image_arguments(values, pipe.image_shape))
         images = first_images(data, values.num_images)
     error = prediction_error(pipe, images, batch_size=values.batch_size, seed=values.seed, progress=True)
     with together():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from .command_line import Parser, pick
+from .command_line import Parser, given
 
 
 def push_parser(prog: str | None = None) -> Parser:
@@ -39,6 +39,6 @@ def push(arguments: Sequence[str], prog: str | None = None) -> int:
     from ..hub.publish import Push, quiet_client
 
     quiet_client()
-    options = pick(values, "private", "token", "license", "report", "commit_message")
+    options = given(values, "private", "token", "license", "report", "commit_message")
     print(Push(values.run, values.repo_id, **options).run())
     return 0

@@ -7,17 +7,9 @@ from typing import Any
 
 from ..training.configuration import POSITIVE
 from ..utils.errors import UserError
-from .command_line import Parser, pick
+from . import model
+from .command_line import Parser, given
 from .figure import add_figure_flags, draw_figure, refuse_figure_flags
-from .model import (
-    add_model_flags,
-    add_sampler_flags,
-    inference_optimization,
-    load_sampling_pipeline,
-    read_images,
-    sampling_arguments,
-    sampling_evaluations,
-)
 
 # Flags that only go with given images, and the flag that gives those.
 _GOES_WITH = {
@@ -32,11 +24,11 @@ def sample_parser(prog: str | None = None) -> Parser:
     """Return the parser of `ddpm-hf sample`."""
     parser = Parser(prog, "Draw images from a trained model.")
     flag = parser.group("model and output")
-    add_model_flags(flag, batch_size=64)
+    model.add_model_flags(flag, batch_size=64)
     flag("--output", str, None, "a folder of PNGs, FILE.npz, or FILE.png (a grid)", required=True)
     flag("--seeds", str, None, "one image per seed: 0-63 or 0,5,8-11; default: 0-15, or one for each --image")
     flag("--class_labels", str, None, "classes by name or number, repeated for all seeds: cats,dogs or 0,1")
-    add_sampler_flags(parser)
+    model.add_sampler_flags(parser)
     flag = parser.group("from given images: image to image, inpainting")
     text = "start from these files instead of from noise, repeated for all seeds; needs --strength or --mask_image"
     flag("--image", str, None, text, nargs="+")
@@ -71,9 +63,9 @@ def sample(arguments: Sequence[str], prog: str | None = None) -> int:
     default = "0-15" if len(values.image or [0]) == 1 else f"0-{len(values.image) - 1}"
     seeds = parse_seeds(default if values.seeds is None else values.seeds)
     with together():
-        pipe = load_sampling_pipeline(values)
+        pipe = model.load_sampling_pipeline(values)
         labels = class_sequence(pipe, values.class_labels, len(seeds))
-        given = _given_images(values, len(seeds), pipe.image_shape)
+        images = _given_images(values, len(seeds), pipe.image_shape)
     drawn = write_samples(
         pipe,
         seeds,
@@ -81,9 +73,9 @@ def sample(arguments: Sequence[str], prog: str | None = None) -> int:
         batch_size=values.batch_size,
         progress=True,
         class_labels=labels,
-        prepare=inference_optimization(values, sampling_evaluations(pipe, values, len(seeds))),
-        **sampling_arguments(values),
-        **given,
+        prepare=model.inference_optimization(values, model.sampling_evaluations(pipe, values, len(seeds))),
+        **model.sampling_arguments(values),
+        **images,
     )
     already = f", {len(seeds) - drawn} were there already" if drawn < len(seeds) else ""
     say(f"wrote {drawn} images to {values.output}{already}")
@@ -105,10 +97,9 @@ def _given_images(values: Any, count: int, image_shape: tuple[int, int, int]) ->
             f"--mask_image names {len(values.mask_image)} files for {len(values.image)} of --image; give one, or one "
             "for each"
         )
-    files = {"image": read_images("image", values.image, image_shape)}
+    files = {"image": model.read_images("image", values.image, image_shape)}
     if values.mask_image is not None:
         # Scaled and cropped as its image is: white pixels (> 127) are drawn anew.
-        files["mask_image"] = read_images("mask_image", values.mask_image, (1, *image_shape[1:])) > 127
-    given = {n: f if len(f) == 1 else f[[i % len(f) for i in range(count)]] for n, f in files.items()}
-    numbers = pick(values, "strength", "resample_length", "resample_times")
-    return given | {name: value for name, value in numbers.items() if value is not None}
+        files["mask_image"] = model.read_images("mask_image", values.mask_image, (1, *image_shape[1:])) > 127
+    chosen = {n: f if len(f) == 1 else f[[i % len(f) for i in range(count)]] for n, f in files.items()}
+    return chosen | given(values, "strength", "resample_length", "resample_times")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..utils.errors import UserError
-from .command_line import Parser, pick
+from .command_line import Parser, given
 from .push import add_hub_flags, add_run
 
 
@@ -33,7 +33,7 @@ def space(arguments: Sequence[str], prog: str | None = None) -> int:
     from ..hub.space import push_space, write_space
 
     quiet_client()
-    options = pick(values, "model_id", "license", "token")
+    options = given(values, "model_id", "license", "token")
     if values.output is None:
         print(push_space(values.run, values.repo_id, private=values.private, **options))
     else:
