@@ -67,8 +67,9 @@ def evaluate(arguments: Sequence[str], prog: str | None = None) -> int:
     folder = output if file is None else None
     if folder is not None and folder.is_file():
         raise UserError(f"--output {folder} is a file; name a folder, or FILE.json")
-    from ..evaluation.run import LIKELIHOOD_METRICS, load_splits, parse_metrics
+    from ..evaluation.options import LIKELIHOOD_METRICS, parse_metrics
     from ..evaluation.run import evaluate as evaluate_model
+    from ..evaluation.run import load_splits
     from ..utils.files import writable_folder
     from ..utils.processes import processes, start_process, together
 
@@ -121,7 +122,7 @@ def _parts(text: str) -> list[str]:
 
 def _evaluations(pipe: Any, values: Any, metrics: Sequence[str], num_images: int) -> int:
     """Return about how many evaluations of the network follow, of a batch each."""
-    from ..evaluation.run import LIKELIHOOD_METRICS
+    from ..evaluation.options import LIKELIHOOD_METRICS
 
     T = pipe.scheduler.config.num_train_timesteps
     found = 0

@@ -430,7 +430,7 @@ def test_image_to_image_is_the_pipelines(given):
     assert np.array_equal(np.load(given / "same.npz")["arr_0"][0, ..., 0], np.asarray(*opened(given, "0")))
 
 
-def test_several_images_are_taken_in_turn(given):
+def test_several_images_are_repeated_for_all_seeds(given):
     assert sample(given, "--image {}/0.png {}/1.png --strength 0.6 --seeds 0-4 --batch_size 3 --output {}/a.npz") == 0
     images = opened(given, "0", "1", "0", "1", "0")
     batches = (slice(0, 3), slice(3, 5))  # the same ones, which convolutions round in the same way
