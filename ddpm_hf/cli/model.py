@@ -35,7 +35,7 @@ def add_sampler_flags(parser: Parser) -> None:
     spacings = "leading, linspace or trailing"
     flag("--timestep_spacing", str, None, f"timesteps of a short chain: {spacings}; default: the model's")
     flag("--eta", float, None, "noise of ddim: 0 (the default) none, 1 as much as ddpm")
-    flag("--guidance_scale", float, 1.0, "classifier-free guidance; 1: none, more exaggerates the class")
+    flag("--guidance_scale", float, 1.0, "classifier-free guidance; 1: none; larger values exaggerate the class")
     dtypes = one_of("float32", "bfloat16", "float16")
     flag("--dtype", str, "float32", "the network's, not the chain's: float32, bfloat16 or float16 (GPU)", dtypes)
     flag("--tf32", bool, False, "NVIDIA GPUs: faster float32 products with 10 bits of mantissa")

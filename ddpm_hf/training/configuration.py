@@ -121,14 +121,14 @@ class TrainingConfig:
     dataset_name: str | None = _flag(None, "a dataset by Hub id or local path")
     dataset_config_name: str | None = _flag(None, "the configuration of --dataset_name")
     train_data_dir: str | None = _flag(None, "a folder of images; subfolders are classes")
-    cache_dir: str | None = _flag(None, "where downloaded datasets are kept; default: as datasets has it")
-    image_column: str | None = _flag(None, "the dataset's column of images; found by itself if left out")
-    label_column: str | None = _flag(None, "the dataset's column of classes; found by itself if left out")
+    cache_dir: str | None = _flag(None, "where downloaded datasets are kept; default: the cache of datasets")
+    image_column: str | None = _flag(None, "the dataset's column of images; detected if left out")
+    label_column: str | None = _flag(None, "the dataset's column of classes; detected if left out")
     resolution: int | list[int] | None = _flag(None, "height and width, or one number", SIZE, paper="sample_size")
     center_crop: bool = _flag(True, "crop images of another shape in the middle; false: at random")
     random_flip: bool | None = _flag(None, "mirror images at random; default: the preset's", paper="random_flip")
     background: str = _flag("white", "colour under transparent pixels")
-    value_range: list[float] | None = _flag(None, "what .npy arrays call black and white, such as 0 1", RANGE)
+    value_range: list[float] | None = _flag(None, "the values of black and white in .npy arrays, such as 0 1", RANGE)
     array_layout: str | None = _flag(None, "HWC or CHW, for .npy arrays whose shape fits both", one_of("HWC", "CHW"))
     on_bad_image: str = _flag("error", "error, or skip: name unreadable images, omit them", one_of("error", "skip"))
     streaming: bool = _flag(False, "read the dataset from end to end, without keeping it")
@@ -168,7 +168,7 @@ class TrainingConfig:
     output_dir: str = _flag("ddpm-model", "where model and checkpoints go", NOT_EMPTY, group="output and checkpoints")
     checkpointing_steps: int = _flag(5000, "updates between checkpoints", POSITIVE)
     checkpoints_total_limit: int | None = _flag(None, "how many checkpoints to keep; all if left out", POSITIVE)
-    resume_from_checkpoint: str | None = _flag(None, "latest, or a checkpoint's folder; starts anew if left out")
+    resume_from_checkpoint: str | None = _flag(None, "latest, or a checkpoint's folder; if left out, a new run")
 
     save_images_steps: int | None = _flag(
         None, "updates between grids of samples; only at the end if left out", POSITIVE, group="samples while training"
