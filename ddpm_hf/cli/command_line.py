@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import re
 import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -71,6 +72,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, prog: str | None, description: str, arguments: str = "[flags]"):
         usage = f"%(prog)s {arguments}"
         super().__init__(prog, usage, description, allow_abbrev=False, formatter_class=_HelpFormatter)
+        self._negative_number_matcher = re.compile(r"-\.?\d")  # argparse would take -1e-3 for a flag
 
     def group(self, title: str) -> Callable[..., None]:
         """Add a group of flags; return the function that adds a flag to it.
