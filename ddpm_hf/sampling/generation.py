@@ -57,9 +57,11 @@ def parse_seeds(text: str) -> list[int]:
         if not first.isdecimal() or (dash and not last.isdecimal()):
             raise UserError(f"--seeds takes whole numbers and ranges such as 0-63 or 0,5,8-11, got {text!r}")
         low, high = int(first), int(last or first)
+        if high < low:
+            raise UserError(f"a range of --seeds rises, such as {high}-{low}; got {part.strip()!r}")
         if not low <= high < min(low + most, largest + 1):
             raise UserError(
-                f"a range of --seeds rises, to {largest} at most, and has at most {most} numbers; got {part.strip()!r}"
+                f"a range of --seeds ends at {largest} and has {most} numbers at most; got {part.strip()!r}"
             )
         seeds.extend(range(low, high + 1))
     if len(set(seeds)) < len(seeds):
