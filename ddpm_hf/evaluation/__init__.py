@@ -9,7 +9,7 @@ __all__ = ["evaluate"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import `evaluate` when it is first used: `evaluation.report`, which a push reads, needs no torch."""
+    """Import `evaluate` when it is used: reports are read without PyTorch, which takes seconds."""
     if name == "evaluate":
         from .run import evaluate
 

@@ -19,7 +19,7 @@ import torch
 from diffusers.utils import logging
 from PIL import Image
 
-from ..data.files import ImageFormat, crop_box, read_image
+from ..data.decoding import DecodeOptions, crop_box, read_image
 from ..data.tensors import to_model_range, to_uint8
 from ..diffusion.likelihood import stratified_bits_per_dim
 from ..diffusion.scheduling_ddpm import DDPMScheduler
@@ -333,7 +333,7 @@ class Demo:
         chosen = self._label(model, label)
         channels, height, width = pipe.image_shape
         converted = describe_conversion(Path(file), pipe.image_shape, self.limits.pixels)
-        pixels = torch.from_numpy(read_image(Path(file), ImageFormat(channels, (height, width))).copy())[None]
+        pixels = torch.from_numpy(read_image(Path(file), DecodeOptions(channels, (height, width))).copy())[None]
         labels: dict[str, Any] = {}
         if pipe.unet.config.num_class_embeds is not None:
             label_index = pipe.classes.null if chosen is None else chosen
@@ -381,7 +381,7 @@ def describe_conversion(path: Path, image_shape: tuple[int, int, int], most_pixe
             turned = image.getexif().get(_ORIENTATION, 1)
             animated, transparent = getattr(image, "is_animated", False), image.has_transparency_data
     except Exception:  # whatever Pillow's decoders raise; reading it says what it is
-        read_image(path, ImageFormat(channels, (height, width)))
+        read_image(path, DecodeOptions(channels, (height, width)))
         raise UserError("the file could not be read") from None
     if size[0] * size[1] > most_pixels:
         raise UserError(

@@ -65,7 +65,7 @@ def test_one_command_one_report(tmp_path, capsys):
     assert "+0" in capsys.readouterr().out
 
 
-def test_interrupted_and_repeated_it_goes_on(tmp_path, capsys, monkeypatch):
+def test_an_interrupted_evaluation_resumes_and_a_repeated_one_draws_nothing(tmp_path, capsys, monkeypatch):
     flags = ["--dataset", "digits", "--metrics", "fid", *SMALL, "--batch_size", "10"]
     assert evaluate(*flags, "--output", str(tmp_path / "whole")) == 0
     drawn: list[int] = []
@@ -81,7 +81,7 @@ def test_interrupted_and_repeated_it_goes_on(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(DDPMPipeline, "__call__", spy)
     capsys.readouterr()
     assert evaluate(*flags, "--output", str(tmp_path / "cut")) == 130
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "the same command resumes" in capsys.readouterr().err
     assert drawn == list(range(10))
     assert not (tmp_path / "cut" / "report.json").exists()
     limit["lifted"] = True
@@ -268,14 +268,14 @@ def test_images_are_read_as_in_training(tmp_path, capsys):
     assert "--value_range" in capsys.readouterr().err
 
 
-def test_the_word_for_optimizing_is_checked_first(tmp_path, capsys):
+def test_the_value_of_optimize_is_checked_first(tmp_path, capsys):
     for command in (
         ["evaluate", "--model", "nowhere", "--dataset", "digits"],
         ["sample", "--model", "nowhere", "--output", str(tmp_path / "x.png")],
         ["sample", "--model", "nowhere", "--output", str(tmp_path / "x.png"), "--figure", "progressive"],
     ):
         assert cli.main([*command, "--optimize", "fast"]) == 2
-        assert "--optimize must be one of auto, yes, no, compile, got 'fast'" in capsys.readouterr().err
+        assert "--optimize: must be one of auto, yes, no, compile, got 'fast'" in capsys.readouterr().err
 
 
 def test_a_figure_of_an_optimized_network(tmp_path, capsys):
