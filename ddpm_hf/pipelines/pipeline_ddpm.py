@@ -144,7 +144,7 @@ class DDPMPipeline(PortableConfigMixin, PrivateByDefault, StockDDPMPipeline):
         if push_to_hub:
             _push(save_directory, options.pop("repo_id", None) or Path(save_directory).resolve().name, **options)
 
-    def _publish(self, repo_id: str, variant: str | None, options: dict[str, Any]) -> str:
+    def _push_to_hub(self, repo_id: str, variant: str | None, options: dict[str, Any]) -> str:
         _check_published_weights(variant=variant)
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)

@@ -62,9 +62,9 @@ class PrivateByDefault:
         if not safe_serialization:
             raise UserError("safe_serialization=False would publish a pickle; leave it out for safetensors")
         options |= {"commit_message": commit_message, "private": private, "token": token, "create_pr": create_pr}
-        return self._publish(repo_id, variant, options)
+        return self._push_to_hub(repo_id, variant, options)
 
-    def _publish(self, repo_id: str, variant: str | None, options: dict[str, Any]) -> str:
+    def _push_to_hub(self, repo_id: str, variant: str | None, options: dict[str, Any]) -> str:
         open_repository(repo_id, options["private"], options["token"])
         return super().push_to_hub(repo_id, variant=variant, **options)  # type: ignore[misc]
 
