@@ -12,7 +12,6 @@ from pathlib import Path
 from .files import check_opens, make_snapshot
 from .publish import Push, quiet_client
 
-
 # Seconds that the end of a run waits for its last push; one that hangs for longer is given up.
 MOST_WAIT = 1800.0
 

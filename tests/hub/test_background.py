@@ -2,9 +2,9 @@
 
 import json
 import shutil
-import threading
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
