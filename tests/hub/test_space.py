@@ -15,7 +15,7 @@ from conftest import FIXTURES
 from hub.server import Fault, HubServer
 
 from ddpm_hf import cli
-from ddpm_hf.hub.space import GRADIO, SpaceFacts, write_space
+from ddpm_hf.hub.space import GRADIO, space_texts, write_space
 
 ROOT = Path(__file__).parents[2]
 MODEL = FIXTURES / "digits_model"
@@ -49,7 +49,7 @@ def front_matter(text: str) -> dict:
 
 
 def test_the_example_is_what_the_command_writes():
-    made = SpaceFacts("runs/digits", "DDPM: digits", "apache-2.0").files()
+    made = space_texts("runs/digits", "DDPM: digits", "apache-2.0")
     assert {path.name for path in (ROOT / "examples" / "space").iterdir() if path.is_file()} == set(made)
     for name in ("app.py", "README.md"):
         assert (ROOT / "examples" / "space" / name).read_text() == made[name], f"write examples/space/{name} again"
@@ -68,7 +68,8 @@ def test_requirements_are_those_of_the_package():
 
 def test_a_space_is_whole(space, run_folder):
     files = {path.relative_to(space).as_posix() for path in space.rglob("*") if path.is_file()}
-    package = {path.relative_to(ROOT).as_posix() for path in (ROOT / "ddpm_hf").rglob("*.py")}
+    sources = (path for path in (ROOT / "ddpm_hf").rglob("*") if path.suffix in (".py", ".md"))
+    package = {path.relative_to(ROOT).as_posix() for path in sources}
     model = {"model/README.md", "model/model_index.json", "model/scheduler/scheduler_config.json"} | {
         "model/unet/config.json",
         "model/unet/diffusion_pytorch_model.safetensors",
@@ -116,7 +117,7 @@ def test_the_license_is_what_the_card_says(run_folder, tmp_path, card, license):
         (["RUN"], "give --repo_id org/name to push the Space, or --output FOLDER"),
         (["nowhere", "--output", "NEW"], "there is no folder 'nowhere'"),
         (["EMPTY", "--output", "NEW"], "holds no pipeline"),
-        (["RUN", "--output", "FULL"], "holds something; name another, or remove it first"),
+        (["RUN", "--output", "FULL"], "is not empty; name another folder, or remove it first"),
         (["RUN", "--output", "NEW", "--model_id", "a/b/c"], "'a/b/c' is no repository name"),
         (["RUN", "--output", "NEW", "--license", "Do What You Want"], "license"),
         (["RUN", "--repo_id", "a/b/c"], "'a/b/c' is no repository name"),
