@@ -126,7 +126,7 @@ def push_space(run: str | Path, repo_id: str, private: bool = True, token: str |
         token: Instead of the one that `hf auth login` or HF_TOKEN left.
 
     Raises:
-        OSError, UserError: It did not happen, in one sentence; see also `write_space`.
+        OSError, UserError: It did not happen, in one sentence.
     """
     check_repo_id(repo_id)
     token = known_token(token)

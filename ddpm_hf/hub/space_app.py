@@ -30,7 +30,7 @@ from ..utils.errors import UserError
 from ..utils.visualize import image_grid
 
 _CSS = ".pixels img { image-rendering: pixelated; object-fit: contain }"  # small images as squares, not blurred
-_QUEUED: dict[str, Any] = {"concurrency_id": "network", "concurrency_limit": 1}  # one request at a time, of any kind
+_QUEUED: dict[str, Any] = {"concurrency_id": "all", "concurrency_limit": 1, "show_progress": "minimal"}  # one by one
 _AT_ONCE: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 _MEGABYTES, _PIXELS = 10, 25_000_000  # of an uploaded image
 
@@ -82,7 +82,6 @@ class Demo:
 
     Args:
         models: Folders (looked for in `folder` first) or names on the Hub, with commas between them.
-        folder: The app's own.
         max_images, max_steps: What a visitor can ask for at once.
 
     Raises:
@@ -99,13 +98,6 @@ class Demo:
         if not self.pipes:
             raise UserError(f"name at least one model, such as runs/digits,org/name; got {models!r}")
         self.newest: dict[str | None, object] = {}  # of each visitor's clicks on Sample; the others stop
-
-    def describe(self, model: str) -> str:
-        """Return a line on the images, the network and the process of a model."""
-        pipe = self.pipes[model]
-        (channels, height, width), T = pipe.image_shape, pipe.scheduler.config.num_train_timesteps
-        images = f"{'grey' if channels == 1 else 'colour'} images of {height} x {width} pixels"
-        return f"- {model}: {images}, {parameter_count(pipe.unet):,} parameters, T = {T}"
 
     def _chain(
         self, model: str, steps: int, sampler: str, label: Any, guidance: float
@@ -126,27 +118,19 @@ class Demo:
         self.newest.pop(request.session_hash, None)
 
     def sample(
-        self,
-        model: str,
-        seeds: str,
-        steps: int,
-        sampler: str,
-        label: Any = None,
-        guidance: float = 1,
-        request: gr.Request | None = None,
+        self, model: str, seeds: str, steps: int, sampler: str, label: Any, guidance: float, request: gr.Request
     ) -> Iterator[tuple[Any, Any, list[Image.Image], str]]:
         """Draw one image per seed: those of `pipe(seeds=seeds)`.
 
         Yields:
-            x_t, the x_0 predicted from it (`None` where the sampler keeps it to itself), the images (none before the
-            end), and how far and fast it is.
+            x_t, the x_0 predicted from it (`None` where the sampler does not return it), the images (none before the
+            end), and how far and how fast it is.
         """
         with _errors_shown():
             chosen = parse_at_most(self.max_images, seeds)
             pipe, options = self._chain(model, steps, sampler, label, guidance)
             count, T = options["num_inference_steps"], pipe.scheduler.config.num_train_timesteps
-            session = request and request.session_hash
-            newest = self.newest.get(session)
+            session, newest = request.session_hash, self.newest.get(request.session_hash)
             worked, resumed = 0.0, time.monotonic()  # the time in which pictures are shown is not the network's
             for step in pipe.progressive(seeds=chosen, **options):
                 done, stopped = step.index + 1, self.newest.get(session) is not newest
@@ -162,26 +146,31 @@ class Demo:
                     resumed = time.monotonic()
             images = pipe.as_output(step.prev_sample, "pil")
             worked += time.monotonic() - resumed
-            text = f"{len(images)} image{'s'[: len(images) > 1]} in {worked:.2f} s: {count} steps of {sampler}"
-            text = f"{text}, {count / worked:.1f} steps/s"
+            drawn = f"{len(images)} image{'s'[: len(images) > 1]} in {worked:.2f} s"
+            text = f"{drawn}: {count} steps of {sampler}, {count / worked:.1f} steps/s"
             yield _grid(step.prev_sample), _grid(step.pred_original_sample), images, text
 
     def interpolate(
-        self, model: str, seed_a: int, seed_b: int, share: float, steps: int, sampler: str, label: Any = None, guidance: float = 1
-    ) -> tuple[Image.Image, str]:
-        """Draw the images of two seeds, diffuse them to t = `share` T, mix and decode them (Fig. 8)."""
+        self, model: str, seed_a: int, seed_b: int, share: float, steps: int, sampler: str, label: Any, guidance: float
+    ) -> Iterator[tuple[Image.Image | None, str]]:
+        """Draw the images of two seeds, diffuse them to t = `share` T, mix and decode them (Fig. 8).
+
+        Yields:
+            The figure, `None` until it is there, and what is being done.
+        """
         with _errors_shown():
             pipe, options = self._chain(model, steps, sampler, label, guidance)
-            progress, start = gr.Progress(), time.monotonic()
-            progress(0.1, f"drawing the images of seeds {seed_a} and {seed_b}")
+            yield None, f"drawing the images of seeds {seed_a} and {seed_b}"
+            start = time.monotonic()
             (ends,) = pipe(seeds=[seed_a, seed_b], output_type="pt", return_dict=False, **options)
-            progress(0.3, "interpolating between them")
-            t = round(share * pipe.scheduler.config.num_train_timesteps)
+            worked = time.monotonic() - start
+            yield None, "interpolating between them"
+            start, t = time.monotonic(), round(share * pipe.scheduler.config.num_train_timesteps)
             a, b = ends.cpu().split(1)
             figure = interpolate(pipe, a, b, t, seeds=[seed_a], batch_size=self.max_images, **options)
-            seconds = time.monotonic() - start
-            text = f"{len(figure.lambdas)} images between two, mixed at t = {figure.t}, in {seconds:.2f} s"
-            return figure.draw(), text
+            worked += time.monotonic() - start
+            text = f"{len(figure.lambdas)} images between two, mixed at t = {figure.t}, in {worked:.2f} s"
+            yield figure.draw(), text
 
     def bits_per_dim(self, model: str, file: str | None, label: Any = None) -> tuple[Image.Image, str]:
         """Estimate the bound on an image's -log p in bits/dim; return the image as the network sees it, and a text."""
@@ -191,8 +180,8 @@ class Demo:
                 raise UserError("choose an image file first")
             if not isinstance(pipe.scheduler, DDPMScheduler):
                 raise UserError(f"{model!r} was saved with a {type(pipe.scheduler).__name__}, which has no likelihood")
-            channels, *size = pipe.image_shape
-            pixels = torch.from_numpy(read_image(Path(file), ImageFormat(channels, (size[0], size[1]))).copy())[None]
+            channels, height, width = pipe.image_shape
+            pixels = torch.tensor(read_image(Path(file), ImageFormat(channels, (height, width))))[None]
             labels = pipe.classes.checked(label or None, 1.0, len(pixels))
             evaluations = min(50, 2 * pipe.scheduler.config.num_train_timesteps)  # 50 as in the docs' tables
             estimate = stratified_bits_per_dim(
@@ -205,7 +194,7 @@ class Demo:
             )
             bits = f"**{estimate.mean:.2f} ± {estimate.sampling_standard_error:.2f} bits/dim**"
             how = f"estimated from {evaluations} network evaluations in {time.monotonic() - start:.2f} s"
-            seen = describe_conversion(file, *pipe.image_shape)
+            seen = describe_conversion(file, channels, height, width)
             text = f"{bits}: the variational bound, {how}, with its standard error.\n\nWhat the network saw: {seen}."
             return image_grid(pixels, tile=256), text
 
@@ -225,7 +214,11 @@ def make_page(demo: Demo, max_waiting: int = 20) -> gr.Blocks:
             options: dict[str, Any] = {"value": first, "allow_custom_value": True, "visible": bool(names)}
             label = gr.Dropdown(list(dict.fromkeys(names)), label="Class (empty: any)", **options)
             guidance = gr.Slider(0, 20, 1, step=0.5, label="Guidance (1: as learned)", visible=guided)
-        gr.Markdown("\n".join(demo.describe(name) for name in demo.pipes))
+        for name, pipe in demo.pipes.items():
+            channels, height, width = pipe.image_shape
+            images = f"{'grey' if channels == 1 else 'colour'} images of {height} x {width} pixels"
+            T = pipe.scheduler.config.num_train_timesteps
+            gr.Markdown(f"{name}: {images}, {parameter_count(pipe.unet):,} parameters, T = {T}")
         with gr.Tab("Sample"), gr.Row():
             _sample_tab(demo, page, model, [steps, sampler, label, guidance])
         with gr.Tab("Interpolate"):
@@ -258,7 +251,7 @@ def _sample_tab(demo: Demo, page: gr.Blocks, model: gr.Dropdown, chain: list[Any
         look: dict[str, Any] = {"columns": 8, "object_fit": "contain", "height": 240, "elem_classes": "pixels"}
         images = gr.Gallery(show_label=False, format="png", interactive=False, elem_id="gallery", **look)
     # "always_last", as gradio would ignore a click while the sampling before is still ending
-    last: dict[str, Any] = {"trigger_mode": "always_last", "show_progress": "hidden", **_QUEUED}
+    last: dict[str, Any] = {**_QUEUED, "trigger_mode": "always_last", "show_progress": "hidden"}
     started = go.click(demo.start, None, text, **_AT_ONCE)
     sampled = started.then(demo.sample, [model, seeds, *chain], [x_t, x_0, images, text], **last)
     sampled.failure(lambda: "", None, text, **_AT_ONCE)
@@ -274,12 +267,10 @@ def _picture(title: str, elem_id: str, height: int | None = 300) -> gr.Image:
 
 
 def serve(app: str, models: str, max_images: int, max_steps: int, max_waiting: int) -> None:
-    """Show the page until Ctrl-C; gradio's variables (`GRADIO_SERVER_PORT`, ...) say where.
-
-    A model that cannot be opened is one sentence on stderr, and exit code 2.
+    """Show the page until Ctrl-C; a model that cannot be opened is one sentence on stderr, and exit code 2.
 
     Args:
-        app: The app's file. Folders of models are looked for beside it.
+        app: The app's file; models are looked for beside it.
         models, max_images, max_steps: See `Demo`; the variable `DDPM_HF_SPACE_MODELS` replaces the models.
         max_waiting: Visitors in the queue; the next one is told to come later.
     """
@@ -292,9 +283,6 @@ def serve(app: str, models: str, max_images: int, max_steps: int, max_waiting: i
         sys.exit(2)
     # Fonts of the visitor's system instead of Google's; server-side rendering would need Node.js.
     theme = gr.themes.Base(font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace"))
-    off: dict[str, Any] = dict.fromkeys(
-        ("ssr_mode", "share", "pwa", "mcp_server", "run_history", "enable_monitoring"), False
-    )
-    make_page(demo, max_waiting).launch(
-        max_file_size=f"{_MEGABYTES}mb", theme=theme, css=_CSS, footer_links=["api"], **off
-    )
+    names = ("ssr_mode", "share", "pwa", "mcp_server", "run_history", "enable_monitoring")
+    options: dict[str, Any] = {"theme": theme, "css": _CSS, "footer_links": ["api"], **dict.fromkeys(names, False)}
+    make_page(demo, max_waiting).launch(max_file_size=f"{_MEGABYTES}mb", **options)

@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import FIXTURES, make_small_unet
-from ddpm_hf.hub.space_app import Demo, describe_conversion, make_page, parse_at_most
 from PIL import Image
 
 from ddpm_hf import DDPMPipeline, DDPMScheduler
 from ddpm_hf.diffusion.likelihood import stratified_bits_per_dim
+from ddpm_hf.hub.space_app import Demo, describe_conversion, make_page, parse_at_most
 from ddpm_hf.utils.errors import NotFiniteError, UserError
 
 MODEL = str(FIXTURES / "digits_model")
+ME, OTHER = SimpleNamespace(session_hash="me"), SimpleNamespace(session_hash="other")  # as in gr.Request
 
 
 @pytest.fixture(scope="module")
@@ -83,14 +84,14 @@ def test_a_model_without_images_to_look_at_is_refused(tmp_path):
     unet = make_small_unet(in_channels=2, out_channels=2)
     DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "two")
     with pytest.raises(gr.Error, match="1 or 3 channels"):
-        next(Demo("two", tmp_path).sample("two", "0", 5, "ddpm"))
+        next(Demo("two", tmp_path).sample("two", "0", 5, "ddpm", None, 1, ME))
 
 
 # ---------------------------------------------------------------- sampling
 
 
 def test_sampling_can_be_watched(demo):
-    seen = list(demo.sample(MODEL, "0,1", 100, "ddpm"))
+    seen = list(demo.sample(MODEL, "0,1", 100, "ddpm", None, 1, ME))
     assert len(seen) > 15  # a slow machine shows more
     steps = [int(text.split()[1]) for *_, text in seen[:-1]]
     assert steps == sorted(set(steps))
@@ -104,20 +105,20 @@ def test_sampling_can_be_watched(demo):
         np.testing.assert_array_equal(tile, np.asarray(image).repeat(6, 0).repeat(6, 1))
 
 
-def test_a_sampler_that_keeps_x_0_to_itself_shows_x_t(demo):
-    seen = list(demo.sample(MODEL, "0", 5, "unipc"))
+def test_a_sampler_that_does_not_return_x_0_shows_x_t(demo):
+    seen = list(demo.sample(MODEL, "0", 5, "unipc", None, 1, ME))
     assert {x_0 for _, x_0, _, _ in seen} == {None}
     assert len(seen[-1][2]) == 1
 
 
 def test_stopping_ends_it_after_the_step_at_hand(demo):
-    me, calls = SimpleNamespace(session_hash="me"), []
+    calls = []
     hook = demo.pipes[MODEL].unet.register_forward_hook(lambda *_: calls.append(1))
     try:
-        demo.start(me)
-        steps = demo.sample(MODEL, "0", 500, "ddpm", request=me)
+        demo.start(ME)
+        steps = demo.sample(MODEL, "0", 500, "ddpm", None, 1, ME)
         next(steps)
-        demo.stop(me)
+        demo.stop(ME)
         assert last(steps)[3].startswith("stopped at step 2 of 500")
     finally:
         hook.remove()
@@ -127,7 +128,6 @@ def test_stopping_ends_it_after_the_step_at_hand(demo):
 
 def test_a_new_click_stops_the_sampling_before_and_nobody_elses(demo):
     """Otherwise Stop could end the last one only."""
-    me, other = SimpleNamespace(session_hash="me"), SimpleNamespace(session_hash="other")
 
     def click(visitor):
         demo.start(visitor)
@@ -135,10 +135,10 @@ def test_a_new_click_stops_the_sampling_before_and_nobody_elses(demo):
         next(made)
         return made
 
-    first, theirs = click(me), click(other)
-    second = click(me)
+    first, theirs = click(ME), click(OTHER)
+    second = click(ME)
     assert last(first)[3].startswith("stopped at step 2 of 1000")
-    demo.stop(me)
+    demo.stop(ME)
     assert last(second)[3].startswith("stopped at step 2 of 1000")
     assert next(theirs)[3].startswith("step ")  # which nobody stopped
     theirs.close()
@@ -146,8 +146,8 @@ def test_a_new_click_stops_the_sampling_before_and_nobody_elses(demo):
 
 def test_requests_do_not_share_a_sampler(demo):
     """Two interleaved chains of different lengths are what each is alone."""
-    alone = [last(demo.sample(MODEL, "1", steps, "ddpm"))[2][0].tobytes() for steps in (6, 9)]
-    short, long = demo.sample(MODEL, "1", 6, "ddpm"), demo.sample(MODEL, "1", 9, "ddpm")
+    alone = [last(demo.sample(MODEL, "1", steps, "ddpm", None, 1, ME))[2][0].tobytes() for steps in (6, 9)]
+    short, long = demo.sample(MODEL, "1", 6, "ddpm", None, 1, ME), demo.sample(MODEL, "1", 9, "ddpm", None, 1, ME)
     for _ in range(5):
         next(short), next(long)
     assert [last(short)[2][0].tobytes(), last(long)[2][0].tobytes()] == alone
@@ -187,43 +187,45 @@ def test_a_class_is_drawn(with_classes, folder, model, label, guidance, options)
     pipe = DDPMPipeline.from_pretrained(folder / model)
     pipe.set_progress_bar_config(disable=True)
     wanted = pipe(seeds=[4], num_inference_steps=10, **options).images[0]
-    (made,) = last(with_classes.sample(model, "4", 10, "ddpm", label, guidance))[2]
+    (made,) = last(with_classes.sample(model, "4", 10, "ddpm", label, guidance, ME))[2]
     np.testing.assert_array_equal(np.asarray(made), np.asarray(wanted))
 
 
 @pytest.mark.parametrize(
     ("values", "sentence"),
     [
-        (("plain", "0", 10, "ddim", "cat"), "class 'cat' is no class of this network; it has 0..2"),
-        (("plain", "0", 10, "ddim", ""), "give class_labels; its classes are 0..2"),
+        (("plain", "0", 10, "ddim", "cat", 1), "class 'cat' is no class of this network; it has 0..2"),
+        (("plain", "0", 10, "ddim", "", 1), "give class_labels; its classes are 0..2"),
         (("plain", "0", 10, "ddim", "1", 5), "guidance_scale=5 needs a network trained with class dropout"),
-        (("guided", "0", 10, "ddim", "cow"), "class 'cow' is no class of this network; it has cat, dog, newt"),
+        (("guided", "0", 10, "ddim", "cow", 1), "class 'cow' is no class of this network; it has cat, dog, newt"),
         (("guided", "0", 10, "ddim", "cat", float("nan")), "guidance_scale must be a finite number, got nan"),
-        (("guided", "0", 21, "ddim"), "num_inference_steps must be between 1 and the 20 steps of the chain, got 21"),
-        (("guided", "0-4", 10, "ddim"), "at most 4 images at a time"),
-        (("guided", "0", 10, "dim"), "unknown sampler 'dim' .did you mean 'ddim'"),
+        (
+            ("guided", "0", 21, "ddim", None, 1),
+            "num_inference_steps must be between 1 and the 20 steps of the chain, got 21",
+        ),
+        (("guided", "0-4", 10, "ddim", None, 1), "at most 4 images at a time"),
+        (("guided", "0", 10, "dim", None, 1), "unknown sampler 'dim' .did you mean 'ddim'"),
         *(
-            (("guided", "0", steps, "ddim"), "num_inference_steps must be a whole number, got")
+            (("guided", "0", steps, "ddim", None, 1), "num_inference_steps must be a whole number, got")
             for steps in (2.5, "x", float("nan"), float("inf"), [])
         ),
     ],
 )
 def test_what_cannot_be_had_is_told(with_classes, values, sentence):
     with pytest.raises(gr.Error, match=sentence):
-        next(with_classes.sample(*values))
+        next(with_classes.sample(*values, ME))
 
 
-def test_interpolation_shows_its_stages(with_classes, monkeypatch):
-    stages = []
-    monkeypatch.setattr(gr.Progress, "__call__", lambda self, progress, desc: stages.append(desc))
-    figure, text = with_classes.interpolate("guided", 3, 4, 0.5, 10, "ddim", "dog")
-    assert stages == ["drawing the images of seeds 3 and 4", "interpolating between them"]
-    assert text.startswith("11 images between two, mixed at t = ")
-    assert figure.width > figure.height
-    with pytest.raises(gr.Error, match="each of seeds must be a whole number, got None"):
-        with_classes.interpolate("guided", 0, None, 0.5, 10, "ddim")
-    with pytest.raises(gr.Error, match="t counts diffusion steps, 0 to 20, got 30"):
-        with_classes.interpolate("guided", 0, 1, 1.5, 10, "ddim")
+def test_interpolation_has_its_stages(with_classes):
+    stages = list(with_classes.interpolate("guided", 3, 4, 0.5, 10, "ddim", "dog", 1))
+    assert [picture is None for picture, _ in stages] == [True, True, False]
+    assert stages[-1][1].startswith("11 images between two, mixed at t = ")
+    for wrong, sentence in (
+        ((0, None, 0.5), "each of seeds must be a whole number, got None"),
+        ((0, 1, 1.5), "t counts diffusion steps, 0 to 20, got 30"),
+    ):
+        with pytest.raises(gr.Error, match=sentence):
+            list(with_classes.interpolate("guided", *wrong, 10, "ddim", "", 1))
 
 
 def test_bits_per_dim_of_a_class(with_classes, folder, tmp_path):
@@ -288,7 +290,7 @@ def test_what_is_not_finite_is_shown_to_nobody(tmp_path):
     demo = Demo("good", tmp_path)
     with torch.no_grad():  # as if the network failed on the way
         demo.pipes["good"].unet.conv_out.bias[0] = float("inf")
-    with pytest.raises(gr.Error, match="conv_out.bias hold NaN or infinity"):
-        next(demo.sample("good", "0", 5, "ddim"))
+    with pytest.raises(gr.Error, match=r"conv_out\.bias hold NaN or infinity"):
+        next(demo.sample("good", "0", 5, "ddim", None, 1, ME))
     with pytest.raises(gr.Error, match="NaN"):
         demo.bits_per_dim("good", str(FIXTURES.parent.parent / "docs" / "digits.png"))

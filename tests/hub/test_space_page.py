@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import FIXTURES, stock_draws
-from ddpm_hf.hub.space_app import serve
 from diffusers import DDIMScheduler
 from diffusers import DDPMPipeline as StockDDPMPipeline
 from gradio_client import handle_file
@@ -22,6 +21,7 @@ from space_server import GUARD, environment
 from ddpm_hf import DDPMPipeline
 from ddpm_hf.diffusion.likelihood import prior_bpd, vb_terms_bpd
 from ddpm_hf.hub.space import write_space
+from ddpm_hf.hub.space_app import serve
 from ddpm_hf.utils.randomness import SeededNoise
 
 MODEL = FIXTURES / "digits_model"
@@ -78,7 +78,10 @@ def test_two_visitors_at_once_do_not_disturb_each_other(client):
         (("model", "0", 0, "ddim", None, 1), "less than minimum value 1"),
         (("model", "0", 2.5, "ddim", None, 1), "num_inference_steps must be a whole number, got 2.5"),
         (("model", "0", 5, "euler", None, 1), "euler is not in the list of choices"),
-        (("model", "0", 5, "ddim", "cats", 1), "class_labels and guidance_scale are for class-conditional networks; this one is not"),
+        (
+            ("model", "0", 5, "ddim", "cats", 1),
+            "class_labels and guidance_scale are for class-conditional networks; this one is not",
+        ),
         (("org/other", "0", 5, "ddim", None, 1), "org/other is not in the list of choices"),
         (("model", "0", 5, "ddim", None, 21), "greater than maximum value 20"),
         (("../run", "0", 5, "ddim", None, 1), "../run is not in the list of choices"),
