@@ -24,7 +24,7 @@ from diffusers import UNet2DModel as StockUNet2DModel
 from stock_example import StockTraining, sample
 
 from ddpm_hf import DDPMPipeline, DDPMScheduler, Trainer, TrainingConfig, UNet2DModel
-from ddpm_hf.pipelines.inference import optimize_for_inference
+from ddpm_hf.pipelines.inference import InferenceOptions, optimize_for_inference
 from ddpm_hf.training.update import CapturedUpdate
 
 FIXTURES = Path(__file__).parent.parent / "tests" / "fixtures"
@@ -98,7 +98,7 @@ def seconds_of(run: Callable[[], Any], device: torch.device) -> float:
 
 
 def interleaved(sides: dict[str, Callable[[], Any]], rounds: int, device: torch.device) -> dict[str, float]:
-    """The median seconds of each side, timed in turns."""
+    """Return the median seconds of each side; rounds are interleaved."""
     found: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(rounds):
         for name, run in sides.items():
@@ -127,6 +127,7 @@ def correctness(report: Report, device: torch.device, folder: Path) -> None:
     options = {"num_inference_steps": 10, "output_type": "pt"}
     on_cpu = pipe(seeds=range(16), **options).images
     pipe.to(device)
+    optimize_for_inference(pipe, options=InferenceOptions(channels_last=True, captured=True))
     there = pipe(seeds=range(16), **options).images.cpu()
     report.add("samples: largest difference from the CPU's in pixel values", 255 * (there - on_cpu).abs().max().item())
     parts = [pipe(seeds=range(a, b), **options).images.cpu() for a, b in ((0, 1), (1, 6), (6, 16))]
@@ -204,6 +205,7 @@ def training(report: Report, size: Size, device: torch.device, folder: Path) -> 
 
     ours(1)
     wait(device)
+    first = compiled()
     report.add("ours: compiling and capturing, seconds", time.monotonic() - start)
     ours()
     ours_seconds = seconds_of(ours, device)
@@ -222,6 +224,7 @@ def training(report: Report, size: Size, device: torch.device, folder: Path) -> 
         finally:
             torch.cuda.set_sync_debug_mode("default")
     report.add("ours: kernels per update", kernels_of(lambda: ours(1), device))
+    report.add("ours: compiled", first, f"after the first update; after {next(steps)}: {compiled()}")
 
     best = 0.0
     channels = run.unet.config.in_channels
@@ -327,6 +330,13 @@ def kernels_of(run: Callable[[], Any], device: torch.device) -> dict[str, int]:
     return {"kernels": len(on_device), "copies": len(copies), "launches": len(launches)}
 
 
+def compiled() -> dict[str, int]:
+    """Count what `torch.compile` made so far: graphs, and breaks between them."""
+    from torch._dynamo.utils import counters
+
+    return {"graphs": counters["stats"]["unique_graphs"], "breaks": sum(counters["graph_break"].values())}
+
+
 # ---------------------------------------------------------------------- sampling, and the card
 
 
@@ -337,12 +347,15 @@ def sampling(report: Report, size: Size, device: torch.device) -> None:
     pipe.set_progress_bar_config(disable=True)
     seeds, n = range(size.sampling_batch), size.sampling_batch * size.steps
     shape = (size.sampling_batch, *pipe.image_shape)
-    optimize_for_inference(pipe, precision="bf16", compile=device.type == "cuda", batch_size=size.sampling_batch)
+    cuda = device.type == "cuda"
+    options = InferenceOptions("bf16", channels_last=True, compiled=cuda, captured=True)
+    optimize_for_inference(pipe, options=options)
 
     def ours() -> None:
         pipe(seeds=seeds, num_inference_steps=size.steps, output_type="pt")
 
     report.add("sampling, ours: first call, seconds", seconds_of(ours, device))
+    report.add("sampling, ours: kernels of a call", kernels_of(ours, device), f"in {size.steps} steps")
     for name, dtype in (
         ("float32", torch.float32),
         ("fp16", torch.float16 if device.type == "cuda" else torch.bfloat16),

@@ -7,7 +7,6 @@ minutes.
 """
 
 import argparse
-import os
 import subprocess
 import sys
 import tempfile
@@ -30,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ddpm_hf import DDPMPipeline, DDPMScheduler, Trainer, TrainingConfig, UNet2DModel
 from ddpm_hf.data.datasets import load_images, to_model_range
 from ddpm_hf.diffusion.likelihood import bits_per_dim, stratified_bits_per_dim
-from ddpm_hf.pipelines.inference import Execution, optimize_for_inference
+from ddpm_hf.pipelines.inference import optimize_for_inference
 from ddpm_hf.presets import get_preset
 from ddpm_hf.sampling.generation import generate, with_sampler
 
@@ -62,7 +61,7 @@ def gflop_of(unet: torch.nn.Module, shape: tuple[int, ...]) -> float:
     return counter.get_total_flops() / 1e9
 
 
-def grey_levels(x: torch.Tensor) -> torch.Tensor:
+def pixel_values(x: torch.Tensor) -> torch.Tensor:
     return ((x / 2 + 0.5).clamp(0, 1) * 255).round()
 
 
@@ -71,7 +70,7 @@ def sampling(
 ) -> Row:
     """`steps` steps of a batch, stock's loop beside the pipeline's; the check is filled in for float32."""
     unet, scheduler = stock_of(pipe)
-    chosen = optimize_for_inference(pipe, precision=precision, compile=compile, batch_size=batch)
+    chosen = optimize_for_inference(pipe, precision=precision, compile=compile)
     pipe.set_progress_bar_config(disable=True)
     x = torch.randn(batch, *pipe.image_shape, generator=torch.Generator().manual_seed(0))
     made: dict[str, torch.Tensor] = {}
@@ -84,22 +83,21 @@ def sampling(
             made["ours"] = step.prev_sample
 
     row.gflop = gflop_of(unet, x.shape)
-    used = " ".join(name for name in ("channels_last", "winograd", "compiled") if getattr(chosen, name))
-    row.what += f" ({precision}{' ' + used if used else ''})"
+    row.what += f" ({str(chosen).replace(',', '')})"
     interleaved(row, stock, ours, rounds)
     row.stock, row.ours = ([seconds / steps for seconds in side] for side in (row.stock, row.ours))
     row.low_precision = precision != "fp32"
     if precision == "fp32":
-        apart = (grey_levels(made["ours"]) - grey_levels(made["stock"])).abs().max().item()
+        apart = (pixel_values(made["ours"]) - pixel_values(made["stock"])).abs().max().item()
         row.check = f"images differ by {apart:.0f} level(s) at most"
     pipe.network = pipe.unet
     return row
 
 
-def digits_distance(execution: Execution, num_samples: int, steps: int = 50) -> float:
+def digits_distance(precision: str, num_samples: int, steps: int = 50) -> float:
     """Frechet distance of samples of the digits model to the training images, pixels, levels 0..16."""
     pipe = DDPMPipeline.from_pretrained(DIGITS)
-    optimize_for_inference(pipe, execution=execution)
+    optimize_for_inference(pipe, precision=precision)
     real = load_images(dataset="digits", split="train", channels=1, resolution=(8, 8)).images
     pipe = with_sampler(pipe, "ddim")
     drawn = [image for _, image in generate(pipe, range(num_samples), batch_size=250, num_inference_steps=steps)]
@@ -168,7 +166,7 @@ def likelihood_rows(rounds: int, compile: bool) -> list[Row]:
     images = load_images(dataset="digits", split="validation", channels=1, resolution=(8, 8)).images[:64]
     x_0 = to_model_range(images)
     exact = bits_per_dim(pipe.unet, pipe.scheduler, x_0).total_bpd.mean().item()
-    optimize_for_inference(pipe, precision="bf16", compile=compile, batch_size=64)
+    optimize_for_inference(pipe, precision="bf16", compile=compile)
     found: dict[str, Any] = {}
     noise = torch.randn(x_0.shape)
 
@@ -274,9 +272,7 @@ def memory_of(kind: str) -> None:
             del pipe
             sample(unet, scheduler, x, 2, torch.Generator())
         else:
-            precision, _, ways = task.removeprefix("sampling-").partition("-")
-            chosen = Execution(precision, channels_last=bool(ways), winograd=ways == "winograd")
-            optimize_for_inference(pipe, execution=chosen)
+            optimize_for_inference(pipe, precision=task.removeprefix("sampling-"))
             for _ in pipe.denoise(x, num_inference_steps=2):
                 pass
     print(high_water_mark())
@@ -289,7 +285,6 @@ def memory_rows() -> list[Row]:
     rows = []
     for what, stock, ours in (
         ("peak memory, sampling the CIFAR-10 network, fp32", "stock-sampling", "ours-sampling-fp32"),
-        ("the same, fp32 winograd", "stock-sampling", "ours-sampling-fp32-winograd"),
         ("the same, bf16", "stock-sampling", "ours-sampling-bf16"),
         ("peak memory, training the CIFAR-10 network, batch 16, bf16", "stock-training", "ours-training"),
     ):
@@ -318,13 +313,12 @@ def main() -> None:
     peaks = {"fp32": matrix_product_peak(torch.float32), "bf16": matrix_product_peak(torch.bfloat16)}
     print("matrix products:", {name: f"{peak:.0f} GFLOP/s" for name, peak in peaks.items()}, flush=True)
 
-    os.environ["DDPM_HF_CACHE"] = tempfile.mkdtemp()  # no choice of another day's
     rows: list[Row] = []
 
     def cifar_sampling() -> None:
         what = "sampling, CIFAR-10 network, batch 16, a step"
         row = sampling(Row(what, ">= 2.3"), cifar10(), 16, 2, rounds, "bf16", compile)
-        distances = [digits_distance(Execution(p), arguments.num_samples) for p in ("fp32", "bf16")]
+        distances = [digits_distance(p, arguments.num_samples) for p in ("fp32", "bf16")]
         row.check = f"digits: Frechet distance {distances[1]:.2f}, in float32 {distances[0]:.2f}"
         rows.append(row)
         rows.append(sampling(Row(what, ">= 1.2"), cifar10(), 16, 2, rounds, "fp32"))
@@ -336,7 +330,7 @@ def main() -> None:
             sampling(row, pipe, 64, 50, rounds, precision, compile)
             for row, precision in ((low, "bf16"), (full, "fp32"))
         )
-        distances = [digits_distance(Execution(p), arguments.num_samples) for p in ("fp32", "bf16")]
+        distances = [digits_distance(p, arguments.num_samples) for p in ("fp32", "bf16")]
         low.check = f"Frechet distance {distances[1]:.2f}, in float32 {distances[0]:.2f}"
 
     def trainings() -> None:

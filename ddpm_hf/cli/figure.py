@@ -106,7 +106,7 @@ def draw_figure(values: Any) -> int:
         check_writable(values.animation)
 
     evaluations = sampling_evaluations(pipe, values, len(seeds))
-    if (prepare := inference_optimization(values, evaluations, shared=False)) is not None:
+    if (prepare := inference_optimization(values, evaluations)) is not None:
         prepare(pipe)  # this process alone is here
     made: Any
     if given is None:

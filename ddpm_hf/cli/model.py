@@ -10,7 +10,7 @@ from ..training.configuration import paper_value
 from ..utils.errors import UserError
 from .command_line import Parser, UsageError
 
-# Network evaluations from which on `--optimize auto` times the ways to make them, which takes about twenty.
+# Network evaluations that are worth a minute of compiling on a GPU, and on a CPU a rounding that is not stock's.
 _LONG_RUN = 5000
 
 
@@ -66,8 +66,9 @@ def add_sampler_flags(parser: Parser) -> None:
         "--optimize",
         type=str,
         default="auto",
-        help="how the network is computed: no (stock's way), yes (time a few ways once per machine and take the "
-        "fastest: images differ by rounding only), compile (torch.compile among them), auto (yes for long runs)",
+        help="how the network is computed: no (as stock computes it), yes (as is fast on the device, on NVIDIA GPUs "
+        "by CUDA graphs; images differ by rounding only), compile (by torch.compile as well), auto (yes on GPUs, with "
+        "compile for long runs; on CPUs yes for long runs)",
     )
 
 
@@ -118,25 +119,25 @@ def sampling_evaluations(pipe: Any, values: Any, count: int) -> int:
     return batches * (values.num_inference_steps or pipe.scheduler.config.num_train_timesteps)
 
 
-def inference_optimization(values: Any, evaluations: int, shared: bool = True) -> Callable[[Any], None] | None:
-    """A function that makes a pipeline's network faster as `--optimize` says, and says how; `None` for nothing.
+def inference_optimization(values: Any, evaluations: int) -> Callable[[Any], None] | None:
+    """Return a function that makes a pipeline's network faster as `--optimize` says, and says how; or `None`.
 
     Args:
         values: The flags.
         evaluations: About how many evaluations of the network follow, of a batch each.
-        shared: Whether all processes will call it; see `inference.optimize_for_inference`.
     """
-    if values.optimize == "no" or (values.optimize == "auto" and evaluations < _LONG_RUN):
+    from ..utils.machine import compiler_problem
+    from ..utils.processes import processes, say
+
+    device, long = processes().device, evaluations >= _LONG_RUN
+    if values.optimize == "no" or (values.optimize == "auto" and device.type == "cpu" and not long):
         return None
+    auto_compile = values.optimize == "auto" and device.type == "cuda" and long and not compiler_problem(device)
 
     def optimize(pipe: Any) -> None:
         from ..pipelines.inference import optimize_for_inference
-        from ..utils.processes import say
 
-        chosen = optimize_for_inference(
-            pipe, compile=values.optimize == "compile", batch_size=values.batch_size, shared=shared
-        )
-        say(f"network: {chosen}")
+        say(f"network: {optimize_for_inference(pipe, compile=values.optimize == 'compile' or auto_compile)}")
 
     return optimize
 

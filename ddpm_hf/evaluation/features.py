@@ -1,16 +1,16 @@
 """Images to feature vectors: Inception (torch-fidelity), DINOv2, CLIP and others (transformers), or the pixels.
 
-A number that compares features means something beside numbers of the same features only, so each extractor has a name
+A number that compares features can be compared only with numbers of the same features, so each extractor has a name
 for reports and a hash of its weights and preprocessing.
 """
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
+from huggingface_hub import constants
 from torch import Tensor
 
 from ..sampling.shards import Rows
@@ -19,83 +19,51 @@ from ..utils.errors import UserError
 from ..utils.text import recorded_name
 from ..utils.weight_files import read_weights
 
-# More pixels than this have no covariance that is worth computing (or fits into memory).
-_MOST_PIXELS = 4096
-# Names of features that vision models cannot have.
-_RESERVED = ("inception", "pixels")
+_MOST_VALUES = 4096  # images of more have no covariance that is worth computing (or fits into memory)
 
 
 class FeatureExtractor(Protocol):
-    """Makes feature vectors of images.
+    """Computes `features` `[B, D]` float32, and a classifier's `logits`, of pixel values 0..255 `[B, C, H, W]`."""
 
-    Attributes:
-        name: For the names of numbers: `inception`, `pixels`, `dinov2-base`.
-        description: For reports: which network and layer, which preprocessing.
-        fingerprint: A hash of all that the features depend on, weights and preprocessing.
-        takes_floats: Whether grey levels between whole numbers are meaningful to it.
-    """
+    name: str  # in the names of numbers: `inception`, `pixels`, `dinov2-base`
+    description: str  # in reports: which network and layer, which preprocessing
+    fingerprint: str  # a hash of all that the features depend on, weights and preprocessing
+    takes_floats: bool  # whether it can tell pixel values between whole numbers
 
-    name: str
-    description: str
-    fingerprint: str
-    takes_floats: bool
-
-    def __call__(self, images: Tensor) -> Rows:
-        """Grey levels 0..255, `[B, C, H, W]` uint8 or float32, to `features` `[B, D]` float32 and maybe `logits`."""
+    def __call__(self, images: Tensor) -> Rows: ...
 
 
 class Pixels:
-    """The pixels themselves, scaled to [0, 1]: for tiny images, and without any download.
+    """The pixels themselves, scaled to [0, 1]: for tiny images, and without any download."""
 
-    Raises:
-        ValueError: The images have too many pixels.
-    """
-
-    name, takes_floats = "pixels", True
-    description = "the pixels, scaled to [0, 1]"
+    name, description, takes_floats = "pixels", "the pixels, scaled to [0, 1]", True
     fingerprint = digest("pixels in [0, 1]")
 
     def __init__(self, image_shape: tuple[int, ...]):
-        if (size := torch.Size(image_shape).numel()) > _MOST_PIXELS:
-            raise UserError(
-                f"--features pixels is for tiny images, at most {_MOST_PIXELS} values, and these have {size}; use "
-                "--features inception or a vision model such as facebook/dinov2-base"
-            )
+        if (size := torch.Size(image_shape).numel()) > _MOST_VALUES:
+            raise UserError(f"--features pixels takes at most {_MOST_VALUES} values, got {size}; use inception")
 
     def __call__(self, images: Tensor) -> Rows:
         return {"features": images.float().flatten(1) / 255}
-
-
-def _three_channels(images: Tensor) -> Tensor:
-    """Grey images as colour images."""
-    if images.shape[1] not in (1, 3):
-        raise UserError(f"networks of features take images of 1 or 3 channels, got {images.shape[1]}; use pixels")
-    return images if images.shape[1] == 3 else images.expand(-1, 3, -1, -1)
 
 
 class Inception:
     """The Inception-v3 network of 2015 that FID, IS and KID are defined with, as torch-fidelity rebuilt it.
 
     The same numbers as torch-fidelity's for uint8, and also for floats, which it refuses and the official code of the
-    paper takes.
-
-    Args:
-        weights: A file of torch-fidelity's weights, `.pth` or safetensors; its own place, or a download, if `None`.
-        device: Where to run it.
-
-    Raises:
-        ValueError: torch-fidelity is not installed, or the weights cannot be had or are of another network.
+    paper takes. `weights` is a file of torch-fidelity's, `.pth` or safetensors; its usual place, or a download, if
+    `None`.
     """
 
     name, takes_floats = "inception", True
+    description = "Inception-v3 of 2015 (torch-fidelity), last pooling layer, 2048 values"
 
-    def __init__(self, weights: str | Path | None = None, device: torch.device | str = "cpu"):
+    def __init__(self, weights: str | Path | None = None, device: Any = "cpu"):
         try:
             from torch_fidelity import feature_extractor_inceptionv3 as fidelity
         except ImportError:
-            raise UserError(
-                "--features inception needs torch-fidelity: pip install 'ddpm-hf[eval]' (or use --features pixels)"
-            ) from None
+            advice = "pip install 'ddpm-hf[eval]' (or use --features pixels)"
+            raise UserError(f"--features inception needs torch-fidelity: {advice}") from None
         file = _usual_inception_file(fidelity.URL_INCEPTION_V3) if weights is None else Path(weights)
         state = read_weights(file)
         # The constructor would unpickle the file without restrictions; it gets the tensors instead of a download.
@@ -103,15 +71,13 @@ class Inception:
         try:
             net = fidelity.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], verbose=False)
         except (RuntimeError, AttributeError, TypeError) as error:
-            raise UserError(
-                f"{str(file)!r} does not hold the weights of torch-fidelity's Inception-v3: {_first_line(error)}"
-            ) from None
+            what = "the weights of torch-fidelity's Inception-v3"
+            raise UserError(f"{str(file)!r} does not hold {what}: {_first_line(error)}") from None
         finally:
             fidelity.load_state_dict_from_url = download
         self._resize = fidelity.interpolate_bilinear_2d_like_tensorflow1x
         self._net = net.to(device)
         self.fingerprint = digest("Inception-v3 of torch-fidelity, pool and unbiased logits", weights_digest(net))
-        self.description = "Inception-v3 of 2015 (torch-fidelity), last pooling layer, 2048 values"
 
     def __call__(self, images: Tensor) -> Rows:
         x = _three_channels(images).to(next(self._net.parameters()).device, torch.float32)
@@ -125,52 +91,38 @@ class Inception:
 
 
 def _usual_inception_file(url: str) -> Path:
-    """Where torch-fidelity keeps its weights, downloaded if they are not there yet.
-
-    Raises:
-        ValueError: They cannot be had; says how to get them.
-    """
+    """Return where torch-fidelity keeps its weights, downloaded if they are not there yet."""
     file = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
     if file.is_file():
         return file
-    how = (
-        f"the Inception weights are not at {str(file)!r} and cannot be downloaded here: fetch {url} on a machine with "
-        "internet and give it as --inception_weights FILE (or use --features pixels, or a vision model from disk)"
-    )
-    if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE"):
-        raise UserError(how)
     try:
+        if constants.HF_HUB_OFFLINE:
+            raise OSError("HF_HUB_OFFLINE is set")
         file.parent.mkdir(parents=True, exist_ok=True)
-        sha256_prefix = file.stem.rsplit("-", 1)[1]
-        torch.hub.download_url_to_file(url, str(file), hash_prefix=sha256_prefix, progress=False)
+        torch.hub.download_url_to_file(url, str(file), hash_prefix=file.stem.rsplit("-", 1)[1], progress=False)
     except (OSError, RuntimeError) as error:
-        raise UserError(f"{how} ({_first_line(error)})") from None
+        raise UserError(
+            f"the Inception weights are not at {str(file)!r} and cannot be downloaded here ({_first_line(error)}): "
+            f"fetch {url} on a machine with internet and give it as --inception_weights FILE (or use --features "
+            "pixels, or a vision model from disk)"
+        ) from None
     return file
 
 
 class VisionModel:
     """A vision network from transformers: DINOv2, CLIP and others, with the image processor that belongs to it.
 
-    Images are resized, rounded to whole grey levels, and scaled as the processor says, so floats are not taken.
-    The features are what the network pools: the class token of DINOv2, the projected embedding of CLIP.
-
-    Args:
-        model: Hub id or folder.
-        device: Where to run it.
-
-    Raises:
-        ValueError: It cannot be loaded, is no vision network, or has a name that stands for other features here.
+    The processor resizes images, rounds them to whole pixel values and scales them, so floats are not taken. The
+    features are what the network pools: the class token of DINOv2, the projected embedding of CLIP.
     """
 
     takes_floats = False
 
-    def __init__(self, model: str, device: torch.device | str = "cpu"):
+    def __init__(self, model: str, device: Any = "cpu"):
         self.name = model.rstrip("/").rsplit("/", 1)[-1]
-        if self.name in _RESERVED:
-            raise UserError(
-                f"--features {model}: numbers and caches would go by the name {self.name!r}, which this package's own "
-                "features have; copy the model into a folder of another name"
-            )
+        if self.name in ("inception", "pixels"):
+            what = f"the name {self.name!r} belongs to this package's own features"
+            raise UserError(f"--features {model}: {what}; copy the model into a folder of another name")
         from transformers import AutoImageProcessor, AutoModel
         from transformers.utils import logging
 
@@ -181,12 +133,9 @@ class VisionModel:
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"cannot load --features {model}: {_first_line(error)}") from error
         self._net = net.eval().requires_grad_(False).to(device)
-        settings = self._processor.to_dict()
-        self.fingerprint = digest("transformers, pooled", weights_digest(net), settings)
-        self.description = (
-            f"{type(net).__name__} {recorded_name(model)}, pooled output, preprocessed by "
-            f"{type(self._processor).__name__}"
-        )
+        self.fingerprint = digest("transformers, pooled", weights_digest(net), self._processor.to_dict())
+        network, preprocessing = type(net).__name__, type(self._processor).__name__
+        self.description = f"{network} {recorded_name(model)}, pooled output, preprocessed by {preprocessing}"
 
     def __call__(self, images: Tensor) -> Rows:
         if images.is_floating_point():
@@ -195,10 +144,7 @@ class VisionModel:
             images=list(_three_channels(images).cpu()), return_tensors="pt", input_data_format="channels_first"
         )
         pixels = batch["pixel_values"].to(self._net.device, self._net.dtype)
-        if hasattr(self._net, "get_image_features"):
-            found = self._net.get_image_features(pixel_values=pixels)
-        else:
-            found = self._net(pixel_values=pixels)
+        found = getattr(self._net, "get_image_features", self._net)(pixel_values=pixels)
         pooled = found if isinstance(found, Tensor) else getattr(found, "pooler_output", None)
         if pooled is None:
             raise UserError(f"--features {self.name}: {type(self._net).__name__} gives no pooled output")
@@ -206,31 +152,28 @@ class VisionModel:
 
 
 def make_extractor(
-    name: str,
-    image_shape: tuple[int, ...],
-    inception_weights: str | Path | None = None,
-    device: torch.device | str = "cpu",
+    name: str, image_shape: tuple[int, ...], inception_weights: str | Path | None = None, device: Any = "cpu"
 ) -> FeatureExtractor:
-    """An extractor by name: `inception`, `pixels`, or a vision model of transformers by Hub id or folder.
-
-    Args:
-        name: Which.
-        image_shape: `(C, H, W)` of the images.
-        inception_weights: See [`Inception`].
-        device: Where to run it.
+    """Make an extractor for images `(C, H, W)`: `inception`, `pixels`, or a vision model by Hub id or folder.
 
     Raises:
-        ValueError: It cannot be made; says why and what to do.
+        UserError: It cannot be made; says why and what to do.
     """
     if name == "pixels":
         return Pixels(image_shape)
     if name == "inception":
         return Inception(inception_weights, device)
     if "/" not in name and not Path(name).is_dir():
-        raise UserError(
-            f"unknown --features {name!r}; it is inception, pixels, or a vision model such as facebook/dinov2-base"
-        )
+        known = "inception, pixels, or a vision model such as facebook/dinov2-base"
+        raise UserError(f"unknown --features {name!r}; it must be {known}")
     return VisionModel(name, device)
+
+
+def _three_channels(images: Tensor) -> Tensor:
+    """Repeat the channel of grayscale images."""
+    if images.shape[1] not in (1, 3):
+        raise UserError(f"networks of features take images of 1 or 3 channels, got {images.shape[1]}; use pixels")
+    return images if images.shape[1] == 3 else images.expand(-1, 3, -1, -1)
 
 
 def _first_line(error: BaseException) -> str:

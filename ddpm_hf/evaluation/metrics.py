@@ -3,7 +3,8 @@
 Features `[N, D]` -> statistics (mean and a factor of the covariance) -> Frechet distance; features -> KID, precision
 and recall, neighbours; class logits -> Inception score. torch-fidelity computes KID and distances in float32 and the
 root of the covariances' product by eigenvalues, which loses digits where they are singular, so all of it is done here;
-its protocols (subsets, seeds, parts, neighbourhoods) are kept.
+its protocols (subsets, seeds, parts, neighbourhoods) are kept. Features of different sizes, that are not finite, or of
+too few images raise a UserError.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,28 +26,28 @@ _ROWS = 1024
 _ROUNDING = 1e-12
 
 
+class Estimate(NamedTuple):
+    """A number and its standard error (NaN where that is not known)."""
+
+    value: float
+    standard_error: float
+
+
 @dataclass(frozen=True)
 class FrechetStatistics:
-    """The Gaussian that is fitted to features.
+    """The Gaussian that is fitted to the features of `count` images."""
 
-    Attributes:
-        mean: `[D]` float64.
-        factor: `[R, D]` float64 with `factor.T @ factor` the unbiased covariance; R is at most D. The covariance
-            itself would lose half of the digits of its small eigenvalues.
-        count: N, how many images.
-    """
-
-    mean: Tensor
+    mean: Tensor  # [D] float64
+    # [R, D] float64, R <= D: F with F^T F the unbiased covariance, which itself would lose half of the digits of its
+    # small eigenvalues
     factor: Tensor
     count: int
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """A number and how far it is expected to lie from its mean over other draws (NaN where that is not known)."""
-
-    value: float
-    standard_error: float
+def mean_estimate(values: Tensor) -> Estimate:
+    """Return the mean of `values`, `[N]`, and its standard error, which is NaN for one value."""
+    error = values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return Estimate(values.mean().item(), error)
 
 
 def _checked(features: Tensor, at_least: int, what: str) -> Tensor:
@@ -58,17 +60,14 @@ def _checked(features: Tensor, at_least: int, what: str) -> Tensor:
     return features.double()
 
 
-def _same_size(a: int, b: int) -> None:
-    if a != b:
-        raise UserError(f"the features of the two sets differ in size, {a} and {b}: they are of different extractors")
+def _check_same_size(a: Tensor, b: Tensor) -> None:
+    if a.shape[-1] != b.shape[-1]:
+        sizes = f"{a.shape[-1]} and {b.shape[-1]}"
+        raise UserError(f"the features of the two sets differ in size, {sizes}: they are of different extractors")
 
 
 def frechet_statistics(features: Tensor) -> FrechetStatistics:
-    """Mean and covariance of `features`, `[N, D]` with N >= 2.
-
-    Raises:
-        ValueError: Fewer than two images, or features that are not finite.
-    """
+    """Compute mean and covariance of `features`, `[N, D]` with N >= 2."""
     x = _checked(features, 2, "the Frechet distance")
     mean = x.mean(0)
     factor = (x - mean) / math.sqrt(len(x) - 1)
@@ -78,22 +77,17 @@ def frechet_statistics(features: Tensor) -> FrechetStatistics:
 
 
 def frechet_distance(a: FrechetStatistics, b: FrechetStatistics) -> float:
-    """The squared Frechet distance of two Gaussians; on Inception features the FID (Heusel et al. 2017).
-
-    `|m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2))`. With S = F^T F, the eigenvalues of S_a S_b are the squared
-    singular values of F_a F_b^T, which are exact for singular covariances too.
-
-    Raises:
-        ValueError: The features of the two differ in size.
-    """
-    _same_size(len(a.mean), len(b.mean))
+    """Compute the squared Frechet distance of two Gaussians; on Inception features the FID (Heusel et al. 2017)."""
+    _check_same_size(a.mean, b.mean)
+    # |m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)). With S = F^T F, the eigenvalues of S_a S_b are the squared
+    # singular values of F_a F_b^T, which are exact for singular covariances too.
     root = torch.linalg.svdvals(a.factor @ b.factor.T).sum()
     traces = a.factor.square().sum() + b.factor.square().sum()
     return ((a.mean - b.mean).square().sum() + traces - 2 * root).item()
 
 
 def leaving_out(features: Tensor, groups: int = 10) -> Iterator[Tensor]:
-    """All features `[N, D]`, then without each tenth of them in turn, for `jackknife`; all only if N < 20."""
+    """Yield all features `[N, D]`, then all but each tenth of them, for `jackknife`; only the first if N < 20."""
     yield features
     group = torch.arange(len(features), device=features.device) % groups
     for g in range(groups if len(features) >= 2 * groups else 0):
@@ -101,38 +95,28 @@ def leaving_out(features: Tensor, groups: int = 10) -> Iterator[Tensor]:
 
 
 def jackknife(values: Sequence[float]) -> tuple[Estimate, float]:
-    """The error of a number, and its bias of order 1/N, from leaving out a part of the images in turn.
+    """Estimate a number's error, and its bias of order 1/N, from leaving out each part of the images once.
 
-    Args:
-        values: The number from all images first, then without each of the equal parts.
-
-    Returns:
-        The number with its standard error, and the estimate of its bias; both are NaN if nothing was left out.
+    `values` is the number from all images, then without each of the equal parts. Error and bias are NaN without parts.
     """
-    value, parts = values[0], torch.tensor(values[1:], dtype=torch.float64)
-    if not len(parts):
+    value, parts, g = values[0], torch.tensor(values[1:], dtype=torch.float64), len(values) - 1
+    if not g:
         return Estimate(value, math.nan), math.nan
     spread = (parts - parts.mean()).square().sum().item()
-    g = len(parts)
     return Estimate(value, math.sqrt((g - 1) / g * spread)), (g - 1) * (parts.mean().item() - value)
 
 
 def inception_score(logits: Tensor, splits: int = 10) -> tuple[Estimate, float]:
-    """exp of the mean KL(p(y|x) || p(y)) (Salimans et al. 2016): the mean over `splits` parts of the samples.
+    """Compute exp of the mean KL(p(y|x) || p(y)) (Salimans et al. 2016), averaged over `splits` parts of the samples.
 
-    Args:
-        logits: `[N, classes]` of a classifier, without biases in the official code.
-        splits: Parts as in the official code; unlike torch-fidelity's, samples are not shuffled before.
+    As in the official code: `logits` `[N, classes]` without biases, and (unlike torch-fidelity) without shuffling.
 
     Returns:
         The score, and the standard deviation over the parts, which is what papers print after +-.
-
-    Raises:
-        ValueError: Fewer images than parts.
     """
     x = _checked(logits, splits, "the Inception score")
     log_p = x.log_softmax(1)
-    scores = []
+    scores: list[float] = []
     for i in range(splits):
         part = log_p[i * len(x) // splits : (i + 1) * len(x) // splits]
         log_marginal = part.exp().mean(0).log()
@@ -146,24 +130,16 @@ def inception_score(logits: Tensor, splits: int = 10) -> tuple[Estimate, float]:
 def kernel_distance(
     samples: Tensor, real: Tensor, subsets: int = 100, subset_size: int | None = None, seed: int = 2020
 ) -> tuple[Estimate, int]:
-    """The unbiased squared MMD of the kernel (x.y / D + 1)^3; on Inception features the KID (Binkowski et al. 2018).
+    """Compute the unbiased squared MMD of the kernel (x.y / D + 1)^3; on Inception features the KID.
 
-    The mean over random subsets, drawn as torch-fidelity draws them.
-
-    Args:
-        samples, real: `[N, D]` and `[M, D]`.
-        subsets: How many subsets.
-        subset_size: Images of each in a subset; the usual 1000, or half of the smaller set where that is less.
-        seed: Of the subsets.
+    Binkowski et al. 2018; the mean over random subsets of `samples` `[N, D]` and `real` `[M, D]`, drawn as
+    torch-fidelity draws them: of the usual 1000 images, or half of the smaller set where that is less.
 
     Returns:
         The distance with its standard error over other samples and real images, and the size of the subsets.
-
-    Raises:
-        ValueError: Features of different sizes; fewer images than a subset takes, or fewer than 4.
     """
     samples, real = _checked(samples, 4, "KID"), _checked(real, 4, "KID")
-    _same_size(samples.shape[1], real.shape[1])
+    _check_same_size(samples, real)
     n = min(len(samples), len(real))
     m = min(1000, n // 2) if subset_size is None else subset_size
     if not 2 <= m <= n:
@@ -171,8 +147,7 @@ def kernel_distance(
     draw = np.random.RandomState(seed)
     distances = []
     for _ in range(subsets):
-        x = samples[torch.from_numpy(draw.choice(len(samples), m, replace=False)).to(samples.device)]
-        y = real[torch.from_numpy(draw.choice(len(real), m, replace=False)).to(real.device)]
+        x, y = (s[torch.from_numpy(draw.choice(len(s), m, replace=False)).to(s.device)] for s in (samples, real))
         distances.append(_unbiased_mmd2(x, y))
     # The variance over subsets drawn without replacement is (1 - m/n) of that over new images, and the mean over many
     # subsets has m/n of that.
@@ -191,12 +166,34 @@ def _unbiased_mmd2(x: Tensor, y: Tensor) -> float:
 
 
 def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
-    """`[N, M]`, float64; off by at most `_ROUNDING` of the squared norms, so a copy is not always at distance 0."""
+    """Return `[N, M]`, off by at most `_ROUNDING` of the squared norms, so a copy is not always at distance 0."""
     return (a.square().sum(1)[:, None] + b.square().sum(1)[None] - 2 * a @ b.T).clamp_min(0)
 
 
-def _within_radius(points: Tensor, centres: Tensor, radii: Tensor) -> float:
-    """The share of points that lie in the ball around any of the centres.
+def precision_recall(samples: Tensor, real: Tensor, k: int = 3) -> tuple[Estimate, Estimate]:
+    """Compute improved precision and recall (Kynkaanniemi et al. 2019) of `samples` `[N, D]` and `real` `[M, D]`.
+
+    Precision: the share of samples within the k-th neighbour's distance of any real image; recall: the reverse.
+    """
+    samples, real = (_checked(x, k + 1, "precision and recall") for x in (samples, real))
+    _check_same_size(samples, real)
+    return _within_radius(samples, real, _radii(real, k)), _within_radius(real, samples, _radii(samples, k))
+
+
+def _radii(features: Tensor, k: int) -> Tensor:
+    """Return `[N]`: squared distance to the k-th nearest other one."""
+    shifted, parts = features - features.mean(0), []
+    for start in range(0, len(features), _ROWS):
+        distances = _squared_distances(shifted[start : start + _ROWS], shifted)
+        rows = torch.arange(len(distances), device=features.device)
+        distances[rows, start + rows] = math.inf  # not itself
+        nearest = features[distances.kthvalue(k, dim=1).indices]
+        parts.append((features[start : start + _ROWS] - nearest).square().sum(1))  # by differences: a copy's is 0
+    return torch.cat(parts)
+
+
+def _within_radius(points: Tensor, centres: Tensor, radii: Tensor) -> Estimate:
+    """Return the share of points that lie in the ball around any of the centres, with its binomial error.
 
     `<=` and not `<`, as in Eq. 1 and the code (precision_recall.py) of Kynkaanniemi et al.: where images are there
     several times, radii of 0 are right, and a copy of such an image is inside.
@@ -216,109 +213,53 @@ def _within_radius(points: Tensor, centres: Tensor, radii: Tensor) -> float:
                 ((part[row] - centres[some]).square().sum(1) <= radii[some]).any() for some in near.split(_ROWS)
             )
         found.append(inside)
-    return torch.cat(found).double().mean().item()
-
-
-def _radii(features: Tensor, k: int) -> Tensor:
-    """`[N]`: squared distance to the k-th nearest other one."""
-    shifted, parts = features - features.mean(0), []
-    for start in range(0, len(features), _ROWS):
-        distances = _squared_distances(shifted[start : start + _ROWS], shifted)
-        rows = torch.arange(len(distances), device=features.device)
-        distances[rows, start + rows] = math.inf  # not itself
-        nearest = features[distances.kthvalue(k, dim=1).indices]
-        parts.append((features[start : start + _ROWS] - nearest).square().sum(1))  # by differences: a copy's is 0
-    return torch.cat(parts)
-
-
-def precision_recall(samples: Tensor, real: Tensor, k: int = 3) -> tuple[Estimate, Estimate]:
-    """Improved precision and recall (Kynkaanniemi et al. 2019).
-
-    Precision: the share of samples within the k-th neighbour's distance of any real image; recall: the reverse.
-
-    Args:
-        samples, real: `[N, D]` and `[M, D]`.
-        k: Which neighbour.
-
-    Raises:
-        ValueError: Features of different sizes, or fewer than k + 1 images.
-    """
-    samples, real = (_checked(x, k + 1, "precision and recall") for x in (samples, real))
-    _same_size(samples.shape[1], real.shape[1])
-    shares = _within_radius(samples, real, _radii(real, k)), _within_radius(real, samples, _radii(samples, k))
-    precision, recall = (
-        Estimate(p, math.sqrt(p * (1 - p) / len(x))) for p, x in zip(shares, (samples, real), strict=True)
-    )
-    return precision, recall
+    share = torch.cat(found).double().mean().item()
+    return Estimate(share, math.sqrt(share * (1 - share) / len(points)))
 
 
 def nearest_neighbours(queries: Tensor, candidates: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
-    """For each query the k nearest candidates: Euclidean distances `[N, k]` float64, nearest first, and their indices.
+    """Find the k <= M nearest of `candidates` `[M, D]` to each of `queries` `[N, D]`.
 
-    Args:
-        queries, candidates: `[N, D]` and `[M, D]`.
-        k: How many, at most M.
-
-    Raises:
-        ValueError: Features of different sizes, or fewer than k candidates.
+    Returns:
+        Euclidean distances `[N, k]` float64, nearest first, and indices `[N, k]`.
     """
     queries, candidates = _checked(queries, 1, "neighbours"), _checked(candidates, k, "neighbours")
-    _same_size(queries.shape[1], candidates.shape[1])
+    _check_same_size(queries, candidates)
     found = [_squared_distances(part, candidates).topk(k, largest=False) for part in queries.split(_ROWS)]
     indices = torch.cat([part.indices for part in found])
-    # The few that are kept once more, without the cancellation of the fast way: a copy is at distance 0.
+    # Those few again by differences, which do not cancel: a copy is at distance 0.
     distances = torch.stack([(queries - candidates[indices[:, j]]).norm(dim=1) for j in range(k)], dim=1)
     return distances, indices
 
 
 @dataclass(frozen=True)
 class Memorisation:
-    """How near samples come to the training images, beside images that were held out.
+    """How near samples come to the training images, beside images that were held out."""
 
-    Attributes:
-        closer: The probability that a sample is closer to its nearest training image than a held-out image is, ties
-            counted half. 1/2 if samples are as new as held-out images; near 1 if training images are repeated.
-        below_median: How many samples are closer than the median of the held-out images; half of them if all is well.
-        below_closest: How many samples are closer than every held-out image.
-        copies: How many samples equal a training image (distance 0).
-        num_samples, num_held_out: How many were compared.
-    """
-
+    # the probability that a sample is closer to its nearest training image than a held-out image is, ties counted
+    # half: 1/2 if samples are as new as held-out images; near 1 if training images are repeated
     closer: Estimate
-    below_median: int
-    below_closest: int
-    copies: int
+    below_median: int  # samples that are closer than the median of the held-out images; half of them if all is well
+    below_closest: int  # samples that are closer than every held-out image
+    copies: int  # samples that equal a training image (distance 0)
     num_samples: int
     num_held_out: int
 
 
 def memorisation(samples: Tensor, held_out: Tensor) -> Memorisation:
-    """Compare distances to the nearest training image: `[N]` of the samples and `[M]` of held-out images.
-
-    Raises:
-        ValueError: One of them is empty.
-    """
+    """Compare distances to the nearest training image: `[N]` of the samples and `[M]` of held-out images."""
     if not len(samples) or not len(held_out):
         raise UserError(f"memorisation compares samples with held-out images, got {len(samples)} and {len(held_out)}")
-    samples, held_out = samples.contiguous(), held_out.contiguous()
-    ordered = held_out.sort().values
-    above = len(ordered) - torch.searchsorted(ordered, samples, right=True)
-    equal = torch.searchsorted(ordered, samples, right=True) - torch.searchsorted(ordered, samples)
-    wins = (above + equal / 2).double() / len(ordered)  # [N], of each sample against all held-out images
-    reverse = samples.sort().values
-    losses = (
-        torch.searchsorted(reverse, held_out)
-        + (torch.searchsorted(reverse, held_out, right=True) - torch.searchsorted(reverse, held_out)) / 2
-    )
-    by_image = losses.double() / len(reverse)  # [M], of each held-out image against all samples
-    error = math.nan
-    if len(samples) > 1 and len(held_out) > 1:  # DeLong et al. 1988
-        error = math.sqrt(wins.var().item() / len(samples) + by_image.var().item() / len(held_out))
+    # The Mann-Whitney statistic: [N, M], 1 where the sample is closer, 1/2 where both are as close.
+    wins = (samples[:, None] < held_out).double() + (samples[:, None] == held_out) / 2
+    by_sample, by_held_out, error = wins.mean(1), wins.mean(0), math.nan
+    if min(wins.shape) > 1:  # DeLong et al. 1988
+        error = math.sqrt(by_sample.var().item() / len(samples) + by_held_out.var().item() / len(held_out))
     return Memorisation(
-        Estimate(wins.mean().item(), error),
-        int((samples < (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2).sum()),
-        int((samples < ordered[0]).sum()),
-        int((samples == 0).sum()),
-        len(samples),
-        len(held_out),
+        Estimate(by_sample.mean().item(), error),
+        below_median=int((samples < float(np.median(held_out.numpy()))).sum()),
+        below_closest=int((samples < held_out.min()).sum()),
+        copies=int((samples == 0).sum()),
+        num_samples=len(samples),
+        num_held_out=len(held_out),
     )

@@ -11,15 +11,17 @@ from torch import Tensor
 from ..utils.errors import UserError
 from ..utils.files import write_whole
 
+_BLUE = "#1f5fa8"
 
-def _figure(width: float, height: float, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Any, Any]:
-    """A figure that needs no screen, and its axes, `[rows, columns]`."""
+
+def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Any, Any]:
+    """Make a figure that needs no screen, and its axes, `[rows, columns]`."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise UserError("pictures of an evaluation need matplotlib: pip install 'ddpm-hf[eval]'") from None
     figure = Figure(figsize=(width, height), layout="constrained", dpi=120)
-    return figure, figure.subplots(rows, columns, squeeze=False, **options)
+    return figure, figure.subplots(rows, columns, squeeze=False)
 
 
 def save_figure(figure: Any, path: Path) -> None:
@@ -28,23 +30,17 @@ def save_figure(figure: Any, path: Path) -> None:
 
 
 def rate_distortion_figure(rate: Tensor, rmse: Tensor, title: str) -> Any:
-    """Figure 5: distortion over reverse steps, rate over reverse steps, distortion over rate.
+    """Draw Figure 5: distortion over reverse steps, rate over reverse steps, distortion over rate.
 
-    Args:
-        rate: `[T]`, bits/dim sent before x_t is known, column t.
-        rmse: `[T]`, of decoding from x_t, grey levels.
-        title: Above the panels.
+    `rate` `[T]` is in bits/dim sent before x_t is known; `rmse` `[T]` is that of decoding from x_t, in pixel values.
     """
     figure, axes = _figure(12, 3.6, 1, 3)
     steps = len(rate) - np.arange(len(rate))  # at t, T - t reverse steps are done
-    rate_, rmse_ = rate.numpy(), rmse.numpy()
-    panels = (
-        (steps, rmse_, "reverse process steps (T - t)", "distortion (RMSE, grey levels)"),
-        (steps, rate_, "reverse process steps (T - t)", "rate (bits/dim)"),
-        (rate_, rmse_, "rate (bits/dim)", "distortion (RMSE, grey levels)"),
-    )
-    for axis, (x, y, x_label, y_label) in zip(axes[0], panels, strict=True):
-        axis.plot(x, y, color="#1f5fa8", linewidth=1.8)
+    reverse = (steps, "reverse process steps (T - t)")
+    bits, distortion = (rate.numpy(), "rate (bits/dim)"), (rmse.numpy(), "distortion (RMSE, pixel values)")
+    panels = ((reverse, distortion), (reverse, bits), (bits, distortion))
+    for axis, ((x, x_label), (y, y_label)) in zip(axes[0], panels, strict=True):
+        axis.plot(x, y, color=_BLUE, linewidth=1.8)
         axis.set(xlabel=x_label, ylabel=y_label)
         axis.set_xlim(left=0)
         axis.set_ylim(bottom=0)
@@ -53,62 +49,37 @@ def rate_distortion_figure(rate: Tensor, rmse: Tensor, title: str) -> Any:
     return figure
 
 
-def _show(axis: Any, image: Tensor) -> None:
-    pixels = image.permute(1, 2, 0).numpy()
-    grey = pixels.shape[2] == 1
-    axis.imshow(pixels[..., 0] if grey else pixels, cmap="gray" if grey else None, vmin=0, vmax=255)
-    axis.set_xticks([])
-    axis.set_yticks([])
-
-
 def neighbours_figure(samples: Tensor, neighbours: Tensor, distances: Tensor, title: str) -> Any:
-    """Figures 12 and 15: each row a sample, and the training images that are nearest to it, nearest first.
+    """Draw Figures 12 and 15: each row a sample, and the training images that are nearest to it, nearest first.
 
-    Args:
-        samples: `[n, C, H, W]` uint8.
-        neighbours: `[n, k, C, H, W]` uint8.
-        distances: `[n, k]`, written under each neighbour.
-        title: Above the grid.
+    `samples` `[n, C, H, W]` and `neighbours` `[n, k, C, H, W]` are uint8; `distances` `[n, k]` are written below.
     """
     n, k = neighbours.shape[:2]
     figure, axes = _figure(1.15 * (k + 1) + 0.6, 1.3 * n + 0.7, n, k + 1)
     for row in range(n):
-        _show(axes[row, 0], samples[row])
+        for column, image in enumerate([samples[row], *neighbours[row]]):
+            pixels, axis = image.permute(1, 2, 0).numpy(), axes[row, column]
+            axis.imshow(pixels, cmap="gray" if len(image) == 1 else None, vmin=0, vmax=255)  # [H, W, 1 or 3]
+            axis.set(xticks=[], yticks=[])
+            if column:
+                axis.set_xlabel(f"{distances[row, column - 1].item():.3g}", fontsize=8)
         for spine in axes[row, 0].spines.values():
             spine.set(color="#c0392b", linewidth=2.5)
-        for column in range(k):
-            axis = axes[row, column + 1]
-            _show(axis, neighbours[row, column])
-            axis.set_xlabel(f"{distances[row, column].item():.3g}", fontsize=8)
-    axes[0, 0].set_title("sample", fontsize=9)
-    for column in range(k):
-        axes[0, column + 1].set_title(f"nearest {column + 1}" if column else "nearest", fontsize=9)
+    for column, name in enumerate(["sample", "nearest", *(f"nearest {i}" for i in range(2, k + 1))]):
+        axes[0, column].set_title(name, fontsize=9)
     figure.suptitle(title, fontsize=10)
     return figure
 
 
 def distances_figure(samples: Tensor, held_out: Tensor, held_out_name: str, title: str) -> Any:
-    """How far samples, and held-out images, are from their nearest training image.
-
-    Args:
-        samples, held_out: `[N]` and `[M]` distances.
-        held_out_name: Of the latter, for the legend.
-        title: Above.
-    """
-    figure, axes = _figure(7, 3.8)
-    axis = axes[0, 0]
-    most = max(samples.max().item(), held_out.max().item()) or 1.0
-    bins = np.linspace(0, most, 41)
-    for values, name, colour in ((held_out, held_out_name, "#7f8c8d"), (samples, "samples", "#1f5fa8")):
+    """Draw how far samples `[N]`, and held-out images `[M]`, are from their nearest training image."""
+    figure, ((axis,),) = _figure(7, 3.8)
+    bins = np.linspace(0, max(samples.max().item(), held_out.max().item()) or 1.0, 41)
+    for values, name, colour in ((held_out, held_out_name, "#7f8c8d"), (samples, "samples", _BLUE)):
         weights = np.full(len(values), 100 / len(values))
         axis.hist(values.numpy(), bins, weights=weights, alpha=0.55, color=colour, label=f"{name} ({len(values)})")
-    axis.axvline(
-        held_out.quantile(0.5).item(),
-        color="#2c3e50",
-        linestyle="--",
-        linewidth=1.2,
-        label=f"median of {held_out_name}",
-    )
+    median = {"color": "#2c3e50", "linestyle": "--", "linewidth": 1.2, "label": f"median of {held_out_name}"}
+    axis.axvline(held_out.quantile(0.5).item(), **median)
     axis.set(xlabel="distance to the nearest training image", ylabel="percent")
     axis.legend()
     axis.set_title(title, fontsize=10)

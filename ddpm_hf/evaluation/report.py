@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import math
 import platform
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,44 +23,49 @@ _INCIDENTAL = ("seconds", "batch_size")
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that numbers depend on."""
+    """Return the versions of Python and of the libraries that numbers depend on."""
     found = {"python": platform.python_version()}
     for name in ("ddpm-hf", "torch", "diffusers", "accelerate", "transformers", "torch-fidelity"):
-        try:
+        with suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return found
+
+
+def describe_pipeline(pipe: Any) -> dict[str, Any]:
+    """Return the scheduler's configuration and the network's dtype, for the settings of a number."""
+    config = {key: value for key, value in pipe.scheduler.config.items() if not key.startswith("_")}
+    return {"scheduler": config, "dtype": pipe.settings["dtype"]}
 
 
 @dataclass
 class EvaluationReport:
-    """Numbers of one model on one dataset.
+    """Numbers of one model on one dataset."""
 
-    Attributes:
-        dataset, split, num_images: What was evaluated on (likelihood), or compared with (samples).
-        values: Name to `{"value", "standard_error", ...}`; likelihoods are in bits/dim. NaN is `null` in JSON.
-        settings: How each number was made, by the same names with an `estimator` in words; and, once for all, the
-            `sampling` and the `features`.
-        versions: Of Python and the libraries.
-        model: Its name, revision, a hash of its weights.
-        tables: Name to rows of columns and numbers, such as the paper's Table 4.
-        warnings: What to know before a number is put beside others.
-        pictures: Files beside the report.
-        created: When, UTC.
-    """
-
+    # what was evaluated on (likelihood), or compared with (samples)
     dataset: str
     split: str
     num_images: int
+    # name to {"value", "standard_error", ...}; likelihoods are in bits/dim; NaN is null in JSON
     values: dict[str, dict[str, float]] = field(default_factory=dict)
+    # how each number was made, by the same names with an "estimator" in words; and once for all "sampling", "features"
     settings: dict[str, Any] = field(default_factory=dict)
-    versions: dict[str, str] = field(default_factory=library_versions)
-    model: dict[str, Any] = field(default_factory=dict)
-    tables: dict[str, list[dict[str, float]]] = field(default_factory=dict)
-    warnings: list[str] = field(default_factory=list)
-    pictures: list[str] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=library_versions)  # of Python and the libraries
+    model: dict[str, Any] = field(default_factory=dict)  # its name, revision, a hash of its weights
+    tables: dict[str, list[dict[str, float]]] = field(default_factory=dict)  # rows of columns and numbers
+    warnings: list[str] = field(default_factory=list)  # what to know before a number is put beside others
+    pictures: list[str] = field(default_factory=list)  # files beside the report
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+
+    def add(self, name: str, value: float, standard_error: float, settings: dict[str, Any], **more: float) -> None:
+        """Add a number with its error, how it was made (`estimator` in words, ...), and what else is known of it.
+
+        Raises:
+            NotFiniteError: It is NaN or infinite. Its error, and `more`, may be NaN: not known, as from one image.
+        """
+        if not math.isfinite(value):
+            raise NotFiniteError(f"{name} is {value}, which is no result; check the model and the images")
+        self.values[name] = {"value": value, "standard_error": standard_error, **more}
+        self.settings[name] = settings
 
     def save(self, path: str | Path) -> None:
         """Write the report as JSON, completely or not at all."""
@@ -70,7 +76,7 @@ class EvaluationReport:
         """Read a report that `save` wrote; a folder's `report.json` for a folder. Errors that it lacks are NaN.
 
         Raises:
-            ValueError: There is none, or the file is something else.
+            UserError: There is none, or the file is something else.
         """
         file = report_file(path)
         try:
@@ -79,45 +85,32 @@ class EvaluationReport:
             raise UserError(f"there is no report {str(file)!r}") from None
         except ValueError:
             raise UserError(f"{str(file)!r} is not a report: it is not JSON") from None
-        known = {entry.name for entry in dataclasses.fields(cls)}
-        required = {"dataset", "split", "num_images", "values"}
-        if not isinstance(content, dict) or not required <= content.keys():
-            raise UserError(f"{str(file)!r} is not a report of ddpm-hf evaluate")
-        if wrong := _wrong_part(content):
+        if wrong := _what_is_wrong(content):
             raise UserError(f"{str(file)!r} is not a report of ddpm-hf evaluate: {wrong}")
+        known = {entry.name for entry in dataclasses.fields(cls)}
         report = cls(**{key: value for key, value in content.items() if key in known})
-        for value in report.values.values():
-            value.setdefault("standard_error", math.nan)
-            value.update({key: math.nan for key, number in value.items() if number is None})
+        for entry in report.values.values():
+            entry.setdefault("standard_error", math.nan)
+            entry.update({key: math.nan for key, value in entry.items() if value is None})
         return report
-
-    def add(self, name: str, value: float, standard_error: float, settings: dict[str, Any], **more: float) -> None:
-        """One number, with its error and how it was made (`estimator` in words, and what else there is to say).
-
-        Raises:
-            NotFiniteError: It is NaN or infinite. Its error, and `more`, may be NaN: not known, as from one image.
-        """
-        if not math.isfinite(value):
-            raise NotFiniteError(
-                f"{name} is {value}, which is no result; the model, or what it was compared with, is at fault"
-            )
-        self.values[name] = {"value": value, "standard_error": standard_error, **more}
-        self.settings[name] = settings
 
 
 def report_file(path: str | Path) -> Path:
-    """The file of a report that is given by its file or by its folder."""
+    """Return the file of a report that is given by its file or by its folder."""
     return Path(path) / "report.json" if Path(path).is_dir() else Path(path)
 
 
-def _wrong_part(content: dict[str, Any]) -> str:
-    """What of a report's content pages and comparisons could not use; nothing if all is well."""
+def _what_is_wrong(content: Any) -> str:
+    """Return what pages and comparisons could not use; nothing if all is well."""
+    required = ("dataset", "split", "num_images", "values")
+    if not isinstance(content, dict) or any(key not in content for key in required):
+        return f"it must have {', '.join(required)}"
     values, settings = content["values"], content.get("settings", {})
     if not isinstance(values, dict) or not isinstance(settings, dict):
         return "its values and settings must have names"
     for name, entry in values.items():
-        numbers = [entry.get("value", "none"), entry.get("standard_error")] if isinstance(entry, dict) else [entry]
-        if not isinstance(entry, dict) or any(not isinstance(x, (int, float, NoneType)) for x in numbers):
+        numbers = [entry.get("value", "none"), entry.get("standard_error")] if isinstance(entry, dict) else ["none"]
+        if not all(isinstance(x, (int, float, NoneType)) for x in numbers):
             return f"{name!r} must have a number or null as its 'value'"
         if not isinstance(settings.get(name, {}), dict):
             return f"the settings of {name!r} must have names"
@@ -125,52 +118,41 @@ def _wrong_part(content: dict[str, Any]) -> str:
 
 
 def as_markdown(report: EvaluationReport) -> str:
-    """The report as a page: numbers, warnings, tables, pictures, settings."""
-    name = report.model.get("name", "a model")
-    parts = [f"# {name} on {report.dataset}", f"Made by `ddpm-hf evaluate` on {report.created}."]
+    """Return the report as a page: numbers, warnings, tables, pictures, settings."""
     rows = [["number", "value", "how it was made"]]
-    for key, value in report.values.items():
-        how = report.settings.get(key, {}).get("estimator", "")
-        rows.append([f"`{key}`", number(value["value"], value["standard_error"]), how])
+    for name, entry in report.values.items():
+        how = report.settings.get(name, {}).get("estimator", "")
+        rows.append([f"`{name}`", number(entry["value"], entry["standard_error"]), how])
+    parts = [f"# {report.model.get('name', 'a model')} on {report.dataset}"]
+    parts += [f"Made by `ddpm-hf evaluate` on {report.created}."]
     parts += ["## Numbers", table(rows, texts=(0, 2)), "± is one standard error."]
     if report.warnings:
         parts += ["## Before you compare", "\n".join(f"- {warning}" for warning in report.warnings)]
     for title, content in report.tables.items():
-        head = list(content[0])
-        cells = [[f"{row[column]:.5g}" for column in head] for row in content]
-        parts += [f"## {title}", table([head, *cells])]
+        cells = [[f"{row[column]:.5g}" for column in content[0]] for row in content]
+        parts += [f"## {title}", table([list(content[0]), *cells])]
     if report.pictures:
         parts += ["## Pictures", "\n\n".join(f"![{picture}]({picture})" for picture in report.pictures)]
-    everything = {
-        "model": report.model,
-        "settings": {key: value for key, value in report.settings.items() if key not in report.values},
-        "versions": report.versions,
-    }
+    settings = {key: value for key, value in report.settings.items() if key not in report.values}
+    everything = {"model": report.model, "settings": settings, "versions": report.versions}
     parts += ["## Settings", f"```json\n{json.dumps(finite(everything), indent=2)}\n```"]
     return "\n\n".join(parts) + "\n"
 
 
 def compare(reports: dict[str, EvaluationReport]) -> str:
-    """Reports side by side, the difference of the last to the first, and what makes numbers incomparable.
-
-    Args:
-        reports: By what to call them; at least two.
-    """
-    names, all_of = list(reports), list(reports.values())
-    first, last = all_of[0], all_of[-1]
-    rows = [["number", *names, "difference", "in errors"]]
-    notes = []
+    """Put two or more reports side by side: their numbers, the last one's difference to the first, other settings."""
+    all_of, notes = list(reports.values()), []
+    rows = [["number", *reports, "difference", "in errors"]]
     for key in dict.fromkeys(key for report in all_of for key in report.values):
         cells = [report.values.get(key) for report in all_of]
         texts = [number(cell["value"], cell["standard_error"]) if cell else "-" for cell in cells]
-        difference = errors = "-"
-        if (a := first.values.get(key)) and (b := last.values.get(key)):
-            change = b["value"] - a["value"]
-            difference = f"{change:+.4g}"
-            error = math.hypot(a["standard_error"], b["standard_error"])
-            errors = f"{change / error:+.1f}" if error > 0 else "-"
+        difference = in_errors = "-"
+        if (first := cells[0]) and (last := cells[-1]):
+            change = last["value"] - first["value"]
+            difference, error = f"{change:+.4g}", math.hypot(first["standard_error"], last["standard_error"])
+            in_errors = f"{change / error:+.1f}" if error > 0 else "-"
         different = _different_settings([report.settings.get(key, {}) for report in all_of if key in report.values])
-        rows.append([key + ("*" if different else ""), *texts, difference, errors])
+        rows.append([key + ("*" if different else ""), *texts, difference, in_errors])
         notes += [f"* {key}: {note}" for note in different]
     for what in ("sampling", "features"):
         both = [report.settings[what] for report in all_of if what in report.settings]
@@ -182,9 +164,9 @@ def compare(reports: dict[str, EvaluationReport]) -> str:
 
 def _different_settings(settings: list[dict[str, Any]]) -> list[str]:
     notes = []
-    for key in dict.fromkeys(key for one in settings for key in one):
+    for key in dict.fromkeys(key for one in settings for key in one if key not in _INCIDENTAL):
         values = [one.get(key) for one in settings]
-        if key in _INCIDENTAL or all(value == values[0] for value in values):
+        if all(value == values[0] for value in values):
             continue
         if all(isinstance(value, dict) for value in values):
             notes += [f"{key}.{note}" for note in _different_settings([value for value in values if value])]

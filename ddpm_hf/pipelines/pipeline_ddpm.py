@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import importlib
-import inspect
-import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,55 +13,22 @@ import torch
 from diffusers.models.modeling_utils import ModelMixin  # noqa: F401  (looked up here by name, see load_config)
 from diffusers.pipelines.ddpm.pipeline_ddpm import DDPMPipeline as StockDDPMPipeline
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
-from diffusers.schedulers.scheduling_ddim import DDIMScheduler
-from diffusers.schedulers.scheduling_ddim_cogvideox import CogVideoXDDIMScheduler
-from diffusers.schedulers.scheduling_ddim_parallel import DDIMParallelScheduler
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler as StockDDPMScheduler
-from diffusers.schedulers.scheduling_ddpm_parallel import DDPMParallelScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin  # noqa: F401  (looked up here by name, see load_config)
-from diffusers.utils import logging
+from torch import Tensor
 
 from ..data.class_labels import Classes, ClassLabels
-from ..diffusion.scheduling_ddpm import DDPMScheduler, infinite_to_nan, whole_number
+from ..diffusion.scheduling_ddpm import DDPMScheduler
 from ..models.unet_2d import PortableConfigMixin, UNet2DModel, check_size, check_weights
 from ..utils.errors import NotFiniteError, UserError
 from ..utils.hub_errors import check_pipeline, patiently
-from ..utils.randomness import NOISE_OF_SEEDS, Generators, SeededNoise, standard_normal
+from ..utils.randomness import NOISE_OF_SEEDS, Generators, standard_normal
+from .denoising import Denoiser, DenoisingStep, check_repaint, repaint
 from .inputs import KnownPixels, count_and_generators, images_in_model_range, mask_of, one_per_image
-
-logger = logging.get_logger(__name__)
+from .schedulers import checked_eta, checked_steps, set_timesteps
 
 # What stock repositories name, and our class of the same name that opens it.
 _OURS = {("diffusers", "UNet2DModel"), ("diffusers", "DDPMScheduler")}
-# More than stock's DDIM loses by rounding in float32, a few units in the last place of 1. Its root, 7e-4, is a tenth
-# of a pixel value.
-_ROUNDING = 2.0**-21
-
-# Stock's schedulers whose every step is T // K timesteps long, wherever their timesteps lead.
-_FIXED_STRIDE = (DDIMScheduler, DDIMParallelScheduler, CogVideoXDDIMScheduler)
-
-
-@dataclass
-class DenoisingStep:
-    """One step down the chain.
-
-    Attributes:
-        index: Its place in `scheduler.timesteps`.
-        timestep: t, from T-1 to 0.
-        sample: x_t, `[B, C, H, W]`, in the [-1, 1] scale.
-        pred_original_sample: The x_0 predicted from it (Eq. 15), or `None` where the scheduler does not return it.
-        prev_sample: x_{t-1}; the chain goes on from what stands here.
-    """
-
-    index: int
-    timestep: int
-    sample: torch.Tensor
-    pred_original_sample: torch.Tensor | None
-    prev_sample: torch.Tensor
-
-
-# From x_t over some of the timesteps: `walk(x_t, start, stop)`.
-Walk = Callable[[torch.Tensor, int, int | None], Iterator[DenoisingStep]]
 
 
 class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
@@ -84,7 +47,6 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
     scheduler: Any
     _callback_tensor_inputs: ClassVar = ["image", "pred_original_sample"]
     _interrupt = False
-    _warned_of_a_late_start: ClassVar = False
 
     def __init__(self, unet: UNet2DModel, scheduler: Any):
         super().__init__(unet=unet, scheduler=scheduler)
@@ -248,21 +210,8 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
         return self.unet.config.in_channels, height, width
 
     def checked_steps(self, num_inference_steps: int | None) -> int:
-        """The number of sampler steps: the chain's T for `None`.
-
-        Raises:
-            ValueError: Not between 1 and T, or a scheduler that does not sample from a DDPM.
-        """
-        check_is_sampler(self.scheduler)
-        T = self.scheduler.config.num_train_timesteps
-        if num_inference_steps is None:
-            return T
-        num_inference_steps = whole_number("num_inference_steps", num_inference_steps, or_float=True)
-        if not 1 <= num_inference_steps <= T:
-            raise UserError(
-                f"num_inference_steps must be between 1 and the {T} steps of the chain, got {num_inference_steps}"
-            )
-        return num_inference_steps
+        """Return the number of sampler steps, see `schedulers.checked_steps`."""
+        return checked_steps(self.scheduler, num_inference_steps)
 
     @torch.no_grad()
     def __call__(
@@ -312,7 +261,7 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
             mask_image: With `image`: draw anew where it is white, keep the image where it is black (RePaint, Lugmayr
                 et al. 2022). A PIL image, or an array or tensor `[H, W]` (or one per image).
             resample_length, resample_times: RePaint's j and r: every j steps the chain goes back j steps, so that
-                each stretch is walked r times and the two parts fit together. `resample_times=1` never goes back.
+                each stretch is taken r times and the two parts fit together. `resample_times=1` never goes back.
             callback_on_step_end: Called as `callback(pipe, step, timestep, tensors)` after every step; the "image"
                 (x_{t-1}) that it returns replaces the chain's. `pipe._interrupt = True` ends the chain early.
             callback_on_step_end_tensor_inputs: What `tensors` holds: "image", "pred_original_sample".
@@ -322,14 +271,14 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
 
         Raises:
             ValueError: An argument is outside its range, or `seeds` is given with `generator`, or counts disagree.
-            NotFiniteError: The network made NaN or infinities, of which there is no picture.
+            NotFiniteError: The network made NaN or infinities, which are no pixel values.
         """
         if output_type in ("numpy", None):
             output_type = "np"
         if output_type not in ("pil", "np", "pt"):
             raise UserError(f"output_type must be 'pil', 'np' or 'pt', got {output_type!r}")
         if output_type == "pil" and self.image_shape[0] not in (1, 3):
-            raise UserError(f"images of {self.image_shape[0]} channels are no pictures; use output_type='np' or 'pt'")
+            raise UserError(f"PIL has no images of {self.image_shape[0]} channels; use output_type='np' or 'pt'")
         for name in callback_on_step_end_tensor_inputs:
             if name not in self._callback_tensor_inputs:
                 names = ", ".join(self._callback_tensor_inputs)
@@ -340,50 +289,44 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
             batch_size = len(given)
         device = self._execution_device
         batch_size, source = count_and_generators(batch_size, generator, seeds, device)
-        self._set_timesteps(num_inference_steps)
+        set_timesteps(self.scheduler, num_inference_steps)
         start, known = 0, None
         if given is not None:
             given = one_per_image(given, batch_size, "image").to(device)
             start = self._start_of(strength, mask_image is not None)
             if mask_image is not None:
-                self._check_repaint(resample_length, resample_times)
+                check_repaint(self.scheduler, resample_length, resample_times)
                 known = KnownPixels(given, mask_of(mask_image, self.image_shape, batch_size).to(device))
         elif strength is not None or mask_image is not None:
             raise UserError("strength and mask_image go with an image; pass image=")
-        shape = (batch_size, *self.image_shape)
-        x_t = standard_normal(shape, source, device, torch.float32) if batch_size else None
-        if given is not None and x_t is not None and not (known and start == 0):
-            left = self.scheduler.timesteps[start:]  # strength 0 leaves no step to take
-            x_t = self.scheduler.add_noise(given, x_t, left[:1].expand(batch_size).to(device)) if len(left) else given
-        elif x_t is not None:
-            x_t = x_t * self.scheduler.init_noise_sigma
+        denoiser = self._denoiser(source, batch_size, class_labels, guidance_scale, eta)
+        x_t = torch.empty(0, *self.image_shape)
+        if batch_size:
+            x_t = self._noisy_start(source, batch_size, None if known and start == 0 else given, start)
+        total = len(self.scheduler.timesteps) - start if batch_size else 0
 
         self._interrupt = False
-        walk = self._walking(class_labels, guidance_scale, eta, source, batch_size)
-        if x_t is None:
-            x_t = torch.empty(shape)
+        if known is None:
+            steps = denoiser.steps(x_t, start, start + total)
         else:
-            if known is None:
-                steps = walk(x_t, start, None)
-            else:
-                steps = self._repaint(x_t, walk, source, known, start, resample_length, resample_times)
-            total = len(self.scheduler.timesteps) - start
-            with self.progress_bar(total=total if known is None else total * resample_times) as bar:
-                for step in steps:
-                    if callback_on_step_end is not None:
-                        tensors = {"image": step.prev_sample, "pred_original_sample": step.pred_original_sample}
-                        asked = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                        changed = callback_on_step_end(self, step.index, step.timestep, asked) or {}
-                        step.prev_sample = changed.get("image", step.prev_sample)
-                    x_t = step.prev_sample
-                    bar.update()
-                    if self._interrupt:
-                        break
+            steps = repaint(denoiser, x_t, known, start, resample_length, resample_times)
+            total *= resample_times
+        with evaluating(self.unet), self.progress_bar(total=total) as bar:
+            for step in steps if batch_size else ():
+                if callback_on_step_end is not None:
+                    tensors = {"image": step.prev_sample, "pred_original_sample": step.pred_original_sample}
+                    asked = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
+                    changed = callback_on_step_end(self, step.index, step.timestep, asked) or {}
+                    step.prev_sample = changed.get("image", step.prev_sample)
+                x_t = step.prev_sample
+                bar.update()
+                if self._interrupt:
+                    break
         images = self.as_output(x_t, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def as_output(self, x_0: torch.Tensor, output_type: str) -> Any:
+    def as_output(self, x_0: Tensor, output_type: str) -> Any:
         """`[B, C, H, W]` in the [-1, 1] scale as `pil`, `np` or `pt`, see `__call__`.
 
         Raises:
@@ -396,7 +339,7 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
         array = images.cpu().permute(0, 2, 3, 1).numpy()
         return array if output_type == "np" else self.numpy_to_pil(array) if len(array) else []
 
-    def check_finite(self, x_0: torch.Tensor) -> None:
+    def check_finite(self, x_0: Tensor) -> None:
         """Images at the end of the chain are numbers: NaN and infinities would become black and white pixels.
 
         Raises:
@@ -412,48 +355,6 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
             f"infinities on the way{hints.get(dtype, '; try float32')}"
         )
 
-    def _set_timesteps(self, steps: int) -> None:
-        """The chain's timesteps. Stock's schedulers round some numbers of steps to chains that make no image.
-
-        Raises:
-            ValueError: A timestep comes twice, or the chain would start from pure noise where the network expects a
-                part of the image. This package's scheduler does that for few steps as stock's does, with one warning.
-        """
-        self.scheduler.set_timesteps(steps)
-        timesteps, alpha_bar = self.scheduler.timesteps, self.scheduler.alphas_cumprod
-        signal, least = alpha_bar[int(timesteps[0])].item() ** 0.5, alpha_bar[-1].item() ** 0.5
-        late = signal > max(0.1, 2 * least)
-        T = self.scheduler.config.num_train_timesteps
-        if isinstance(self.scheduler, DDPMScheduler):
-            if late and not DDPMPipeline._warned_of_a_late_start:  # as stock does it, so it is not refused
-                DDPMPipeline._warned_of_a_late_start = True
-                logger.warning(
-                    f"{steps} steps start from pure noise at t={int(timesteps[0])}, where the network expects a part "
-                    "of the image; better: timestep_spacing='trailing'"
-                )
-            return
-        config, first = self.scheduler.config, int(timesteps[0])
-        vanishes = alpha_bar[first] == 0 or (config.get("rescale_betas_zero_snr") and first == T - 1)
-        if vanishes and config.get("prediction_type") == "epsilon":  # stock divides by 0, and clips what comes of it
-            raise UserError(
-                f"alpha_bar vanishes at t={first}, where 'epsilon' says nothing about x_0; use prediction_type="
-                "'v_prediction' or 'sample' with this schedule, or timesteps that leave it out"
-            )
-        # PNDM and second-order solvers evaluate some timesteps twice on purpose.
-        once = getattr(self.scheduler, "order", 1) == 1 and "PNDM" not in type(self.scheduler).__name__
-        if late or (once and len(timesteps.unique()) < len(timesteps)):
-            what = f"starts from noise at t={int(timesteps[0])}" if late else "comes to the same timestep twice"
-            raise UserError(
-                f"{type(self.scheduler).__name__} {what} with {steps} steps; use timestep_spacing='trailing', or "
-                "another number of steps"
-            )
-        if isinstance(self.scheduler, _FIXED_STRIDE) and (timesteps.diff() != -(T // steps)).any():
-            raise UserError(
-                f"stock's {type(self.scheduler).__name__} takes each of {steps} steps to be {T // steps} of the {T} "
-                f"timesteps long, and with {self.scheduler.config.timestep_spacing!r} spacing they are not; use "
-                f"'leading' or 'trailing' spacing and a number of steps that divides {T}"
-            )
-
     def _start_of(self, strength: float | None, inpainting: bool) -> int:
         """Where in the chain to enter with a given image."""
         if strength is None:
@@ -465,12 +366,22 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
         steps = len(self.scheduler.timesteps)
         return steps - min(round(steps * strength), steps)
 
+    def _noisy_start(self, source: Generators, batch_size: int, image: Tensor | None, start: int) -> Tensor:
+        """Return x_T; where an image is given, that image with the noise of the chain's timestep number `start`."""
+        noise = standard_normal((batch_size, *self.image_shape), source, self._execution_device, torch.float32)
+        if image is None:
+            return noise * self.scheduler.init_noise_sigma
+        left = self.scheduler.timesteps[start:]
+        if not len(left):
+            return image  # strength 0 leaves no step to take
+        return self.scheduler.add_noise(image, noise, left[:1].expand(batch_size).to(noise.device))
+
     # ------------------------------------------------------------------ the chain
 
     @torch.no_grad()
     def denoise(
         self,
-        x_t: torch.Tensor,
+        x_t: Tensor,
         generator: Generators = None,
         *,
         num_inference_steps: int | None = None,
@@ -480,7 +391,7 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
         guidance_scale: float = 1.0,
         eta: float | None = None,
     ) -> Iterator[DenoisingStep]:
-        """Walk the chain down, step by step: what `__call__` and the paper's figures are made of.
+        """Take the chain's steps one by one: what `__call__` and the paper's figures are made of.
 
         Args:
             x_t: `[B, C, H, W]` float32, noisy as at `scheduler.timesteps[start]`; pure noise for the whole chain.
@@ -488,71 +399,29 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
             start, stop: Which of the chain's steps to take, `range(start, stop)`; all by default.
 
         Yields:
-            One `DenoisingStep` per step. Its `prev_sample` may be replaced; the chain goes on from there.
+            One `DenoisingStep` per step. Its `prev_sample` may be replaced; the next step starts from there.
 
         Raises:
             ValueError: As `__call__`, but with the first step.
         """
-        self._set_timesteps(self.checked_steps(num_inference_steps))
-        yield from self._walking(class_labels, guidance_scale, eta, generator, len(x_t))(x_t, start, stop)
-
-    def _walking(
-        self, class_labels: ClassLabels, guidance_scale: float, eta: float | None, generator: Any, batch_size: int
-    ) -> Walk:
-        """What takes steps down the chain, with all that is the same in every stretch of it checked."""
-        self.checked_eta(eta)
-        labels = self.classes.checked(class_labels, guidance_scale, batch_size)
-        return partial(
-            self._walk,
-            generator=generator,
-            labels=None if labels is None else labels.to(self._execution_device),
-            guidance_scale=guidance_scale,
-            eta=eta,
-        )
-
-    def _walk(
-        self,
-        x_t: torch.Tensor,
-        start: int,
-        stop: int | None,
-        *,
-        generator: Any,
-        labels: torch.Tensor | None,
-        guidance_scale: float,
-        eta: float | None,
-    ) -> Iterator[DenoisingStep]:
-        """`denoise` over the timesteps that are set."""
-        if start and hasattr(self.scheduler, "set_begin_index"):
-            self.scheduler.set_begin_index(start)
-        extra = self._step_options(generator, eta)
-        etas = self._etas(eta) if eta and isinstance(self.scheduler, DDIMScheduler) else None
-        # DDIM takes the noise of seeds, like our scheduler; other samplers of stock draw for themselves.
-        noise = generator if isinstance(generator, SeededNoise) and "variance_noise" in extra else None
-        # a learned variance is for the ancestral samplers only
-        learned = "learned" in (self.scheduler.config.get("variance_type") or "")
-        ancestral = isinstance(self.scheduler, DDPMScheduler) or (
-            learned and isinstance(self.scheduler, DDPMParallelScheduler)
-        )
-        timesteps = self.scheduler.timesteps
-        on_device = timesteps.to(x_t.device)  # once, so that no step waits for the device
-        network = self.network
-        dtype = network.dtype  # once: it is looked up in all of the parameters
+        set_timesteps(self.scheduler, self.checked_steps(num_inference_steps))
+        denoiser = self._denoiser(generator, len(x_t), class_labels, guidance_scale, eta)
         with evaluating(self.unet):
-            for index in range(start, len(timesteps) if stop is None else min(stop, len(timesteps))):
-                seen = self.scheduler.scale_model_input(x_t, timesteps[index]).to(dtype)
-                output = self._predict(network, seen, on_device[index], labels, guidance_scale).float()
-                output = infinite_to_nan(output)
-                if not ancestral:
-                    output = output[:, : x_t.shape[1]]
-                if etas is not None:
-                    extra["eta"] = etas[index]
-                if noise is not None:
-                    extra["variance_noise"] = noise.normal(x_t.shape)
-                made = self.scheduler.step(output, timesteps[index], x_t, **extra)
-                x_0 = getattr(made, "pred_original_sample", None)
-                step = DenoisingStep(index, int(timesteps[index]), x_t, x_0, made.prev_sample)
-                yield step
-                x_t = step.prev_sample
+            yield from denoiser.steps(x_t, start, stop)
+
+    def _denoiser(
+        self,
+        generator: Generators,
+        batch_size: int,
+        class_labels: ClassLabels = None,
+        guidance_scale: float = 1.0,
+        eta: float | None = None,
+    ) -> Denoiser:
+        """Return what takes steps down the chain that is set, with its options checked."""
+        checked_eta(self.scheduler, eta)
+        labels = self.classes.checked(class_labels, guidance_scale, batch_size)
+        labels = None if labels is None else labels.to(self._execution_device)
+        return Denoiser(self.network, self.scheduler, generator, labels, guidance_scale, eta)
 
     def progressive(
         self,
@@ -577,85 +446,9 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
         x_t = standard_normal(shape, source, self._execution_device, torch.float32)
         yield from self.denoise(x_t * self.scheduler.init_noise_sigma, source, **options)
 
-    def _check_repaint(self, length: int, times: int) -> None:
-        if not isinstance(self.scheduler, (DDPMScheduler, DDIMScheduler, DDIMParallelScheduler)):
-            raise UserError(f"mask_image works with the ddpm and ddim samplers, not {type(self.scheduler).__name__}")
-        if length < 1 or times < 1:
-            raise UserError(f"resample_length and resample_times must be at least 1, got {length} and {times}")
-
-    def _repaint(
-        self, x_t: torch.Tensor, walk: Walk, generator: Any, known: KnownPixels, start: int, length: int, times: int
-    ) -> Iterator[DenoisingStep]:
-        """RePaint (Lugmayr et al. 2022, Algorithm 1): the known pixels come from q(x_{t-1}|x_0), the others from p."""
-        # alpha_bar at every point of the chain; the data, at its end, has 1
-        timesteps = self.scheduler.timesteps
-        scheduler = self.scheduler
-        table = scheduler.alpha_bar if isinstance(scheduler, DDPMScheduler) else scheduler.alphas_cumprod.cpu()
-        alpha_bar = [*table[timesteps.cpu()].tolist(), 1.0]
-
-        def noisy(x: torch.Tensor, signal: float) -> torch.Tensor:
-            """sqrt(signal) x + sqrt(1 - signal) noise."""
-            noise = standard_normal(x.shape, generator, x.device, x.dtype)
-            return signal**0.5 * x + (1 - signal) ** 0.5 * noise
-
-        for first in range(start, len(timesteps), length):
-            last = min(first + length, len(timesteps))
-            for again in reversed(range(times)):
-                for step in walk(x_t, first, last):
-                    signal = alpha_bar[step.index + 1]
-                    image = noisy(known.image, signal) if signal < 1 else known.image
-                    step.prev_sample = torch.where(known.draw, step.prev_sample, image)
-                    yield step
-                    x_t = step.prev_sample
-                if again:
-                    x_t = noisy(x_t, alpha_bar[first] / alpha_bar[last])
-
     def checked_eta(self, eta: float | None) -> float:
-        """The eta in force: for `None` the scheduler's own default, 0 where it has none.
-
-        Raises:
-            ValueError: Not between 0 and 1, or given to a scheduler that has none.
-        """
-        known = inspect.signature(self.scheduler.step).parameters.get("eta")
-        if eta is None:
-            return 0.0 if known is None else known.default
-        if not 0 <= eta <= 1:
-            raise UserError(f"eta must be between 0 and 1, got {eta}")
-        if eta and known is None:
-            raise UserError(f"eta={eta} is for the ddim sampler; {type(self.scheduler).__name__} has none")
-        return eta
-
-    def _etas(self, eta: float) -> list[float]:
-        """eta for each of DDIM's timesteps: where alpha_bar_t is 0 or nearly so, as high as float32 allows.
-
-        There sigma^2 = 1 - alpha_bar_prev (Song et al. 2021, Eq. 16 at eta = 1), and stock takes the root of the
-        difference of the two, which rounding makes negative.
-        """
-        t = self.scheduler.timesteps.cpu()
-        previous = t - self.scheduler.config.num_train_timesteps // len(t)
-        alpha_bar = self.scheduler.alphas_cumprod.double().cpu()
-        now, then = alpha_bar[t], alpha_bar[previous.clamp(min=0)]
-        then = torch.where(previous >= 0, then, float(self.scheduler.final_alpha_cumprod))
-        variance = (1 - then) / (1 - now) * (1 - now / then)
-        largest = ((1 - then - _ROUNDING).clamp(min=0) / variance).sqrt()
-        return [eta if math.isnan(most) else min(eta, most) for most in largest.tolist()]  # NaN: no variance at all
-
-    def _step_options(self, generator: Any, eta: float | None) -> dict[str, Any]:
-        """What the scheduler's `step` takes beyond the usual: deterministic ones take no generator, DDIM an eta."""
-        known = inspect.signature(self.scheduler.step).parameters
-        options: dict[str, Any] = {}
-        if "eta" in known:
-            options["eta"] = self.checked_eta(eta)
-        if not isinstance(generator, SeededNoise) or isinstance(self.scheduler, DDPMScheduler):
-            options |= {"generator": generator} if "generator" in known else {}
-        elif "variance_noise" in known and options.get("eta"):
-            options["variance_noise"] = None  # drawn for each step
-        elif "generator" in known:
-            options["generator"] = generator.generators()
-        if "use_clipped_model_output" in known:
-            # Where x_0 is clipped, eps has to follow, or x_t is no longer the mixture of both that the network knows.
-            options["use_clipped_model_output"] = True
-        return options
+        """Return the eta in force, see `denoising.checked_eta`."""
+        return checked_eta(self.scheduler, eta)
 
     @property
     def classes(self) -> Classes:
@@ -673,19 +466,6 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
                 f"the images of {data.name!r} are {tuple(data.image_shape)} (channels, height, width), and the model "
                 f"makes {self.image_shape}"
             )
-
-    def _predict(
-        self, network: Any, image: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None, guidance_scale: float
-    ) -> torch.Tensor:
-        """The network's output, guided away from "no class" where a guidance scale asks for it."""
-        if labels is None or guidance_scale == 1:
-            return network(image, t, class_labels=labels).sample
-        nothing = torch.full_like(labels, self.unet.config["_null_class"])
-        both = network(torch.cat([image, image]), t, class_labels=torch.cat([labels, nothing])).sample
-        with_class, without = both.chunk(2)
-        guided = without + guidance_scale * (with_class - without)
-        channels = image.shape[1]  # a learned variance is not guided
-        return torch.cat([guided[:, :channels], with_class[:, channels:]], dim=1)
 
 
 def _check_published_form(safe_serialization: bool, variant: str | None) -> None:
@@ -716,39 +496,6 @@ def _push(
     hub = importlib.import_module("ddpm_hf.hub.publish")
     options: dict[str, Any] = {} if commit_message is None else {"commit_message": commit_message}
     return hub.push(folder, repo_id, private=private is not False, token=token, create_pr=create_pr, **options)
-
-
-def check_is_ddpm(scheduler: Any) -> None:
-    """Check that a scheduler knows the paper's process: x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps.
-
-    Raises:
-        ValueError: It has another one (EDM, flow matching, consistency models, score SDEs, discrete diffusion, ...).
-    """
-    config = scheduler.config
-    alpha_bar = getattr(scheduler, "alphas_cumprod", None)
-    flow = config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction"
-    if flow or not isinstance(alpha_bar, torch.Tensor) or len(alpha_bar) != config.get("num_train_timesteps"):
-        raise UserError(
-            f"{type(scheduler).__name__} is for another process than a DDPM's, whose networks see x_t at one of T "
-            "timesteps; use DDPMScheduler, DDIMScheduler, DPMSolverMultistepScheduler or another with alphas_cumprod"
-        )
-
-
-def check_is_sampler(scheduler: Any) -> None:
-    """Check that a scheduler takes a DDPM's network from noise to images by `step(model_output, timestep, sample)`.
-
-    Raises:
-        ValueError: It does not.
-    """
-    if isinstance(scheduler, DDPMScheduler):
-        return
-    check_is_ddpm(scheduler)
-    name, parameters = type(scheduler).__name__, inspect.signature(scheduler.step).parameters
-    needed = [argument for argument, p in parameters.items() if p.default is p.empty and p.kind != p.VAR_KEYWORD]
-    # UnCLIP's has to be told where each step leads, and goes to t - 1 otherwise
-    if needed != ["model_output", "timestep", "sample"] or "prev_timestep" in parameters or "Inverse" in name:
-        what = "goes from images to noise" if "Inverse" in name else "needs more than the network's output"
-        raise UserError(f"{name} {what}, so it does not sample here; use DDIMScheduler.from_config({name}'s config)")
 
 
 @contextmanager

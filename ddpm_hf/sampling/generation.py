@@ -21,7 +21,8 @@ from tqdm.auto import tqdm
 from ..data.class_labels import as_list
 from ..diffusion.scheduling_ddpm import TIMESTEP_SPACINGS, DDPMScheduler, check_choice
 from ..pipelines.inputs import one_per_image
-from ..pipelines.pipeline_ddpm import DDPMPipeline, check_is_ddpm, without_bar
+from ..pipelines.pipeline_ddpm import DDPMPipeline, without_bar
+from ..pipelines.schedulers import check_is_ddpm
 from ..utils.digests import digest, weights_digest
 from ..utils.errors import NotFiniteError, UserError
 from ..utils.files import write_text, write_whole

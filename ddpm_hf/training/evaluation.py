@@ -1,4 +1,4 @@
-"""What a training run measures of its averaged weights, and the best model so far.
+"""What a training run measures of its EMA weights, and the best model so far.
 
 ```
 output_dir/
@@ -7,8 +7,8 @@ output_dir/
   .evaluation/         finished batches of an evaluation that is not finished
 ```
 
-What an update's weights are is exact on resuming, and so are their numbers. So the best model needs no place in the
-checkpoints: it is the same one as soon as every update that was to be measured has been.
+A resumed run has the same weights after each update, and so the same numbers. The best model therefore needs no place
+in the checkpoints: it is the same one as soon as every update that was to be measured has been.
 """
 
 from __future__ import annotations
@@ -24,229 +24,141 @@ from typing import Any
 
 from ..data.datasets import Images
 from ..evaluation.features import FeatureExtractor
-from ..evaluation.run import (
-    METRICS,
-    SAMPLE_METRICS,
-    EvaluationReport,
-    checked_extractors,
-    evaluate,
-    evaluate_likelihood,
-    first_images,
-)
+from ..evaluation.options import SAMPLE_METRICS, EvaluationOptions, parse_metrics
+from ..evaluation.report import EvaluationReport
+from ..evaluation.run import check_evaluation, evaluate, evaluate_likelihood, first_images
 from ..hub.files import REPORT
 from ..pipelines.pipeline_ddpm import DDPMPipeline
-from ..sampling.generation import check_sampler, with_sampler
 from ..utils.errors import UserError
-from ..utils.files import default_cache_dir, writable_folder, write_directory, write_text
+from ..utils.files import write_directory, write_text
 from ..utils.processes import from_first, processes, say, together
 from ..utils.text import finite, nearest, number, plain
 from .batches import load_split
 from .configuration import TrainingConfig, due
 
 BEST, HISTORY = "best", "evaluations.json"
-_WORK = ".evaluation"
 IN_LOOP_METRICS = ("nll", "fid", "is", "kid", "prc")
 _HIGHER_IS_BETTER = ("is_", "precision_", "recall_")
-
-
-def check_sampling(
-    pipe: DDPMPipeline,
-    sets: dict[str, Images],
-    metrics: Sequence[str],
-    *,
-    num_samples: int,
-    features: Sequence[str],
-    inception_weights: str | None,
-    sampler: str,
-    num_inference_steps: int | None,
-) -> list[FeatureExtractor]:
-    """Whether samples can be drawn, and `evaluation.evaluate` will have all that it needs: before a training.
-
-    Returns:
-        What it will compare images by.
-
-    Raises:
-        ValueError: It will not.
-    """
-    check_sampler(with_sampler(pipe, sampler), num_inference_steps=num_inference_steps)
-    wanted = [metric for metric in metrics if metric in SAMPLE_METRICS]
-    extractors = checked_extractors(pipe, sets, wanted, num_samples, features, inception_weights)
-    if wanted:  # where features of real images are kept
-        writable_folder(default_cache_dir(), "$DDPM_HF_CACHE")
-    return extractors
 
 
 def names_of_numbers(
     metrics: Sequence[str], extractors: Iterable[FeatureExtractor], splits: Sequence[str]
 ) -> list[str]:
-    """What an evaluation's numbers will be called, of those of which one is better than another."""
+    """Return what an evaluation's numbers will be called, of those of which one is better than another."""
     names = ["bits_per_dim"] if "nll" in metrics else []
     for extractor in extractors:
-        kinds = ("uint8", "float") if extractor.takes_floats else ("uint8",)
-        inception = extractor.name == "inception"
-        for metric, heads, among in (
-            ("fid", ["fid" if inception else "fd"], kinds),
-            ("kid", ["kid" if inception else "kd"], ("uint8",)),
-            ("prc", ["precision", "recall"], ("uint8",)),
-        ):
-            if metric in metrics:
-                names += [f"{h}_{extractor.name}_{split}_{kind}" for h in heads for split in splits for kind in among]
+        inception, every_kind = extractor.name == "inception", ["uint8", "float"][: 1 + extractor.takes_floats]
+        compared = [f"{extractor.name}_{split}" for split in splits]
+        if "fid" in metrics:
+            names += [f"{'fid' if inception else 'fd'}_{pair}_{kind}" for pair in compared for kind in every_kind]
+        if "kid" in metrics:
+            names += [f"{'kid' if inception else 'kd'}_{pair}_uint8" for pair in compared]
+        if "prc" in metrics:
+            names += [f"{what}_{pair}_uint8" for what in ("precision", "recall") for pair in compared]
         if "is" in metrics and inception:
-            names += [f"is_inception_{kind}" for kind in kinds]
+            names += [f"is_inception_{kind}" for kind in every_kind]
     return names
 
 
-def is_better(name: str, value: float, than: float) -> bool:
-    """Whether one value of a number is better than another; NaN never is."""
-    if math.isnan(value) or math.isnan(than):
-        return not math.isnan(value)
-    return value > than if name.startswith(_HIGHER_IS_BETTER) else value < than
-
-
 class TrainingEvaluation:
-    """Measures a run's averaged weights.
-
-    Args:
-        config: The run's.
-        train: Its training images.
-
-    Raises:
-        ValueError: A metric that is unknown, or that is for finished models; something is to be measured on held-out
-            images, and nothing is held out.
-    """
+    """Measures a run's EMA weights; knows its configuration and its training images."""
 
     def __init__(self, config: TrainingConfig, train: Images):
-        self.config = config
-        self.folder = Path(config.output_dir)
-        self.metrics = _parse(config.eval_metrics)
-        self._samples = [metric for metric in self.metrics if metric in SAMPLE_METRICS]
-        self.held_out = self._load_held_out()
-        if self.held_out is None or not config.eval_num_images:
-            self.metrics = [metric for metric in self.metrics if metric != "nll"]
+        self.config, self.folder = config, Path(config.output_dir)
+        self.metrics = parse_metrics(config.eval_metrics, IN_LOOP_METRICS, "--eval_metrics")
+        self._of_samples = [metric for metric in self.metrics if metric in SAMPLE_METRICS]
+        self.sets = {"train": train}
+        held_out = self._load_held_out()
+        if held_out is not None:
+            self.sets["validation"] = held_out
+        if held_out is None or not config.eval_num_images:
+            self.metrics = self._of_samples
         if config.validation_steps and not self.metrics:
             raise UserError("--validation_steps has nothing to measure with --eval_metrics nll --eval_num_images 0")
-        self.sets = {"train": train} | ({} if self.held_out is None else {"validation": self.held_out})
 
     def _load_held_out(self) -> Images | None:
         config = self.config
         if not config.validation_split and "dataset" not in config.images_given():
             if config.validation_steps and "nll" in self.metrics:
-                raise UserError(
-                    "--validation_steps needs images that are held out; add --validation_split 0.05, or measure "
-                    "something else than bits/dim: --eval_metrics fid"
-                )
+                advice = "add --validation_split 0.05, or measure something else than bits/dim: --eval_metrics fid"
+                raise UserError(f"--validation_steps needs images that are held out; {advice}")
             return None
-        if not config.eval_num_images and not self._samples:
+        if self._of_samples:
+            return load_split(config, "validation")
+        if not config.eval_num_images:
             return None
-        held_out = load_split(config, "validation")
-        if not self._samples:
-            held_out = first_images(held_out, config.eval_num_images)
-            if not len(held_out):
-                raise UserError(
-                    f"--validation_split {config.validation_split} of {held_out.name!r} holds out no image; use a "
-                    "larger share, or --eval_num_images 0"
-                )
+        held_out = first_images(load_split(config, "validation"), config.eval_num_images)
+        if not len(held_out):
+            what = f"--validation_split {config.validation_split} of {held_out.name!r} holds out no image"
+            raise UserError(f"{what}; use a larger share, or --eval_num_images 0")
         return held_out
 
     def check(self, pipe: DDPMPipeline) -> None:
-        """Everything that can be known of the evaluations to come.
-
-        Raises:
-            ValueError: They will fail, or have no number called `best_metric`.
-        """
+        """Raise now what would be wrong with the evaluations to come."""
         config = self.config
         try:
-            extractors = check_sampling(
-                pipe, self.sets, self.metrics, num_samples=config.eval_num_samples, **self._sampling(pipe)
-            )
+            _, extractors = check_evaluation(pipe, self.sets, self._of_samples, self._options(pipe))
         except UserError as error:  # evaluate's flags have other names here
             text = re.sub(r"--(num_samples|features|inception_weights)", r"--eval_\1", str(error))
             raise UserError(text) from error
         if (best := config.best_metric) is not None:
             names = names_of_numbers(self.metrics, extractors, list(self.sets))
             if best not in names:
-                raise UserError(
-                    f"--best_metric {best!r} is none of the numbers that --eval_metrics {config.eval_metrics} gives"
-                    f"{nearest(best, names)}: {', '.join(names)}"
-                )
+                what = f"none of the numbers that --eval_metrics {config.eval_metrics} gives{nearest(best, names)}"
+                raise UserError(f"--best_metric {best!r} is {what}: {', '.join(names)}")
 
-    def _sampling(self, pipe: DDPMPipeline) -> dict[str, Any]:
+    def _options(self, pipe: DDPMPipeline) -> EvaluationOptions:
         config = self.config
-        return {
-            "features": [part.strip() for part in config.eval_features.split(",")],
-            "inception_weights": config.eval_inception_weights,
-            "sampler": config.sampler,
-            "num_inference_steps": config.inference_steps(pipe.scheduler.config.num_train_timesteps),
-        }
+        return EvaluationOptions(
+            num_images=config.eval_num_images,
+            num_evaluations=config.eval_num_evaluations,
+            num_samples=config.eval_num_samples,
+            batch_size=config.evaluation_batch(processes().num_processes),
+            sampler=config.sampler,
+            num_inference_steps=config.inference_steps(pipe.scheduler.config.num_train_timesteps),
+            features=[part.strip() for part in config.eval_features.split(",")],
+            inception_weights=config.eval_inception_weights,
+        )
 
     def due(self, step: int) -> bool:
-        """Whether update `step` is to be measured."""
+        """Return whether update `step` is to be measured."""
         return due(step, self.config.validation_steps)
 
     def measure(self, pipe: DDPMPipeline) -> EvaluationReport | None:
-        """The numbers of a model, the same in every process; `None` where there is nothing to measure."""
-        config = self.config
+        """Compute the numbers of a model, the same in every process; `None` where there is nothing to measure."""
         if not self.metrics:
             return None
-        batch_size = config.evaluation_batch(processes().num_processes)
-        if not self._samples:
-            data = first_images(self.sets["validation"], config.eval_num_images)
-            report = evaluate_likelihood(
-                pipe, data, "validation", num_evaluations=config.eval_num_evaluations, batch_size=batch_size
-            )
-        else:
-            work = self.folder / _WORK
-            report = evaluate(
-                pipe,
-                self.sets,
-                self.metrics,
-                num_images=config.eval_num_images,
-                num_evaluations=config.eval_num_evaluations,
-                num_samples=config.eval_num_samples,
-                batch_size=batch_size,
-                output=work,
-                **self._sampling(pipe),
-            )
+        options = self._options(pipe)
+        if self._of_samples:
+            work = self.folder / ".evaluation"
+            report = evaluate(pipe, self.sets, self.metrics, options, output=work)
             report.pictures = []
             if processes().is_main_process:
                 shutil.rmtree(work, ignore_errors=True)
+        else:
+            data = first_images(self.sets["validation"], options.num_images)
+            report = evaluate_likelihood(pipe, data, "validation", options)
         for name, entry in report.values.items():
-            if name == "bits_per_dim":
-                value, error = entry["value"], entry["standard_error"]
-                known = f" +- {error:.3f}" if math.isfinite(error) else ""
-                say(f"bits/dim on {report.num_images} held-out images: {value:.3f}{known}")
-            else:
-                say(f"{name}: {number(entry['value'], entry['standard_error'])}")
+            what = f"bits/dim on {report.num_images} held-out images" if name == "bits_per_dim" else name
+            say(f"{what}: {number(entry['value'], entry['standard_error'])}")
         return report
 
-    # ------------------------------------------------------------------ what is kept
-
     def begin(self, step: int) -> None:
-        """Put the folder in order for a run that goes on after update `step`. For the main process."""
+        """Remove what a run that resumes after update `step`, or begins, will measure again. For the main process."""
         if not step:  # a new run has no best model yet
             shutil.rmtree(self.folder / BEST, ignore_errors=True)
             (self.folder / HISTORY).unlink(missing_ok=True)
-        else:
-            history = self._history()
-            if later := [key for key in history if int(key) > step]:
-                self._write_history({key: value for key, value in history.items() if key not in later})
+        elif history := self._history():
+            self._write_history({key: value for key, value in history.items() if int(key) <= step})
 
     def missed(self, step: int) -> bool:
-        """Whether update `step` was to be measured, and the run ended before; the same answer in every process."""
-        if not self.due(step):
-            return False
-        return from_first(str(step) not in self._history() if processes().is_main_process else None)
+        """Return whether update `step` was to be measured, and the run ended before; the same in every process."""
+        return self.due(step) and from_first(str(step) not in self._history() if processes().is_main_process else None)
 
     def keep(self, pipe: DDPMPipeline, report: EvaluationReport, step: int) -> None:
-        """Note what was measured after update `step`, and keep the model if it is the best so far.
-
-        Raises:
-            OSError: The disk refuses; the best one before is intact.
-        """
-        if self.config.validation_steps is None:
-            return
+        """Record what was measured after update `step`, and keep the model if it is the best so far."""
         with together():
-            if processes().is_main_process:
+            if self.config.validation_steps is not None and processes().is_main_process:
                 if self.config.best_metric is not None:
                     self._keep_best(pipe, report, step, self.config.best_metric)
                 self._write_history({**self._history(), str(step): {k: v["value"] for k, v in report.values.items()}})
@@ -260,8 +172,12 @@ class TrainingEvaluation:
         if best is not None and not _comparable(best, report, name):
             say(f"{folder} was chosen by another number than {name} as it is measured now, and is chosen anew")
             best = None
-        if math.isnan(value) or (best is not None and not is_better(name, value, best.values[name]["value"])):
+        if math.isnan(value):
             return
+        if best is not None:
+            before = best.values[name]["value"]
+            if not (value > before if name.startswith(_HIGHER_IS_BETTER) else value < before):
+                return
         report = dataclasses.replace(report, model={**report.model, "update": step, "best_metric": name})
 
         def fill(target: Path) -> None:
@@ -283,25 +199,8 @@ class TrainingEvaluation:
         write_text(self.folder / HISTORY, json.dumps(finite(in_order), indent=1) + "\n")
 
 
-def _parse(text: str) -> list[str]:
-    """`"nll,fid"` to `["nll", "fid"]`."""
-    names = [part.strip() for part in text.split(",") if part.strip()]
-    known = ", ".join(IN_LOOP_METRICS)
-    for name in names:
-        if name not in IN_LOOP_METRICS:
-            what = (
-                f"; {name} is for finished models: ddpm-hf evaluate"
-                if name in METRICS
-                else nearest(name, IN_LOOP_METRICS)
-            )
-            raise UserError(f"--eval_metrics knows {known}, got {name!r}{what}")
-    if not names:
-        raise UserError(f"--eval_metrics names no metric; it knows {known}")
-    return list(dict.fromkeys(names))
-
-
 def _comparable(one: EvaluationReport, other: EvaluationReport, name: str) -> bool:
-    """Whether a number was made in the same way in both, down to the samples' seeds."""
+    """Return whether a number was made in the same way in both, down to the samples' seeds."""
 
     def made(report: EvaluationReport) -> Any:
         settings = report.settings.get(name, {})

@@ -135,6 +135,11 @@ class SeededNoise:
         """One CPU generator per image, for stock's samplers that draw for themselves."""
         return [torch.Generator().manual_seed(seed) for seed in self.seeds.tolist()]
 
+    def count_draw(self) -> Tensor:
+        """Count a draw that is made elsewhere, and return its number for each image, `[B]`."""
+        self._drawn += 1
+        return self._before + (self._drawn - 1)
+
     def normal(self, shape: Sequence[int]) -> Tensor:
         """Draw `[B, ...]` float32, for the B images, and count the draw.
 

@@ -65,7 +65,7 @@ def test_one_command_one_report(tmp_path, capsys):
     assert "+0" in capsys.readouterr().out
 
 
-def test_interrupted_and_repeated_it_goes_on(tmp_path, capsys, monkeypatch):
+def test_an_interrupted_evaluation_resumes_and_a_repeated_one_draws_nothing(tmp_path, capsys, monkeypatch):
     flags = ["--dataset", "digits", "--metrics", "fid", *SMALL, "--batch_size", "10"]
     assert evaluate(*flags, "--output", str(tmp_path / "whole")) == 0
     drawn: list[int] = []
@@ -268,7 +268,7 @@ def test_images_are_read_as_in_training(tmp_path, capsys):
     assert "--value_range" in capsys.readouterr().err
 
 
-def test_the_word_for_optimizing_is_checked_first(tmp_path, capsys):
+def test_the_value_of_optimize_is_checked_first(tmp_path, capsys):
     for command in (
         ["evaluate", "--model", "nowhere", "--dataset", "digits"],
         ["sample", "--model", "nowhere", "--output", str(tmp_path / "x.png")],

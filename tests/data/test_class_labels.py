@@ -10,7 +10,7 @@ from conftest import make_small_unet
 from ddpm_hf import DDPMPipeline, DDPMScheduler
 from ddpm_hf.data.class_labels import Classes, ClassIndex, sorted_names
 from ddpm_hf.data.datasets import ImageDataset, load_digits
-from ddpm_hf.evaluation.run import evaluate_likelihood
+from ddpm_hf.evaluation.run import EvaluationOptions, evaluate_likelihood
 from ddpm_hf.hub.model_card import CardFacts, ModelFacts, make_card
 from ddpm_hf.hub.space_app import Demo
 from ddpm_hf.pipelines.figures import progressive_generation
@@ -143,14 +143,16 @@ def test_bits_per_dim_go_by_the_names(numbered):
         ImageDataset(images, torch.tensor([0, 3, 1, 2]), "a", ["1", "2", "3", "10"]),
         ImageDataset(images, torch.tensor([0, 1, 2, 3]), "b", ["1", "10", "2", "3"]),
     ]
-    values = [evaluate_likelihood(numbered, data, "all", num_evaluations=4).values for data in sets]
+    values = [evaluate_likelihood(numbered, data, "all", EvaluationOptions(num_evaluations=4)).values for data in sets]
     assert values[0] == values[1]
     for data in sets:
         assert numbered.classes.of_dataset(data).tolist() == [0, 3, 1, 2]
     some = ImageDataset(images[:2], torch.tensor([0, 1]), "c", ["2", "10"])
     assert numbered.classes.of_dataset(some).tolist() == [1, 3]
     with pytest.raises(ValueError, match="knows no class '4'; it was trained on 1, 2, 3, 10"):
-        evaluate_likelihood(numbered, ImageDataset(images[:2], torch.tensor([0, 1]), "d", ["2", "4"]), "all")
+        evaluate_likelihood(
+            numbered, ImageDataset(images[:2], torch.tensor([0, 1]), "d", ["2", "4"]), "all", EvaluationOptions()
+        )
 
 
 def test_networks_without_names_have_numbers():

@@ -39,7 +39,7 @@ def test_inception_equals_torch_fidelitys(weights):
     assert torch.equal(found["features"], features)
     assert torch.equal(found["logits"], logits)
     assert features.std() > 1e-3  # the network says something
-    # Whole grey levels as floats are the same images; levels between them are others.
+    # Whole pixel values as floats are the same images; values between them are others.
     assert torch.equal(ours(GREY.float())["features"], features)
     between = ours(GREY.float() * 0.999)["features"]
     assert 0 < (between - features).norm() < 0.1 * features.norm()
@@ -148,7 +148,7 @@ def test_the_fingerprint_follows_weights_and_preprocessing(tmp_path):
 
 def test_pixels():
     assert torch.equal(Pixels((1, 8, 8))(GREY)["features"], GREY.reshape(2, 64) / 255)
-    with pytest.raises(ValueError, match=r"at most 4096 values, and these have 12288.*inception"):
+    with pytest.raises(ValueError, match=r"at most 4096 values, got 12288; use inception"):
         Pixels((3, 64, 64))
 
 

@@ -277,6 +277,6 @@ def test_memorisation_is_the_mann_whitney_statistic():
         (lambda: memorisation(torch.zeros(3), torch.zeros(0)), "got 3 and 0"),
     ],
 )
-def test_what_cannot_be_computed_is_said(call, words):
+def test_what_cannot_be_computed_gets_one_sentence(call, words):
     with pytest.raises(ValueError, match=words):
         call()

@@ -29,7 +29,7 @@ def test_a_perfect_network_has_the_error_of_the_closed_form():
     images = ImageDataset(((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8), None, "gaussian")
     error = prediction_error(gaussian_pipeline(DDPMScheduler(clip_sample=False), data), images)
     expected = torch.tensor([data.unknown_of_x_0(t) for t in range(1000)])
-    # A mean of n squares of Gaussians is off by sqrt(2/n) of itself; four of these, and the grey levels' rounding.
+    # A mean of n squares of Gaussians is off by sqrt(2/n) of itself; four of these, and the rounding of pixel values.
     assert ((error - expected).abs() < 4 * (2 / pixels.numel()) ** 0.5 * expected + (1 / 127.5) ** 2 / 12).all()
 
 
@@ -49,7 +49,7 @@ def test_batches_do_not_matter_and_bad_images_are_refused(small_pipeline):
 def test_held_out_digits_cost_the_fewest_bits_with_it():
     """The bound of a trained network on images it has not seen, with the same draws for every variance."""
     pipe = DDPMPipeline.from_pretrained(FIXTURES / "digits_model")
-    error = prediction_error(pipe, digits("train", 8))
+    error = prediction_error(pipe, digits("train", 4))
     x_0 = to_model_range(digits("validation", 24).images)
 
     def bound(variance_type):

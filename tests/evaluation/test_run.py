@@ -1,6 +1,7 @@
-"""Reports."""
+"""From a model and images to a report: the likelihood, its parts, resuming, models that cannot be evaluated."""
 
 import csv
+import dataclasses
 import math
 
 import numpy as np
@@ -14,14 +15,15 @@ from ddpm_hf import DDPMPipeline, DDPMScheduler, EvaluationReport, bits_per_dim
 from ddpm_hf.data.datasets import ImageDataset, load_digits, to_model_range
 from ddpm_hf.evaluation import likelihoods as likelihood_evaluation
 from ddpm_hf.evaluation import run as evaluation
+from ddpm_hf.evaluation.options import EvaluationOptions
 from ddpm_hf.evaluation.run import evaluate_likelihood, first_images, parse_metrics
 
 
 def test_full_and_stratified_agree_and_the_report_reads_back(tmp_path, small_unet):
     small_pipeline = DDPMPipeline(small_unet, DDPMScheduler(num_train_timesteps=200, variance_type="fixed_large"))
     data = first_images(load_digits("validation"), 6)
-    full = evaluate_likelihood(small_pipeline, data, "validation", num_evaluations=None)
-    few = evaluate_likelihood(small_pipeline, data, "validation", num_evaluations=200)
+    full = evaluate_likelihood(small_pipeline, data, "validation", EvaluationOptions())
+    few = evaluate_likelihood(small_pipeline, data, "validation", EvaluationOptions(num_evaluations=200))
     direct = bits_per_dim(small_pipeline.unet, small_pipeline.scheduler, to_model_range(data.images))
     value = full.values["bits_per_dim"]
     assert math.isclose(value["value"], direct.total_bpd.mean().item(), rel_tol=1e-6)
@@ -34,10 +36,10 @@ def test_full_and_stratified_agree_and_the_report_reads_back(tmp_path, small_une
 def test_images_that_do_not_fit(small_pipeline):
     wrong = ImageDataset(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), None, "colour")
     with pytest.raises(ValueError, match=r"'colour' are \(3, 8, 8\).*\(1, 8, 8\)"):
-        evaluate_likelihood(small_pipeline, wrong, "all")
+        evaluate_likelihood(small_pipeline, wrong, "all", EvaluationOptions())
     empty = ImageDataset(torch.zeros(0, 1, 8, 8, dtype=torch.uint8), None, "none")
     with pytest.raises(ValueError, match="no images"):
-        evaluate_likelihood(small_pipeline, empty, "all")
+        evaluate_likelihood(small_pipeline, empty, "all", EvaluationOptions())
 
 
 def test_classes_are_matched_by_name():
@@ -46,18 +48,18 @@ def test_classes_are_matched_by_name():
     images = load_digits("validation").images[:4]
     by_name = ImageDataset(images, torch.tensor([0, 1, 1, 0]), "folders", ["dogs", "owls"])
     by_number = ImageDataset(images, torch.tensor([1, 2, 2, 1]), "folders", ["cats", "dogs", "owls"])
-    values = [evaluate_likelihood(pipe, data, "all", num_evaluations=4).values for data in (by_name, by_number)]
+    few = EvaluationOptions(num_evaluations=4)
+    values = [evaluate_likelihood(pipe, data, "all", few).values for data in (by_name, by_number)]
     assert values[0] == values[1]
     with pytest.raises(ValueError, match="no class 'zebras'"):
-        evaluate_likelihood(pipe, ImageDataset(images, by_name.labels, "x", ["dogs", "zebras"]), "all")
+        evaluate_likelihood(pipe, ImageDataset(images, by_name.labels, "x", ["dogs", "zebras"]), "all", few)
 
 
 def test_full_sum_gives_rate_distortion_and_table_4(tmp_path):
     pipe = DDPMPipeline(make_small_unet(), DDPMScheduler(num_train_timesteps=20, variance_type="fixed_large"))
     data = first_images(load_digits("validation"), 5)
-    report = evaluate_likelihood(
-        pipe, data, "validation", num_evaluations=None, rate_distortion=True, output=tmp_path, batch_size=2
-    )
+    options = EvaluationOptions(output=tmp_path, batch_size=2)
+    report = evaluate_likelihood(pipe, data, "validation", options, rate_distortion=True)
     x_0 = to_model_range(data.images)
     direct = bits_per_dim(pipe.unet, pipe.scheduler, x_0)
     terms, mse, prior = direct.terms_bpd.double().numpy(), direct.mse.double().numpy(), direct.prior_bpd.numpy()
@@ -79,13 +81,14 @@ def test_full_sum_gives_rate_distortion_and_table_4(tmp_path):
     assert float(rows[0]["rmse_grey_levels"]) == pytest.approx(values["rmse"], rel=1e-5)
     assert Image.open(tmp_path / "rate_distortion_validation.png").size[0] > 1000
     with pytest.raises(ValueError, match="rate_distortion needs every term"):
-        evaluate_likelihood(pipe, data, "validation", num_evaluations=4, rate_distortion=True)
+        evaluate_likelihood(pipe, data, "validation", EvaluationOptions(num_evaluations=4), rate_distortion=True)
 
 
-def test_an_interrupted_likelihood_goes_on(tmp_path, monkeypatch):
+def test_an_interrupted_likelihood_resumes(tmp_path, monkeypatch):
     pipe = DDPMPipeline(make_small_unet(), DDPMScheduler(num_train_timesteps=10))
     data = first_images(load_digits("validation"), 6)
-    whole = evaluate_likelihood(pipe, data, "validation", num_evaluations=4, batch_size=2)
+    options = EvaluationOptions(num_evaluations=4, batch_size=2)
+    whole = evaluate_likelihood(pipe, data, "validation", options)
     calls = []
     original = likelihood_evaluation.stratified_bits_per_dim
 
@@ -96,17 +99,17 @@ def test_an_interrupted_likelihood_goes_on(tmp_path, monkeypatch):
         return original(*args, **kwargs)
 
     monkeypatch.setattr(likelihood_evaluation, "stratified_bits_per_dim", interrupted)
-    options = {"num_evaluations": 4, "batch_size": 2, "work_dir": tmp_path}
+    options = dataclasses.replace(options, work_dir=tmp_path)
     with pytest.raises(KeyboardInterrupt):
-        evaluate_likelihood(pipe, data, "validation", **options)
+        evaluate_likelihood(pipe, data, "validation", options)
     assert calls == [[0, 1], [2, 3]]
     calls.clear()
-    resumed = evaluate_likelihood(pipe, data, "validation", **options)
+    resumed = evaluate_likelihood(pipe, data, "validation", options)
     assert calls == [[4, 5]]
     assert resumed.values == whole.values
     calls.clear()
     with pytest.raises(KeyboardInterrupt):  # another seed is another evaluation
-        evaluate_likelihood(pipe, data, "validation", seed=1, **options)
+        evaluate_likelihood(pipe, data, "validation", dataclasses.replace(options, seed=1))
     assert calls == [[0, 1], [2, 3]]
 
 
@@ -128,4 +131,4 @@ def test_a_model_without_a_likelihood():
     """One that was saved with DDIM has betas, and no posterior."""
     pipe = DDPMPipeline(make_small_unet(), DDIMScheduler(num_train_timesteps=10))
     with pytest.raises(ValueError, match="saved with a DDIMScheduler, which has no likelihood"):
-        evaluate_likelihood(pipe, first_images(load_digits("validation"), 2), "validation", num_evaluations=2)
+        evaluate_likelihood(pipe, first_images(load_digits("validation"), 2), "validation", EvaluationOptions())

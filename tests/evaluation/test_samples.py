@@ -1,5 +1,7 @@
 """Samples beside real images: the same whatever the batches, from the cache where there is one, labels by rule."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -10,19 +12,18 @@ from ddpm_hf import DDPMPipeline, DDPMScheduler
 from ddpm_hf.data.datasets import ImageDataset, load_digits
 from ddpm_hf.evaluation.features import Pixels
 from ddpm_hf.evaluation.metrics import frechet_statistics
+from ddpm_hf.evaluation.neighbours import add_neighbours, find_neighbours
+from ddpm_hf.evaluation.options import EvaluationOptions
 from ddpm_hf.evaluation.report import EvaluationReport
-from ddpm_hf.evaluation.samples import (
-    Samples,
-    add_neighbours,
-    draw_samples,
-    find_neighbours,
-    images_digest,
-    real_images,
-    real_statistics,
-)
+from ddpm_hf.evaluation.run import check_evaluation
+from ddpm_hf.evaluation.samples import Samples, draw_samples, images_digest, real_images, real_statistics
 from ddpm_hf.sampling.generation import with_sampler
 
 PIXELS = Pixels((1, 8, 8))
+
+
+def cached(folder, **options) -> EvaluationOptions:
+    return EvaluationOptions(cache_dir=folder, **options)
 
 
 class Counting(Pixels):
@@ -42,12 +43,11 @@ def digits_pipeline():
 
 
 def test_samples_are_what_their_seeds_give(digits_pipeline, tmp_path):
-    samples = draw_samples(
-        digits_pipeline, 7, [PIXELS], tmp_path, seed=5, batch_size=3, num_inference_steps=4, train=None
-    )
+    options = EvaluationOptions(num_samples=7, work_dir=tmp_path, seed=5, batch_size=3, num_inference_steps=4)
+    samples = draw_samples(digits_pipeline, [PIXELS], options)
     (direct,) = digits_pipeline(seeds=range(5, 12), num_inference_steps=4, output_type="pt", return_dict=False)
     assert torch.allclose(samples.features["pixels", "float"], direct.flatten(1), atol=1e-5)
-    # Whole grey levels; rounding may fall to the other side where batches differ in the last bit.
+    # Whole pixel values; rounding may fall to the other side where batches differ in the last bit.
     levels = samples.features["pixels", "uint8"] * 255
     assert (levels - levels.round()).abs().max() < 1e-4
     assert (levels / 255 - direct.flatten(1)).abs().max() < 0.51 / 255
@@ -66,33 +66,33 @@ def test_more_samples_draw_only_what_is_new_and_other_settings_draw_again(digits
         return original(self, *args, **kwargs)
 
     monkeypatch.setattr(type(digits_pipeline), "__call__", spy)
-    options = {"batch_size": 3, "num_inference_steps": 5}
-    draw_samples(digits_pipeline, 6, [PIXELS], tmp_path, **options)
+    options = EvaluationOptions(work_dir=tmp_path, batch_size=3, num_inference_steps=5, num_samples=6)
+    draw_samples(digits_pipeline, [PIXELS], options)
     assert drawn == [0, 1, 2, 3, 4, 5]
-    samples = draw_samples(digits_pipeline, 9, [PIXELS], tmp_path, **options)
+    samples = draw_samples(digits_pipeline, [PIXELS], dataclasses.replace(options, num_samples=9))
     assert drawn == [*range(6), 6, 7, 8]
     assert samples.features["pixels", "uint8"].shape == (9, 64)
     assert len(samples.first) == 4
     for other in ({"seed": 1}, {"num_inference_steps": 10}):
         drawn.clear()
-        draw_samples(digits_pipeline, 2, [PIXELS], tmp_path, **{**options, **other})
+        draw_samples(digits_pipeline, [PIXELS], dataclasses.replace(options, num_samples=2, **other))
         assert len(drawn) == 2
 
 
 def test_real_images_are_seen_once(tmp_path):
     data, extractor = load_digits("validation"), Counting()
-    first = real_images("validation", data, [extractor], tmp_path, batch_size=100)
+    first = real_images("validation", data, [extractor], cached(tmp_path, batch_size=100))
     assert extractor.seen == 296
     assert torch.equal(first.features["pixels"], data.images.flatten(1) / 255)
-    again = real_images("validation", data, [extractor], tmp_path, batch_size=7)
+    again = real_images("validation", data, [extractor], cached(tmp_path, batch_size=7))
     assert extractor.seen == 296
     assert torch.equal(again.features["pixels"], first.features["pixels"])
     changed = data.images.clone()
     changed[5, 0, 3, 3] += 1
     other = ImageDataset(changed, None, data.name)
     assert images_digest(other) != images_digest(data)
-    real_images("validation", other, [extractor], tmp_path)
-    assert extractor.seen == 2 * 296  # one grey level of one image is enough
+    real_images("validation", other, [extractor], cached(tmp_path))
+    assert extractor.seen == 2 * 296  # one pixel value of one image is enough
 
     device = torch.device("cpu")
     made = real_statistics(first, "pixels", tmp_path, device)
@@ -117,7 +117,8 @@ def labels_seen(pipe, tmp_path, train, count):
         return original(x, t, class_labels=class_labels, **kwargs)
 
     pipe.unet.forward = spy
-    samples = draw_samples(pipe, count, [PIXELS], tmp_path, batch_size=count, num_inference_steps=1, train=train)
+    options = EvaluationOptions(num_samples=count, work_dir=tmp_path, batch_size=count, num_inference_steps=1)
+    samples = draw_samples(pipe, [PIXELS], options, train)
     return seen[0], samples.settings["class_labels"]
 
 
@@ -146,9 +147,9 @@ def samples_of(images):
 
 
 def test_neighbours(tmp_path, monkeypatch):
-    monkeypatch.setattr("ddpm_hf.evaluation.samples._CHUNK", 100)  # the training images in several parts
+    monkeypatch.setattr("ddpm_hf.evaluation.neighbours._CHUNK", 100)  # the training images in several parts
     train, held_out = load_digits("train"), load_digits("validation")
-    real = [real_images(s, d, [PIXELS], tmp_path) for s, d in (("train", train), ("validation", held_out))]
+    real = [real_images(s, d, [PIXELS], cached(tmp_path)) for s, d in (("train", train), ("validation", held_out))]
     draw = torch.Generator().manual_seed(0)
     images = torch.cat([train.images[[700, 3]], torch.randint(0, 256, (8, 1, 8, 8), generator=draw).byte()])
     (found,) = find_neighbours(samples_of(images), *real, ["pixels"], k=3)
@@ -167,7 +168,7 @@ def test_neighbours(tmp_path, monkeypatch):
 
 def test_a_model_that_repeats_its_training_images_is_found_out(tmp_path):
     train, held_out = load_digits("train"), load_digits("validation")
-    real = [real_images(s, d, [PIXELS], tmp_path) for s, d in (("train", train), ("validation", held_out))]
+    real = [real_images(s, d, [PIXELS], cached(tmp_path)) for s, d in (("train", train), ("validation", held_out))]
     noise = torch.randint(-3, 4, (200, 1, 8, 8), generator=torch.Generator().manual_seed(1))
     repeats = (train.images[:200] + noise).clamp(0, 255).byte()
     fresh = held_out.images[:200]
@@ -183,7 +184,7 @@ def test_a_model_that_repeats_its_training_images_is_found_out(tmp_path):
 
 
 def test_without_held_out_images_nothing_is_judged(tmp_path):
-    real = real_images("train", load_digits("train"), [PIXELS], tmp_path)
+    real = real_images("train", load_digits("train"), [PIXELS], cached(tmp_path))
     found = find_neighbours(samples_of(load_digits("validation").images[:5]), real, None, [])
     report = EvaluationReport("digits", "train", 1)
     add_neighbours(report, found, real, None)
@@ -193,8 +194,9 @@ def test_without_held_out_images_nothing_is_judged(tmp_path):
 
 def test_what_cannot_be_compared(digits_pipeline, tmp_path):
     with pytest.raises(ValueError, match="at least 1, got 0"):
-        draw_samples(digits_pipeline, 0, [PIXELS], tmp_path)
+        draw_samples(digits_pipeline, [PIXELS], EvaluationOptions(num_samples=0))
     with pytest.raises(ValueError, match="num_inference_steps"):
-        draw_samples(digits_pipeline, 1, [PIXELS], tmp_path, num_inference_steps=2000)
-    with pytest.raises(ValueError, match=r"'none' \(test\) has 1"):
-        real_images("test", ImageDataset(torch.zeros(1, 1, 8, 8).byte(), None, "none"), [PIXELS], tmp_path)
+        draw_samples(digits_pipeline, [PIXELS], EvaluationOptions(num_samples=1, num_inference_steps=2000))
+    one = ImageDataset(torch.zeros(1, 1, 8, 8).byte(), None, "none")
+    with pytest.raises(ValueError, match=r"fid needs at least 2 real images, and 'none' \(test\) has 1"):
+        check_evaluation(digits_pipeline, {"test": one}, ["fid"], EvaluationOptions(features=["pixels"]))

@@ -12,6 +12,7 @@ from oracles import GaussianData
 from PIL import Image
 
 from ddpm_hf import DDPMPipeline, DDPMScheduler, UNet2DModel
+from ddpm_hf.pipelines.schedulers import set_timesteps
 from ddpm_hf.utils.errors import NotFiniteError
 from ddpm_hf.utils.randomness import SeededNoise
 
@@ -324,10 +325,10 @@ def test_second_order_samplers_come_to_a_timestep_twice_on_purpose(small_unet):
     assert (made - (x / 2 + 0.5).clamp(0, 1)).abs().max() < 1e-5
 
 
-def test_networks_that_make_no_pictures():
+def test_networks_whose_images_pil_does_not_have():
     two = UNet2DModel(**{**SMALL_NETWORK, "in_channels": 2, "out_channels": 2})
     pipe = DDPMPipeline(two, DDPMScheduler(num_train_timesteps=10))
-    with pytest.raises(ValueError, match="2 channels are no pictures"):
+    with pytest.raises(ValueError, match="PIL has no images of 2 channels"):
         pipe()
     assert pipe(output_type="np").images.shape == (1, 8, 8, 2)
     pipe.unet.register_to_config(sample_size=None)
@@ -348,16 +349,16 @@ def test_masks_and_images_as_numpy_gives_them(small_pipeline):
 
 def test_a_late_start_is_said_once(small_pipeline, monkeypatch, caplog):
     """Two steps of `leading` spacing begin at t = 500; stock does so too, without a word."""
-    monkeypatch.setattr(DDPMPipeline, "_warned_of_a_late_start", False)
+    monkeypatch.setattr("ddpm_hf.pipelines.schedulers._warned_of_a_late_start", False)
     monkeypatch.setattr(diffusers.utils.logging._get_library_root_logger(), "propagate", True)
     for steps in (1000, 2, 1):
-        small_pipeline._set_timesteps(steps)
+        set_timesteps(small_pipeline.scheduler, steps)
     said = [record.message for record in caplog.records if "pure noise" in record.message]
     assert len(said) == 1
     assert "2 steps start from pure noise at t=500" in said[0]
 
 
-# ------------------------------------------------------------------------- what is not finite is no picture
+# ------------------------------------------------------------------------- what is not finite is not an image
 
 
 def quiet(unet, scheduler) -> DDPMPipeline:

@@ -1,8 +1,11 @@
 """`ddpm-hf reproduce`: one command from images to the paper's table; nothing that is finished is made again."""
 
+import contextlib
 import dataclasses
+import io
 import json
 import os
+import shutil
 import signal
 
 import pytest
@@ -11,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from ddpm_hf import DDPMPipeline, EvaluationReport, Trainer, cli
 from ddpm_hf.presets import PRESETS
 from ddpm_hf.training import reproduction
-from ddpm_hf.training.configuration import ReproductionConfig, TrainingConfig
+from ddpm_hf.training.configuration import TrainingConfig
 from ddpm_hf.training.reproduction import PAPER_TABLE_4, compare_with_paper
 
 TRAINING = "--preset digits --dataset digits --max_train_steps 6 --total_batch_size 16 --checkpointing_steps 2"
@@ -19,15 +22,32 @@ TRAINING += " --num_sample_images 4 --ddpm_num_inference_steps 50 --eval_num_ima
 MEASURING = "--num_samples 12 --num_images 2 --features pixels --batch_size 4"
 
 
-@pytest.fixture(autouse=True)
-def small(monkeypatch, tmp_path):
+@pytest.fixture(scope="module", autouse=True)
+def small(tmp_path_factory):
     """A network that trains in an instant, and a short chain."""
     digits = PRESETS["digits"]
     unet = {**digits.unet, "block_out_channels": (8, 16), "norm_num_groups": 8}
     scheduler = {**digits.scheduler, "num_train_timesteps": 50, "beta_end": 0.3}
     short = dataclasses.replace(digits, unet=unet, scheduler=scheduler)
-    monkeypatch.setattr("ddpm_hf.presets.PRESETS", {**PRESETS, "digits": short})
-    monkeypatch.setenv("DDPM_HF_CACHE", str(tmp_path / "cache"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ddpm_hf.presets.PRESETS", {**PRESETS, "digits": short})
+        patch.setenv("DDPM_HF_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def finished(small, tmp_path_factory):
+    """The folder of a whole reproduction, and what it printed."""
+    folder, out = tmp_path_factory.mktemp("finished") / "run", io.StringIO()
+    with contextlib.redirect_stdout(out):
+        assert reproduce(folder) == 0
+    return folder, out.getvalue()
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    """A copy of the finished reproduction."""
+    return shutil.copytree(finished[0], tmp_path / "run")
 
 
 def reproduce(folder, *more: str) -> int:
@@ -49,10 +69,8 @@ def numbers(folder) -> dict[str, float]:
     return {name: entry["value"] for name, entry in report.values.items()}
 
 
-def test_one_command_makes_the_table_and_the_second_call_repeats_nothing(tmp_path, capsys, monkeypatch):
-    run = tmp_path / "run"
-    assert reproduce(run) == 0
-    out = capsys.readouterr().out
+def test_one_command_makes_the_table_and_the_second_call_repeats_nothing(finished, run, tmp_path, monkeypatch):
+    out = finished[1]
     content = json.loads((run / "reproduction.json").read_text())
     rows = {row["number"]: row for row in content["rows"]}
     frechet = {f"fd_pixels_{split}_{kind}" for split in ("train", "validation") for kind in ("float", "uint8")}
@@ -77,10 +95,8 @@ def test_one_command_makes_the_table_and_the_second_call_repeats_nothing(tmp_pat
     assert reproduce(tmp_path / "moved", "--batch_size", "5") == 0
 
 
-def test_more_samples_need_no_more_training_and_only_more_samples(tmp_path, monkeypatch):
-    assert reproduce(tmp_path / "run") == 0
-    before = numbers(tmp_path / "run")
-    drawn = []
+def test_more_samples_need_no_more_training_and_only_more_samples(run, monkeypatch):
+    before, drawn = numbers(run), []
     original = DDPMPipeline.__call__
 
     def spy(self, *args, **kwargs):
@@ -89,16 +105,15 @@ def test_more_samples_need_no_more_training_and_only_more_samples(tmp_path, monk
 
     monkeypatch.setattr(DDPMPipeline, "__call__", spy)
     refuse(monkeypatch, "Trainer")
-    assert reproduce(tmp_path / "run", "--num_samples", "16") == 0
+    assert reproduce(run, "--num_samples", "16") == 0
     assert drawn == [12, 13, 14, 15]
-    after = numbers(tmp_path / "run")
+    after = numbers(run)
     assert after["bits_per_dim"] == before["bits_per_dim"]
     assert after["fd_pixels_train_float"] != before["fd_pixels_train_float"]
 
 
-def test_broken_off_anywhere_the_same_command_goes_on(tmp_path, monkeypatch, capsys):
-    assert reproduce(tmp_path / "whole") == 0
-    run = tmp_path / "run"
+def test_interrupted_anywhere_the_same_command_resumes(finished, tmp_path, monkeypatch, capsys):
+    run = tmp_path / "interrupted"
     with monkeypatch.context() as patch:
         update = Trainer._update
 
@@ -139,18 +154,17 @@ def test_broken_off_anywhere_the_same_command_goes_on(tmp_path, monkeypatch, cap
     refuse(monkeypatch, "Trainer")
     assert reproduce(run) == 0
     assert drawn == list(range(4, 12))
-    assert numbers(run) == pytest.approx(numbers(tmp_path / "whole"), rel=1e-9)
+    assert numbers(run) == pytest.approx(numbers(finished[0]), rel=1e-9)
 
 
-def test_other_weights_in_the_folder_are_not_taken_for_the_trained_ones(tmp_path):
-    assert reproduce(tmp_path / "run") == 0
-    before = numbers(tmp_path / "run")
-    file = tmp_path / "run" / "unet" / "diffusion_pytorch_model.safetensors"
+def test_other_weights_in_the_folder_are_not_taken_for_the_trained_ones(run):
+    before = numbers(run)
+    file = run / "unet" / "diffusion_pytorch_model.safetensors"
     trained = load_file(file)
     save_file({name: value + 0.1 for name, value in trained.items()}, file, {"format": "pt"})
-    assert reproduce(tmp_path / "run") == 0  # published again from the last checkpoint
+    assert reproduce(run) == 0  # published again from the last checkpoint
     assert all((value == trained[name]).all() for name, value in load_file(file).items())
-    assert numbers(tmp_path / "run") == before
+    assert numbers(run) == before
 
 
 @pytest.mark.parametrize(
@@ -196,7 +210,7 @@ def report_of(num_samples=50_000, num_images=10_000, steps=1000) -> EvaluationRe
 
 def compared(report: EvaluationReport, **settings) -> reproduction.Reproduction:
     settings = {"preset": "cifar10", "dataset_name": "uoft-cs/cifar10", **settings}
-    return compare_with_paper(TrainingConfig(**settings), ReproductionConfig(), report, {"test": 10_000})
+    return compare_with_paper(TrainingConfig(**settings), report, {"test": 10_000})
 
 
 def test_a_whole_reproduction_stands_beside_table_1():
@@ -230,7 +244,7 @@ def test_a_whole_reproduction_stands_beside_table_1():
     assert (round(rates[0], 2), round(errors[0], 2)) == (1.78, 0.95)
 
 
-def test_what_was_less_than_in_the_paper_is_said_beside_the_number():
+def test_a_note_beside_the_number_says_what_was_less_than_in_the_paper():
     found = compared(
         report_of(num_samples=100, num_images=64, steps=50), max_train_steps=1000, dropout=0.2, dataset_name="mine"
     )

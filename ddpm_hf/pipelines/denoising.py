@@ -1,0 +1,243 @@
+"""Algorithm 2: from x_T down to x_0, step by step; on NVIDIA GPUs a step is one CUDA graph."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from diffusers.schedulers.scheduling_ddim_parallel import DDIMParallelScheduler
+from diffusers.schedulers.scheduling_ddpm_parallel import DDPMParallelScheduler
+from torch import Tensor
+
+from ..diffusion.scheduling_ddpm import DDPMScheduler, infinite_to_nan
+from ..models.inference import InferenceNetwork, fill
+from ..utils.cuda_graphs import record, warm_up
+from ..utils.errors import UserError
+from ..utils.randomness import Generators, SeededNoise, normal_noise, standard_normal
+from .inputs import KnownPixels
+from .schedulers import feasible_etas, step_options
+
+
+@dataclass
+class DenoisingStep:
+    """One step down the chain.
+
+    Attributes:
+        index: Its place in `scheduler.timesteps`.
+        timestep: t, from T-1 to 0.
+        sample: x_t, `[B, C, H, W]`, in the [-1, 1] scale.
+        pred_original_sample: The x_0 predicted from it (Eq. 15), or `None` where the scheduler does not return it.
+        prev_sample: x_{t-1}; the next step starts from what stands here.
+    """
+
+    index: int
+    timestep: int
+    sample: Tensor
+    pred_original_sample: Tensor | None
+    prev_sample: Tensor
+
+
+class Denoiser:
+    """Take steps down a chain whose timesteps are set.
+
+    Args:
+        network: Called as `network(x_t, t, class_labels=...)`; its `config` is a `UNet2DModel`'s.
+        scheduler: A sampler of diffusers or of this package.
+        generator: What noise is drawn from, see `randomness.standard_normal`.
+        labels: `[B]` classes, on the device, or `None`.
+        guidance_scale: Classifier-free guidance; 1 is none.
+        eta: DDIM's share of noise; the scheduler's default for `None`.
+
+    Raises:
+        UserError: An eta outside [0, 1], or for a scheduler that has none.
+    """
+
+    def __init__(
+        self,
+        network: Any,
+        scheduler: Any,
+        generator: Generators,
+        labels: Tensor | None = None,
+        guidance_scale: float = 1.0,
+        eta: float | None = None,
+    ):
+        self.network, self.scheduler, self.generator = network, scheduler, generator
+        self.labels, self.guidance_scale = labels, guidance_scale
+        self.dtype = network.dtype  # looked up once: it is searched for in all of the parameters
+        # A learned variance is for the ancestral samplers only.
+        learned = "learned" in (scheduler.config.get("variance_type") or "")
+        self._ancestral = isinstance(scheduler, DDPMScheduler) or (
+            learned and isinstance(scheduler, DDPMParallelScheduler)
+        )
+        self._options = step_options(scheduler, generator, eta)
+        self._etas = feasible_etas(scheduler, eta) if eta and isinstance(scheduler, DDIMScheduler) else None
+
+    def steps(self, x_t: Tensor, start: int = 0, stop: int | None = None) -> Iterator[DenoisingStep]:
+        """Take the chain's steps `start` to `stop` (all by default), from x_t `[B, C, H, W]` float32."""
+        scheduler, timesteps = self.scheduler, self.scheduler.timesteps
+        on_device = timesteps.to(x_t.device)  # once, so that no step waits for the device
+        if start and hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(start)
+        graph = self._captured(x_t, on_device)
+        x_0: Tensor | None
+        for index in range(start, len(timesteps) if stop is None else min(stop, len(timesteps))):
+            if graph is not None:
+                x_prev, x_0 = graph(index, x_t, self.labels, self.generator)
+            else:
+                # Algorithm 2, line 4: eps_theta(x_t, t), then x_{t-1} from it and z
+                seen = scheduler.scale_model_input(x_t, timesteps[index])
+                output = self.predict(seen, on_device[index])
+                made = scheduler.step(output, timesteps[index], x_t, **self._options_at(index, x_t))
+                x_prev, x_0 = made.prev_sample, getattr(made, "pred_original_sample", None)
+            step = DenoisingStep(index, int(timesteps[index]), x_t, x_0, x_prev)
+            yield step
+            x_t = step.prev_sample
+
+    def predict(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """Return the network's output at x_t and one t, guided where that is asked for; float32, infinities as NaN."""
+        output = self._guided(x_t.to(self.dtype), t)
+        output = infinite_to_nan(output.float())
+        return output if self._ancestral else output[:, : x_t.shape[1]]
+
+    def _guided(self, x_t: Tensor, t: Tensor) -> Tensor:
+        if self.labels is None or self.guidance_scale == 1:
+            return self.network(x_t, t, class_labels=self.labels).sample
+        no_class = torch.full_like(self.labels, self.network.config["_null_class"])
+        both = self.network(torch.cat([x_t, x_t]), t, class_labels=torch.cat([self.labels, no_class])).sample
+        with_class, without = both.chunk(2)
+        # Ho & Salimans 2022, Eq. 6, with guidance_scale = 1 + w; a learned variance is not guided
+        guided = without + self.guidance_scale * (with_class - without)
+        channels = x_t.shape[1]
+        return torch.cat([guided[:, :channels], with_class[:, channels:]], dim=1)
+
+    def _options_at(self, index: int, x_t: Tensor) -> dict[str, Any]:
+        """Return the scheduler's options for one step."""
+        options = dict(self._options)
+        if self._etas is not None:
+            options["eta"] = self._etas[index]
+        if "variance_noise" in options:
+            options["variance_noise"] = standard_normal(x_t.shape, self.generator, x_t.device, x_t.dtype)
+        return options
+
+    def _captured(self, x_t: Tensor, timesteps: Tensor) -> CapturedSteps | None:
+        """Return the chain's step as a graph, where the network's options ask for it and the scheduler is ours.
+
+        Stock's schedulers keep Python state from step to step; with them the network alone is a graph.
+        """
+        network, scheduler = self.network, self.scheduler
+        if not (isinstance(network, InferenceNetwork) and network.options.captured and len(x_t)):
+            return None
+        if not isinstance(scheduler, DDPMScheduler):
+            return None
+        seeded = isinstance(self.generator, SeededNoise)
+        tables = tuple(scheduler.timesteps.tolist()), tuple(scheduler.alphas_cumprod.tolist())
+        size = network.batch_size(len(x_t)), *x_t.shape[1:]
+        key = size, self.labels is None, self.guidance_scale, seeded, scheduler.to_json_string(), tables
+        return network.captured(key, lambda: CapturedSteps(self, network, x_t, timesteps))
+
+
+class CapturedSteps:
+    """One step of a chain as a CUDA graph: guidance and network, x_0, posterior, and the noise of seeds.
+
+    What changes from step to step lies in tensors that keep their place: x_t, the index of the timestep, the number of
+    the draw. Noise of generators is drawn outside, as these have their own order.
+    """
+
+    def __init__(self, denoiser: Denoiser, network: InferenceNetwork, x_t: Tensor, timesteps: Tensor):
+        self._scheduler = scheduler = copy.deepcopy(denoiser.scheduler)  # the graph reads its tables
+        self._size = network.batch_size(len(x_t))
+        device, cuda = x_t.device, x_t.device.type == "cuda"
+        self._x_t = fill(x_t, self._size).clone()
+        self._noise = torch.zeros_like(self._x_t)
+        self._labels = None if denoiser.labels is None else fill(denoiser.labels, self._size).clone()
+        self._index = torch.zeros(1, dtype=torch.int64, device=device)
+        self._seeds, self._draws = torch.zeros(2, self._size, dtype=torch.int64, device=device).unbind()
+        seeded = isinstance(denoiser.generator, SeededNoise)
+        inside = Denoiser(network.uncaptured(), scheduler, None, self._labels, denoiser.guidance_scale)
+        # One kernel, where there is a compiler, instead of about a hundred.
+        normal = torch.compile(normal_noise, dynamic=False) if network.options.compiled and cuda else normal_noise
+        timesteps = timesteps.clone()
+
+        def run() -> None:
+            t = timesteps[self._index]
+            if seeded:
+                self._noise.copy_(normal(self._seeds, self._draws[None], x_t[0].numel()).view_as(self._noise))
+            self._made = scheduler.step(inside.predict(self._x_t, t), t, self._x_t, _Given(self._noise))
+
+        warm_up(run, cuda)
+        self._graph = record(run, cuda)
+
+    def __call__(self, index: int, x_t: Tensor, labels: Tensor | None, generator: Generators) -> tuple[Tensor, Tensor]:
+        """Return x_{t-1} and the predicted x_0 of the chain's step `index`."""
+        n = len(x_t)
+        self._index.fill_(index)
+        self._x_t[:n] = x_t
+        if self._labels is not None:
+            self._labels[:n] = labels
+        if index == len(self._scheduler.timesteps) - 1:
+            pass  # the step to the data draws nothing; what is there is multiplied by 0
+        elif isinstance(generator, SeededNoise):
+            self._seeds[:n], self._draws[:n] = generator.seeds, generator.count_draw()
+        else:
+            self._noise[:n] = standard_normal(x_t.shape, generator, x_t.device, x_t.dtype)
+        self._graph.replay()
+        return self._made.prev_sample[:n].clone(), self._made.pred_original_sample[:n].clone()
+
+
+class _Given(SeededNoise):
+    """Noise that was drawn before."""
+
+    def __init__(self, noise: Tensor):
+        self._given = noise
+
+    def normal(self, shape: Sequence[int]) -> Tensor:
+        return self._given
+
+
+# ------------------------------------------------------------------ RePaint
+
+
+def check_repaint(scheduler: Any, length: int, times: int) -> None:
+    """Check what inpainting is asked for.
+
+    Raises:
+        UserError: A scheduler that has no q(x_{t-1}|x_0) of its own, or numbers below 1.
+    """
+    if not isinstance(scheduler, (DDPMScheduler, DDIMScheduler, DDIMParallelScheduler)):
+        raise UserError(f"mask_image works with the ddpm and ddim samplers, not {type(scheduler).__name__}")
+    if length < 1 or times < 1:
+        raise UserError(f"resample_length and resample_times must be at least 1, got {length} and {times}")
+
+
+def repaint(
+    denoiser: Denoiser, x_t: Tensor, known: KnownPixels, start: int, length: int, times: int
+) -> Iterator[DenoisingStep]:
+    """Take all steps from `start`; known pixels come from q(x_{t-1}|x_0), the others from p.
+
+    RePaint (Lugmayr et al. 2022, Algorithm 1): each stretch of `length` steps is taken `times` times.
+    """
+    scheduler, timesteps = denoiser.scheduler, denoiser.scheduler.timesteps
+    # alpha_bar at every point of the chain; the data, at its end, has 1
+    table = scheduler.alpha_bar if isinstance(scheduler, DDPMScheduler) else scheduler.alphas_cumprod.cpu()
+    alpha_bar = [*table[timesteps.cpu()].tolist(), 1.0]
+
+    def noisy(x: Tensor, signal: float) -> Tensor:
+        """sqrt(signal) x + sqrt(1 - signal) noise."""
+        noise = standard_normal(x.shape, denoiser.generator, x.device, x.dtype)
+        return signal**0.5 * x + (1 - signal) ** 0.5 * noise
+
+    for first in range(start, len(timesteps), length):
+        last = min(first + length, len(timesteps))
+        for again in reversed(range(times)):
+            for step in denoiser.steps(x_t, first, last):
+                signal = alpha_bar[step.index + 1]
+                image = noisy(known.image, signal) if signal < 1 else known.image
+                step.prev_sample = torch.where(known.draw, step.prev_sample, image)
+                yield step
+                x_t = step.prev_sample
+            if again:
+                x_t = noisy(x_t, alpha_bar[first] / alpha_bar[last])

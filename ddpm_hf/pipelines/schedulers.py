@@ -1,0 +1,174 @@
+"""Check and set what schedulers take, ours and stock's, before and while they sample from a DDPM."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from typing import Any
+
+import torch
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from diffusers.schedulers.scheduling_ddim_cogvideox import CogVideoXDDIMScheduler
+from diffusers.schedulers.scheduling_ddim_parallel import DDIMParallelScheduler
+from diffusers.utils import logging
+
+from ..diffusion.scheduling_ddpm import DDPMScheduler, whole_number
+from ..utils.errors import UserError
+from ..utils.randomness import Generators, SeededNoise
+
+logger = logging.get_logger(__name__)
+
+# Stock's schedulers whose every step is T // K timesteps long, wherever their timesteps lead.
+_FIXED_STRIDE = (DDIMScheduler, DDIMParallelScheduler, CogVideoXDDIMScheduler)
+# More than stock's DDIM loses by rounding in float32, a few units in the last place of 1. Its root, 7e-4, is a tenth
+# of a pixel value.
+_ROUNDING = 2.0**-21
+
+_warned_of_a_late_start = False
+
+
+def check_is_ddpm(scheduler: Any) -> None:
+    """Check that a scheduler knows the paper's process: x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps.
+
+    Raises:
+        ValueError: It has another one (EDM, flow matching, consistency models, score SDEs, discrete diffusion, ...).
+    """
+    config = scheduler.config
+    alpha_bar = getattr(scheduler, "alphas_cumprod", None)
+    flow = config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction"
+    if flow or not isinstance(alpha_bar, torch.Tensor) or len(alpha_bar) != config.get("num_train_timesteps"):
+        raise UserError(
+            f"{type(scheduler).__name__} is for another process than a DDPM's, whose networks see x_t at one of T "
+            "timesteps; use DDPMScheduler, DDIMScheduler, DPMSolverMultistepScheduler or another with alphas_cumprod"
+        )
+
+
+def check_is_sampler(scheduler: Any) -> None:
+    """Check that a scheduler takes a DDPM's network from noise to images by `step(model_output, timestep, sample)`.
+
+    Raises:
+        ValueError: It does not.
+    """
+    if isinstance(scheduler, DDPMScheduler):
+        return
+    check_is_ddpm(scheduler)
+    name, parameters = type(scheduler).__name__, inspect.signature(scheduler.step).parameters
+    needed = [argument for argument, p in parameters.items() if p.default is p.empty and p.kind != p.VAR_KEYWORD]
+    # UnCLIP's has to be told where each step leads, and goes to t - 1 otherwise
+    if needed != ["model_output", "timestep", "sample"] or "prev_timestep" in parameters or "Inverse" in name:
+        what = "goes from images to noise" if "Inverse" in name else "needs more than the network's output"
+        raise UserError(f"{name} {what}, so it does not sample here; use DDIMScheduler.from_config({name}'s config)")
+
+
+def checked_steps(scheduler: Any, num_inference_steps: int | None) -> int:
+    """Return the number of sampler steps: the chain's T for `None`.
+
+    Raises:
+        ValueError: Not between 1 and T, or a scheduler that does not sample from a DDPM.
+    """
+    check_is_sampler(scheduler)
+    T = scheduler.config.num_train_timesteps
+    if num_inference_steps is None:
+        return T
+    num_inference_steps = whole_number("num_inference_steps", num_inference_steps, or_float=True)
+    if not 1 <= num_inference_steps <= T:
+        raise UserError(
+            f"num_inference_steps must be between 1 and the {T} steps of the chain, got {num_inference_steps}"
+        )
+    return num_inference_steps
+
+
+def set_timesteps(scheduler: Any, steps: int) -> None:
+    """Set the chain's timesteps. Stock's schedulers round some numbers of steps to chains that make no image.
+
+    Raises:
+        ValueError: A timestep comes twice, or the chain would start from pure noise where the network expects a
+            part of the image. This package's scheduler does that for few steps as stock's does, with one warning.
+    """
+    scheduler.set_timesteps(steps)
+    timesteps, alpha_bar = scheduler.timesteps, scheduler.alphas_cumprod
+    signal, least = alpha_bar[int(timesteps[0])].item() ** 0.5, alpha_bar[-1].item() ** 0.5
+    late = signal > max(0.1, 2 * least)
+    T = scheduler.config.num_train_timesteps
+    if isinstance(scheduler, DDPMScheduler):
+        global _warned_of_a_late_start
+        if late and not _warned_of_a_late_start:  # as stock does it, so it is not refused
+            _warned_of_a_late_start = True
+            logger.warning(
+                f"{steps} steps start from pure noise at t={int(timesteps[0])}, where the network expects a part "
+                "of the image; better: timestep_spacing='trailing'"
+            )
+        return
+    config, first = scheduler.config, int(timesteps[0])
+    vanishes = alpha_bar[first] == 0 or (config.get("rescale_betas_zero_snr") and first == T - 1)
+    if vanishes and config.get("prediction_type") == "epsilon":  # stock divides by 0, and clips what comes of it
+        raise UserError(
+            f"alpha_bar vanishes at t={first}, where 'epsilon' says nothing about x_0; use prediction_type="
+            "'v_prediction' or 'sample' with this schedule, or timesteps that leave it out"
+        )
+    # PNDM and second-order solvers evaluate some timesteps twice on purpose.
+    once = getattr(scheduler, "order", 1) == 1 and "PNDM" not in type(scheduler).__name__
+    if late or (once and len(timesteps.unique()) < len(timesteps)):
+        what = f"starts from noise at t={int(timesteps[0])}" if late else "comes to the same timestep twice"
+        raise UserError(
+            f"{type(scheduler).__name__} {what} with {steps} steps; use timestep_spacing='trailing', or "
+            "another number of steps"
+        )
+    if isinstance(scheduler, _FIXED_STRIDE) and (timesteps.diff() != -(T // steps)).any():
+        raise UserError(
+            f"stock's {type(scheduler).__name__} takes each of {steps} steps to be {T // steps} of the {T} "
+            f"timesteps long, and with {scheduler.config.timestep_spacing!r} spacing they are not; use "
+            f"'leading' or 'trailing' spacing and a number of steps that divides {T}"
+        )
+
+
+def checked_eta(scheduler: Any, eta: float | None) -> float:
+    """Return the eta in force: for `None` the scheduler's own default, 0 where it has none.
+
+    Raises:
+        UserError: Not between 0 and 1, or given to a scheduler that has none.
+    """
+    known = inspect.signature(scheduler.step).parameters.get("eta")
+    if eta is None:
+        return 0.0 if known is None else known.default
+    if not 0 <= eta <= 1:
+        raise UserError(f"eta must be between 0 and 1, got {eta}")
+    if eta and known is None:
+        raise UserError(f"eta={eta} is for the ddim sampler; {type(scheduler).__name__} has none")
+    return eta
+
+
+def feasible_etas(scheduler: Any, eta: float) -> list[float]:
+    """Return eta for each of DDIM's timesteps: where alpha_bar_t is 0 or nearly so, as high as float32 allows.
+
+    There sigma^2 = 1 - alpha_bar_prev (Song et al. 2021, Eq. 16 at eta = 1), and stock takes the root of the
+    difference of the two, which rounding makes negative.
+    """
+    t = scheduler.timesteps.cpu()
+    previous = t - scheduler.config.num_train_timesteps // len(t)
+    alpha_bar = scheduler.alphas_cumprod.double().cpu()
+    now, then = alpha_bar[t], alpha_bar[previous.clamp(min=0)]
+    then = torch.where(previous >= 0, then, float(scheduler.final_alpha_cumprod))
+    variance = (1 - then) / (1 - now) * (1 - now / then)
+    largest = ((1 - then - _ROUNDING).clamp(min=0) / variance).sqrt()
+    return [eta if math.isnan(most) else min(eta, most) for most in largest.tolist()]  # NaN: no variance at all
+
+
+def step_options(scheduler: Any, generator: Generators, eta: float | None) -> dict[str, Any]:
+    """Return what the scheduler's `step` takes beyond the usual: deterministic ones take no generator, DDIM an eta.
+
+    DDIM takes the noise of seeds, like our scheduler; other samplers of stock draw for themselves.
+    """
+    eta = checked_eta(scheduler, eta)
+    known = inspect.signature(scheduler.step).parameters
+    options: dict[str, Any] = {"eta": eta} if "eta" in known else {}
+    if not isinstance(generator, SeededNoise) or isinstance(scheduler, DDPMScheduler):
+        options |= {"generator": generator} if "generator" in known else {}
+    elif "variance_noise" in known and eta:
+        options["variance_noise"] = None  # drawn for each step
+    elif "generator" in known:
+        options["generator"] = generator.generators()
+    if "use_clipped_model_output" in known:
+        # Where x_0 is clipped, eps has to follow, or x_t is no longer the mixture of both that the network knows.
+        options["use_clipped_model_output"] = True
+    return options
