@@ -63,7 +63,7 @@ def test_seeds(text, seeds):
         *((text, "at most 4 images at a time") for text in ("0-4", "0-2,7-8", "0-99999999999999999999", "1," * 5000)),
         ("9223372036854775808", "9223372036854775807"),
         ("1,1", "names a seed twice"),
-        ("3-1", "the range '3-1' of .* is empty"),
+        ("3-1", "range.*'3-1'"),
         *((text, "whole numbers and ranges such as") for text in ("", "a", "-1", "1.5", "1-", "1,,2")),
     ],
 )
