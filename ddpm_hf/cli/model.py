@@ -163,13 +163,13 @@ def read_images(flag: str, names: Sequence[str], image_shape: tuple[int, int, in
     import numpy as np
     import torch
 
-    from ..data.files import ImageFormat, read_image
+    from ..data.decoding import DecodeOptions, read_image
 
     channels, height, width = image_shape
     pixels = []
     for name in names:
         try:
-            pixels.append(read_image(Path(name), ImageFormat(channels, (height, width))))
+            pixels.append(read_image(Path(name), DecodeOptions(channels, (height, width))))
         except UserError as error:
             raise UsageError(f"cannot read --{flag} {name}: {error}") from error
     return torch.from_numpy(np.stack(pixels))

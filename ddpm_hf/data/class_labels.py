@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +39,21 @@ def sorted_names(names: Iterable[str]) -> list[str]:
     return sorted(names, key=key)
 
 
+def number_labels(values: Sequence[Any], where: str) -> tuple[torch.Tensor, list[str]]:
+    """Return `[N]` int64 class indices 0, 1, ... of whole numbers or strings, and the classes' names in their order.
+
+    Raises:
+        UserError: A missing label, something else than numbers and strings, or both of them.
+    """
+    kinds = {type(value) for value in values}
+    if not kinds <= {int} and not kinds <= {str}:
+        strange = next((repr(value) for value in values if type(value) not in (int, str)), "both")
+        raise UserError(f"labels are whole numbers or strings, and {where} has {strange}")
+    names = sorted_names({str(value) for value in values})
+    index = {name: i for i, name in enumerate(names)}
+    return torch.tensor([index[str(value)] for value in values], dtype=torch.long), names
+
+
 def as_list(labels: ClassLabels) -> list[Any]:
     """Return class labels, which may be one or many, in an array or a tensor, as a list."""
     if isinstance(labels, torch.Tensor | np.ndarray):
@@ -50,45 +65,37 @@ def as_list(labels: ClassLabels) -> list[Any]:
 
 @dataclass(frozen=True)
 class Classes:
-    """What a network knows of classes.
+    """What a network knows of classes."""
 
-    Attributes:
-        count: How many, that of "no class" included; `None` for an unconditional network.
-        names: The names that it was trained with; none for stock's networks.
-        null: The label that stands for "no class" (classifier-free guidance), or `None` without class dropout.
-        embedding: `timestep` or `identity` for stock's networks that take a number or a vector per image instead of a
-            class (`class_embed_type`).
-    """
-
-    count: int | None
-    names: tuple[str, ...] = ()
-    null: int | None = None
+    count: int | None  # how many, that of "no class" included; `None` for an unconditional network
+    names: tuple[str, ...] = ()  # those that it was trained with; none for stock's networks
+    null: int | None = None  # stands for "no class" (classifier-free guidance); `None` without class dropout
+    # `timestep` or `identity` for stock's networks that take a number or a vector per image instead of a class
     embedding: str | None = None
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Classes:
-        """Those of a `UNet2DModel`'s configuration."""
+        """Read them from a `UNet2DModel`'s configuration."""
         if (embedding := config.get("class_embed_type")) in ("timestep", "identity"):
             return cls(None, embedding=embedding)
         return cls(config.get("num_class_embeds"), tuple(config.get("_class_names") or ()), config.get("_null_class"))
 
     def all_names(self) -> list[str]:
-        """One name per class; its number where it has none."""
+        """Return one name per class; its number where it has none."""
         return [self.names[i] if i < len(self.names) else str(i) for i in range(self.count or 0)]
 
+    def _indices(self) -> list[int]:
+        return [i for i in range(self.count or 0) if i != self.null]
+
     def known(self) -> str:
-        """Those that can be asked for, for messages."""
-        if self.names or not self.count:
-            return ", ".join(self.names) or "none: it is not class-conditional"
-        numbers = [i for i in range(self.count) if i != self.null]
-        return f"{numbers[0]}..{numbers[-1]}" if numbers else "none"
+        """Return those that can be asked for, for messages."""
+        if self.names:
+            return ", ".join(self.names)
+        numbers = self._indices()
+        return f"{numbers[0]}..{numbers[-1]}" if numbers else "none: it is not class-conditional"
 
     def index(self, label: Any) -> ClassIndex:
-        """Return the index of a class, given by its name or number.
-
-        Args:
-            label: A name, exactly as the network has it, or a whole number, also as text. If any class is called by a
-                number, a number is such a name; else it counts the classes from 0. `None` for "no class".
+        """Return the index of a class, given by its exact name or its number (also as text), or `None` for "no class".
 
         Raises:
             UserError: There is no such class, the number could be two of them, or it is no whole number.
@@ -98,15 +105,17 @@ class Classes:
         if label is None and self.null is not None:
             return ClassIndex(self.null)
         if isinstance(label, bool) or not isinstance(label, int | str):
-            raise UserError(
-                f"class {label!r} is neither a name nor a whole number; this network's classes are {self.known()}"
-            )
+            raise UserError(f"class {label!r} is neither a name nor a whole number; the classes are {self.known()}")
+        number = class_number(label) if isinstance(label, str) else label
+        numbers = [class_number(name) for name in self.names]
         if isinstance(label, ClassIndex):
             found = [int(label)] if 0 <= label < (self.count or 0) else []
-        elif label in self.names:
-            found = [self.names.index(str(label))]
+        elif label in self.names or str(number) in self.names:  # of "1" and "01" the one that is written like it
+            found = [self.names.index(label if label in self.names else str(number))]
+        elif any(known is not None for known in numbers):
+            found = [i for i, known in enumerate(numbers) if known == number is not None]
         else:
-            found = self._numbered(class_number(label) if isinstance(label, str) else label)
+            found = [number] if number in self._indices() else []
         if len(found) > 1:
             several = " and ".join(repr(self.names[i]) for i in found)
             raise UserError(f"class {label!r} could be {several}; write it as the network does, as text")
@@ -114,23 +123,10 @@ class Classes:
             raise UserError(f"class {label!r} is no class of this network; it has {self.known()}")
         return ClassIndex(found[0])
 
-    def _numbered(self, number: int | None) -> list[int]:
-        """The classes that a number can stand for."""
-        numbers = [class_number(name) for name in self.names]
-        if number is None:
-            return []
-        if any(known is not None for known in numbers):
-            exact = [i for i, name in enumerate(self.names) if name == str(number)]
-            return exact or [i for i, known in enumerate(numbers) if known == number]
-        return [number] if 0 <= number < (self.count or 0) and number != self.null else []
-
     def checked(self, labels: ClassLabels, guidance_scale: float, batch_size: int) -> torch.Tensor | None:
-        """`[B]` class indices, or `None` for an unconditional network; what stands for them with an `embedding`.
+        """Return `[B]` class indices, or `None` for an unconditional network; numbers or vectors with an `embedding`.
 
-        Args:
-            labels: One for all images, or one per image; by name or number (see `index`). "No class" for `None`.
-            guidance_scale: See `DDPMPipeline`.
-            batch_size: B.
+        `labels` is one for all images, or one per image; by name or number (see `index`), "no class" for `None`.
 
         Raises:
             UserError: Classes or guidance that the network does not have, or another number of labels.
@@ -138,75 +134,65 @@ class Classes:
         if not math.isfinite(guidance_scale):
             raise UserError(f"guidance_scale must be a finite number, got {guidance_scale}")
         if self.embedding is not None:
-            return self._numbers(labels, guidance_scale, batch_size)
+            return _one_per_image(self._numbers(labels, guidance_scale), batch_size)
         if self.count is None:
             if labels is not None or guidance_scale != 1:
                 raise UserError("class_labels and guidance_scale are for class-conditional networks; this one is not")
             return None
         if guidance_scale != 1 and self.null is None:
-            raise UserError(
-                f"guidance_scale={guidance_scale} needs a network trained with class dropout, and this one was not"
-            )
+            raise UserError(f"guidance_scale={guidance_scale} needs a network that was trained with class dropout")
         if labels is None and self.null is None:
             raise UserError(f"this network is class-conditional: give class_labels; its classes are {self.known()}")
         indices = torch.tensor([self.index(label) for label in as_list(labels)], dtype=torch.long)
-        if len(indices) not in (1, batch_size):
-            raise UserError(f"got {len(indices)} class_labels for {batch_size} images; give one, or one per image")
-        return indices.expand(batch_size)
+        return _one_per_image(indices, batch_size)
 
-    def _numbers(self, labels: Any, guidance_scale: float, batch_size: int) -> torch.Tensor:
-        """What a network with an `embedding` takes: `[B]` numbers, or `[B, D]` vectors."""
+    def _numbers(self, labels: Any, guidance_scale: float) -> torch.Tensor:
+        """Return what a network with an `embedding` takes: numbers `[n]`, or vectors `[n, D]`."""
         vectors = self.embedding == "identity"
         wanted = "a vector" if vectors else "a number"
         if labels is None or guidance_scale != 1:
-            raise UserError(
-                f"this network (class_embed_type={self.embedding!r}) takes {wanted} per image as class_labels, and no "
-                "guidance_scale"
-            )
+            network = f"this network (class_embed_type={self.embedding!r})"
+            raise UserError(f"{network} takes {wanted} per image as class_labels, and no guidance_scale")
         try:
             if not isinstance(labels, (torch.Tensor, np.ndarray)):
                 labels = [float(labels)] if isinstance(labels, (str, int, float)) else list(labels)
                 labels = [float(one) if isinstance(one, str) else one for one in labels]
             values = torch.as_tensor(labels)
-            values = values.reshape(-1, values.shape[-1]) if vectors and values.ndim else values.reshape(-1)
+            return values.reshape(-1, values.shape[-1]) if vectors and values.ndim else values.reshape(-1)
         except (TypeError, ValueError):
             raise UserError(f"class_labels must be {wanted} per image for this network, got {labels!r}") from None
-        if len(values) not in (1, batch_size):
-            raise UserError(f"got {len(values)} class_labels for {batch_size} images; give one, or one per image")
-        return values.expand(batch_size, *values.shape[1:])
 
     def of_names(self, names: list[str] | None) -> list[ClassIndex]:
-        """Return where a dataset's classes are among the network's.
+        """Return where a dataset's classes are among the network's, by their names.
 
-        By their names. A network without names has numbers: a dataset's classes that are all called by numbers are
-        those, others are taken in their order, and must be as many.
+        A network without names has numbers: a dataset's classes that are all called by numbers are those, others are
+        taken in their order, and must be as many.
 
         Raises:
             UserError: A class that the network does not know.
         """
+        own = self._indices()
         if self.names:
             if unknown := [name for name in names or () if name not in self.names]:
                 raise UserError(f"the network knows no class {unknown[0]!r}; it was trained on {self.known()}")
             found = [self.names.index(name) for name in names or self.names]
+        elif not names:
+            found = own
+        elif all(class_number(name) is not None for name in names):
+            found = [int(name) for name in names]
+        elif len(names) < len(own):
+            network = f"the network has the classes {self.known()} without names"
+            raise UserError(
+                f"{network}, and the images have {len(names)}: {', '.join(names)}; call these by its numbers"
+            )
         else:
-            own = [i for i in range(self.count or 0) if i != self.null]
-            numbers = [number for name in names or () if (number := class_number(name)) is not None]
-            if not names:
-                found = own
-            elif len(numbers) == len(names):
-                found = numbers
-            elif len(names) < len(own):
-                raise UserError(
-                    f"the network has the classes {self.known()} without names, and the images have {len(names)}: "
-                    f"{', '.join(names)}; name the images' classes by its numbers"
-                )
-            else:
-                found = list(range(len(names)))
-        self._check(torch.tensor(found))
+            found = list(range(len(names)))
+        if outside := [i for i in found if i not in own]:
+            raise UserError(f"class label {outside[0]} is outside {self.known()}")
         return [ClassIndex(i) for i in found]
 
     def of_dataset(self, data: Any) -> torch.Tensor | None:
-        """A dataset's (`data.load_images`) labels as this network numbers them, `[N]`; `None` if unconditional.
+        """Return a dataset's (`data.load_images`) labels as this network numbers them, `[N]`; `None` if unconditional.
 
         Images without labels have "no class" where the network knows it.
 
@@ -223,16 +209,12 @@ class Classes:
             return torch.full((len(data),), self.null)
         table = torch.tensor(self.of_names(data.class_names))
         if len(data.labels) and not 0 <= data.labels.min() <= data.labels.max() < len(table):
-            raise UserError(
-                f"the images of {data.name!r} have labels {int(data.labels.min())} to {int(data.labels.max())}, and "
-                f"the network knows {len(table)} classes"
-            )
+            raise UserError(f"the images of {data.name!r} have labels outside the network's {len(table)} classes")
         return table[data.labels]
 
-    def _check(self, indices: torch.Tensor) -> None:
-        assert self.count is not None
-        outside = (indices < 0) | (indices >= self.count)
-        if self.null is not None:
-            outside |= indices == self.null
-        if outside.any():
-            raise UserError(f"class label {int(indices[outside][0])} is outside {self.known()}")
+
+def _one_per_image(values: torch.Tensor, batch_size: int) -> torch.Tensor:
+    """Repeat one value for all images; values that are as many as the images stay."""
+    if len(values) not in (1, batch_size):
+        raise UserError(f"got {len(values)} class_labels for {batch_size} images; give one, or one per image")
+    return values.expand(batch_size, *values.shape[1:])

@@ -1,23 +1,32 @@
-"""Decoding many images with a dataset's settings: in threads, results in order, every unreadable image named.
+"""Decode image files and arrays into uint8 arrays `[C, H, W]`; docs/images.md says what becomes of unusual ones.
 
-What becomes of each single image is in `image_files.py`.
+A file that cannot be read, and a value that would have to be clipped, raise a `UserError` that gives the reason.
 """
 
 from __future__ import annotations
 
+import hashlib
+import io
+import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from http.client import HTTPException
+from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
+from urllib.parse import quote
+from urllib.request import Request, urlopen
 
 import numpy as np
+from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
 
 from ..utils.errors import UserError
 from ..utils.text import nearest
-from .files import ImageFormat, read_array, read_image
 
-MEMORY_LIMIT_BYTES = 4 * 2**30
+_URL_TIMEOUT_SECONDS = 60  # without a byte from the server
+_MOST_NAMED = 20  # unreadable images in one message
 
 
 def _warn(message: str) -> None:
@@ -25,87 +34,273 @@ def _warn(message: str) -> None:
 
 
 @dataclass(frozen=True)
-class Reading:
-    """How the images of a dataset are read; `load_images` explains the settings."""
+class DecodeOptions:
+    """How the images of a dataset are decoded.
 
-    form: ImageFormat
-    crop: str = "center"
-    on_bad_image: str = "error"
-    memory_limit_bytes: int = MEMORY_LIMIT_BYTES
-    num_workers: int = 4
-    shuffle_buffer: int = 4096
-    report: Callable[[str], None] = _warn
+    Raises:
+        UserError: A setting that has no meaning; says which values have one.
+    """
+
+    channels: int = 3  # 1 (grey) or 3 (RGB) for image files; any number for arrays, which must have just as many
+    resolution: tuple[int, int] | None = None  # (height, width), or `None` to keep each image's own
+    background: str = "white"  # the colour under transparent pixels, as a name or #rrggbb
+    # The values that become 0 and 255, for arrays and TIFF files; if it is stated it holds for uint8 and bool, too.
+    value_range: tuple[float, float] | None = None
+    array_layout: str | None = None  # HWC or CHW, for arrays whose shape fits both
+    crop: str = "center"  # or random, for images of another shape than `resolution`
+    on_bad_image: str = "error"  # or skip; either way every unreadable image is named
+    memory_limit_bytes: int = 4 * 2**30  # images that take more as uint8 are decoded when a batch asks for them
+    num_workers: int = 4  # threads that decode
+    shuffle_buffer: int = 4096  # how many images of a stream are mixed at any time
+    report: Callable[[str], None] = _warn  # is called with each warning
 
     def __post_init__(self) -> None:
-        for name, value, known in (
-            ("crop", self.crop, ("center", "random")),
-            ("on_bad_image", self.on_bad_image, ("error", "skip")),
-        ):
-            if value not in known:
+        for name, least in (("channels", 1), ("memory_limit_bytes", 0), ("num_workers", 0), ("shuffle_buffer", 1)):
+            if getattr(self, name) < least:
+                raise UserError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        choices = {"crop": ("center", "random"), "on_bad_image": ("error", "skip"), "array_layout": ("HWC", "CHW")}
+        for name, known in choices.items():
+            value = getattr(self, name)
+            if value not in known and (name, value) != ("array_layout", None):
                 raise UserError(f"{name} must be one of {', '.join(known)}, got {value!r}{nearest(value, known)}")
-        for name, number in (("memory_limit_bytes", self.memory_limit_bytes), ("num_workers", self.num_workers)):
-            if number < 0:
-                raise UserError(f"{name} must not be negative, got {number}")
-        if self.shuffle_buffer < 1:
-            raise UserError(f"shuffle_buffer must be at least 1, got {self.shuffle_buffer}")
-
-    def decode(self, sources: Sequence[Any], seeds: Sequence[int | None]) -> list[np.ndarray | ValueError]:
-        """Decode in threads (Pillow lets go of the interpreter's lock while it works), results in order."""
-        threads = min(self.num_workers, len(sources))
-        if threads < 2:
-            return list(map(self._decode, sources, seeds))
-        # Each thread takes every `threads`-th image: to hand out small ones singly costs more than to decode them.
-        results: list[Any] = [None] * len(sources)
-
-        def work(first: int) -> None:
-            for i in range(first, len(sources), threads):
-                results[i] = self._decode(sources[i], seeds[i])
-
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(work, range(threads)))  # list: to raise what a thread raised
-        return results
-
-    def _decode(self, source: Any, seed: int | None) -> np.ndarray | ValueError:
-        """Errors are returned: every bad image of a batch has to be named, not only the first."""
+        if self.resolution is not None and (len(self.resolution) != 2 or min(self.resolution) < 1):
+            raise UserError(f"resolution must be (height, width), both positive, got {self.resolution}")
         try:
-            return (read_array if isinstance(source, np.ndarray) else read_image)(source, self.form, seed)
+            opaque = len(ImageColor.getrgb(self.background)) == 3
+        except ValueError:
+            opaque = False
+        if not opaque:
+            raise UserError(f"background must be a colour such as white or #808080, got {self.background!r}")
+        low, high = self.value_range or (0, 1)
+        if not -math.inf < low < high < math.inf:
+            raise UserError(f"value_range must be two numbers, the lower one first, such as 0 1, got {low} {high}")
+
+
+# A file, its bytes, its URL, or what `datasets` has for an image that it has not decoded: {"bytes", "path"} or None.
+Encoded = Path | bytes | str | dict[str, Any] | None
+
+
+def read_bytes(source: Encoded) -> bytes:
+    """Read an image file; URLs may also be those that `datasets` makes, such as `zip://a.png::b.zip`.
+
+    Raises:
+        ConnectionError: The server of a URL cannot be reached.
+        Exception: It cannot be read: OSError, or whatever else `fsspec` raises, which knows many kinds of URLs.
+    """
+    if isinstance(source, dict):
+        return read_bytes(source["path"] if source["bytes"] is None else source["bytes"])
+    if source is None:
+        return b""  # a missing image: read_image says that it is empty
+    if isinstance(source, bytes):
+        return source
+    if isinstance(source, Path) or "://" not in source:
+        return Path(source).read_bytes()
+    if source.lower().startswith(("http://", "https://")):
+        return _download(source)
+    from datasets.utils.file_utils import xopen
+
+    try:
+        with xopen(source, "rb") as file:
+            return file.read()
+    except ConnectionError as error:
+        raise ConnectionError(f"cannot read {source}: {error}") from error
+    except FileNotFoundError:  # whose text in fsspec may be a part of the name, or nothing
+        raise FileNotFoundError(f"there is no {source}") from None
+
+
+def _download(url: str) -> bytes:
+    """Read a file on the web: one that is not there is an OSError, a server that fails a ConnectionError."""
+    # Characters that may not be in a URL, such as spaces, are quoted as browsers do it.
+    request = Request(quote(url, safe="!#$%&'()*+,/:;=?@[]~"), headers={"User-Agent": "ddpm_hf"})
+    try:
+        with urlopen(request, timeout=_URL_TIMEOUT_SECONDS) as response:
+            return response.read()
+    except HTTPError as error:
+        error.close()
+        if error.code in (404, 410):
+            raise FileNotFoundError(f"there is no {url}") from None
+        kind = ConnectionError if error.code >= 500 or error.code in (408, 429) else OSError
+        raise kind(f"cannot read {url}: the server answers {error.code} {error.reason}") from None
+    except (OSError, HTTPException) as error:
+        reason = " ".join(str(getattr(error, "reason", error)).split()) or type(error).__name__
+        raise ConnectionError(f"cannot read {url}: {reason}") from error
+
+
+def read_image(source: Encoded | Image.Image, options: DecodeOptions, crop_seed: int | None = None) -> np.ndarray:
+    """Decode an image file (see `read_bytes`) or an open image as uint8 `[C, H, W]`; for `crop_seed` see `crop_box`.
+
+    Raises:
+        UserError: It cannot be read, or not be made into that; the reason, without the file's name.
+        ConnectionError: The server of a URL cannot be reached.
+    """
+    content = b""
+    try:
+        if isinstance(source, Image.Image):
+            return _to_pixels(source, options, crop_seed)
+        content = read_bytes(source)
+        with Image.open(io.BytesIO(content)) as image:
+            return _to_pixels(image, options, crop_seed)
+    except (MemoryError, ConnectionError):
+        raise  # the fault of the machine or of the network, not the file's
+    except UnidentifiedImageError:
+        if not content:
+            raise UserError("the file is empty (0 bytes)") from None
+        raise UserError(f"not an image of a known format; it begins with {content[:12]!r}") from None
+    except Exception as error:
+        # Pillow's decoders raise nearly anything for damaged bytes: OSError, SyntaxError, struct.error, ...
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise UserError(" ".join(reason.split()) or type(error).__name__) from error
+
+
+def _to_pixels(image: Image.Image, options: DecodeOptions, crop_seed: int | None) -> np.ndarray:
+    """Convert an open image to uint8 `[C, H, W]`."""
+    if options.channels not in (1, 3):
+        network = f"the network has in_channels={options.channels}"
+        raise UserError(f"image files have 1 or 3 channels, and {network}; give the images as .npy arrays")
+    image = ImageOps.exif_transpose(image)
+    transparent = image.info.get("transparency")
+    if image.mode == "F":
+        if options.value_range is None:
+            raise UserError("32-bit float pixels have no range of their own; state it, for example --value_range 0 1")
+        image = Image.fromarray(scale_to_uint8(np.asarray(image), options.value_range))
+    elif image.mode.startswith("I"):
+        # Pillow's own conversion of 16-bit grey clips at 255.
+        values = np.asarray(image).astype(np.float64)
+        stated = options.value_range if image.mode == "I" else None
+        image = Image.fromarray(scale_to_uint8(values, stated or (0, 65535)))
+        if isinstance(transparent, int):
+            alpha = Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8))
+            image = Image.merge("LA", (image, alpha))
+    elif isinstance(transparent, tuple) and max(transparent) > 255:
+        raise UserError(
+            "16-bit colour with one transparent colour: Pillow gives only the upper 8 bits, in which that colour "
+            "cannot be told from its neighbours; save the image with an alpha channel"
+        )
+    # Pillow knows no direct way from these to all others.
+    image = image.convert({"La": "LA", "LAB": "RGB"}.get(image.mode, image.mode))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, options.background), image)
+    image = image.convert("L" if options.channels == 1 else "RGB")
+    pixels = np.asarray(_crop_and_resize(image, options.resolution, crop_seed))
+    return pixels[None] if options.channels == 1 else pixels.transpose(2, 0, 1)
+
+
+def crop_box(
+    height: int, width: int, resolution: tuple[int, int], crop_seed: int | None = None
+) -> tuple[int, int, int, int]:
+    """Return the largest box of the target's shape, in whole pixels, as `(left, top, right, bottom)`.
+
+    Cropping comes before resizing, so that an image which only has to be cropped keeps its pixels as they are.
+    `crop_seed` chooses one of all places with equal probability; it is the centre for `None`.
+    """
+    target_height, target_width = resolution
+    box_height, box_width = height, width
+    if width * target_height > height * target_width:
+        box_width = max(1, round(height * target_width / target_height))
+    else:
+        box_height = max(1, round(width * target_height / target_width))
+    slack_y, slack_x = height - box_height, width - box_width
+    if crop_seed is None:
+        top, left = slack_y // 2, slack_x // 2
+    else:
+        # A hash and not a library's generator: the same place on every machine and in every version.
+        digest = hashlib.blake2b(str(crop_seed).encode(), digest_size=8).digest()
+        top = int.from_bytes(digest[:4], "little") * (slack_y + 1) >> 32
+        left = int.from_bytes(digest[4:], "little") * (slack_x + 1) >> 32
+    return left, top, left + box_width, top + box_height
+
+
+def _crop_and_resize(image: Image.Image, resolution: tuple[int, int] | None, crop_seed: int | None) -> Image.Image:
+    if resolution is None or (image.height, image.width) == resolution:
+        return image
+    image = image.crop(crop_box(image.height, image.width, resolution, crop_seed))
+    height, width = resolution
+    return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.LANCZOS)
+
+
+def scale_to_uint8(values: np.ndarray, value_range: tuple[float, float]) -> np.ndarray:
+    """Scale values of a stated range to uint8: its lower end becomes 0, its upper end 255, rounded in between.
+
+    Raises:
+        UserError: A value that would have to be clipped (it rounds to a value outside 0..255), or is not a number.
+    """
+    low, high = value_range
+    scaled = np.rint((np.asarray(values, dtype=np.float64) - low) / (high - low) * 255)
+    outside = ~((scaled >= 0) & (scaled <= 255))  # true for NaN as well
+    if outside.any():
+        raise UserError(f"the value {values[outside].flat[0]} is outside the range {low:g} to {high:g}")
+    return scaled.astype(np.uint8)
+
+
+def read_array(array: np.ndarray, options: DecodeOptions, crop_seed: int | None = None) -> np.ndarray:
+    """Convert one image of numbers `[C, H, W]` to uint8 `[C, H, W]`; see [`read_image`].
+
+    Raises:
+        UserError: Numbers without a stated range, or outside it.
+    """
+    if options.value_range is not None:
+        pixels = scale_to_uint8(array, options.value_range)
+    elif array.dtype == np.uint8:
+        pixels = np.asarray(array)
+    elif array.dtype == np.bool_:
+        pixels = array.astype(np.uint8) * 255
+    else:
+        example = "for example --value_range 0 1, --value_range -1 1 or --value_range 0 255"
+        raise UserError(
+            f"{array.dtype} values have no range of their own; state what becomes black and white, {example}"
+        )
+    if options.resolution is None or pixels.shape[1:] == options.resolution:
+        return pixels
+    return np.stack([np.asarray(_crop_and_resize(Image.fromarray(x), options.resolution, crop_seed)) for x in pixels])
+
+
+def decode_all(
+    sources: Sequence[Any], options: DecodeOptions, crop_seeds: Sequence[int] | None = None
+) -> list[np.ndarray | ValueError]:
+    """Decode images (for `read_image` or `read_array`) in threads: Pillow releases the interpreter's lock.
+
+    Returns:
+        uint8 `[C, H, W]` for each image, or the error: every unreadable image has to be named, not only the first.
+    """
+    seeds = crop_seeds if crop_seeds is not None and options.crop == "random" else [None] * len(sources)
+
+    def decode(i: int) -> np.ndarray | ValueError:
+        try:
+            return (read_array if isinstance(sources[i], np.ndarray) else read_image)(sources[i], options, seeds[i])
         except ValueError as error:
             return error
 
-
-def reading_of(
-    channels: int,
-    resolution: tuple[int, int] | None,
-    background: str = "white",
-    value_range: tuple[float, float] | None = None,
-    array_layout: str | None = None,
-    report: Callable[[str], None] | None = None,
-    **options: Any,
-) -> Reading:
-    """A [`Reading`] from the arguments of `load_images`.
-
-    Raises:
-        ValueError: A setting that has no meaning; says which values have one.
-    """
-    resolution = None if resolution is None else (int(resolution[0]), int(resolution[1]))
-    form = ImageFormat(channels, resolution, background, value_range, array_layout)
-    return Reading(form, report=report or _warn, **options)
+    threads = max(1, min(options.num_workers, len(sources)))
+    if threads == 1:
+        return [decode(i) for i in range(len(sources))]
+    # Each thread takes every `threads`-th image: to hand out small ones singly costs more than to decode them.
+    with ThreadPoolExecutor(threads) as pool:
+        parts = list(pool.map(lambda first: [decode(i) for i in range(first, len(sources), threads)], range(threads)))
+    return [parts[i % threads][i // threads] for i in range(len(sources))]
 
 
-def refuse_bad(bad: list[tuple[str, ValueError]], total: int, report: Callable[[str], None]) -> None:
-    """Raise if there are bad images; every one is named, in the error or (where they are many) in a warning each.
+def refuse_bad(bad: Mapping[str, ValueError], total: int, options: DecodeOptions, what: str = "images") -> None:
+    """Raise if some of `total` images are unreadable and not to be skipped; `bad` says why, by what they are called.
 
     Raises:
-        ValueError: There are bad images.
+        UserError: Names every bad image; where they are many, in a warning each.
     """
-    if not bad:
+    if not bad or options.on_bad_image == "skip":
         return
-    shown = 20
-    for where, error in bad[shown:]:
-        report(f"cannot read {where}: {error}")
-    sentence = "; ".join(f"{where} ({error})" for where, error in bad[:shown])
-    more = f"; and {len(bad) - shown} more, named above" if len(bad) > shown else ""
-    raise UserError(
-        f"cannot read {len(bad)} of {total} images: {sentence}{more}; fix or remove them, or leave them out with "
-        "--on_bad_image skip"
-    )
+    named = [f"{where} ({error})" for where, error in bad.items()]
+    for one in named[_MOST_NAMED:]:
+        options.report(f"cannot read {one}")
+    more = f"; and {len(bad) - _MOST_NAMED} more, named above" if len(bad) > _MOST_NAMED else ""
+    reasons = "; ".join(named[:_MOST_NAMED]) + more
+    advice = "fix or remove them, or leave them out with --on_bad_image skip"
+    raise UserError(f"cannot read {len(bad)} of {total} {what}: {reasons}; {advice}")
+
+
+def leave_out_bad(bad: Mapping[str, ValueError], total: int, options: DecodeOptions, what: str = "images") -> None:
+    """Report unreadable images as left out, or raise as `refuse_bad`, or because none can be read."""
+    refuse_bad(bad, total, options, what)
+    for where, error in bad.items():
+        options.report(f"left out {where}: {error}")
+    if bad and len(bad) == total:
+        raise UserError(f"none of the {total} {what} can be read; the first: {next(iter(bad.values()))}")

@@ -2,87 +2,90 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..utils.errors import UserError
 from ..utils.text import nearest
-from .folders import few, list_folder
+from .class_labels import number_labels
+from .decoding import DecodeOptions
+from .folders import METADATA, few, first_folders, image_suffixes, is_saved_table, list_folder
+from .tensors import Source
 
 _LABEL_COLUMNS = ("label", "labels", "class", "category")
 
 
-def is_saved_table(folder: Path) -> bool:
-    """Whether `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote a folder."""
-    one = (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
-    return one or (folder / "dataset_dict.json").is_file()
+@dataclass(frozen=True)
+class TableOptions:
+    """What of a dataset is read."""
+
+    config_name: str | None = None  # as in `datasets.load_dataset`
+    cache_dir: str | None = None
+    image_column: str | None = None  # the first one of images if `None`
+    label_column: str | None = None  # the first one of classes, or one that is called `label` or the like, if `None`
 
 
-def _open_saved_table(name: str, split: str, streaming: bool) -> Any:
-    """One split of what `save_to_disk` wrote; a table that was saved by itself is called `train`.
+def open_rows(name: str, split: str, table: TableOptions, options: DecodeOptions) -> Source:
+    """Open the images and labels of one split of a dataset.
 
     Raises:
-        UserError: There is no such split.
+        UserError: The dataset cannot be loaded, has no images or no such columns, or images without a label in the
+            column that was asked for.
     """
     import datasets
 
-    table = datasets.load_from_disk(name)
-    known = list(table) if isinstance(table, datasets.DatasetDict) else ["train"]
-    if split not in known:
-        raise UserError(
-            f"unknown split {split!r} of {name!r}; it has {', '.join(known)}"
-            + (f"; name the folder of one, such as {str(Path(name) / known[0])!r}" if known != ["train"] else "")
-        )
-    table = table[split] if isinstance(table, datasets.DatasetDict) else table
-    if streaming:
-        return table.to_iterable_dataset(num_shards=max(1, min(len(table), len(table.cache_files))))
-    return table
+    data = open_table(name, split, table)
+    image, label, class_names = choose_columns(name, data.features, table, options)
+    if not len(data):
+        raise UserError(f"the dataset {name!r} has no images in split {split!r}")
+    if Path(name).is_dir() and not is_saved_table(Path(name)):
+        _report_image_folder(Path(name), len(data), label is not None, options)
+    # Bytes instead of decoded images: what datasets would decode has lost 16-bit values and alpha by then.
+    encoded = data.select_columns([image]).cast_column(image, datasets.Image(decode=False))
+    source = Source(name, len(data), lambda rows: encoded[rows][image], lambda row: f"image {row} of {name}")
+    if label is None:
+        return source
+    labels = data.select_columns([label])[:][label]
+    unlabelled = sum(value is None or (isinstance(value, int) and value < 0) for value in labels)
+    if unlabelled and table.label_column is not None:
+        raise UserError(f"{unlabelled} of {len(labels)} images of {name!r} have no label in {label!r}")
+    if unlabelled:
+        options.report(f"{unlabelled} of {len(labels)} images of {name!r} have no label, so none of them has one here")
+    elif class_names is not None:
+        source.labels, source.class_names = torch.tensor(labels, dtype=torch.long), class_names
+    else:
+        source.labels, source.class_names = number_labels(labels, f"the column {label!r}")
+    return source
 
 
-def _check_folder(folder: Path) -> None:
-    """Whether `datasets` would read all of a folder; it enters no linked folders, and leaves out dangling links.
-
-    Raises:
-        UserError: It would not.
-    """
-    listing = list_folder(folder)
-    linked = [link for link in listing.linked if any(link in path.parents for path in listing.files)]
-    capitals = [p for p in listing.files if p.suffix.lower() == ".parquet" and p.suffix != ".parquet"]
-    for paths, what, advice in (
-        (
-            linked,
-            "link(s) to folders",
-            "give a folder of images as --train_data_dir, or put the files themselves there",
-        ),
-        (listing.dangling, "link(s) to nothing", "fix or remove them"),
-        (capitals, "file(s) with an ending in capitals", "rename them to .parquet"),
-    ):
-        if paths:
-            raise UserError(
-                f"{str(folder)!r} holds {len(paths)} {what}, which datasets would leave out: {few(paths, folder)}; "
-                f"{advice}"
-            )
-
-
-def open_table(name: str, split: str, config_name: str | None, cache_dir: str | None, streaming: bool) -> Any:
-    """One split of a dataset of the Hub, of local files or of `save_to_disk`, as `datasets` gives it.
+def open_table(name: str, split: str, table: TableOptions, streaming: bool = False) -> Any:
+    """Open one split of a dataset of the Hub, of local files or of `save_to_disk`, as `datasets` gives it.
 
     Raises:
         UserError: It cannot be loaded, for whatever reason, or `datasets` would leave out a part of a folder.
     """
     import datasets
 
-    if Path(name).is_dir() and not is_saved_table(Path(name)):
-        _check_folder(Path(name))
+    path = Path(name)
     try:
-        if is_saved_table(Path(name)):
-            return _open_saved_table(name, split, streaming)
-        if Path(name).is_file() and name.lower().endswith(".parquet"):
-            return datasets.load_dataset(
-                "parquet", data_files=name, split=split, cache_dir=cache_dir, streaming=streaming
-            )
-        return datasets.load_dataset(name, config_name, split=split, cache_dir=cache_dir, streaming=streaming)
+        if is_saved_table(path):
+            saved = datasets.load_from_disk(name)
+            splits = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
+            if split not in splits:
+                hint = f"; name the folder of one, such as {str(path / min(saved))!r}" if splits is saved else ""
+                raise UserError(f"unknown split {split!r} of {name!r}; it has {', '.join(splits)}{hint}")
+            data = splits[split]
+            shards = max(1, min(len(data), len(data.cache_files)))
+            return data.to_iterable_dataset(num_shards=shards) if streaming else data
+        if path.is_dir():
+            _check_folder(path)
+        common: dict[str, Any] = {"split": split, "cache_dir": table.cache_dir, "streaming": streaming}
+        if path.is_file() and name.lower().endswith(".parquet"):
+            return datasets.load_dataset("parquet", data_files=name, **common)
+        return datasets.load_dataset(name, table.config_name, **common)
     except UserError:
         raise
     except Exception as error:  # whatever the loading script, the network or the file format came up with
@@ -90,90 +93,75 @@ def open_table(name: str, split: str, config_name: str | None, cache_dir: str | 
         raise UserError(f"cannot load the dataset {name!r} (split {split!r}): {reason}") from error
 
 
+def _check_folder(folder: Path) -> None:
+    """Raise if `datasets` would leave out a part of a folder, such as linked folders."""
+    listing = list_folder(folder)
+    linked = [link for link in listing.linked if any(link in path.parents for path in listing.files)]
+    capitals = [p for p in listing.files if p.suffix.lower() == ".parquet" and p.suffix != ".parquet"]
+    for paths, what, advice in (
+        (linked, "link(s) to folders", "use --train_data_dir for a folder of images, or put the files there"),
+        (listing.dangling, "link(s) to nothing", "fix or remove them"),
+        (capitals, "file(s) with an ending in capitals", "rename them to .parquet"),
+    ):
+        if paths:
+            left_out = f"{len(paths)} {what}, which datasets would leave out: {few(paths, folder)}"
+            raise UserError(f"{str(folder)!r} holds {left_out}; {advice}")
+
+
+def _report_image_folder(folder: Path, num_rows: int, labelled: bool, options: DecodeOptions) -> None:
+    """Report what `datasets` leaves out of a folder of image files: files without a row, classes if some have none."""
+    suffixes = image_suffixes()
+    images = [path for path in list_folder(folder).files if path.suffix.lower() in suffixes]
+    table = next((name for name in METADATA if (folder / name).is_file()), None)
+    if table is not None and num_rows < len(images):
+        missing = len(images) - num_rows
+        options.report(f"{missing} of {len(images)} images in {str(folder)!r} are not in {table}: left out")
+    if table is None and not labelled:
+        first_folders(folder, images, options)
+
+
 def choose_columns(
-    name: str, features: Any, image_column: str | None, label_column: str | None, report: Callable[[str], None]
-) -> tuple[str, str | None]:
-    """Which columns are read: those asked for, or the first that will do.
+    name: str, features: Any, table: TableOptions, options: DecodeOptions
+) -> tuple[str, str | None, list[str] | None]:
+    """Return the image column, the label column if there is one, and its class names if it is of type `ClassLabel`.
 
-    Args:
-        name: The dataset's, for messages.
-        features: Its columns and their types, as `datasets` gives them.
-        image_column, label_column: Those asked for, or `None`.
-        report: Is called with a warning where several would do.
-
-    Returns:
-        The image column, and the label column or `None` where there is none.
+    They are those asked for, or the first that will do.
 
     Raises:
-        ValueError: A column that is asked for is not there or of another type, or there are no images.
+        UserError: A column that is asked for is not there or of another type, or there are no images.
     """
     import datasets
 
+    def is_image(feature: Any) -> bool:
+        # Bytes and a path are what an image looks like in parquet files that datasets did not write.
+        return isinstance(feature, datasets.Image) or (isinstance(feature, dict) and set(feature) == {"bytes", "path"})
+
+    def of_type(*dtypes: str) -> list[str]:
+        return [key for key, f in features.items() if isinstance(f, datasets.Value) and f.dtype.startswith(dtypes)]
+
+    def choose(flag: str, wanted: str | None, likely: list[str], possible: list[str], what: str) -> str | None:
+        if wanted is None:
+            if len(likely) > 1:
+                options.report(
+                    f"{name!r} has several columns of {what}: {', '.join(likely)}; took {likely[0]} ({flag})"
+                )
+            return likely[0] if likely else None
+        if wanted not in features:
+            near = nearest(wanted, features)
+            raise UserError(f"{flag} {wanted!r}: no such column in {name!r}{near}; its columns are {columns}")
+        if wanted not in possible:
+            raise UserError(f"the column {wanted!r} of {name!r} holds {features[wanted]}, not {what}")
+        return wanted
+
     columns = ", ".join(features)
-    for flag, wanted in (("--image_column", image_column), ("--label_column", label_column)):
-        if wanted is not None and wanted not in features:
-            raise UserError(
-                f"{flag} {wanted!r}: no such column in {name!r}{nearest(wanted, features)}; its columns are {columns}"
-            )
-    if image_column is None:
-        pictures = [key for key, feature in features.items() if _is_image(feature)]
-        if not pictures:
-            raise UserError(
-                f"no column of the dataset {name!r} holds images; its columns are {columns}; one of addresses or file "
-                "names is read where --image_column names it"
-            )
-        image_column = pictures[0]
-        if len(pictures) > 1:
-            report(f"{name!r} has the image columns {', '.join(pictures)}; took {image_column} (--image_column)")
-    elif not _is_image(features[image_column]) and not _may_hold_images(features[image_column]):
-        raise UserError(f"the column {image_column!r} of {name!r} holds {features[image_column]}, not images")
-    if label_column is None:
-        classes = [key for key, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
-        classes = classes or [key for key in _LABEL_COLUMNS if key in features and _is_label(features[key])]
-        label_column = classes[0] if classes else None
-        if len(classes) > 1:
-            report(f"{name!r} has the label columns {', '.join(classes)}; took {label_column} (--label_column)")
-    elif not _is_label(features[label_column]):
-        raise UserError(
-            f"the column {label_column!r} of {name!r} holds {features[label_column]}; labels are whole numbers or "
-            "strings"
-        )
-    return image_column, label_column
-
-
-def _is_image(feature: Any) -> bool:
-    """An image column, or what it looks like in parquet files that were not written by `datasets`."""
-    import datasets
-
-    return isinstance(feature, datasets.Image) or (isinstance(feature, dict) and {"bytes", "path"} == set(feature))
-
-
-def _may_hold_images(feature: Any) -> bool:
-    """Encoded images, or files or URLs of images: taken for them where somebody says so."""
-    import datasets
-
-    return isinstance(feature, datasets.Value) and feature.dtype in (
-        "binary",
-        "large_binary",
-        "string",
-        "large_string",
-    )
-
-
-def _is_label(feature: Any) -> bool:
-    import datasets
-
-    if isinstance(feature, datasets.ClassLabel):
-        return True
-    return isinstance(feature, datasets.Value) and feature.dtype.startswith(("int", "uint", "string", "large_string"))
-
-
-def bytes_or_path(value: dict[str, Any] | None) -> bytes | Path | str:
-    """An image as `datasets` gives it when it does not decode, for `read_image`: its bytes, its file, or its URL."""
-    if value is None or (value["bytes"] is None and value["path"] is None):
-        return b""  # a missing image: read_image says that it is empty
-    if value["bytes"] is not None:
-        return value["bytes"]
-    path = value["path"]
-    # Streams name files where they are (hf://..., zip://...::...); a Path would make one slash of two.
-    return path if "://" in path else Path(path)
+    images = [key for key, feature in features.items() if is_image(feature)]
+    encoded = of_type("binary", "large_binary", "string", "large_string")  # bytes, file names or URLs of images
+    image = choose("--image_column", table.image_column, images, images + encoded, "images")
+    if image is None:
+        advice = "one of file names or URLs is read where --image_column names it"
+        raise UserError(f"no column of the dataset {name!r} holds images; its columns are {columns}; {advice}")
+    classes = [key for key, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+    labels = classes + of_type("int", "uint", "string", "large_string")
+    likely = classes or [key for key in _LABEL_COLUMNS if key in labels]
+    label = choose("--label_column", table.label_column, likely, labels, "labels (whole numbers or strings)")
+    return image, label, list(features[label].names) if label in classes else None

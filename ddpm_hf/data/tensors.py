@@ -1,31 +1,49 @@
-"""Images as uint8 tensors in memory, and what is done to a batch: the network's range, flips, where to crop."""
+"""Images as uint8 tensors, in memory or decoded when a batch asks for them; the network's range, flips, crop seeds."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from ..utils.errors import UserError
 from ..utils.machine import to_device
 from ..utils.randomness import derive_seed
+from .decoding import DecodeOptions, decode_all, refuse_bad
+
+
+def to_model_range(images: Tensor) -> Tensor:
+    """Scale uint8 0..255 to float32 [-1, 1], "scaled linearly" as in Section 3.3 of the paper."""
+    return images.float() / 127.5 - 1.0
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Scale [-1, 1] to uint8 0..255, rounded; values outside are clipped."""
+    return (images * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def flip_images(images: Tensor, flip: Tensor) -> Tensor:
+    """Mirror those of the images `[B, C, H, W]` left to right for which `flip` (`[B]` bool) is true."""
+    return torch.where(flip.view(-1, 1, 1, 1), images.flip(-1), images)
+
+
+def crop_seeds(seed: int, positions: Tensor) -> Tensor:
+    """Return where to crop, as a function of the run's seed and the image's global position in it: `[n]` int64."""
+    return torch.tensor([derive_seed(seed, "crop", position) for position in positions.tolist()], dtype=torch.long)
 
 
 @dataclass(frozen=True)
 class ImageDataset:
-    """Images in memory.
+    """Images in memory."""
 
-    Attributes:
-        images: `[N, C, H, W]` uint8.
-        labels: `[N]` int64 class indices, or `None`.
-        name: For reports and cards.
-        class_names: One for each class index, or `None` if there are no labels or no names.
-    """
-
-    images: Tensor
-    labels: Tensor | None
-    name: str
-    class_names: list[str] | None = None
+    images: Tensor  # [N, C, H, W] uint8
+    labels: Tensor | None  # [N] int64 class indices
+    name: str  # for reports and cards
+    class_names: list[str] | None = None  # one for each class index, or `None` if there are no labels or no names
 
     def __len__(self) -> int:
         return len(self.images)
@@ -36,17 +54,12 @@ class ImageDataset:
         return tuple(self.images.shape[1:])
 
     def batch(self, indices: Tensor, crop_seeds: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """The images `[n, C, H, W]` at `indices` and their labels `[n]`.
-
-        Args:
-            indices: `[n]` int64, in any order, also repeated.
-            crop_seeds: Without effect: these images are cropped already.
-        """
+        """Return the images `[n, C, H, W]` at `indices` (`[n]`) and their labels `[n]`; they are cropped already."""
         indices = to_device(indices, self.images.device)
         return self.images[indices], None if self.labels is None else self.labels[indices]
 
     def on(self, device: torch.device) -> ImageDataset:
-        """The same images on a device, where batches of them are gathered without the host.
+        """Move the images to a device, where batches of them are gathered without the host.
 
         Those that would take more than a quarter of an NVIDIA GPU's free memory stay where they are.
         """
@@ -56,25 +69,96 @@ class ImageDataset:
         return ImageDataset(self.images.to(device), labels, self.name, self.class_names)
 
     def subset(self, indices: Tensor) -> ImageDataset:
-        """The images at `indices`, in that order."""
+        """Return the images at `indices`, in that order."""
         return ImageDataset(*self.batch(indices), self.name, self.class_names)
 
 
-def to_model_range(images: Tensor) -> Tensor:
-    """uint8 0..255 to float32 [-1, 1], "scaled linearly" as in Section 3.3 of the paper."""
-    return images.float() / 127.5 - 1.0
+@dataclass
+class Source:
+    """Images that are not decoded yet, as a folder or a table has them."""
+
+    name: str
+    count: int
+    fetch: Callable[[list[int]], list[Any]]  # what `decode_all` takes, for each of some rows
+    where: Callable[[int], str]  # what to call the image of a row in a message
+    labels: Tensor | None = None  # [N] int64
+    class_names: list[str] | None = None
 
 
-def to_uint8(images: Tensor) -> Tensor:
-    """[-1, 1] to uint8 0..255, rounded to the nearest level; values outside are clipped."""
-    return (images * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
+class DecodedOnDemand:
+    """Images that are decoded when a batch of them is asked for.
+
+    An image that turns out to be unreadable raises, or (`on_bad_image="skip"`) is reported once and replaced by the
+    next readable one, so that a batch depends on nothing but its positions.
+    """
+
+    most_replacements: int  # so many unreadable images in a row, and it gives up
+
+    def __init__(self, name: str, class_names: list[str] | None, options: DecodeOptions):
+        if options.resolution is None:
+            raise UserError(f"the images of {name} are decoded when needed; choose one size with --resolution")
+        self.name, self.class_names, self._options = name, class_names, options
+        self.image_shape = (options.channels, *options.resolution)
+        self._reported: set[str] = set()
+
+    def _fetch(self, positions: list[int]) -> list[Any]:
+        raise NotImplementedError
+
+    def _where(self, position: int) -> str:
+        raise NotImplementedError
+
+    def _decode(self, positions: list[int], crop_seeds: Sequence[int] | None) -> tuple[Tensor, list[int]]:
+        """Return images `[n, C, H, W]`, and the positions that they come from in the end."""
+        decoded = decode_all(self._fetch(positions), self._options, crop_seeds)
+        bad = {self._where(p): x for p, x in zip(positions, decoded, strict=True) if isinstance(x, ValueError)}
+        refuse_bad(bad, len(positions), self._options)
+        used, images = [], np.empty((len(positions), *self.image_shape), dtype=np.uint8)
+        for i, (position, pixels) in enumerate(zip(positions, decoded, strict=True)):
+            while isinstance(pixels, ValueError):
+                if (where := self._where(position)) not in self._reported:
+                    self._reported.add(where)
+                    self._options.report(f"skipped {where}, the next image takes its place: {pixels}")
+                position += 1
+                if (tried := position - positions[i]) >= self.most_replacements:
+                    raise UserError(f"{tried} images of {self.name} in a row cannot be read: {pixels}")
+                seeds = None if crop_seeds is None else crop_seeds[i : i + 1]
+                pixels = decode_all(self._fetch([position]), self._options, seeds)[0]
+            images[i] = pixels
+            used.append(position)
+        return torch.from_numpy(images), used
 
 
-def flip_images(images: Tensor, flip: Tensor) -> Tensor:
-    """The images `[B, C, H, W]` for which `flip` (`[B]` bool) is true mirrored left to right."""
-    return torch.where(flip.view(-1, 1, 1, 1), images.flip(-1), images)
+class LazyImageDataset(DecodedOnDemand):
+    """Images that do not fit into memory, or are cropped anew each time; made by `load_images`."""
 
+    def __init__(self, source: Source, rows: Tensor, options: DecodeOptions):
+        super().__init__(source.name, source.class_names, options)
+        self.labels = None if source.labels is None else source.labels[rows]
+        self._source, self._rows, self.most_replacements = source, rows, len(rows)
 
-def crop_seeds(seed: int, positions: Tensor) -> Tensor:
-    """Where to crop, as a function of the run's seed and the image's global position in it: `[n]` int64."""
-    return torch.tensor([derive_seed(seed, "crop", position) for position in positions.tolist()], dtype=torch.long)
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def _fetch(self, positions: list[int]) -> list[Any]:
+        return self._source.fetch([self._row(position) for position in positions])
+
+    def _where(self, position: int) -> str:
+        return self._source.where(self._row(position))
+
+    def _row(self, position: int) -> int:
+        return int(self._rows[position % len(self)])
+
+    def batch(self, indices: Tensor, crop_seeds: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Decode the images `[n, C, H, W]` at `indices` (`[n]`), and return them with their labels `[n]`.
+
+        Where to crop at random, `crop_seeds` says (`[n]` int64, see the function of that name); the centre for `None`.
+
+        Raises:
+            UserError: Images that cannot be read, each of them named.
+        """
+        images, used = self._decode(indices.tolist(), None if crop_seeds is None else crop_seeds.tolist())
+        return images, None if self.labels is None else self.labels[[position % len(self) for position in used]]
+
+    def subset(self, indices: Tensor) -> LazyImageDataset:
+        """Return the images at `indices`, in that order; still not decoded."""
+        return LazyImageDataset(self._source, self._rows[indices], self._options)

@@ -13,7 +13,7 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
-from ..data.datasets import ImageDataset, Images, StreamedImages, load_hub_dataset, load_images
+from ..data.datasets import ImageDataset, Images, StreamedImages, load_images
 from ..models.unet_2d import parameter_count
 from ..pipelines.pipeline_ddpm import DDPMPipeline
 from ..sampling.generation import check_sampler, with_sampler
@@ -50,10 +50,7 @@ def load_splits(
     given: dict[str, Any] = {name: value for name, value in source.items() if value is not None}
 
     def load(split: str) -> Images:
-        cut_off = split == "train" or (split == "validation" and bool(validation_split))
-        if "dataset_name" in given and not cut_off:
-            return load_hub_dataset(given["dataset_name"], split, **options)
-        if "train_data_dir" in given and split == "validation" and not validation_split:
+        if split == "validation" and not validation_split and "train_data_dir" in given:
             raise UserError("a folder has no validation images of its own; say with --validation_split how many")
         return load_images(**given, split=split, validation_split=validation_split, **options)
 

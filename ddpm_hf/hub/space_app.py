@@ -18,7 +18,7 @@ import gradio as gr
 import torch
 from PIL import Image
 
-from ..data.files import ImageFormat, crop_box, read_image
+from ..data.decoding import DecodeOptions, crop_box, read_image
 from ..data.tensors import to_model_range, to_uint8
 from ..diffusion.likelihood import stratified_bits_per_dim
 from ..diffusion.scheduling_ddpm import DDPMScheduler
@@ -181,7 +181,7 @@ class Demo:
             if not isinstance(pipe.scheduler, DDPMScheduler):
                 raise UserError(f"{model!r} was saved with a {type(pipe.scheduler).__name__}, which has no likelihood")
             channels, height, width = pipe.image_shape
-            pixels = torch.tensor(read_image(Path(file), ImageFormat(channels, (height, width))))[None]
+            pixels = torch.tensor(read_image(Path(file), DecodeOptions(channels, (height, width))))[None]
             labels = pipe.classes.checked(label or None, 1.0, len(pixels))
             evaluations = min(50, 2 * pipe.scheduler.config.num_train_timesteps)  # 50 as in the docs' tables
             estimate = stratified_bits_per_dim(

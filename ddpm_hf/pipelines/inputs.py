@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..data.files import ImageFormat, read_image
+from ..data.decoding import DecodeOptions, read_image
 from ..utils.errors import UserError
 from ..utils.randomness import Generators, SeededNoise
 
@@ -88,7 +88,7 @@ def images_in_model_range(image: Any, image_shape: tuple[int, int, int]) -> Tens
         return torch.cat([images_in_model_range(one, image_shape) for one in image])
     if isinstance(image, Image.Image):
         channels, height, width = image_shape
-        pixels = read_image(image, ImageFormat(channels, (height, width)))
+        pixels = read_image(image, DecodeOptions(channels, (height, width)))
         return torch.tensor(pixels).float()[None] / 127.5 - 1
     if isinstance(image, np.ndarray):
         array = torch.from_numpy(np.array(image))  # a copy: PIL's arrays are read-only, of which PyTorch warns
@@ -127,7 +127,7 @@ def mask_of(mask: Any, image_shape: tuple[int, int, int], batch_size: int) -> Te
         return one_per_image(torch.cat([mask_of(one, image_shape, 1) for one in mask]), batch_size, "mask_image")
     _, height, width = image_shape
     if isinstance(mask, Image.Image):
-        mask = read_image(mask, ImageFormat(1, (height, width)))  # as the image, or it would cover something else
+        mask = read_image(mask, DecodeOptions(1, (height, width)))  # as the image, or it would cover something else
     values = torch.tensor(mask) if isinstance(mask, np.ndarray) else torch.as_tensor(mask)
     if values.shape[-2:] != (height, width) or values.ndim > 4 or (values.ndim > 2 and values.shape[-3] != 1):
         raise UserError(f"mask_image has shape {tuple(values.shape)}, and the network's images are {height} x {width}")

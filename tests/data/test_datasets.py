@@ -28,13 +28,16 @@ from ddpm_hf.data.datasets import (
     crop_seeds,
     flip_images,
     load_digits,
-    load_folder,
     load_images,
     to_model_range,
     to_uint8,
 )
 
 LAZY = {"memory_limit_bytes": 0}  # nothing fits
+
+
+def load_folder(folder, **options):
+    return load_images(train_data_dir=str(folder), **options)
 
 
 @pytest.fixture(autouse=True)
@@ -304,7 +307,7 @@ def test_columns_beside_images_are_pointed_to(folder):
     assert table.class_names == ["x"]
     assert said.pop() == f"2 of 3 images in {str(folder)!r} are not in metadata.csv: left out"
     assert said == [
-        f"metadata.csv in {str(folder)!r} is not read; --dataset_name {str(folder)!r} takes images and columns from it"
+        f"metadata.csv in {str(folder)!r} is not read; --dataset_name {str(folder)!r} takes columns from it"
     ]
 
 
@@ -363,7 +366,7 @@ def test_bad_files_are_replaced_where_they_are_found_late(folder):
     assert len(said) == 1
     assert "aa.png" in said[0]
     alone = data.subset(torch.tensor([1]))
-    with pytest.raises(ValueError, match="none of the 1 images"):
+    with pytest.raises(ValueError, match="1 images of images in a row cannot be read"):
         alone.batch(torch.tensor([0]))
 
 
@@ -528,10 +531,10 @@ def test_only_the_images_of_the_batch_are_decoded(varied, monkeypatch):
     decoded, lock = [], threading.Lock()
     original = ddpm_hf.data.decoding.read_image
 
-    def noting(source, form, seed):
+    def noting(source, options, seed):
         with lock:
             decoded.append(source.name)
-        return original(source, form, seed)
+        return original(source, options, seed)
 
     monkeypatch.setattr(ddpm_hf.data.decoding, "read_image", noting)
     lazy = load_folder(varied, resolution=(8, 8), **LAZY)
@@ -627,6 +630,23 @@ def test_what_datasets_would_leave_out_of_a_folder_is_refused(tmp_path):
         load_images(train_data_dir=str(tmp_path / "near"))
 
 
+def test_splits_of_a_dataset_of_its_own(tmp_path):
+    for split, pixels in (("train", range(20)), ("test", [30, 31]), ("validation", [40])):
+        write_parquet(tmp_path / "set", [png_bytes(value) for value in pixels], file=f"{split}.parquet")
+    where = {"dataset_name": str(tmp_path / "set"), "cache_dir": str(tmp_path / "cache"), "channels": 1}
+    assert levels(load_images(**where, split="test").images) == [30, 31]
+    assert levels(load_images(**where, split="test", validation_split=0.25).images) == [30, 31]  # all of it
+    assert levels(load_images(**where, split="validation").images) == [40]
+    held_out = levels(load_images(**where, split="validation", validation_split=0.25).images)
+    assert len(held_out) == 5
+    assert max(held_out) < 20  # of train
+    assert len(load_images(**where, validation_split=0.25)) == 15
+    streamed = load_images(**where, split="test", resolution=(8, 8), streaming=True, validation_split=0.25)
+    assert sorted(levels(streamed.batch_at(0, range(2), 2, 0)[0])) == [30, 31]
+    with pytest.raises(ValueError, match=r"(?i)cannot load the dataset .* unknown split \"dev\""):
+        load_images(**where, split="dev")
+
+
 @pytest.mark.parametrize("given", ["dataset_name", "train_data_dir"])
 def test_parquet_through_datasets_keeps_16_bits_and_labels(tmp_path, given):
     deep = io.BytesIO()
@@ -707,7 +727,7 @@ def test_columns_to_choose_from(tmp_path):
         ({"image_column": "lage"}, r"--image_column 'lage': no such column.*did you mean 'large'"),
         ({"label_column": "finest"}, "--label_column 'finest': no such column"),
         ({"image_column": "score"}, "not images"),
-        ({"label_column": "score"}, "labels are whole numbers or strings"),
+        ({"label_column": "score"}, r"holds Value\(.*float32.*not labels \(whole numbers or strings"),
         ({"label_column": "coarse"}, "1 of 1 images .* have no label in 'coarse'"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -800,7 +820,7 @@ def test_a_stream_gives_every_image_once_an_epoch_in_a_new_order(shards):
     assert run(stream(shards), range(6), seed=1) != run(stream(shards), range(6))
 
 
-def test_a_stream_goes_on_where_it_was_without_decoding(shards, monkeypatch):
+def test_a_stream_resumes_without_decoding_what_it_skips(shards, monkeypatch):
     whole = run(stream(shards), range(20))
     decoded = []
     original = ddpm_hf.data.decoding.read_image
@@ -831,8 +851,12 @@ def test_what_is_held_out_of_a_stream_is_never_streamed(shards):
     assert seen | held_out == set(range(N))
     assert not seen & held_out
     assert train.num_images == N - len(held_out)
-    with pytest.raises(ValueError, match="no images in this split"):
-        stream(shards, split="validation").batch_at(0, range(4), 4, 0)
+    nothing = load_images(train_data_dir=str(shards), split="validation", streaming=True, resolution=(8, 8))
+    for empty in (nothing, stream(shards, validation_split=1e-9, split="validation")):
+        with pytest.raises(ValueError, match="no images in this split"):
+            empty.batch_at(0, range(4), 4, 0)
+    with pytest.raises(ValueError, match=r"cannot load the dataset .* Bad split: validation"):
+        stream(shards, split="validation")  # the dataset's own, where nothing is held out of `train`
 
 
 def test_the_beginning_of_a_stream_in_memory(shards):
@@ -963,7 +987,7 @@ def test_a_folder_of_parquet_files_is_streamed_too(shards):
     assert run(data, range(3)) == by_name
 
 
-# ---------------------------------------------------------------------- the one door
+# ---------------------------------------------------------------------- the entry point
 
 
 @pytest.mark.parametrize("options", [{}, {"resolution": (8, 8), **LAZY}], ids=["memory", "lazy"])
@@ -1006,7 +1030,7 @@ def test_digits_can_be_had_in_colour_and_larger():
         ({"train_data_dir": "x", "split": "test"}, "train or validation, got 'test'"),
         ({"dataset": "digits", "crop": "centre"}, r"crop must be one of center, random.*did you mean 'center'"),
         ({"dataset": "digits", "on_bad_image": "ignore"}, "on_bad_image must be one of error, skip"),
-        ({"dataset": "digits", "num_workers": -1}, "num_workers must not be negative"),
+        ({"dataset": "digits", "num_workers": -1}, "num_workers must be at least 0"),
         ({"dataset": "digits", "background": "whit"}, "background must be a colour"),
     ],
 )

@@ -15,16 +15,8 @@ import pytest
 from PIL import Image
 
 from ddpm_hf.data.datasets import load_images
-from ddpm_hf.data.files import (
-    ImageFormat,
-    crop_box,
-    decode_image,
-    open_arrays,
-    read_array,
-    read_bytes,
-    read_image,
-    to_levels,
-)
+from ddpm_hf.data.decoding import DecodeOptions, crop_box, read_array, read_bytes, read_image, scale_to_uint8
+from ddpm_hf.data.folders import open_arrays
 
 # ---------------------------------------------------------------------- files made by hand
 
@@ -245,13 +237,13 @@ ODD_IMAGES = {
 
 @pytest.mark.parametrize("name", ODD_IMAGES)
 def test_what_becomes_of_an_odd_image(name, tmp_path):
-    source, form, expected = ODD_IMAGES[name]
-    pixels = read_image(source, ImageFormat(**form))
+    source, options, expected = ODD_IMAGES[name]
+    pixels = read_image(source, DecodeOptions(**options))
     assert pixels.dtype == np.uint8
     assert pixels.tolist() == np.asarray(expected).astype(int).tolist()
     if isinstance(source, bytes):  # from a file as from memory, whatever the file's ending says
         (tmp_path / "file.png").write_bytes(source)
-        assert np.array_equal(read_image(tmp_path / "file.png", ImageFormat(**form)), pixels)
+        assert np.array_equal(read_image(tmp_path / "file.png", DecodeOptions(**options)), pixels)
 
 
 def test_there_are_more_than_thirty_odd_images():
@@ -260,7 +252,7 @@ def test_there_are_more_than_thirty_odd_images():
 
 def test_all_16_bit_levels_are_scaled_and_rounded():
     levels = np.arange(65536, dtype=np.uint16).reshape(256, 256)
-    assert np.array_equal(decode_image(Image.fromarray(levels), channels=1)[0], np.rint(levels / 257))
+    assert np.array_equal(read_image(Image.fromarray(levels), DecodeOptions(1))[0], np.rint(levels / 257))
 
 
 # ---------------------------------------------------------------------- shape
@@ -282,20 +274,20 @@ def test_resizing_is_antialiased_lanczos(resolution):
     expected = np.apply_along_axis(lanczos, 1, picture.astype(float), resolution[1])
     expected = np.rint(expected.clip(0, 255))  # Pillow keeps whole levels between its two passes
     expected = np.apply_along_axis(lanczos, 0, expected, resolution[0]).clip(0, 255)
-    assert np.abs(decode_image(Image.fromarray(picture), 1, resolution)[0] - expected).max() <= 1.01
+    assert np.abs(read_image(Image.fromarray(picture), DecodeOptions(1, resolution))[0] - expected).max() <= 1.01
 
 
 def test_shrinking_stripes_gives_their_mean():
     stripes = np.zeros((64, 64), dtype=np.uint8)
     stripes[:, ::2] = 255
-    small = decode_image(Image.fromarray(stripes), channels=1, resolution=(8, 8))
+    small = read_image(Image.fromarray(stripes), DecodeOptions(1, (8, 8)))
     assert abs(small.astype(int) - 128).max() < 20  # without antialiasing all would be 0 or 255
 
 
 def test_what_is_cropped_away_does_not_show():
     wide = np.zeros((10, 30, 3), dtype=np.uint8)
     wide[:, 10:20] = 255
-    assert decode_image(Image.fromarray(wide), resolution=(5, 5)).min() == 255
+    assert read_image(Image.fromarray(wide), DecodeOptions(resolution=(5, 5))).min() == 255
 
 
 def test_a_crop_is_the_largest_box_of_the_shape_inside_the_image():
@@ -328,7 +320,7 @@ def test_a_random_crop_keeps_the_pixels():
     picture = np.arange(40, dtype=np.uint8).reshape(4, 10)
     for seed in range(20):
         left = crop_box(4, 10, (4, 4), seed)[0]
-        cropped = decode_image(Image.fromarray(picture), 1, (4, 4), crop_seed=seed)
+        cropped = read_image(Image.fromarray(picture), DecodeOptions(1, (4, 4)), seed)
         assert np.array_equal(cropped[0], picture[:, left : left + 4])
 
 
@@ -374,20 +366,20 @@ BAD_IMAGES = {
 
 @pytest.mark.parametrize("name", BAD_IMAGES)
 def test_what_is_said_of_a_bad_image(name, tmp_path):
-    source, form, message = BAD_IMAGES[name]
+    source, options, message = BAD_IMAGES[name]
     if name == "decompression bomb":
         source = source.replace(source[16:24], struct.pack(">II", 20000, 20000))  # 400 million pixels, says the header
         source = source[:29] + struct.pack(">I", zlib.crc32(source[12:29])) + source[33:]
     (tmp_path / "file.png").write_bytes(source)
     for where in (source, tmp_path / "file.png"):
         with pytest.raises(ValueError, match=message) as raised:
-            read_image(where, ImageFormat(**form))
+            read_image(where, DecodeOptions(**options))
         assert "\n" not in str(raised.value)
 
 
 def test_a_missing_file(tmp_path):
     with pytest.raises(ValueError, match="No such file"):
-        read_image(tmp_path / "nowhere.png", ImageFormat())
+        read_image(tmp_path / "nowhere.png", DecodeOptions())
 
 
 def test_an_image_at_a_url(tmp_path, monkeypatch):
@@ -396,19 +388,19 @@ def test_an_image_at_a_url(tmp_path, monkeypatch):
         file.writestr("b.png", b"hello")
     url = f"zip://in/a.png::{tmp_path}/images.zip"
     assert read_bytes(url) == PNG
-    assert np.array_equal(read_image(url, ImageFormat()), read_image(PNG, ImageFormat()))
+    assert np.array_equal(read_image(url, DecodeOptions()), read_image(PNG, DecodeOptions()))
     with pytest.raises(ValueError, match="begins with b'hello'"):
-        read_image(f"zip://b.png::{tmp_path}/images.zip", ImageFormat())
+        read_image(f"zip://b.png::{tmp_path}/images.zip", DecodeOptions())
     for gone in (f"zip://c.png::{tmp_path}/images.zip", f"zip://b.png::{tmp_path}/nowhere.zip"):
         with pytest.raises(ValueError, match=rf"there is no {gone}"):
-            read_image(gone, ImageFormat())
+            read_image(gone, DecodeOptions())
 
     def away(url, mode):
         raise ConnectionError("Server Disconnected")
 
     monkeypatch.setattr("datasets.utils.file_utils.xopen", away)
     with pytest.raises(ConnectionError, match=r"cannot read zip://in/a\.png::.*: Server Disconnected"):
-        read_image(url, ImageFormat())  # no image is bad because of that, and none is to be skipped
+        read_image(url, DecodeOptions())  # no image is bad because of that, and none is to be skipped
 
 
 @pytest.fixture
@@ -436,7 +428,7 @@ def web(monkeypatch):
 
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.setenv(name, "127.0.0.1")
-    monkeypatch.setattr("ddpm_hf.data.files._SECONDS_FOR_A_URL", 0.3)
+    monkeypatch.setattr("ddpm_hf.data.decoding._URL_TIMEOUT_SECONDS", 0.3)
     closing = threading.Event()
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
@@ -452,12 +444,12 @@ def test_an_image_on_the_web(web):
     assert read_bytes(f"{web}/a b.png") == read_bytes(f"{web}/a%20b.png") == PNG
     for name, message in (("gone", "there is no {}"), ("mine", "cannot read {}: the server answers 403 Forbidden")):
         with pytest.raises(ValueError, match=message.format(f"{web}/{name}.png")):
-            read_image(f"{web}/{name}.png", ImageFormat())
+            read_image(f"{web}/{name}.png", DecodeOptions())
     for name, message in (("busy", "the server answers 503"), ("short", "IncompleteRead"), ("slow", "timed out")):
         with pytest.raises(ConnectionError, match=f"cannot read {web}/{name}.png: {message}"):
-            read_image(f"{web}/{name}.png", ImageFormat())
+            read_image(f"{web}/{name}.png", DecodeOptions())
     with pytest.raises(ConnectionError, match=r"cannot read http://127\.0\.0\.1:1/a\.png: .*refused"):
-        read_image("http://127.0.0.1:1/a.png", ImageFormat())
+        read_image("http://127.0.0.1:1/a.png", DecodeOptions())
 
 
 def test_tables_of_web_addresses(web, tmp_path):
@@ -466,7 +458,7 @@ def test_tables_of_web_addresses(web, tmp_path):
     image = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
     rows = {"url": [{"bytes": None, "path": url} for url in urls["url"]]}
     datasets.Dataset.from_dict(rows, datasets.Features(url=image)).to_parquet(tmp_path / "images.parquet")
-    expected = read_image(PNG, ImageFormat(resolution=(4, 4)))
+    expected = read_image(PNG, DecodeOptions(resolution=(4, 4)))
     for name in ("text", "images"):
         options = {"train_data_dir": str(tmp_path / f"{name}.parquet"), "image_column": "url", "resolution": (4, 4)}
         options["cache_dir"] = str(tmp_path / "cache")
@@ -485,9 +477,9 @@ def test_no_file_stays_open(tmp_path):
     (tmp_path / "bad.png").write_bytes(PNG[:-200])
     with warnings.catch_warnings():
         warnings.simplefilter("error", ResourceWarning)
-        read_image(tmp_path / "good.png", ImageFormat())
+        read_image(tmp_path / "good.png", DecodeOptions())
         with pytest.raises(ValueError, match=r"truncated|broken"):
-            read_image(tmp_path / "bad.png", ImageFormat())
+            read_image(tmp_path / "bad.png", DecodeOptions())
 
 
 @pytest.mark.parametrize(
@@ -504,7 +496,7 @@ def test_no_file_stays_open(tmp_path):
 )
 def test_formats_without_meaning(options, message):
     with pytest.raises(ValueError, match=message):
-        ImageFormat(**options)
+        DecodeOptions(**options)
 
 
 # ---------------------------------------------------------------------- arrays
@@ -526,8 +518,8 @@ def test_formats_without_meaning(options, message):
     ],
 )
 def test_values_of_arrays(array, value_range, expected):
-    form = ImageFormat(channels=1, value_range=value_range)
-    assert read_array(array[None, None], form)[0, 0].tolist() == expected
+    options = DecodeOptions(channels=1, value_range=value_range)
+    assert read_array(array[None, None], options)[0, 0].tolist() == expected
 
 
 @pytest.mark.parametrize(
@@ -543,20 +535,20 @@ def test_values_of_arrays(array, value_range, expected):
 )
 def test_values_that_are_refused(values, value_range, message):
     with pytest.raises(ValueError, match=message):
-        read_array(values[None, None], ImageFormat(channels=1, value_range=value_range))
+        read_array(values[None, None], DecodeOptions(channels=1, value_range=value_range))
 
 
 def test_every_level_comes_back_from_the_models_range():
     levels = np.arange(256, dtype=np.uint8)
-    assert np.array_equal(to_levels((levels / 127.5 - 1).astype(np.float32), (-1, 1)), levels)
+    assert np.array_equal(scale_to_uint8((levels / 127.5 - 1).astype(np.float32), (-1, 1)), levels)
 
 
 def test_an_array_of_five_channels_is_cropped_and_resized_like_a_picture():
     planes = np.random.default_rng(2).integers(0, 256, (5, 12, 18)).astype(np.uint8)
     for seed in (None, 3):
-        small = read_array(planes, ImageFormat(channels=5, resolution=(6, 6)), seed)
+        small = read_array(planes, DecodeOptions(channels=5, resolution=(6, 6)), seed)
         for plane, result in zip(planes, small, strict=True):
-            assert np.array_equal(decode_image(Image.fromarray(plane), 1, (6, 6), crop_seed=seed)[0], result)
+            assert np.array_equal(read_image(Image.fromarray(plane), DecodeOptions(1, (6, 6)), seed)[0], result)
 
 
 def axes(*shape):
@@ -582,7 +574,7 @@ def axes(*shape):
 )
 def test_axes_of_arrays(array, channels, expected, tmp_path):
     np.save(tmp_path / "a.npy", array)
-    images, labels = open_arrays(tmp_path / "a.npy", ImageFormat(channels=channels))
+    images, labels = open_arrays(tmp_path / "a.npy", DecodeOptions(channels=channels))
     assert np.array_equal(images, expected(array))
     assert labels is None
     assert isinstance(images, np.memmap)  # not read until needed
@@ -592,21 +584,21 @@ def test_a_shape_that_fits_both_layouts(tmp_path):
     array = axes(3, 4, 3)
     np.save(tmp_path / "a.npy", array)
     with pytest.raises(ValueError, match="--array_layout CHW or HWC"):
-        open_arrays(tmp_path / "a.npy", ImageFormat())
-    images, _ = open_arrays(tmp_path / "a.npy", ImageFormat(array_layout="CHW"))
+        open_arrays(tmp_path / "a.npy", DecodeOptions())
+    images, _ = open_arrays(tmp_path / "a.npy", DecodeOptions(array_layout="CHW"))
     assert np.array_equal(images[0], array)
-    images, _ = open_arrays(tmp_path / "a.npy", ImageFormat(array_layout="HWC"))
+    images, _ = open_arrays(tmp_path / "a.npy", DecodeOptions(array_layout="HWC"))
     assert np.array_equal(images[0], array.transpose(2, 0, 1))
 
 
 def test_npz_files(tmp_path):
     images, labels = axes(3, 4, 5, 1), np.array([2, 0, 1])
-    form = ImageFormat(channels=1)
+    options = DecodeOptions(channels=1)
     np.savez(tmp_path / "positions.npz", images, labels)  # arr_0, arr_1
     np.savez_compressed(tmp_path / "names.npz", labels=labels, images=images, other=labels)
     np.savez(tmp_path / "single.npz", x=images)
     for name, has_labels in (("positions", True), ("names", True), ("single", False)):
-        got, its_labels = open_arrays(tmp_path / f"{name}.npz", form)
+        got, its_labels = open_arrays(tmp_path / f"{name}.npz", options)
         assert np.array_equal(got, images.transpose(0, 3, 1, 2))
         assert (its_labels is not None) == has_labels
         assert not has_labels or np.array_equal(its_labels, labels)
@@ -648,26 +640,26 @@ def write(path, content):
 def test_array_files_that_are_refused(name, content, message, tmp_path):
     write(tmp_path / name, content)
     with pytest.raises(ValueError, match=message):
-        open_arrays(tmp_path / name, ImageFormat(channels=1))
+        open_arrays(tmp_path / name, DecodeOptions(channels=1))
 
 
 def test_a_truncated_array_file(tmp_path):
     np.save(tmp_path / "a.npy", axes(2, 50, 50))
     (tmp_path / "a.npy").write_bytes((tmp_path / "a.npy").read_bytes()[:-100])
     with pytest.raises(ValueError, match=r"mmap|size"):
-        open_arrays(tmp_path / "a.npy", ImageFormat(channels=1))
+        open_arrays(tmp_path / "a.npy", DecodeOptions(channels=1))
 
 
 def test_flattened_images_are_not_taken_for_one_picture(tmp_path):
     np.save(tmp_path / "mnist.npy", np.zeros((100, 784), np.uint8))
     with pytest.raises(ValueError, match=r"\(100, 784\) does not fit"):
-        open_arrays(tmp_path / "mnist.npy", ImageFormat(channels=1), stack_only=True)
+        open_arrays(tmp_path / "mnist.npy", DecodeOptions(channels=1), stack_only=True)
 
 
 def test_32_bit_whole_numbers_have_the_range_that_is_stated(tmp_path):
     levels = np.array([[0, 100], [200, 255]], dtype=np.int32)
     Image.fromarray(levels).save(tmp_path / "a.tif")
-    plain = read_image(tmp_path / "a.tif", ImageFormat(1))
+    plain = read_image(tmp_path / "a.tif", DecodeOptions(1))
     assert plain.tolist() == [[[0, 0], [1, 1]]]  # as 16-bit grey, level / 257
-    stated = read_image(tmp_path / "a.tif", ImageFormat(1, value_range=(0, 255)))
+    stated = read_image(tmp_path / "a.tif", DecodeOptions(1, value_range=(0, 255)))
     assert stated.tolist() == [levels.tolist()]
