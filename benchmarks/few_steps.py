@@ -94,7 +94,6 @@ def main() -> None:
             batch_size=arguments.batch_size,
             num_inference_steps=k,
             progress=True,
-            desc=key,
         )
         samples = np.load(file)["arr_0"].reshape(n, -1) * (16 / 255)
         file.unlink()

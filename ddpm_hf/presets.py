@@ -32,6 +32,13 @@ from typing import Any
 from .utils.errors import UserError
 from .utils.text import nearest
 
+# What the settings of a recipe that are names can be.
+CHOICES = {
+    "lr_scheduler": ("constant", "cosine", "linear"),
+    "timestep_sampling": ("uniform", "stratified"),
+    "loss": ("simple", "vlb", "hybrid"),
+}
+
 
 @dataclass(frozen=True)
 class Preset:
@@ -89,11 +96,7 @@ class Preset:
             raise UserError(f"preset {self.name!r}: lr_warmup_steps must be 0 or more, got {self.lr_warmup_steps!r}")
         if not 0 <= self.ema_decay < 1:
             raise UserError(f"preset {self.name!r}: ema_decay must be in [0, 1), got {self.ema_decay!r}")
-        for name, known in (
-            ("lr_scheduler", ("constant", "cosine", "linear")),
-            ("timestep_sampling", ("uniform", "stratified")),
-            ("loss", ("simple", "vlb", "hybrid")),
-        ):
+        for name, known in CHOICES.items():
             if getattr(self, name) not in known:
                 raise UserError(
                     f"preset {self.name!r}: {name} must be one of {', '.join(known)}, got {getattr(self, name)!r}"

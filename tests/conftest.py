@@ -18,6 +18,7 @@ os.environ["DDPM_HF_CACHE"] = tempfile.mkdtemp(prefix="ddpm-hf-tests-")
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from diffusers.pipelines.ddpm import pipeline_ddpm
 from diffusers.schedulers import scheduling_ddpm
@@ -72,6 +73,15 @@ def stock_draws(noise: SeededNoise) -> Iterator[None]:
         for module in (pipeline_ddpm, scheduling_ddpm):
             patch.setattr(module, "randn_tensor", lambda shape, **options: noise.normal(shape))
         yield
+
+
+@pytest.fixture(autouse=True)
+def settings_of_the_process() -> Iterator[None]:
+    """What a training run sets for its whole process, accelerate's precision and the threads, ends with the test."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    AcceleratorState._reset_state()
 
 
 @pytest.fixture

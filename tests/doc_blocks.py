@@ -67,7 +67,7 @@ NOT_RUN = {
     "source ": ("activates an environment; `make setup` makes it", "nothing"),
     "hf auth login": ("needs a person", "nothing"),
     "DDPM_HF_SPACE_MODELS=": ("serves until it is stopped; hub/test_space.py starts the same file", "script"),
-    "ddpm-hf convert": ("needs other people's checkpoints and TensorFlow; convert/test_formats.py converts", "flags"),
+    "ddpm-hf convert": ("needs others' checkpoints and TensorFlow; convert/test_conversion.py converts", "flags"),
 }
 # Blocks that cannot run, by page and first line.
 BLOCKS_NOT_RUN = {
@@ -247,8 +247,11 @@ def run_script(path: str, arguments: list[str]) -> None:
 
 def run_program(words: list[str]) -> None:
     """A script or module, as what a launcher starts: `examples/train.py ...` or `-m ddpm_hf.cli NAME ...`."""
+    from accelerate.state import AcceleratorState
+
     from ddpm_hf import cli
 
+    AcceleratorState._reset_state()  # it keeps one precision per process, and each command stands for one
     if words[:2] == ["-m", "ddpm_hf.cli"]:
         name, arguments = words[2], words[3:]
         if cli.main([name, *smaller(name, arguments)]) != 0:

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import ddpm_hf.presets as presets
 import ddpm_hf.training.checkpointing as checkpointing
+import ddpm_hf.utils.files as files_module
 from ddpm_hf import Trainer, TrainingConfig
 
 INTERVAL = 3
@@ -152,10 +153,12 @@ def kills_in_writes(folder: Path) -> dict:
             for name in ("fsync", "rename", "unlink"):
                 setattr(os, name, counted(getattr(os, name)))
             checkpointing.save_file = counted(checkpointing.save_file)
-            checkpointing.shutil.rmtree = counted(checkpointing.shutil.rmtree)
+            files_module.shutil.rmtree = counted(files_module.shutil.rmtree)
 
-        if os.waitpid(start(run, armed), 0)[1] == 0:
+        status = os.waitpid(start(run, armed), 0)[1]
+        if status == 0:
             break  # there is no n-th call
+        assert status == signal.SIGKILL, run.with_suffix(".log").read_text()[-2000:]
         kept.append(newest(run))
         run_to_the_end(run)
         if not final_tensors_equal(folder / "whole", run) or files(folder / "whole") != files(run):

@@ -1,6 +1,6 @@
 """Run by tests under `accelerate launch`: the losses of a few updates, summed over processes, as JSON.
 
-usage: driver_losses.py OUT SETTINGS_AS_JSON
+usage: driver_losses.py OUT SETTINGS_OF_RUNS_AS_JSON
 """
 
 import dataclasses
@@ -18,25 +18,26 @@ digits = presets.PRESETS["digits"]
 unet = {**digits.unet, "block_out_channels": (8, 16), "dropout": 0.0}
 presets.PRESETS = {**presets.PRESETS, "digits": dataclasses.replace(digits, unet=unet)}
 
-trainer = Trainer(TrainingConfig(**settings))
-losses = []
-trainer.model.train()
-for step in range(trainer.recipe.max_train_steps):
-    losses.append(trainer._update(step)[0].item())
-    trainer.step = step + 1
-pipe = trainer.publisher.publish(trainer._ema_state_dict(), trainer.step)
-rows = gather_object([losses])
-weights = torch.cat([p.flatten() for p in pipe.unet.parameters()])
+found = []
+for run in settings:
+    trainer = Trainer(TrainingConfig(**run))
+    losses = []
+    trainer.model.train()
+    for step in range(trainer.recipe.max_train_steps):
+        losses.append(trainer._update(step)[0].item())
+        trainer.step = step + 1
+    pipe = trainer.publisher.publish(trainer._ema_state_dict(), trainer.step)
+    rows = gather_object([losses])
+    weights = torch.cat([p.flatten() for p in pipe.unet.parameters()])
+    report = EvaluationReport.load(trainer.output_dir / "evaluation.json")
+    found.append(
+        {
+            "losses": [sum(column) for column in zip(*rows, strict=True)],
+            "processes": trainer.accelerator.num_processes,
+            "bits_per_dim": report.values["bits_per_dim"]["value"],
+            "weights": weights.tolist(),
+        }
+    )
 if trainer.accelerator.is_main_process:
     with open(out, "w") as file:
-        json.dump(
-            {
-                "losses": [sum(column) for column in zip(*rows, strict=True)],
-                "processes": trainer.accelerator.num_processes,
-                "bits_per_dim": EvaluationReport.load(trainer.output_dir / "evaluation.json").values["bits_per_dim"][
-                    "value"
-                ],
-                "weights": weights.tolist(),
-            },
-            file,
-        )
+        json.dump(found, file)

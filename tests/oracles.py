@@ -279,7 +279,7 @@ class GaussianData:
             noise = 0.0 if s < 0 else beta if large else beta * (1 - a_s) / (1 - a_t)
             if optimal and s >= 0:
                 noise = self.reverse_variance(t, s)
-                if s == timesteps[-1]:  # the last noise: E|noise| is at most one of 255 grey levels of [-1, 1]
+                if s == timesteps[-1]:  # the last noise: E|noise| is at most one of 255 pixel values of [-1, 1]
                     noise = min(noise, (2 / 255 / math.sqrt(2 / math.pi)) ** 2)
             variance = gain**2 * variance + noise
             out.append((mean, variance))
@@ -307,7 +307,7 @@ class GaussianData:
 
 # ---------------------------------------------------------------------- Eq. 13 and the bound, in numpy
 
-GREY_LEVELS = np.arange(256) / 127.5 - 1
+PIXEL_VALUES = np.arange(256) / 127.5 - 1
 
 
 def normal_cdf(x: np.ndarray) -> np.ndarray:

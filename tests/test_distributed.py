@@ -37,8 +37,9 @@ SETTINGS = {
 }
 
 
-def launch(folder: Path, processes: int, **settings) -> dict:
-    settings = {**SETTINGS, "output_dir": str(folder / "run"), **settings}
+def launch(folder: Path, processes: int, *runs: dict) -> list[dict]:
+    """What runs with these settings found, one after the other in the same processes."""
+    settings = [{**SETTINGS, "output_dir": str(folder / f"run-{i}"), **run} for i, run in enumerate(runs)]
     folder.mkdir()
     # --multi_gpu starts the processes, GPUs or not; --cpu would start a single one (without MPI).
     flags = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
@@ -51,16 +52,15 @@ def launch(folder: Path, processes: int, **settings) -> dict:
 
 
 def test_one_process_accumulation_and_two_processes_are_the_same_run(tmp_path):
-    whole = launch(tmp_path / "whole", 1)
-    cut = launch(tmp_path / "cut", 1, train_batch_size=8)
-    two = launch(tmp_path / "two", 2)
+    whole, cut = launch(tmp_path / "one", 1, {}, {"train_batch_size": 8})
+    (two,) = launch(tmp_path / "two", 2, {})
     assert (whole["processes"], two["processes"]) == (1, 2)
     assert whole["losses"][0] - whole["losses"][-1] > 0.1  # it learns, so the trajectory is more than its start
     for other in (cut, two):
         assert np.abs(np.subtract(whole["losses"], other["losses"])).max() < 1e-5
         assert np.abs(np.subtract(whole["weights"], other["weights"])).max() < 1e-3
         assert other["bits_per_dim"] == pytest.approx(whole["bits_per_dim"], abs=1e-4)
-    assert (tmp_path / "two" / "run" / "samples.png").is_file()
+    assert (tmp_path / "two" / "run-0" / "samples.png").is_file()
 
 
 def test_sharded_weights_are_saved_whole_and_resume_to_the_same_bits(tmp_path):
@@ -69,7 +69,7 @@ def test_sharded_weights_are_saved_whole_and_resume_to_the_same_bits(tmp_path):
     assert "started at update 3" in run_sharded(tmp_path / "resumed")
     assert same_end(tmp_path / "whole", tmp_path / "resumed")
     # And what was saved are whole tensors, the same as of a run without shards.
-    plain = launch(tmp_path / "plain", 1, max_train_steps=6, lr_scheduler="cosine")
+    (plain,) = launch(tmp_path / "plain", 1, {"max_train_steps": 6, "lr_scheduler": "cosine"})
     pipe = DDPMPipeline.from_pretrained(tmp_path / "whole")
     weights = torch.cat([p.flatten() for p in pipe.unet.parameters()])
     assert np.abs(weights.detach().numpy() - np.array(plain["weights"])).max() < 1e-4

@@ -47,7 +47,7 @@ def test_kill_9_at_every_step_of_a_checkpoint_s_write(tmp_path):
     assert result["kept"] == [3, 6]  # before the rename the last checkpoint, after it the new one
 
 
-def test_a_killed_compiled_run_goes_on_in_a_new_process(tmp_path):
+def test_a_killed_compiled_run_resumes_in_a_new_process(tmp_path):
     """The default backend: the whole run compiles, the others find what it has compiled."""
     settings = {"compile": True, "channels_last": True, "mixed_precision": "bf16", "train_batch_size": 4}
     result = drive(str(tmp_path), "compiled", json.dumps({**settings, "max_train_steps": 6}))

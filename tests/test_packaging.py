@@ -63,7 +63,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(built, repository_root):
     assert {"ddpm_hf/py.typed", "ddpm_hf/data/digits.safetensors", f"{info}/licenses/LICENSE"} <= names
     assert metadata["Version"] == ddpm_hf.__version__
     assert metadata["License-Expression"] == "Apache-2.0"
-    assert {"torch>=2.9", "jsonargparse>=4.53"} <= set(metadata.get_all("Requires-Dist"))
+    assert {"torch>=2.9", "pyyaml>=6.0.2"} <= set(metadata.get_all("Requires-Dist"))
 
 
 def test_the_version_stands_in_one_place(repository_root):

@@ -1,207 +1,178 @@
-"""Flags and YAML in, checked values or one sentence out: what all commands of `ddpm-hf` share."""
+"""Flags and YAML files: what all commands of `ddpm-hf` share."""
 
 from __future__ import annotations
 
-import copy
+import argparse
 import dataclasses
-import difflib
+import functools
 import re
 import typing
-from argparse import SUPPRESS
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import NoneType
 from typing import Any, NoReturn
 
 import yaml
-from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
+from ..training.configuration import Limit, TrainingConfig
 from ..utils.errors import UserError
+from ..utils.text import nearest
 
-# Where images come from, in flags as in `data.load_images`.
-IMAGE_SOURCES = {
-    "dataset": "a built-in dataset: digits",
-    "dataset_name": "a dataset by Hub id or local path",
-    "train_data_dir": "a folder of images",
+# The flags that say which images are taken, of which exactly one is given, and all about images.
+IMAGE_SOURCES = ("dataset", "dataset_name", "train_data_dir")
+_DECODING = ("image_column", "label_column", "background", "array_layout", "on_bad_image", "value_range")
+IMAGE_FLAGS = (*IMAGE_SOURCES, "dataset_config_name", *_DECODING)
+
+_BOOLEANS = {"true": True, "yes": True, "false": False, "no": False}
+
+# For each kind of flag: its placeholder in `--help`, what it takes, and how its text is read.
+_KINDS: dict[Any, tuple[str, str, Callable[[str], Any]]] = {
+    str: ("TEXT", "text", str),
+    int: ("N", "a whole number", int),
+    float: ("X", "a number", lambda text: float(text.replace(".inf", "inf"))),  # YAML writes infinity as .inf
+    bool: ("BOOL", "true or false", lambda text: _BOOLEANS[text.lower()]),
 }
-# How their images are read.
-_READING = {
-    "dataset_config_name": "the configuration of --dataset_name",
-    "image_column": "its column of images; found by itself if left out",
-    "label_column": "its column of classes; found by itself if left out",
-    "background": "colour under transparent pixels; default: white",
-    "array_layout": "HWC or CHW, for .npy arrays whose shape fits both",
-    "on_bad_image": "error (default), or skip: name unreadable images and go on without them",
-}
-# All flags of `add_image_flags`.
-IMAGE_FLAGS = (*IMAGE_SOURCES, *_READING, "value_range")
 
 
-class UsageError(UserError):
-    """A flag or key that cannot be taken; the message says which and what to write instead."""
+def _add_flag(
+    group: Any, names: str, kind: type, default: Any, help: str, limit: Limit | None = None, **more: Any
+) -> None:
+    placeholder, takes, read = _KINDS[kind]
+
+    def convert(text: str) -> Any:
+        try:
+            value = read(text)
+        except (ValueError, KeyError):
+            raise argparse.ArgumentTypeError(f"takes {takes}, got {text!r}") from None
+        if limit is not None and not limit[0](value):
+            raise argparse.ArgumentTypeError(f"{limit[1]}, got {text!r}")
+        return value
+
+    more = {"metavar": placeholder} | more
+    if kind is bool:  # may stand alone, as in diffusers' examples
+        more |= {"nargs": "?", "const": True}
+    group.add_argument(*names.split(), type=convert, default=default, help=help, **more)
 
 
-def _typed(action: Any) -> list[str]:
-    """An argument's flags, without --name+ by which jsonargparse would add to a list."""
-    return [flag for flag in action.option_strings if not flag.endswith("+")]
+class _HelpFormatter(argparse.HelpFormatter):
+    """Show default values as they are typed; where the default is `None`, the flag's text says what it stands for."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=34)
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        value = str(action.default).lower() if isinstance(action.default, bool) else action.default
+        note = "required" if action.required else "" if value in (None, argparse.SUPPRESS) else f"default: {value}"
+        return (action.help or "") + (f" ({note})" if note and action.option_strings else "")
 
 
-class _HelpFormatter(DefaultHelpFormatter):
-    """Default values as they are typed, and no types: the placeholder tells numbers from text."""
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, max_help_position=34, **kwargs)
-
-    def _get_help_string(self, action: Any) -> str:
-        if action.help is None or not action.option_strings or action.nargs == 0:
-            return action.help or ""
-        notes = ["required"] if action.required else []
-        if action.default not in (None, SUPPRESS):  # what stands for None is in the text
-            default = action.default
-            notes.append(f"default: {str(default).lower() if isinstance(default, bool) else default}")
-        return action.help + (f" ({', '.join(notes)})" if notes else "")
-
-    def _format_action_invocation(self, action: Any) -> str:
-        shown = copy.copy(action)
-        shown.option_strings = _typed(action)
-        return super()._format_action_invocation(shown)
-
-    def _get_default_metavar_for_optional(self, action: Any) -> str:
-        kind = str(getattr(action, "_typehint", action.type)).lower()
-        return "N" if "int" in kind else "X" if "float" in kind else "TEXT"
-
-
-class Parser(ArgumentParser):
-    """A parser whose errors are one sentence, without the usage text, and whose flags are written out."""
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one sentence, without the usage."""
 
     def __init__(self, prog: str | None, description: str, arguments: str = "[flags]"):
-        super().__init__(
-            prog=prog,
-            usage=f"%(prog)s {arguments}",
-            description=description,
-            allow_abbrev=False,
-            formatter_class=_HelpFormatter,
-        )
+        usage = f"%(prog)s {arguments}"
+        super().__init__(prog, usage, description, allow_abbrev=False, formatter_class=_HelpFormatter)
+        self._negative_number_matcher = re.compile(r"-\.?\d")  # argparse would take -1e-3 for a flag
 
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise UsageError(_one_sentence(message, self.flags()))
+    def group(self, title: str) -> Callable[..., None]:
+        """Add a group of flags; return the function that adds a flag to it.
 
-    def flags(self) -> list[str]:
-        """All flags, as they are typed."""
-        return [flag for action in self._actions for flag in _typed(action)]
+        It takes the flag's names (separated by spaces), `str`, `int`, `float` or `bool`, the default, the text of
+        `--help`, the limit of its values, if it has one, and what `add_argument` takes.
+        """
+        return functools.partial(_add_flag, self.add_argument_group(title))
 
+    def parse_args(self, args: Sequence[str], namespace: Any = None) -> Any:  # type: ignore[override]
+        """Return the values of the flags.
 
-def _one_sentence(message: str, flags: list[str]) -> str:
-    """jsonargparse's and argparse's messages, shortened, with the nearest flag for an unknown one."""
-    text = " ".join(message.split())
-    if found := re.search(r"unrecognized arguments: (.*)", text, re.IGNORECASE):
-        first = found[1].split()[0].split("=")[0]
-        if not first.startswith("--"):
-            return f"unexpected argument {first!r}; flags start with --, see --help"
-        close = difflib.get_close_matches(first, flags, n=1)
-        return f"unknown flag {first}" + (f" (did you mean {close[0]}?)" if close else "; see --help")
-    if found := re.search(r"arguments are required: (.*)", text):
-        missing = [f"--{name}" if f"--{name}" in flags else name.upper() for name in found[1].split(", ")]
-        return f"give {' and '.join(missing)}; see --help"
-    if (found := re.search(r'key "(\w+)"', text)) and "PositiveInt" in text:
-        patterns = (r"Given value: (.*)", r"base 10: '(.*)'", r"PositiveInt: (.*) does not")
-        value = next((match[1] for pattern in patterns if (match := re.search(pattern, text))), "something else")
-        return f"--{found[1]} takes a positive whole number, got {value!r}"
-    if found := re.search(r'key "(\w+)".*(?:Given|Got) value: (.*)', text):
-        wanted = [_KINDS.get(kind, kind) for kind in re.findall(r"Expected a <class '(\w+)'>", text)]
-        kinds = " or ".join(dict.fromkeys(k for k in wanted if k != "NoneType")) or "another kind of value"
-        return f"--{found[1]} takes {kinds}, got {found[2]!r}"
-    return text
+        Raises:
+            UserError: A flag is unknown, missing, or has a value of another kind.
+        """
+        for name in (argument.partition("=")[0] for argument in args):
+            if name.startswith("--") and name not in ("--", *self._option_string_actions):
+                hint = nearest(name, self._option_string_actions) or "; see --help"
+                raise UserError(f"unknown flag {name}{hint}")
+        return super().parse_args(args, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message.removeprefix("argument "))
 
 
-_KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
-
-
-def add_flags(parser: ArgumentParser, config_class: type) -> None:
-    """One flag per dataclass field; booleans may stand without a value, as in diffusers' examples."""
+def add_config_flags(parser: Parser, config_class: type) -> None:
+    """Add a flag for each field of a configuration."""
     hints = typing.get_type_hints(config_class)
-    groups: dict[str, Any] = {}
     for field in dataclasses.fields(config_class):
-        group = field.metadata["group"]
-        if group not in groups:
-            groups[group] = parser.add_argument_group(group)
-        boolean = hints[field.name] in (bool, bool | None)
-        groups[group].add_argument(
-            f"--{field.name}",
-            type=hints[field.name],
-            default=field.default,
-            help=field.metadata["help"],
-            **({"nargs": "?", "const": True} if boolean else {}),
-        )
+        if field.metadata["group"] is not None:
+            flag = parser.group(field.metadata["group"])
+        hint = hints[field.name]  # such as int | list[int] | None, of which the flag takes the last that is not None
+        kind = [kind for kind in typing.get_args(hint) or (hint,) if kind is not NoneType][-1]
+        several = {"nargs": "+"} if typing.get_origin(kind) is list else {}
+        kind = typing.get_args(kind)[0] if several else kind
+        flag(f"--{field.name}", kind, field.default, field.metadata["help"], **several)
 
 
-def check_config_file(path: str, known: Sequence[str]) -> None:
-    """The YAML file exists, is a mapping and has known keys only.
+def parse_configs(parser: Parser, arguments: Sequence[str], *config_classes: type) -> list[Any]:
+    """Return flags, and the YAML files that `--config` names, as checked configurations; the command line wins.
 
     Raises:
-        UsageError: It does not; an unknown key is named with the nearest known one.
+        UserError: A flag, a file, a key or a value cannot be taken.
     """
+    files = parser.parse_args(arguments).config or []
+    from_files = [argument for file in files for argument in _arguments_of_file(parser, file)]
+    values = vars(parser.parse_args([*from_files, *arguments]))
+    return [cls(**{field.name: values[field.name] for field in dataclasses.fields(cls)}) for cls in config_classes]
+
+
+def _arguments_of_file(parser: Parser, path: str) -> list[str]:
+    """Return a YAML file's keys and values as they would be typed."""
     try:
-        content = yaml.safe_load(Path(path).read_text())
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise UsageError(f"cannot read --config {path}: {error.strerror}") from None
+        raise UserError(f"cannot read --config {path}: {error.strerror}") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: another encoding, or a date that is none
-        raise UsageError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
-        raise UsageError(f"--config {path} must hold keys and values, such as 'preset: digits'")
-    for key in content:
-        if key not in known:
-            close = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else f"; the keys are {', '.join(known)}"
-            raise UsageError(f"unknown key {key!r} in --config {path}{hint}")
+        raise UserError(f"--config {path} must hold keys and values, such as 'preset: digits'")
+    flags = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
+    arguments: list[str] = []
+    for key, value in content.items():
+        if key not in flags:
+            raise UserError(f"unknown key {key!r} in --config {path}{nearest(key, flags) or '; see --help'}")
+        several = isinstance(value, list)
+        if (value is None and flags[key].default is not None) or (several and flags[key].nargs != "+"):
+            raise UserError(f"--config {path}: {key} takes one value, got {value!r}")
+        if several:  # with a space before it, -1e-05 is a value, and no flag
+            arguments += [f"--{key}", *(f" {_text(part)}" for part in value)]
+        elif value is not None:
+            arguments.append(f"--{key}={_text(value)}")
+    return arguments
 
 
-def _bracket_lists(arguments: Sequence[str]) -> list[str]:
-    """`--resolution 64 96` as `--resolution [64, 96]`, which is how jsonargparse writes a list."""
-    out: list[str] = []
-    rest = list(arguments)
-    while rest:
-        out.append(rest.pop(0))
-        if out[-1] in ("--resolution", "--value_range"):
-            values = []
-            while rest and not rest[0].startswith("--"):
-                values.append(rest.pop(0))
-            if len(values) == 1:
-                out.extend(values)
-            elif values:
-                out.append(f"[{', '.join(values)}]")
-    return out
+def _text(value: Any) -> str:
+    """Return a value of a YAML file as it is typed: what is `no` there arrives here as `False`."""
+    return ("yes" if value else "no") if isinstance(value, bool) else str(value)
 
 
-def parse_configs(parser: ArgumentParser, arguments: Sequence[str], *config_classes: type) -> list[Any]:
-    """Flags, and the YAML files they name, as checked configurations."""
-    arguments = _bracket_lists(arguments)
-    names = [field.name for config_class in config_classes for field in dataclasses.fields(config_class)]
-    for i, argument in enumerate(arguments):
-        if argument == "--config" and i + 1 < len(arguments):
-            check_config_file(arguments[i + 1], names)
-        elif argument.startswith("--config="):
-            check_config_file(argument.partition("=")[2], names)
-    values = parser.parse_args(list(arguments))
-    return [
-        config_class(**{field.name: values[field.name] for field in dataclasses.fields(config_class)})
-        for config_class in config_classes
-    ]
+def given(values: Any, *names: str) -> dict[str, Any]:
+    """Return some flags' values by their names, without those that are left out."""
+    return {name: value for name in names if (value := getattr(values, name)) is not None}
 
 
-def add_image_flags(group: Any) -> None:
-    """The flags that say where images come from and how they are read, as in training."""
-    for name, text in (IMAGE_SOURCES | _READING).items():
-        group.add_argument(f"--{name}", type=str | None, default=None, help=text)
-    group.add_argument(
-        "--value_range", type=float, nargs=2, default=None, help="what .npy arrays call black and white, such as 0 1"
-    )
+def add_image_flags(flag: Callable[..., None]) -> None:
+    """Add the training's flags for images, all of which may be left out."""
+    for field in dataclasses.fields(TrainingConfig):
+        if field.name in IMAGE_FLAGS:
+            default = "" if field.default is None else f"; default: {field.default}"
+            more = {"nargs": 2} if field.name == "value_range" else {}
+            flag(f"--{field.name}", float if more else str, None, field.metadata["help"] + default, **more)
 
 
-def image_arguments(values: Any) -> dict[str, Any]:
-    """Those of them that were given, as arguments of `data.load_images`."""
-    given = {name: values[name] for name in (*IMAGE_SOURCES, *_READING) if values[name] is not None}
-    if "dataset_config_name" in given:
-        given["config_name"] = given.pop("dataset_config_name")
-    if values.value_range is not None:
-        given["value_range"] = tuple(values.value_range)
-    return given
+def image_arguments(values: Any, image_shape: tuple[int, int, int]) -> dict[str, Any]:
+    """Return the flags for images, and the shape that a network takes, as arguments of `data.load_images`."""
+    channels, height, width = image_shape
+    arguments = {"channels": channels, "resolution": (height, width), **given(values, *IMAGE_FLAGS)}
+    if "value_range" in arguments:
+        arguments["value_range"] = tuple(arguments["value_range"])
+    if "dataset_config_name" in arguments:
+        arguments["config_name"] = arguments.pop("dataset_config_name")
+    return arguments

@@ -1,97 +1,56 @@
-"""`ddpm-hf convert`: other people's weights to ours, ours to the official format."""
+"""`ddpm-hf convert`: other implementations' weights as a folder that diffusers opens."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 from ..training.configuration import paper_value
-from .command_line import Parser, UsageError
+from .command_line import Parser
 
 
 def convert_parser(prog: str | None = None) -> Parser:
-    """The parser of `ddpm-hf convert`."""
-    parser = Parser(prog, "Other people's weights to a stock-readable folder, or ours to TensorFlow.")
-    group = parser.add_argument_group("formats and files")
-    group.add_argument(
-        "--from",
-        type=str | None,
-        default=None,
-        help="official_tf, pesser (also ermongroup), pytorch_ddpm, improved_diffusion, guided_diffusion or diffusers",
+    """Return the parser of `ddpm-hf convert`; flags have the names that other training scripts have, too."""
+    parser = Parser(prog, "Other implementations' weights as a folder that stock diffusers opens.")
+    flag = parser.group("formats and files")
+    formats = "official_tf, pesser (also ermongroup), pytorch_ddpm, improved_diffusion, guided_diffusion or diffusers"
+    flag("--from", str, None, formats, required=True)
+    flag("--checkpoint", str, None, "the file (TensorFlow: without its ending), or the repository", required=True)
+    flag("--output", str, None, "the folder to make", required=True)
+    flag("--no_ema", bool, False, "take the raw weights instead of the EMA weights")
+    flag = parser.group("model, where the file does not say")
+    size = paper_value("sample_size")
+    flag("--sample_size --image_size --img_size", int, None, f"height and width of the images; {size}")
+    flag(
+        "--preset", str, None, "one of the paper's experiments, or a released model (docs/convert.md): gives the rest"
     )
-    group.add_argument(
-        "--to", type=str | None, default=None, help="official_tf: write our weights for the official code"
-    )
-    group.add_argument(
-        "--checkpoint",
-        type=str,
-        required=True,
-        help="the file (TensorFlow: without its ending); with --to, a model's folder or checkpoint-N",
-    )
-    group.add_argument("--output", type=str, required=True, help="the folder to make")
-    group.add_argument("--no_ema", action="store_true", help="take the raw weights instead of the averaged ones")
-    for title, flags in (
-        ("model, where the file does not say", _model_flags()),
-        ("diffusion process, where the file does not say", _process_flags()),
-    ):
-        group = parser.add_argument_group(title)
-        for names, kind, text in flags:
-            more: dict[str, Any] = {"nargs": "?", "const": True} if kind is bool else {}
-            group.add_argument(*names.split(), type=kind | None, default=None, help=text, **more)
+    flag("--num_heads", int, None, "attention heads (improved_diffusion, guided_diffusion); the paper: 1")
+    flag("--num_heads_upsample", int, None, "their number on the way up, where it is another")
+    flag("--num_head_channels", int, None, "channels per attention head (guided_diffusion)")
+    flag("--use_new_attention_order", bool, None, "how attention is cut into heads (guided_diffusion)")
+    flag = parser.group("diffusion process, where the file does not say")
+    schedules = "linear, cosine, quad, const, jsd, sigmoid, warmup10 or warmup50, where the format's code has it"
+    flag("--noise_schedule --beta_schedule", str, None, f"{schedules}; {paper_value('beta_schedule')}")
+    flag("--diffusion_steps --T", int, None, f"timesteps of the training; {paper_value('num_train_timesteps')}")
+    flag("--beta_start --beta_1", float, None, f"the first beta; {paper_value('beta_start')}")
+    flag("--beta_end --beta_T", float, None, f"the last beta; {paper_value('beta_end')}")
+    text = "the network saw t * 1000 / T; default for improved_diffusion: true"
+    flag("--rescale_timesteps", bool, None, text)
+    flag("--predict_xstart", bool, None, "the network predicts x_0 (improved_diffusion, guided_diffusion)")
+    flag("--prediction_type", str, None, "epsilon, sample or posterior_mean (official_tf)")
+    flag("--learn_sigma", bool, None, "the variance is learned; checked only, as the file says it")
+    flag("--variance_type --var_type", str, None, f"of the scheduler; {paper_value('variance_type')}")
+    flag("--sigma_small", bool, None, "as --variance_type fixed_small (improved_diffusion)")
+    text = "clip the predicted x_0; default: as the original sampler does"
+    flag("--clip_sample --clip_denoised", bool, None, text)
     return parser
 
 
-def _model_flags() -> list[tuple[str, type, str]]:
-    """Flags (with the names that other training scripts have), their type and help."""
-    size = paper_value(lambda p: p.unet["sample_size"])
-    return [
-        ("--sample_size --image_size --img_size", int, f"height and width of the images; {size}"),
-        ("--preset", str, "one of the paper's experiments, or a released model (docs/convert.md): gives the rest"),
-        ("--num_heads", int, "attention heads (improved_diffusion, guided_diffusion); the paper: 1"),
-        ("--num_heads_upsample", int, "their number on the way up, where it is another"),
-        ("--num_head_channels", int, "channels per attention head (guided_diffusion)"),
-        ("--use_new_attention_order", bool, "how attention is cut into heads (guided_diffusion)"),
-    ]
-
-
-def _process_flags() -> list[tuple[str, type, str]]:
-    """The same for the diffusion process."""
-    schedules = "linear, cosine, quad, const, jsd, sigmoid, warmup10 or warmup50, where the format's code has it"
-    paper = {
-        name: paper_value(lambda p, name=name: p.scheduler[name])  # type: ignore[misc]
-        for name in ("beta_schedule", "num_train_timesteps", "beta_start", "beta_end", "variance_type")
-    }
-    return [
-        ("--noise_schedule --beta_schedule", str, f"{schedules}; {paper['beta_schedule']}"),
-        ("--diffusion_steps --T", int, f"timesteps of the training; {paper['num_train_timesteps']}"),
-        ("--beta_start --beta_1", float, f"the first beta; {paper['beta_start']}"),
-        ("--beta_end --beta_T", float, f"the last beta; {paper['beta_end']}"),
-        ("--rescale_timesteps", bool, "the network saw t * 1000 / T; default for improved_diffusion: true"),
-        ("--predict_xstart", bool, "the network predicts x_0 (improved_diffusion, guided_diffusion)"),
-        ("--prediction_type", str, "epsilon, sample or posterior_mean (official_tf)"),
-        ("--learn_sigma", bool, "the variance is learned; checked only, as the file says it"),
-        ("--variance_type --var_type", str, f"of the scheduler; {paper['variance_type']}"),
-        ("--sigma_small", bool, "as --variance_type fixed_small (improved_diffusion)"),
-        ("--clip_sample --clip_denoised", bool, "clip the predicted x_0; default: as the original sampler does"),
-    ]
-
-
 def convert(arguments: Sequence[str], prog: str | None = None) -> int:
-    """`ddpm-hf convert`."""
-    values = convert_parser(prog).parse_args(list(arguments))
-    if (values["from"] is None) == (values["to"] is None):
-        raise UsageError("give either --from FORMAT (to ours) or --to official_tf (from ours)")
-    from ..convert import formats as conversion
+    """Run `ddpm-hf convert`."""
+    values = vars(convert_parser(prog).parse_args(arguments))
+    source, checkpoint, output, no_ema = (values.pop(name) for name in ("from", "checkpoint", "output", "no_ema"))
+    from ..convert import convert as write_converted
 
-    names = [field.name for field in dataclasses.fields(conversion.ForeignOptions) if field.name != "ema"]
-    options = conversion.ForeignOptions(ema=not values["no_ema"], **{name: values[name] for name in names})
-    if values["to"] is not None:
-        if values["to"] != "official_tf":
-            raise UsageError(f"--to knows official_tf, got {values['to']!r}")
-        if given := options.flags():
-            raise UsageError(f"--to official_tf takes no {', '.join(given)}: the model's folder says it; leave it out")
-        print(f"wrote {conversion.convert_to_official(values['checkpoint'], values['output'])}")
-        return 0
-    conversion.convert(values["from"], values["checkpoint"], values["output"], tell=print, **options.given())
+    options = {name: value for name, value in values.items() if value is not None}
+    write_converted(source, checkpoint, output, tell=print, ema=not no_ema, **options)
     return 0

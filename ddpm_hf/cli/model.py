@@ -1,4 +1,4 @@
-"""Which model a command works with and how it is sampled: the flags, and what they name."""
+"""Which model a command loads and how it is sampled: the flags, and what they name."""
 
 from __future__ import annotations
 
@@ -6,77 +6,65 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..training.configuration import paper_value
+from ..training.configuration import POSITIVE, one_of, paper_value
 from ..utils.errors import UserError
-from .command_line import Parser, UsageError
+from .command_line import Parser, given
 
 # Network evaluations that are worth a minute of compiling on a GPU, and on a CPU a rounding that is not stock's.
 _LONG_RUN = 5000
 
 
+def add_model_flags(flag: Callable[..., None], batch_size: int, required: bool = True) -> None:
+    """Add the flags for a model and its batches."""
+    flag("--model", str, None, "a pipeline's folder, or its name on the Hub", required=required)
+    flag("--batch_size", int, batch_size, "images at a time; changes no image and no number", POSITIVE)
+
+
 def add_sampler_flags(parser: Parser) -> None:
-    """How samples are drawn; the numbers and images of two commands with the same flags belong together."""
-    group = parser.add_argument_group("sampling")
-    group.add_argument(
-        "--sampler", type=str, default="ddpm", help="ddpm (Algorithm 2; the paper), ddim, dpmsolver++ or unipc"
-    )
-    group.add_argument(
-        "--num_inference_steps",
-        type=int | None,
-        default=None,
-        help=f"sampler steps; default: T; {paper_value(lambda p: p.scheduler['num_train_timesteps'])}",
-    )
-    group.add_argument(
+    """Add the flags of sampling, with which `sample` and `evaluate` draw the same images."""
+    flag = parser.group("sampling")
+    flag("--sampler", str, "ddpm", "ddpm (Algorithm 2; the paper), ddim, dpmsolver++ or unipc")
+    flag("--num_inference_steps", int, None, f"sampler steps; default: T; {paper_value('num_train_timesteps')}")
+    flag(
         "--variance_type",
-        type=str | None,
-        default=None,
-        help="of ddpm, instead of the model's: fixed_small, fixed_large, or optimal after ddpm-hf optimal_variance; "
-        + paper_value(lambda p: p.scheduler["variance_type"]),
+        str,
+        None,
+        "of ddpm, instead of the model's: fixed_small, fixed_large, or optimal after ddpm-hf optimal_variance; "
+        + paper_value("variance_type"),
     )
-    group.add_argument(
-        "--timestep_spacing",
-        type=str | None,
-        default=None,
-        help="which timesteps a short chain takes: leading, linspace or trailing; default: the model's",
-    )
-    group.add_argument(
-        "--eta", type=float | None, default=None, help="noise of ddim: 0 (the default) none, 1 as much as ddpm"
-    )
-    group.add_argument(
-        "--guidance_scale",
-        type=float,
-        default=1.0,
-        help="classifier-free guidance; 1: none, more exaggerates the class",
-    )
-    group.add_argument(
-        "--dtype",
-        type=str,
-        default="float32",
-        help="the network's: float32, bfloat16 or float16 (GPU); not the chain's",
-    )
-    group.add_argument(
-        "--tf32",
-        type=bool,
-        nargs="?",
-        const=True,
-        default=False,
-        help="NVIDIA GPUs: faster float32 products with 10 bits of mantissa",
-    )
-    group.add_argument(
+    spacings = "leading, linspace or trailing"
+    flag("--timestep_spacing", str, None, f"timesteps of a short chain: {spacings}; default: the model's")
+    flag("--eta", float, None, "noise of ddim: 0 (the default) none, 1 as much as ddpm")
+    flag("--guidance_scale", float, 1.0, "classifier-free guidance; 1: none; larger values exaggerate the class")
+    dtypes = one_of("float32", "bfloat16", "float16")
+    flag("--dtype", str, "float32", "the network's, not the chain's: float32, bfloat16 or float16 (GPU)", dtypes)
+    flag("--tf32", bool, False, "NVIDIA GPUs: faster float32 products with 10 bits of mantissa")
+    flag(
         "--optimize",
-        type=str,
-        default="auto",
-        help="how the network is computed: no (as stock computes it), yes (as is fast on the device, on NVIDIA GPUs "
-        "by CUDA graphs; images differ by rounding only), compile (by torch.compile as well), auto (yes on GPUs, with "
+        str,
+        "auto",
+        "how the network is computed: no (as stock computes it), yes (as is fast on the device, on NVIDIA GPUs by "
+        "CUDA graphs; images differ by rounding only), compile (by torch.compile as well), auto (yes on GPUs, with "
         "compile for long runs; on CPUs yes for long runs)",
+        one_of("auto", "yes", "no", "compile"),
     )
+
+
+def sampler_arguments(values: Any) -> dict[str, Any]:
+    """Return what `generation.with_sampler` takes of the flags."""
+    return given(values, "sampler", "variance_type", "timestep_spacing")
+
+
+def sampling_arguments(values: Any) -> dict[str, Any]:
+    """Return what `DDPMPipeline` takes of the flags."""
+    return given(values, "num_inference_steps", "eta", "guidance_scale")
 
 
 def load_pipeline(model: str, dtype: str = "float32", tf32: bool = False) -> Any:
-    """The `DDPMPipeline` in a folder or on the Hub, on this process's device; without `tf32` float32 is just that.
+    """Return the `DDPMPipeline` in a folder or on the Hub, on this process's device.
 
     Raises:
-        UsageError: There is none, or a weight is NaN or infinite.
+        UserError: There is no pipeline, or a weight is NaN or infinite.
     """
     import torch
     from diffusers.utils import logging
@@ -87,45 +75,41 @@ def load_pipeline(model: str, dtype: str = "float32", tf32: bool = False) -> Any
     from ..utils.processes import processes
 
     use_tf32(tf32)
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise UsageError(f"--dtype must be float32, bfloat16 or float16, got {dtype!r}")
     logging.disable_progress_bar()  # loading takes no time worth a bar
     if Path(model).exists() and not (Path(model) / "model_index.json").is_file():
-        raise UsageError(f"--model {model} holds no pipeline: there is no model_index.json in it")
+        raise UserError(f"--model {model} holds no pipeline: there is no model_index.json in it")
     try:
         pipe = DDPMPipeline.from_pretrained(model, dtype=getattr(torch, dtype))
         check_weights(pipe.unet)  # before hours of work, not after them
         return pipe.to(processes().device)
     except (OSError, ValueError) as error:
-        raise UsageError(
-            f"cannot load --model {model}: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
-        ) from error
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"cannot load --model {model}: {first_line}") from error
 
 
-def check_optimize(word: str) -> None:
-    """`--optimize`, before anything is loaded.
+def load_sampling_pipeline(values: Any) -> Any:
+    """Return the model with the sampler that the flags name.
 
     Raises:
-        UsageError: Another word than those of the flag.
+        UserError: No such model or sampler.
     """
-    words = ("auto", "yes", "no", "compile")
-    if word not in words:
-        raise UsageError(f"--optimize must be one of {', '.join(words)}, got {word!r}")
+    from ..sampling.generation import with_sampler
+
+    return with_sampler(load_pipeline(values.model, values.dtype, values.tf32), **sampler_arguments(values))
 
 
 def sampling_evaluations(pipe: Any, values: Any, count: int) -> int:
-    """How many evaluations of the network, of a batch each, `count` images take with the sampler's flags."""
+    """Return how many evaluations of the network, of a batch each, `count` images take."""
     batches = -(-count // values.batch_size)
     return batches * (values.num_inference_steps or pipe.scheduler.config.num_train_timesteps)
 
 
 def inference_optimization(values: Any, evaluations: int) -> Callable[[Any], None] | None:
-    """Return a function that makes a pipeline's network faster as `--optimize` says, and says how; or `None`.
+    """Return a function that makes a pipeline's network faster as `--optimize` says, or `None`.
 
-    Args:
-        values: The flags.
-        evaluations: About how many evaluations of the network follow, of a batch each.
+    `evaluations` is about how many evaluations of the network follow, of a batch each.
     """
+    from ..pipelines.inference import optimize_for_inference
     from ..utils.machine import compiler_problem
     from ..utils.processes import processes, say
 
@@ -133,32 +117,15 @@ def inference_optimization(values: Any, evaluations: int) -> Callable[[Any], Non
     if values.optimize == "no" or (values.optimize == "auto" and device.type == "cpu" and not long):
         return None
     auto_compile = values.optimize == "auto" and device.type == "cuda" and long and not compiler_problem(device)
-
-    def optimize(pipe: Any) -> None:
-        from ..pipelines.inference import optimize_for_inference
-
-        say(f"network: {optimize_for_inference(pipe, compile=values.optimize == 'compile' or auto_compile)}")
-
-    return optimize
-
-
-def load_sampling_pipeline(values: Any) -> Any:
-    """The model with the sampler that the flags name.
-
-    Raises:
-        ValueError: No such model or sampler.
-    """
-    from ..sampling.generation import with_sampler
-
-    loaded = load_pipeline(values.model, values.dtype, values.tf32)
-    return with_sampler(loaded, values.sampler, values.variance_type, values.timestep_spacing)
+    compiles = values.optimize == "compile" or auto_compile
+    return lambda pipe: say(f"network: {optimize_for_inference(pipe, compile=compiles)}")
 
 
 def read_images(flag: str, names: Sequence[str], image_shape: tuple[int, int, int]) -> Any:
-    """Image files, scaled and cropped to fit, as `[N, C, H, W]` uint8.
+    """Return image files, scaled and cropped to fit, as `[N, C, H, W]` uint8.
 
     Raises:
-        UsageError: One cannot be read.
+        UserError: One cannot be read.
     """
     import numpy as np
     import torch
@@ -171,5 +138,5 @@ def read_images(flag: str, names: Sequence[str], image_shape: tuple[int, int, in
         try:
             pixels.append(read_image(Path(name), DecodeOptions(channels, (height, width))))
         except UserError as error:
-            raise UsageError(f"cannot read --{flag} {name}: {error}") from error
+            raise UserError(f"cannot read --{flag} {name}: {error}") from error
     return torch.from_numpy(np.stack(pixels))

@@ -1,5 +1,5 @@
-"""Other people's checkpoints as our models."""
+"""Other implementations' checkpoints as our models."""
 
-from .formats import ConversionError, convert, convert_to_official, load_foreign
+from .conversion import convert, load_pipeline
 
-__all__ = ["ConversionError", "convert", "convert_to_official", "load_foreign"]
+__all__ = ["convert", "load_pipeline"]

@@ -14,22 +14,23 @@ from ..utils.errors import UserError
 
 LOG_2 = math.log(2.0)
 
-# Eq. 13's bins: 256 grey levels scaled to [-1, 1] lie 2/255 apart, so a bin reaches 1/255 to either side.
+# Eq. 13's bins: 256 pixel values scaled to [-1, 1] lie 2/255 apart, so a bin reaches 1/255 to either side.
 HALF_BIN = 1.0 / 255.0
 
 
 def nats_to_bits(nats: Tensor) -> Tensor:
-    """Nats to bits: division by ln 2."""
+    """Convert nats to bits: division by ln 2."""
     return nats / LOG_2
 
 
 def mean_flat(x: Tensor) -> Tensor:
-    """Mean over all but the first dimension: `[B, ...] -> [B]`."""
+    """Return the mean over all but the first dimension: `[B, ...] -> [B]`."""
     return x.flatten(1).mean(1)
 
 
 def normal_kl(mean_1: Tensor, log_variance_1: Tensor, mean_2: Tensor, log_variance_2: Tensor) -> Tensor:
-    """KL(N(mean_1, var_1) || N(mean_2, var_2)) of diagonal Gaussians, elementwise, in nats. Shapes broadcast."""
+    """Return KL(N(mean_1, var_1) || N(mean_2, var_2)) of diagonal Gaussians, elementwise, in nats."""
+    # KL = (log var_2 / var_1 - 1 + var_1 / var_2 + (mean_1 - mean_2)^2 / var_2) / 2
     return 0.5 * (
         log_variance_2
         - log_variance_1
@@ -40,28 +41,22 @@ def normal_kl(mean_1: Tensor, log_variance_1: Tensor, mean_2: Tensor, log_varian
 
 
 def approximate_normal_cdf(x: Tensor) -> Tensor:
-    """The tanh approximation of the standard normal CDF that the official code uses; within 2e-4 of the exact one."""
+    """Return the official code's tanh approximation of the standard normal CDF; within 2e-4 of the exact one."""
     return 0.5 * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3)))
 
 
 def discretized_gaussian_log_likelihood(x: Tensor, means: Tensor, log_scales: Tensor, cdf: str = "tanh") -> Tensor:
-    """Log-probability of 8-bit images under a Gaussian integrated over each grey level's bin (Eq. 13), elementwise.
+    """Return log p of 8-bit images under a Gaussian integrated over each pixel value's bin (Eq. 13), in nats.
 
     The first bin reaches to minus infinity and the last to plus infinity, so the 256 probabilities sum to 1.
 
     Args:
-        x: Images whose values are the grey levels scaled to [-1, 1], any shape.
-        means: Means of the Gaussian, in the same scale; broadcasts with `x`.
-        log_scales: Log standard deviations; broadcasts with `x`.
+        x: Images whose values are 0..255 scaled to [-1, 1], any shape.
+        means, log_scales: Means and log standard deviations in the same scale; all three broadcast.
         cdf: `"tanh"`: the official code's approximation with its floor of 1e-12 under each probability (the paper's
             numbers were made with it). `"exact"`: the exact CDF in log space, without a floor.
-
-    Returns:
-        Log-probabilities in nats, in the broadcast shape.
-
-    Raises:
-        ValueError: `cdf` is neither of the two.
     """
+    # Eq. 13: p(x) = Phi((x + 1/255 - mean) / scale) - Phi((x - 1/255 - mean) / scale)
     centered = x - means
     inv_scale = torch.exp(-log_scales)
     upper = inv_scale * (centered + HALF_BIN)
@@ -78,11 +73,8 @@ def discretized_gaussian_log_likelihood(x: Tensor, means: Tensor, log_scales: Te
         near = torch.special.log_ndtr(torch.where(right, -lower, upper))
         far = torch.special.log_ndtr(torch.where(right, -upper, lower))
         inside = near + torch.log(-torch.expm1((far - near).clamp_max(-torch.finfo(near.dtype).tiny)))
-        return torch.where(
-            lowest,
-            torch.special.log_ndtr(upper),
-            torch.where(highest, torch.special.log_ndtr(-lower), inside),
-        )
+        above = torch.where(highest, torch.special.log_ndtr(-lower), inside)
+        return torch.where(lowest, torch.special.log_ndtr(upper), above)
     raise UserError(f"cdf must be 'tanh' (the official code's) or 'exact', got {cdf!r}")
 
 
@@ -95,7 +87,7 @@ def bound_term(
     p_log_variance: Tensor,
     cdf: str = "tanh",
 ) -> Tensor:
-    """One term of the variational bound per image, in bits/dim: L_{t-1} (Eq. 5), or L_0 where `t == 0` (Eq. 13).
+    """Return one term of the bound per image, `[B]` in bits/dim: L_{t-1} (Eq. 5), or L_0 where `t == 0` (Eq. 13).
 
     Args:
         x_0: `[B, C, H, W]` in [-1, 1].
@@ -103,9 +95,6 @@ def bound_term(
         q_mean, q_log_variance: The posterior q(x_{t-1} | x_t, x_0); broadcast with `x_0`.
         p_mean, p_log_variance: The model's p(x_{t-1} | x_t); broadcast with `x_0`.
         cdf: See `discretized_gaussian_log_likelihood`.
-
-    Returns:
-        `[B]`, bits/dim.
     """
 
     def kl() -> Tensor:

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..utils.errors import UserError
+from ..utils.text import nearest
 
 # Schedules that stock implements, and those that only the official code has (stored as `trained_betas`, which every
 # stock scheduler reads first).
@@ -20,57 +23,53 @@ STOCK_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "laplace", "s
 OFFICIAL_SCHEDULES = ("quad", "const", "jsd", "warmup10", "warmup50")
 
 
+def check_choice(name: str, value: Any, known: Sequence[str], otherwise: str = "") -> None:
+    """Raise a `ValueError` where a setting is not one of those known; it names the nearest, and what else there is."""
+    if value not in known:
+        raise UserError(
+            f"unknown {name} {value!r}{nearest(str(value), known)}; it must be one of {', '.join(known)}{otherwise}"
+        )
+
+
 def make_betas(beta_schedule: str, num_train_timesteps: int, beta_start: float, beta_end: float) -> np.ndarray:
-    """The variances beta_t of the forward process, float64 `[T]`.
+    """Return the variances beta_t of the forward process, float64 `[T]`.
 
     Args:
         beta_schedule: `linear` (the paper), `quad`, `const`, `jsd`, `warmup10`, `warmup50` (also in the official
             code), `scaled_linear`, `squaredcos_cap_v2`, `laplace`, `sigmoid` (stock diffusers').
         num_train_timesteps: T.
         beta_start, beta_end: The first and last beta where the schedule has a choice.
-
-    Raises:
-        ValueError: Unknown schedule, or ends that are not numbers from 0 on.
     """
     T = num_train_timesteps
+    check_choice("beta_schedule", beta_schedule, STOCK_SCHEDULES + OFFICIAL_SCHEDULES, ", or give trained_betas")
     for name, value in (("beta_start", beta_start), ("beta_end", beta_end)):
         # Below 0, sqrt would give a complex number, whose real part numpy takes for beta.
         if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= value < math.inf:
             raise UserError(f"{name} must be a number between 0 and 1, got {value!r}; the paper's are 1e-4 and 0.02")
     if beta_schedule == "linear":
-        return np.linspace(beta_start, beta_end, T, dtype=np.float64)
+        return np.linspace(beta_start, beta_end, T)
     if beta_schedule in ("quad", "scaled_linear"):
-        return np.linspace(beta_start**0.5, beta_end**0.5, T, dtype=np.float64) ** 2
+        return np.linspace(beta_start**0.5, beta_end**0.5, T) ** 2
     if beta_schedule == "const":
         return np.full(T, beta_end, dtype=np.float64)
     if beta_schedule == "jsd":  # 1/T, 1/(T-1), ..., 1
-        return 1.0 / np.linspace(T, 1, T, dtype=np.float64)
+        return 1.0 / np.linspace(T, 1, T)
     if beta_schedule in ("warmup10", "warmup50"):
         warmup = int(T * int(beta_schedule[-2:]) / 100)
-        betas = np.full(T, beta_end, dtype=np.float64)
-        betas[:warmup] = np.linspace(beta_start, beta_end, warmup, dtype=np.float64)
-        return betas
+        return np.append(np.linspace(beta_start, beta_end, warmup), np.full(T - warmup, beta_end, dtype=np.float64))
     if beta_schedule == "sigmoid":
-        return 1.0 / (1.0 + np.exp(-np.linspace(-6, 6, T, dtype=np.float64))) * (beta_end - beta_start) + beta_start
-    if beta_schedule in ("squaredcos_cap_v2", "laplace"):
-        u = np.arange(T + 1, dtype=np.float64) / T
-        if beta_schedule == "squaredcos_cap_v2":
-            alpha_bar = np.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
-        else:
-            log_snr = -0.5 * np.copysign(1.0, 0.5 - u) * np.log(1 - 2 * np.abs(0.5 - u) + 1e-6)
-            alpha_bar = np.sqrt(np.exp(log_snr) / (1 + np.exp(log_snr)))
-        return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
-    raise UserError(
-        f"unknown beta_schedule {beta_schedule!r}; it must be one of {', '.join(STOCK_SCHEDULES + OFFICIAL_SCHEDULES)}"
-    )
+        return 1.0 / (1.0 + np.exp(-np.linspace(-6, 6, T))) * (beta_end - beta_start) + beta_start
+    u = np.arange(T + 1, dtype=np.float64) / T
+    if beta_schedule == "squaredcos_cap_v2":
+        alpha_bar = np.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+    else:
+        log_snr = -0.5 * np.copysign(1.0, 0.5 - u) * np.log(1 - 2 * np.abs(0.5 - u) + 1e-6)
+        alpha_bar = np.sqrt(np.exp(log_snr) / (1 + np.exp(log_snr)))
+    return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
 
 
 def rescale_zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
-    """Betas shifted so that alpha_bar_T is 0 (Lin et al. 2023, arXiv 2305.08891, Algorithm 1), float64 `[T]`.
-
-    Raises:
-        ValueError: alpha_bar does not fall, so that no shift can do this.
-    """
+    """Shift betas `[T]` so that alpha_bar_T is 0 (Lin et al. 2023, arXiv 2305.08891, Algorithm 1)."""
     root = np.sqrt(np.cumprod(1.0 - betas))
     if not root[-1] < root[0]:
         raise UserError(
@@ -78,36 +77,37 @@ def rescale_zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
             f"{root[-1] ** 2:.9g}; use more or larger betas, or rescale_betas_zero_snr=False"
         )
     root = (root - root[-1]) * root[0] / (root[0] - root[-1])
-    alpha_bar = root**2
-    return 1.0 - np.append(alpha_bar[:1], alpha_bar[1:] / alpha_bar[:-1])
+    return betas_of("alphas_cumprod", root**2)
 
 
 def tables_of(betas: np.ndarray) -> dict[str, np.ndarray]:
-    """The tables of a diffusers scheduler that follow from beta_t, by their names there; float64 `[T]` each."""
+    """Return the tables of a diffusers scheduler that follow from beta_t, by their names there; float64 `[T]` each."""
     return {"betas": betas, "alphas": 1.0 - betas, "alphas_cumprod": np.cumprod(1.0 - betas)}
 
 
 def betas_of(name: str, table: np.ndarray) -> np.ndarray:
-    """The beta_t to which one of those tables belongs: the inverse of `tables_of`."""
+    """Return the beta_t to which one of those tables belongs: the inverse of `tables_of`."""
     if name == "betas":
         return table
     if name == "alphas":
         return 1.0 - table
     with np.errstate(divide="ignore", invalid="ignore"):
-        return 1.0 - np.append(table[:1], table[1:] / table[:-1])
+        return 1.0 - np.append(table[:1], table[1:] / table[:-1])  # alpha_t = alpha_bar_t / alpha_bar_{t-1}
 
 
-def first_outside(betas: np.ndarray, may_end_at_1: bool = False) -> int | None:
-    """The first t at which beta_t does not lie strictly between 0 and 1; `None` if there is none.
+def check_betas(betas: np.ndarray, may_end_at_1: bool = False) -> None:
+    """Raise a `ValueError` where a beta does not lie strictly between 0 and 1.
 
-    Args:
-        betas: `[T]`.
-        may_end_at_1: The last one may be 1: nothing is left of the image.
+    With `may_end_at_1` the last one may be 1: alpha_bar_T = 0, nothing is left of the image.
     """
     outside = ~((betas > 0) & (betas < 1))
-    if may_end_at_1 and betas[-1] == 1:
-        outside[-1] = False
-    return int(outside.argmax()) if outside.any() else None
+    outside[-1] &= not (may_end_at_1 and betas[-1] == 1)
+    if outside.any():
+        t = int(outside.argmax())
+        raise UserError(
+            f"betas must lie strictly between 0 and 1, got {float(betas[t])!r} at t={t}; the paper's schedule is "
+            "beta_schedule='linear' with beta_start=1e-4 and beta_end=0.02"
+        )
 
 
 class Chain:
@@ -143,11 +143,6 @@ class Chain:
             one_before = np.where(t > 0, log_alpha_bar[t - 1], 0.0)
             trained_c_0 = betas[t] * np.exp(0.5 * one_before) / rest
             trained_c_t = -np.expm1(one_before) * np.sqrt(1.0 - betas[t]) / rest
-            # x_0 = from_x_t x_t + from_output output, where the output is epsilon (Eq. 15) or mu_tilde
-            x_0_from = {
-                "epsilon": (np.sqrt(1.0 / a_bar), -np.sqrt(rest / a_bar)),
-                "posterior_mean": (-trained_c_t / trained_c_0, 1.0 / trained_c_0),
-            }
             # The step to the data has beta_tilde = 0. For the likelihood's sake the official code gives it its
             # neighbour's log-variance instead of log 0, whichever the fixed variance.
             last_variance = beta_tilde[-2] if len(t) > 1 else beta[-1]
@@ -155,10 +150,11 @@ class Chain:
                 "sqrt_alpha_bar": np.sqrt(a_bar),  # q(x_t|x_0) mean, Eq. 4
                 "sqrt_one_minus_alpha_bar": np.sqrt(rest),  # q(x_t|x_0) standard deviation, Eq. 4
                 "log_one_minus_alpha_bar": np.where(a_bar < 0.5, np.log1p(-a_bar), np.log(rest)),
-                "epsilon_from_x_t": x_0_from["epsilon"][0],
-                "epsilon_from_output": x_0_from["epsilon"][1],
-                "posterior_mean_from_x_t": x_0_from["posterior_mean"][0],
-                "posterior_mean_from_output": x_0_from["posterior_mean"][1],
+                # x_0 = from_x_t x_t + from_output output, where the output is epsilon (Eq. 15) or mu_tilde (Eq. 7)
+                "epsilon_from_x_t": np.sqrt(1.0 / a_bar),
+                "epsilon_from_output": -np.sqrt(rest / a_bar),
+                "posterior_mean_from_x_t": -trained_c_t / trained_c_0,
+                "posterior_mean_from_output": 1.0 / trained_c_0,
                 "mean_from_x_0": c_0,  # mu_tilde = mean_from_x_0 x_0 + mean_from_x_t x_t, Eq. 7
                 "mean_from_x_t": c_t,
                 "beta_tilde": beta_tilde,  # Eq. 7
@@ -171,11 +167,10 @@ class Chain:
                 # What remains unknown of x_0 moves the posterior's mean, and adds to its variance (Bao et al. 2022,
                 # Theorem 1, with the measured error of x_0 for the one that a perfect network would have).
                 optimal = beta_tilde + c_0**2 * np.maximum(prediction_error[t], 1e-20)
-                # When sampling, the last noise is at most one grey level on average, as in their Appendix: it would
+                # When sampling, the last noise is at most one pixel value on average, as in their Appendix: it would
                 # stay in the image.
-                last = slice(-2, -1)
                 noise = optimal.copy()
-                noise[last] = np.minimum(noise[last], (2 / 255) ** 2 * math.pi / 2)
+                noise[-2:-1] = np.minimum(noise[-2:-1], (2 / 255) ** 2 * math.pi / 2)
                 columns |= {"log_optimal": np.log(optimal), "log_optimal_noise": np.log(noise)}
         self.table = np.full((T, len(columns)), np.nan)
         self.table[t] = np.stack(list(columns.values()), axis=1)
@@ -184,18 +179,28 @@ class Chain:
         self.is_whole = len(t) == T
         self.previous = dict(zip(t.tolist(), [*t[1:].tolist(), -1], strict=True))
         # Where alpha_bar vanishes nothing is left of x_0, and epsilon cannot give it back: float32 would overflow.
-        self.undefined = {
-            prediction_type: set(t[~((np.abs(from_x_t) < 1e30) & (np.abs(from_output) < 1e30))].tolist())
-            for prediction_type, (from_x_t, from_output) in x_0_from.items()
-        }
+        self.undefined: dict[str, set[int]] = {}
+        for kind in ("epsilon", "posterior_mean"):
+            largest = np.maximum(*(np.abs(columns[f"{kind}_from_{x}"]) for x in ("x_t", "output")))
+            self.undefined[kind] = set(t[~(largest < 1e30)].tolist())
         self._on_device: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
+    def check(self, t: int) -> None:
+        """Raise a `ValueError` where t is not one of the chain's timesteps."""
+        if not 0 <= t < len(self.table):
+            raise UserError(f"t={t} is outside the schedule; timesteps count from 0 to {len(self.table) - 1}")
+        if t not in self.previous:
+            raise UserError(
+                f"t={t} is not among the {len(self.previous)} timesteps of the sampling chain; pass a value of "
+                "scheduler.timesteps, or put it there with set_timesteps(timesteps=[...])"
+            )
+
     def row(self, t: int) -> dict[str, float]:
-        """All columns at one t, as Python numbers."""
+        """Return all columns at one t, as Python numbers."""
         return dict(zip(self.columns, self.table[t].tolist(), strict=True))
 
     def on(self, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """The table on a device, copied there once."""
+        """Return the table on a device, copied there once."""
         key = (device, dtype)
         table = self._on_device.get(key)
         if table is None:
@@ -205,7 +210,7 @@ class Chain:
         return table
 
     def gather(self, t: Tensor, like: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-        """All columns at `t` (`[B]` or `[1]`), each `[B, 1, ..., 1]` to broadcast with `like`, by one indexing."""
+        """Return all columns at `t` (`[B]` or `[1]`), each `[B, 1, ..., 1]` to broadcast with `like`."""
         rows = self.on(like.device, dtype)[t.to(device=like.device, dtype=torch.int64)]
         rows = rows.view(-1, *[1] * (like.ndim - 1), len(self.columns))
         return dict(zip(self.columns, rows.unbind(-1), strict=True))

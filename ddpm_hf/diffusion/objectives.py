@@ -1,9 +1,8 @@
 """Training losses per image: L_simple (Eq. 14), the variational bound L (Eqs. 5, 12), and the hybrid of the two.
 
-All take `(unet, scheduler, x_0, t, noise)` and give `[B]`:
-`unet` is called as `unet(x_t, t).sample` (more keyword arguments, such as `class_labels`, are handed on);
-`x_0` is `[B, C, H, W]` in [-1, 1]; `t` is `[B]` (or one number for all), 0..T-1; `noise` is standard normal, the
-shape of `x_0`.
+All take `(unet, scheduler, x_0, t, noise)` and return `[B]`: `unet` is called as `unet(x_t, t).sample` (more keyword
+arguments, such as `class_labels`, are handed on); `x_0` is `[B, C, H, W]` in [-1, 1]; `t` is `[B]` (or one number for
+all), 0..T-1; `noise` is standard normal, the shape of `x_0`. The loss is float32 at least, also of a network in bf16.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ HYBRID_WEIGHT = 0.001
 def _predict(
     unet: Any, scheduler: DDPMScheduler, x_0: Tensor, t: Tensor, noise: Tensor, model_kwargs: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:
-    """x_t and the network's output at it, in float32 at least whatever the network ran in."""
+    """Draw x_t (Eq. 4) and evaluate the network there, in float32 at least whatever it runs in."""
     x_t = scheduler.add_noise(x_0, noise, t)
     output = unet(x_t, t, **model_kwargs).sample
     return x_t, output if output.dtype == torch.float64 else output.float()
@@ -35,6 +34,7 @@ def _predict(
 def _squared_error(
     scheduler: DDPMScheduler, model_output: Tensor, x_0: Tensor, x_t: Tensor, t: Tensor, noise: Tensor
 ) -> Tensor:
+    # Eq. 14: || epsilon - epsilon_theta(x_t, t) ||^2, per dimension
     prediction, _ = scheduler.split_output(model_output, x_t)
     return mean_flat((scheduler.get_target(x_0, noise, t) - prediction).square())
 
@@ -42,7 +42,7 @@ def _squared_error(
 def simple_loss(
     unet: Any, scheduler: DDPMScheduler, x_0: Tensor, t: Tensor, noise: Tensor, **model_kwargs: Any
 ) -> Tensor:
-    """L_simple (Eq. 14): the mean squared error of the prediction, `[B]`.
+    """Return L_simple (Eq. 14): the mean squared error of the prediction, `[B]`.
 
     For `epsilon` this is the paper's objective; for the other prediction types it is the error of what they predict.
     A learned variance gets no gradient from it.
@@ -54,7 +54,7 @@ def simple_loss(
 def variational_bound_loss(
     unet: Any, scheduler: DDPMScheduler, x_0: Tensor, t: Tensor, noise: Tensor, **model_kwargs: Any
 ) -> Tensor:
-    """L: the term of the variational bound at t (L_{t-1} of Eq. 5, or L_0 of Eq. 13 at t = 0), in bits/dim, `[B]`.
+    """Return the bound's term at t (L_{t-1} of Eq. 5, or L_0 of Eq. 13 at t = 0), in bits/dim, `[B]`.
 
     The predicted x_0 is not clipped, as in the official code's training. T times the mean over uniform t, plus L_T,
     is the bound.
@@ -66,13 +66,10 @@ def variational_bound_loss(
 def hybrid_loss(
     unet: Any, scheduler: DDPMScheduler, x_0: Tensor, t: Tensor, noise: Tensor, **model_kwargs: Any
 ) -> Tensor:
-    """L_simple + 0.001 L_vlb (Nichol & Dhariwal 2021), `[B]`: the bound trains the learned variance only.
+    """Return L_simple + 0.001 L_vlb (Nichol & Dhariwal 2021), `[B]`: the bound trains the learned variance only.
 
     L_vlb is T times the term at t in bits/dim, so that its mean over uniform t is the bound; the prediction's
-    gradient is stopped in it.
-
-    Raises:
-        ValueError: The scheduler's variance is not learned.
+    gradient is stopped in it. A variance that is not learned raises a `ValueError`.
     """
     if scheduler.variance_type not in LEARNED_VARIANCES:
         raise UserError(
@@ -87,8 +84,5 @@ def hybrid_loss(
     return _squared_error(scheduler, output, x_0, x_t, t, noise) + HYBRID_WEIGHT * bound
 
 
-OBJECTIVES: dict[str, Callable[..., Tensor]] = {
-    "simple": simple_loss,
-    "vlb": variational_bound_loss,
-    "hybrid": hybrid_loss,
-}
+OBJECTIVES: dict[str, Callable[..., Tensor]]
+OBJECTIVES = {"simple": simple_loss, "vlb": variational_bound_loss, "hybrid": hybrid_loss}

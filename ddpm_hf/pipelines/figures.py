@@ -4,14 +4,14 @@
 Each function samples and returns its images, in the [-1, 1] scale and on the CPU; `draw()` of what it returns makes
 the labelled picture. `t` counts diffusion steps as in the paper: T is pure noise and 0 the data, so t = 500 is 499 in
 `scheduler.timesteps`. Where the chain has fewer steps, t becomes the nearest one that it has, and the label says so.
-All noise comes from seeds, so a figure is the same again on the same device, whatever the batch size.
+All noise comes from seeds, so a figure is the same again on the same device, whatever the batch size. An argument
+outside its range, or numbers of seeds, images and labels that disagree, raise a `ValueError` before sampling starts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -34,44 +34,29 @@ LAMBDAS = tuple(i / 10 for i in range(11))
 
 
 @dataclass
-class _Walker:
-    """What all figures are made with.
+class _Chain:
+    """The reverse chain that a figure is drawn with."""
 
-    Attributes:
-        pipe: Network and sampler.
-        num_inference_steps: Steps of the chain; T by default.
-        batch_size: Images at a time; does not change them.
-        class_labels: One for all, or one per seed, for class-conditional networks.
-        guidance_scale, eta: See `DDPMPipeline.__call__`.
-        progress: One progress bar over the whole figure.
-    """
-
-    pipe: DDPMPipeline
-    num_inference_steps: int | None = None
-    batch_size: int = 64
-    class_labels: ClassLabels = None
-    guidance_scale: float = 1.0
+    pipe: DDPMPipeline  # network and sampler
+    num_inference_steps: int | None = None  # of the chain; T by default
+    batch_size: int = 64  # images at a time; does not change them
+    class_labels: ClassLabels = None  # one for all, or one per seed, for class-conditional networks
+    guidance_scale: float = 1.0  # see `DDPMPipeline.__call__`, eta too
     eta: float | None = None
-    progress: bool = False
+    progress: bool = False  # show one progress bar over the whole figure
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise UserError(f"batch_size must be at least 1, got {self.batch_size}")
-        self.pipe.scheduler.set_timesteps(self.pipe.checked_steps(self.num_inference_steps))
-        self.ts = [int(timestep) + 1 for timestep in self.pipe.scheduler.timesteps] + [0]
+        scheduler = self.pipe.scheduler
+        scheduler.set_timesteps(self.pipe.checked_steps(self.num_inference_steps))
+        self.T: int = scheduler.config.num_train_timesteps
+        self.ts = [int(timestep) + 1 for timestep in scheduler.timesteps] + [0]  # before each step, and the data
         # The delay keeps a bar away from the sentence about a class that the network does not have.
         self.bar = tqdm(desc="drawing", unit="step", delay=0.1, disable=not self.progress)
 
-    @property
-    def T(self) -> int:
-        """How many diffusion steps the process has."""
-        return self.pipe.scheduler.config.num_train_timesteps
-
     def indices_of(self, ts: Sequence[int]) -> list[int]:
-        """The place in the chain of the step nearest to each t; one past the last step for the data.
-
-        Where several t mean the same step of a shorter chain, it is named once.
-        """
+        """Return the place in the chain of the step nearest to each t, without repeats; the data's is the last."""
         for t in ts:
             if isinstance(t, bool) or not isinstance(t, int) or not 0 <= t <= self.T:
                 raise UserError(f"t counts diffusion steps, 0 to {self.T}, got {t!r}")
@@ -80,15 +65,14 @@ class _Walker:
         places = range(len(self.ts))
         return list(dict.fromkeys(min(places, key=lambda place: abs(self.ts[place] - t)) for t in ts))
 
-    def labels(self, count: int) -> list[Any]:
-        """One class label per seed."""
+    def labels(self, count: int) -> list[Any]:  # one class label per seed
         labels = as_list(self.class_labels)
         if len(labels) not in (1, count):
             raise UserError(f"got {len(labels)} class_labels for {count} seeds; give one, or one per seed")
         return labels * (count // len(labels))
 
     def options(self, labels: Sequence[Any]) -> dict[str, Any]:
-        """For `DDPMPipeline.denoise`."""
+        """Return the options of `DDPMPipeline.denoise` for images of these classes."""
         return {
             "num_inference_steps": self.num_inference_steps,
             "class_labels": None if all(label is None for label in labels) else list(labels),
@@ -96,86 +80,48 @@ class _Walker:
             "eta": self.eta,
         }
 
-    def batches(self, starts: Sequence[int]) -> list[list[int]]:
-        """Which images go together, given where each starts in the chain."""
-        rows = list(range(len(starts)))
-        groups = [rows]
-        if not isinstance(self.pipe.scheduler, (DDPMScheduler, DDIMScheduler)):
-            # The others go by the steps before as well, so an image that joins would disturb them.
-            groups = [[row for row in rows if starts[row] == start] for start in dict.fromkeys(starts)]
-        size = self.batch_size
-        return [group[first : first + size] for group in groups for first in range(0, len(group), size)]
+    def batches(self, count: int) -> list[slice]:
+        return [slice(first, first + self.batch_size) for first in range(0, count, self.batch_size)]
 
-    def diffused(self, x_0: Tensor, noise: Tensor, index: int) -> Tensor:
-        """x_t ~ q(x_t|x_0) (Eq. 4) for one image `[C, H, W]`, at a place in the chain."""
-        scheduler = self.pipe.scheduler
-        return scheduler.add_noise(x_0[None], noise[None], scheduler.timesteps[index : index + 1].cpu())[0]
+    def steps(self, count: int, indices: Sequence[int]) -> int:
+        """Return how many steps it takes to decode `count` images from each of these places."""
+        return len(self.batches(count)) * sum(len(self.ts) - 1 - index for index in indices)
 
-    def steps(self, starts: Sequence[int]) -> int:
-        """How many steps `decode` takes."""
-        return sum(len(self.ts) - 1 - min(starts[row] for row in batch) for batch in self.batches(starts))
+    def decode(self, x_t: Tensor, index: int, seeds: list[int], drawn: int, labels: list[Any]) -> Tensor:
+        """Draw x_0 ~ p(x_0|x_t) for `[B, C, H, W]` at one place in the chain, each with its own seed and label.
 
-    def decode(
-        self, x_t: Tensor, seeds: Sequence[int], drawn: int, starts: Sequence[int], labels: Sequence[Any]
-    ) -> Tensor:
-        """x_0 ~ p(x_0|x_t) for `[B, C, H, W]`, each with its own seed, label and place in the chain to start.
-
-        `drawn` is how often their seeds' noise was drawn before. Images that start late join the batch when it comes
-        by.
+        `drawn` is how often their seeds' noise was drawn before.
         """
-        x_t = x_t.to(self.pipe._execution_device, copy=True)
-        for batch in self.batches(starts):
-            points = sorted({*(starts[row] for row in batch), len(self.ts) - 1})
-            for first, last in pairwise(points):
-                rows = [row for row in batch if starts[row] <= first]
-                options = self.options([labels[row] for row in rows])
-                x = x_t[rows]
-                before = [drawn + first - starts[row] for row in rows]  # one draw for every step that was taken
-                noise = SeededNoise([seeds[row] for row in rows], x.device, before)
-                for step in self.pipe.denoise(x, noise, start=first, stop=last, **options):
-                    x = step.prev_sample
-                    self.bar.update()
-                x_t[rows] = x
-        self.pipe.check_finite(x_t)
-        return x_t.cpu()
-
-
-def _checked_seeds(seeds: Iterable[int], least: int, what: str) -> list[int]:
-    seeds = list(seeds)
-    if len(seeds) < least:
-        raise UserError(f"{what} needs at least {least} seed{'s'[: least > 1]}, got {len(seeds)}")
-    return seeds
+        x_0 = []
+        for rows in self.batches(len(x_t)):
+            x = x_t[rows].to(self.pipe._execution_device)
+            noise = SeededNoise(seeds[rows], x.device, drawn)
+            for step in self.pipe.denoise(x, noise, start=index, **self.options(labels[rows])):
+                x = step.prev_sample
+                self.bar.update()
+            self.pipe.check_finite(x)
+            x_0.append(x.cpu())
+        return torch.cat(x_0)
 
 
 def _evenly(last: int, count: int) -> list[int]:
-    """0, ..., last in at most `count` even strides, both ends included."""
+    """Return 0, ..., last in at most `count` even strides, both ends included."""
     count = min(count, last)
     return [round(i * last / count) for i in range(count + 1)] if count else [last]
 
 
-# ---------------------------------------------------------------------- Figs. 6, 10, 14
-
-
 @dataclass(frozen=True)
 class ProgressiveGeneration:
-    """How images come into being.
+    """How images come into being."""
 
-    Attributes:
-        x_t: `[N, S, C, H, W]`: N images at S points of the chain, from pure noise to the image.
-        pred_original_sample: The x_0 predicted from each; at t = 0 the image itself.
-        ts: The t of each of the S points; the last one is 0.
-        T: How many diffusion steps the process has.
-        seeds: Of the N images.
-    """
-
-    x_t: Tensor
-    pred_original_sample: Tensor
-    ts: list[int]
-    T: int
-    seeds: list[int]
+    x_t: Tensor  # [N, S, C, H, W]: N images at S points of the chain, from pure noise to the image
+    pred_original_sample: Tensor  # the x_0 predicted from each (Eq. 15); at t = 0 the image itself
+    ts: list[int]  # the t of each of the S points; the last one is 0
+    T: int  # how many diffusion steps the process has
+    seeds: list[int]  # of the N images
 
     def draw(self, columns: int = 11) -> Image.Image:
-        """Time from left to right; two rows per image: x_t and the predicted x_0."""
+        """Draw time from left to right; two rows per image: x_t and the predicted x_0."""
         points = _evenly(len(self.ts) - 1, columns - 1)
         both = torch.stack([self.x_t[:, points], self.pred_original_sample[:, points]], dim=1).flatten(0, 1)
         return labelled_grid(
@@ -186,7 +132,7 @@ class ProgressiveGeneration:
         )
 
     def frames(self) -> list[Image.Image]:
-        """One picture per point of time, for `visualize.save_animation`."""
+        """Draw one picture per point of time, for `visualize.save_animation`."""
         both = to_uint8(torch.stack([self.x_t, self.pred_original_sample]))
         columns = [f"seed {seed}" for seed in self.seeds]
         return [
@@ -206,62 +152,46 @@ def progressive_generation(
         seeds: One per image; the images are those of `pipe(seeds=seeds)`.
         points: How many points of the chain to keep beside the image, evenly spaced; all if it has fewer steps.
         options: `num_inference_steps` (T), `batch_size` (64), `class_labels` (one, or one per seed), `guidance_scale`
-            (1.0), `eta` (the scheduler's own), `progress` (False).
-
-    Raises:
-        ValueError: An argument is outside its range, or the sampler keeps its predicted x_0 to itself.
+            (1.0), `eta` (the scheduler's own), `progress` (False). The sampler has to return its predicted x_0, as
+            `ddpm` and `ddim` do.
     """
-    seeds = _checked_seeds(seeds, 1, "progressive generation")
+    if not (seeds := list(seeds)):
+        raise UserError("progressive generation needs at least 1 seed, got 0")
     if points < 1:
         raise UserError(f"points must be at least 1, got {points}")
-    walker = _Walker(pipe, **options)
-    labels, steps = walker.labels(len(seeds)), len(walker.ts) - 1
-    kept = _evenly(steps, points)
-    batches = walker.batches([0] * len(seeds))
+    chain = _Chain(pipe, **options)
+    labels, kept = chain.labels(len(seeds)), _evenly(len(chain.ts) - 1, points)
     parts = []
-    with walker.bar:
-        walker.bar.total = len(batches) * steps
-        for rows in batches:
-            x_ts, x_0s = [], []
-            step_options = walker.options([labels[row] for row in rows])
-            for step in pipe.progressive(seeds=[seeds[row] for row in rows], **step_options):
+    with chain.bar:
+        chain.bar.total = chain.steps(len(seeds), [0])
+        for rows in chain.batches(len(seeds)):
+            pairs = []
+            for step in pipe.progressive(seeds=seeds[rows], **chain.options(labels[rows])):
                 if step.pred_original_sample is None:
                     name = type(pipe.scheduler).__name__
                     raise UserError(f"{name} does not tell which x_0 it predicts; use the sampler ddpm or ddim")
                 if step.index in kept:
-                    x_ts.append(step.sample.cpu())
-                    x_0s.append(step.pred_original_sample.cpu())
-                walker.bar.update()
+                    pairs.append(torch.stack([step.sample, step.pred_original_sample]).cpu())
+                chain.bar.update()
             pipe.check_finite(step.prev_sample)
-            image = [step.prev_sample.cpu()]
-            parts.append(torch.stack([torch.stack(x_ts + image, dim=1), torch.stack(x_0s + image, dim=1)]))
+            pairs.append(step.prev_sample.expand(2, *step.prev_sample.shape).cpu())
+            parts.append(torch.stack(pairs, dim=2))  # [2, B, S, C, H, W]
     x_t, x_0 = torch.cat(parts, dim=1)
-    return ProgressiveGeneration(x_t, x_0, [walker.ts[index] for index in kept], walker.T, seeds)
-
-
-# ---------------------------------------------------------------------- Fig. 7
+    return ProgressiveGeneration(x_t, x_0, [chain.ts[index] for index in kept], chain.T, seeds)
 
 
 @dataclass(frozen=True)
 class SharedLatents:
-    """Images that were one until some t.
+    """Images that were one until some t."""
 
-    Attributes:
-        x_t: `[R, C, H, W]`: what each row shares.
-        samples: `[R, S, C, H, W]`: x_0 ~ p(x_0|x_t).
-        ts: The t of each row.
-        T: How many diffusion steps the process has.
-        seeds: The first drew all x_t, the others the columns of samples.
-    """
-
-    x_t: Tensor
-    samples: Tensor
-    ts: list[int]
-    T: int
-    seeds: list[int]
+    x_t: Tensor  # [R, C, H, W]: what each row shares
+    samples: Tensor  # [R, S, C, H, W]: x_0 ~ p(x_0|x_t)
+    ts: list[int]  # the t of each row
+    T: int  # how many diffusion steps the process has
+    seeds: list[int]  # the first drew all x_t, the others the columns of samples
 
     def draw(self) -> Image.Image:
-        """One row per t: x_t itself, then what was drawn from it."""
+        """Draw one row per t: x_t itself, then what was drawn from it."""
         return labelled_grid(
             to_uint8(torch.cat([self.x_t[:, None], self.samples], dim=1)),
             [f"t = {t}" for t in self.ts],
@@ -274,79 +204,60 @@ class SharedLatents:
 def shared_latents(
     pipe: DDPMPipeline, seeds: Iterable[int], *, ts: Sequence[int] | None = None, **options: Any
 ) -> SharedLatents:
-    """Several x_0 ~ p(x_0|x_t) for each of some x_t of one chain (Section 4.3, Fig. 7).
+    """Draw several x_0 ~ p(x_0|x_t) for each of some x_t of one chain (Section 4.3, Fig. 7).
 
     Args:
         pipe: Network and sampler.
         seeds: The first one draws the chain that all x_t are from, each of the others one column of samples.
         ts: Where on the chain; T, 3/4 T, 1/2 T and 1/4 T by default, in the paper 1000, 750, 500 and 250.
-        options: See `progressive_generation`.
-
-    Raises:
-        ValueError: An argument is outside its range, or the sampler is deterministic.
+        options: See `progressive_generation`. The sampler has to be random: `ddpm`, or `ddim` with an eta above 0.
     """
-    seeds = _checked_seeds(seeds, 2, "a figure of shared latents")
+    if len(seeds := list(seeds)) < 2:
+        raise UserError(f"a figure of shared latents needs at least 2 seeds, got {len(seeds)}")
     random = isinstance(pipe.scheduler, DDIMScheduler) and options.get("eta")
     if not (random or isinstance(pipe.scheduler, DDPMScheduler)):
         name = type(pipe.scheduler).__name__
-        raise UserError(f"{name} goes on from x_t in one way only; use the sampler ddpm, or ddim with an eta above 0")
-    walker = _Walker(pipe, **options)
-    labels = walker.labels(len(seeds))
-    indices = walker.indices_of([round(walker.T * share / 4) for share in (4, 3, 2, 1)] if ts is None else ts)
-    starts = [index for index in indices for _ in seeds[1:]]
-    stop = max(1, *indices)  # `progressive` tells x_T only with its first step
-    chain: dict[int, Tensor] = {}
-    with walker.bar:
-        walker.bar.total = stop + walker.steps(starts)
-        for step in pipe.progressive(seeds=seeds[:1], stop=stop, **walker.options(labels[:1])):
-            chain[step.index], chain[step.index + 1] = step.sample.cpu(), step.prev_sample.cpu()
-            walker.bar.update()
-        samples = walker.decode(
-            torch.cat([chain[index] for index in starts]),
-            seeds[1:] * len(indices),
-            0,
-            starts,
-            labels[1:] * len(indices),
-        ).unflatten(0, (len(indices), -1))
-    x_t = torch.cat([chain[index] for index in indices])
-    return SharedLatents(x_t, samples, [walker.ts[index] for index in indices], walker.T, seeds)
-
-
-# ---------------------------------------------------------------------- Figs. 8, 9
+        raise UserError(f"{name} is deterministic from x_t on; use the sampler ddpm, or ddim with an eta above 0")
+    chain = _Chain(pipe, **options)
+    labels = chain.labels(len(seeds))
+    indices = chain.indices_of([round(chain.T * share / 4) for share in (4, 3, 2, 1)] if ts is None else ts)
+    count, stop = len(seeds) - 1, max(1, *indices)  # `progressive` returns x_T only with its first step
+    x_at: dict[int, Tensor] = {}
+    with chain.bar:
+        chain.bar.total = stop + chain.steps(count, indices)
+        for step in pipe.progressive(seeds=seeds[:1], stop=stop, **chain.options(labels[:1])):
+            x_at[step.index], x_at[step.index + 1] = step.sample.cpu(), step.prev_sample.cpu()
+            chain.bar.update()
+        samples = [
+            chain.decode(x_at[index].repeat(count, 1, 1, 1), index, seeds[1:], 0, labels[1:]) for index in indices
+        ]
+    x_t = torch.cat([x_at[index] for index in indices])
+    return SharedLatents(x_t, torch.stack(samples), [chain.ts[index] for index in indices], chain.T, seeds)
 
 
 @dataclass(frozen=True)
 class Interpolation:
-    """Images between images.
+    """Images between images."""
 
-    Attributes:
-        images: `[N, L, C, H, W]`: N pairs, L values of lambda.
-        image_a, image_b: `[N, C, H, W]`: the given images, at lambda = 0 and 1.
-        lambdas: The L values.
-        t: After how many diffusion steps the two were mixed.
-        T: How many the process has.
-        seeds: Of the noise of each pair.
-    """
-
-    images: Tensor
-    image_a: Tensor
-    image_b: Tensor
-    lambdas: list[float]
-    t: int
-    T: int
-    seeds: list[int]
+    images: Tensor  # [N, L, C, H, W]: N pairs, L values of lambda
+    image_a: Tensor  # [N, C, H, W]: the given images, at lambda = 0
+    image_b: Tensor  # and at lambda = 1
+    lambdas: list[float]  # the L values
+    t: int  # after how many diffusion steps the two were mixed
+    T: int  # how many the process has
+    seeds: list[int]  # of the noise of each pair
 
     def tiles(self) -> Tensor:
-        """`[N, L + 2, C, H, W]`: with the given images at both ends."""
+        """Return `[N, L + 2, C, H, W]`: with the given images at both ends."""
         return torch.cat([self.image_a[:, None], self.images, self.image_b[:, None]], dim=1)
 
     def columns(self) -> list[str]:
-        """Their titles; lambda = 0 and 1 are reconstructions."""
+        """Return their titles; lambda = 0 and 1 are reconstructions."""
         ends = {0.0: "rec. A", 1.0: "rec. B"}
         return ["source A", *(ends.get(x, f"{x:.3g}") for x in self.lambdas), "source B"]
 
     def draw(self) -> Image.Image:
-        """One row per pair, lambda from left to right."""
+        """Draw one row per pair, lambda from left to right."""
         return labelled_grid(
             to_uint8(self.tiles()),
             [f"seed {seed}" for seed in self.seeds],
@@ -357,16 +268,12 @@ class Interpolation:
 
 @dataclass(frozen=True)
 class CoarseToFine:
-    """Interpolations of one pair.
-
-    Attributes:
-        rows: One for each number of diffusion steps, the most first.
-    """
+    """Interpolations of one pair: one row for each number of diffusion steps, in the order given."""
 
     rows: list[Interpolation]
 
     def draw(self) -> Image.Image:
-        """One row per number of steps, lambda from left to right."""
+        """Draw one row per number of steps, lambda from left to right."""
         return labelled_grid(
             to_uint8(torch.cat([row.tiles() for row in self.rows])),
             [f"{row.t} steps" for row in self.rows],
@@ -387,7 +294,7 @@ def interpolate(
     same_noise: bool = False,
     **options: Any,
 ) -> Interpolation:
-    """Images between two images (Section 4.3, Fig. 8): both are diffused to t, mixed, and decoded.
+    """Draw images between two images (Section 4.3, Fig. 8): both are diffused to t, mixed, and decoded.
 
     x_t, x'_t ~ q(x_t|x_0) and the noise of the reverse chain are the same for every lambda of a pair. On the CPU and
     with all T steps, the result at lambda = 0 is that of `pipe(image=image_a, strength=t / T, seeds=seeds)`.
@@ -399,18 +306,13 @@ def interpolate(
         t: After how many diffusion steps to mix; T / 2 by default, in the paper 500. 0 mixes the images themselves.
         lambdas: Shares of `image_b`, 0 to 1.
         seeds: One per pair; 0, 1, ... by default.
-        same_noise: Diffuse both images with the same noise, instead of one of its own for each as in the paper. The
-            mixture of two noises has less variance than the network was trained on, by up to a half at lambda = 0.5;
-            that of one noise has not, and the figure is the same mirrored when the images change places.
+        same_noise: Diffuse both images with the same noise, instead of one of its own for each as in the paper, whose
+            mixture has less variance than the network was trained on, by up to a half at lambda = 0.5.
         options: See `progressive_generation`; one label per pair.
-
-    Raises:
-        ValueError: An argument is outside its range, or numbers of images and seeds disagree.
     """
-    walker = _Walker(pipe, **options)
-    return _interpolations(walker, image_a, image_b, [walker.T // 2 if t is None else t], lambdas, seeds, same_noise)[
-        0
-    ]
+    chain = _Chain(pipe, **options)
+    ts = [chain.T // 2 if t is None else t]
+    return _interpolations(chain, image_a, image_b, ts, lambdas, seeds, same_noise)[0]
 
 
 @torch.no_grad()
@@ -425,7 +327,7 @@ def coarse_to_fine(
     same_noise: bool = False,
     **options: Any,
 ) -> CoarseToFine:
-    """Interpolations of one pair of images after different numbers of diffusion steps (Appendix D, Fig. 9).
+    """Interpolate between one pair of images after different numbers of diffusion steps (Appendix D, Fig. 9).
 
     The more steps, the more of the two images is forgotten before they are mixed, and made up afterwards.
 
@@ -433,18 +335,15 @@ def coarse_to_fine(
         pipe, image_a, image_b, lambdas, same_noise, options: See `interpolate`.
         ts: Numbers of diffusion steps, one row each; eighths of T by default, in the paper 1000, 875, ..., 125, 0.
         seed: Of the noise, which is the same in all rows.
-
-    Raises:
-        ValueError: An argument is outside its range, or several pairs were given.
     """
-    walker = _Walker(pipe, **options)
+    chain = _Chain(pipe, **options)
     if ts is None:
-        ts = [round(walker.T * share / 8) for share in range(8, -1, -1)]
-    return CoarseToFine(_interpolations(walker, image_a, image_b, ts, lambdas, [seed], same_noise))
+        ts = [round(chain.T * share / 8) for share in range(8, -1, -1)]
+    return CoarseToFine(_interpolations(chain, image_a, image_b, ts, lambdas, [seed], same_noise))
 
 
 def _interpolations(
-    walker: _Walker,
+    chain: _Chain,
     image_a: Any,
     image_b: Any,
     ts: Sequence[int],
@@ -452,8 +351,8 @@ def _interpolations(
     seeds: Iterable[int] | None,
     same_noise: bool,
 ) -> list[Interpolation]:
-    """One for each t; see `indices_of`."""
-    shape = walker.pipe.image_shape
+    """Return an interpolation for each t; see `indices_of`."""
+    shape, scheduler = chain.pipe.image_shape, chain.pipe.scheduler
     a, b = images_in_model_range(image_a, shape), images_in_model_range(image_b, shape)
     seeds = list(range(len(a)) if seeds is None else seeds)
     if not len(a) == len(b) == len(seeds) > 0:
@@ -464,27 +363,24 @@ def _interpolations(
     lambdas = [float(x) for x in lambdas]
     if not lambdas or not all(0 <= x <= 1 for x in lambdas):
         raise UserError(f"lambdas must be numbers from 0 to 1, at least one, got {lambdas}")
-    indices = walker.indices_of(ts)
-    shares = torch.tensor(lambdas).view(-1, 1, 1, 1)
-    mixed, of_each = [], list[int]()
+    indices = chain.indices_of(ts)
+    noise_a = SeededNoise(seeds).normal(a.shape)
+    seeds_b = [derive_seed(seed, "noise of the second image") for seed in seeds]
+    noise_b = noise_a if same_noise else SeededNoise(seeds_b).normal(b.shape)
+    share = torch.tensor(lambdas).view(-1, 1, 1, 1)
+    mixed = []  # before any step is taken: stock's solvers diffuse to the step that they are at
     for index in indices:
-        for image, other, seed in zip(a, b, seeds, strict=True):
-            x_a, x_b = image, other
-            if walker.ts[index] > 0:
-                noise = SeededNoise([seed]).normal((1, *shape))[0]
-                second = derive_seed(seed, "noise of the second image")
-                of_its_own = SeededNoise([second]).normal((1, *shape))[0]
-                x_a = walker.diffused(image, noise, index)
-                x_b = walker.diffused(other, noise if same_noise else of_its_own, index)
-            mixed.append((1 - shares) * x_a + shares * x_b)
-            of_each.extend(seed for _ in lambdas)  # the reverse chain's noise is the same for all
-    starts = [index for index in indices for _ in range(len(a) * len(lambdas))]
-    labels = [label for label in walker.labels(len(a)) for _ in lambdas] * len(indices)
-    with walker.bar:
-        walker.bar.total = walker.steps(starts)
-        images = walker.decode(torch.cat(mixed), of_each, 1, starts, labels)
-    images = images.unflatten(0, (len(indices), len(a), len(lambdas)))
-    return [
-        Interpolation(x_0, a, b, lambdas, walker.ts[index], walker.T, seeds)
-        for x_0, index in zip(images, indices, strict=True)
-    ]
+        x_a, x_b = a, b
+        if chain.ts[index] > 0:  # x_t, x'_t ~ q(x_t|x_0), Eq. 4
+            t = scheduler.timesteps[index : index + 1].cpu()
+            x_a, x_b = scheduler.add_noise(a, noise_a, t), scheduler.add_noise(b, noise_b, t)
+        mixed.append(((1 - share) * x_a[:, None] + share * x_b[:, None]).flatten(0, 1))  # [N L, C, H, W]
+    labels = [label for label in chain.labels(len(a)) for _ in lambdas]
+    of_each = [seed for seed in seeds for _ in lambdas]  # the reverse chain's noise is the same for every lambda
+    made = []
+    with chain.bar:
+        chain.bar.total = chain.steps(len(of_each), indices)
+        for x_t, index in zip(mixed, indices, strict=True):
+            x_0 = chain.decode(x_t, index, of_each, 1, labels).unflatten(0, (len(a), -1))
+            made.append(Interpolation(x_0, a, b, lambdas, chain.ts[index], chain.T, seeds))
+    return made

@@ -279,7 +279,8 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
             raise UserError(f"output_type must be 'pil', 'np' or 'pt', got {output_type!r}")
         if output_type == "pil" and self.image_shape[0] not in (1, 3):
             raise UserError(f"PIL has no images of {self.image_shape[0]} channels; use output_type='np' or 'pt'")
-        for name in callback_on_step_end_tensor_inputs:
+        inputs = callback_on_step_end_tensor_inputs
+        for name in inputs:
             if name not in self._callback_tensor_inputs:
                 names = ", ".join(self._callback_tensor_inputs)
                 raise UserError(f"callback_on_step_end_tensor_inputs knows {names}, got {name!r}")
@@ -300,31 +301,41 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
         elif strength is not None or mask_image is not None:
             raise UserError("strength and mask_image go with an image; pass image=")
         denoiser = self._denoiser(source, batch_size, class_labels, guidance_scale, eta)
-        x_t = torch.empty(0, *self.image_shape)
         if batch_size:
             x_t = self._noisy_start(source, batch_size, None if known and start == 0 else given, start)
-        total = len(self.scheduler.timesteps) - start if batch_size else 0
-
-        self._interrupt = False
-        if known is None:
-            steps = denoiser.steps(x_t, start, start + total)
+            steps = denoiser.steps(x_t, start)
+            if known is not None:
+                steps = repaint(denoiser, x_t, known, start, resample_length, resample_times)
+            x_t = self._last_of(steps, x_t, start, resample_times if known else 1, callback_on_step_end, inputs)
         else:
-            steps = repaint(denoiser, x_t, known, start, resample_length, resample_times)
-            total *= resample_times
+            x_t = torch.empty(0, *self.image_shape)
+        images = self.as_output(x_t, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _last_of(
+        self,
+        steps: Iterator[DenoisingStep],
+        x_t: Tensor,
+        start: int,
+        times: int,
+        callback: Callable[..., dict[str, Any] | None] | None,
+        inputs: Sequence[str],
+    ) -> Tensor:
+        """Take the steps, with a bar and the user's callback after each, and return x_0."""
+        self._interrupt = False
+        total = times * (len(self.scheduler.timesteps) - start)
         with evaluating(self.unet), self.progress_bar(total=total) as bar:
-            for step in steps if batch_size else ():
-                if callback_on_step_end is not None:
+            for step in steps:
+                if callback is not None:
                     tensors = {"image": step.prev_sample, "pred_original_sample": step.pred_original_sample}
-                    asked = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                    changed = callback_on_step_end(self, step.index, step.timestep, asked) or {}
+                    changed = callback(self, step.index, step.timestep, {name: tensors[name] for name in inputs}) or {}
                     step.prev_sample = changed.get("image", step.prev_sample)
                 x_t = step.prev_sample
                 bar.update()
                 if self._interrupt:
                     break
-        images = self.as_output(x_t, output_type)
-        self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+        return x_t
 
     def as_output(self, x_0: Tensor, output_type: str) -> Any:
         """`[B, C, H, W]` in the [-1, 1] scale as `pil`, `np` or `pt`, see `__call__`.

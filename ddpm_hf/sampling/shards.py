@@ -1,4 +1,4 @@
-"""Rows that are made batch by batch, by several processes, and kept on disk so that an interrupted run goes on.
+"""Rows that are made batch by batch, by several processes, and kept on disk so that an interrupted run resumes.
 
 ```
 folder/
@@ -26,11 +26,7 @@ Rows = dict[str, Tensor]
 
 
 def write_tensors(path: Path, tensors: Rows) -> None:
-    """Write a safetensors file completely or not at all.
-
-    Raises:
-        OSError: It cannot be written.
-    """
+    """Write a safetensors file completely or not at all, with an `OSError` where it cannot be written."""
     plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     try:
         write_whole(path, lambda partial: save_file(plain, partial))
@@ -39,7 +35,7 @@ def write_tensors(path: Path, tensors: Rows) -> None:
 
 
 def read_tensors(path: Path) -> Rows | None:
-    """What `write_tensors` wrote; `None` where there is nothing, or nothing that can be read."""
+    """Read what `write_tensors` wrote; `None` where there is nothing, or nothing that can be read."""
     try:
         return load_file(path)
     except (OSError, SafetensorError):
@@ -53,10 +49,9 @@ def all_rows(
     batch_size: int,
     folder: Path | None = None,
     desc: str = "",
-    unit: str = "image",
     progress: bool = False,
 ) -> Rows:
-    """The rows 0..count-1, each made once by some process; every process gets all of them.
+    """Return the rows 0..count-1 on every process, each made once by one of them.
 
     Args:
         count: How many rows.
@@ -64,7 +59,7 @@ def all_rows(
         batch_size: Ids at a time, at most: fewer where every process would not get its share otherwise.
         folder: Where finished batches are kept and found again; its name has to hold all that the rows depend on.
             Without it they are in memory only.
-        desc, unit, progress: Text, unit and visibility of the progress bar.
+        desc, progress: Text and visibility of the progress bar.
 
     Raises:
         ValueError: A batch size below 1, or a folder that the processes do not share.
@@ -73,7 +68,7 @@ def all_rows(
     if batch_size < 1:
         raise UserError(f"batch_size must be at least 1, got {batch_size}")
     here = processes()
-    parts: list[Rows] = [] if folder is None else _kept(folder)
+    parts = [] if folder is None else kept_rows(folder)
     done = {i for part in parts for i in part["ids"].tolist()}
     missing = [i for i in range(count) if i not in done]
     gather(None)  # nobody writes before everybody has looked, so all agree on what is missing
@@ -82,7 +77,7 @@ def all_rows(
     mine = batches[here.process_index :: here.num_processes]
     made: list[Rows] = []
     quiet = not (progress and here.is_main_process and missing)
-    with together(), tqdm(total=sum(map(len, mine)), desc=desc, unit=unit, disable=quiet) as bar:
+    with together(), tqdm(total=sum(map(len, mine)), desc=desc, unit="image", disable=quiet) as bar:
         for ids in mine:
             rows = {"ids": torch.tensor(ids), **{name: value.cpu() for name, value in make(ids).items()}}
             _check_finite(rows, desc)
@@ -91,34 +86,34 @@ def all_rows(
                 write_tensors(folder / f"{ids[0]:08d}.safetensors", rows)
             bar.update(len(ids))
     if here.num_processes > 1:
-        made = [rows for part in gather(made) for rows in part] if folder is None else _kept(folder)
-        parts = parts if folder is None else []
+        made = [rows for part in gather(made) for rows in part] if folder is None else kept_rows(folder)
+        parts = []
     with together():
-        return _in_order([*parts, *made], count, folder)
+        return in_order([*parts, *made], range(count), folder)
 
 
 def _check_finite(rows: Rows, desc: str) -> None:
     for name, value in rows.items():
-        if value.is_floating_point() and not value.isfinite().all():
-            row = int(
-                (~value.isfinite()).flatten(1 if value.ndim > 1 else 0).view(len(value), -1).any(1).int().argmax()
-            )
-            raise NotFiniteError(
-                f"{desc}: {name} of image {int(rows['ids'][row])} is not finite, and no number is made of it"
-            )
+        if value.is_floating_point():
+            wrong = (~value.isfinite()).reshape(len(value), -1).any(1)
+            if wrong.any():
+                first = int(rows["ids"][wrong][0])
+                raise NotFiniteError(f"{desc}: {name} of image {first} is not finite, and no number is made of it")
 
 
-def _kept(folder: Path) -> list[Rows]:
-    """The batches on disk. Damaged ones are made again."""
+def kept_rows(folder: Path) -> list[Rows]:
+    """Return the batches on disk; damaged ones are left out, to be made again."""
     return [rows for path in sorted(folder.glob("*.safetensors")) if (rows := read_tensors(path)) and "ids" in rows]
 
 
-def _in_order(parts: Sequence[Rows], count: int, folder: Path | None) -> Rows:
-    ids = torch.cat([part["ids"] for part in parts]) if parts else torch.empty(0, dtype=torch.long)
-    place = torch.full((count,), -1)
-    wanted = ids < count
-    place[ids[wanted]] = torch.arange(len(ids))[wanted]
-    if (place < 0).any():
-        raise UserError(f"{int((place < 0).sum())} of {count} rows are missing; all processes have to share {folder}")
+def in_order(parts: Sequence[Rows], ids: Sequence[int], folder: Path | None = None) -> Rows:
+    """Return the rows of these ids, in their order, out of batches in any order; a `ValueError` if one is missing."""
+    row_of = {i: row for row, i in enumerate(i for part in parts for i in part["ids"].tolist())}
+    if missing := [i for i in ids if i not in row_of]:
+        raise UserError(
+            f"{len(missing)} of {len(ids)} rows are missing, the first of them that of {missing[0]}; all processes "
+            f"have to share {folder}"
+        )
+    rows = [row_of[i] for i in ids]
     names = [name for name in (parts[0] if parts else {}) if name != "ids"]
-    return {name: torch.cat([part[name] for part in parts])[place] for name in names}
+    return {name: torch.cat([part[name] for part in parts])[rows] for name in names}

@@ -1,77 +1,22 @@
 """What each update of a training run sees: images, labels, t, noise, flips; a function of (seed, update) alone.
 
 Everything is drawn for the whole batch of the update and then cut into micro-batches and processes, so a run does not
-depend on how it is cut, and a resumed run goes on as if it had never stopped.
+depend on how it is cut, and a resumed run continues as if it had never stopped.
 """
 
 from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..data.datasets import ImageDataset, Images, StreamedImages, crop_seeds, load_images
-from ..presets import Preset
+from ..data.datasets import ImageDataset, Images, StreamedImages, crop_seeds
+from ..utils.machine import to_device
 from ..utils.randomness import derived_generator
-from .configuration import TrainingConfig
-
-
-def image_size(recipe: Preset) -> tuple[int, int]:
-    """Height and width of the images that a recipe trains on."""
-    size = recipe.unet["sample_size"]
-    return (size, size) if isinstance(size, int) else tuple(size)
-
-
-def image_arguments(config: TrainingConfig, center: bool) -> dict[str, Any]:
-    """What `data.load_images` and `evaluation.load_splits` are to be told of a run's images, but for the split.
-
-    Args:
-        config: The run's.
-        center: Crop them in the middle, whatever the run does.
-    """
-    recipe, options = config.resolved_preset(), config.image_options()
-    if center and "crop" in options:
-        options["crop"] = "center"
-    return {
-        **config.images_given(),
-        "channels": recipe.unet.get("in_channels", 3),
-        "resolution": image_size(recipe),
-        "validation_split": config.validation_split,
-        **options,
-    }
-
-
-def load_split(config: TrainingConfig, split: str) -> Images:
-    """A run's images: `train`, or the `validation` images, which are never cropped at random.
-
-    Raises:
-        ValueError: As `data.load_images`.
-    """
-    return load_images(split=split, **image_arguments(config, center=split != "train"))
-
-
-@dataclass(frozen=True)
-class BatchPlan:
-    """How the images of an update are cut.
-
-    Attributes:
-        micro: Images per micro-batch and process.
-        accumulation: Micro-batches per update and process.
-        process_index, num_processes: Which of how many processes this is.
-    """
-
-    micro: int
-    accumulation: int
-    process_index: int = 0
-    num_processes: int = 1
-
-    @property
-    def total(self) -> int:
-        """Images per update."""
-        return self.micro * self.accumulation * self.num_processes
+from .configuration import TrainingError
+from .run import Run, image_size
 
 
 @dataclass
@@ -92,44 +37,26 @@ class MicroBatch:
     noise: Tensor
     labels: Tensor | None
 
-    def clone(self) -> MicroBatch:
-        """Copy all tensors."""
-        return MicroBatch(*(None if x is None else x.clone() for x in vars(self).values()))  # type: ignore[arg-type]
-
     def copy_(self, other: MicroBatch) -> None:
         """Write another one's values over these."""
-        for mine, its in zip(vars(self).values(), vars(other).values(), strict=True):
+        for mine, others in zip(vars(self).values(), vars(other).values(), strict=True):
             if mine is not None:
-                mine.copy_(its, non_blocking=True)
+                mine.copy_(others, non_blocking=True)
 
 
-@dataclass
 class Batches:
-    """What the updates of a run see.
+    """Reads the images of each update and draws the rest.
 
     Attributes:
         data: Where the images come from.
-        plan: How an update's images are cut.
-        image_shape: Channels, height, width.
-        num_train_timesteps: T.
-        seed: The run's seed.
-        device: Where the noise is drawn.
-        center_crop, random_flip, class_dropout, timestep_sampling: See `TrainingConfig` and `Preset`.
+        image_shape: C, H, W.
     """
 
-    data: Images
-    plan: BatchPlan
-    image_shape: tuple[int, int, int]
-    num_train_timesteps: int
-    seed: int
-    device: torch.device
-    center_crop: bool
-    random_flip: bool
-    class_dropout: float
-    timestep_sampling: str
-
-    def __post_init__(self) -> None:
-        self._order = (-1, torch.empty(0, dtype=torch.long))  # the current epoch's permutation
+    def __init__(self, run: Run):
+        self.run, self.plan, self.seed, self.device = run, run.plan, run.config.seed, run.device
+        self.data: Images = run.data.on(self.device) if isinstance(run.data, ImageDataset) else run.data
+        self.image_shape = (run.unet_config.get("in_channels", 3), *image_size(run.recipe))
+        self._order = (-1, torch.empty(0, dtype=torch.long))  # the current epoch and its permutation
         self._reader = ThreadPoolExecutor(1)  # decodes the next micro-batch while the network runs on this one
         self._next: tuple[tuple[int, int], Future] | None = None
 
@@ -137,40 +64,75 @@ class Batches:
         """End the reading ahead."""
         self._reader.shutdown(cancel_futures=True)
 
-    def image_indices(self, step: int) -> Tensor:
-        """`[total_batch]`: which images update `step` sees; every epoch is a new permutation, without gaps between."""
-        assert not isinstance(self.data, StreamedImages)
-        n = len(self.data)
-        position = torch.arange(step * self.plan.total, (step + 1) * self.plan.total)
-        epochs, within = position // n, position % n
-        return torch.cat(
-            [self._epoch_order(int(epoch))[within[epochs == epoch]] for epoch in epochs.unique_consecutive()]
+    def micro_batch(self, step: int, micro: int, draws: dict[str, Tensor]) -> MicroBatch:
+        """Return this process's share of one forward and backward pass of update `step`, on the device.
+
+        Args:
+            step: The update, from 0.
+            micro: Which of its micro-batches.
+            draws: What `draws(step)` gave.
+
+        Raises:
+            TrainingError: A class-conditional network, and an image of a stream without a class.
+        """
+        images, labels = self.read_ahead(step, micro)
+        rows = self.plan.rows(micro)
+        if not self.run.config.class_conditional:
+            labels = None
+        elif labels is None:  # a stream's images are not known before they are read
+            raise TrainingError(
+                f"--class_conditional needs a class for every image, and some of {self.data.name!r} have none; name "
+                "their column with --label_column"
+            )
+        else:
+            labels = to_device(labels, self.device)
+            drop = to_device(draws["drop_class"][rows], self.device)
+            labels = torch.where(drop, self.run.unet_config.get("_null_class", 0), labels)
+        flip, t = (to_device(draws[name][rows], self.device) for name in ("flip", "t"))
+        return MicroBatch(to_device(images, self.device), flip, t, draws["noise"][rows], labels)
+
+    def empty_micro_batch(self) -> MicroBatch:
+        """Return a micro-batch of zeros: the same shapes and types in every update."""
+        b, device = self.plan.micro, self.device
+        return MicroBatch(
+            images=torch.zeros(b, *self.image_shape, dtype=torch.uint8, device=device),
+            flip=torch.zeros(b, dtype=torch.bool, device=device),
+            t=torch.zeros(b, dtype=torch.long, device=device),
+            noise=torch.zeros(b, *self.image_shape, device=device),
+            labels=torch.zeros(b, dtype=torch.long, device=device) if self.run.config.class_conditional else None,
         )
 
-    def _epoch_order(self, epoch: int) -> Tensor:
-        assert not isinstance(self.data, StreamedImages)
-        if self._order[0] != epoch:
-            stream = derived_generator(self.seed, "order", epoch)
-            self._order = epoch, torch.randperm(len(self.data), generator=stream)
-        return self._order[1]
-
-    def rows(self, micro: int) -> slice:
-        """Which images of an update this process takes in micro-batch `micro`."""
-        start = (micro * self.plan.num_processes + self.plan.process_index) * self.plan.micro
-        return slice(start, start + self.plan.micro)
+    def draws(self, step: int) -> dict[str, Tensor]:
+        """Draw t, noise, flips and class dropout of the whole update, the same for every cut of it."""
+        recipe, config, seed, n = self.run.recipe, self.run.config, self.seed, self.plan.total
+        T = recipe.scheduler.get("num_train_timesteps", 1000)
+        stream = derived_generator(seed, "t", step)
+        if recipe.timestep_sampling == "stratified":  # one t in each of n equal parts of [0, T)
+            u = (torch.randperm(n, generator=stream) + torch.rand(n, generator=stream, dtype=torch.float64)) / n
+            t = (u * T).long().clamp_max(T - 1)
+        else:
+            t = torch.randint(T, (n,), generator=stream)
+        noise_stream = derived_generator(seed, "noise", step, device=self.device)
+        return {
+            "t": t,
+            "noise": torch.randn(n, *self.image_shape, generator=noise_stream, device=self.device),
+            "flip": torch.rand(n, generator=derived_generator(seed, "flip", step)) < 0.5 * recipe.random_flip,
+            "drop_class": torch.rand(n, generator=derived_generator(seed, "class dropout", step))
+            < config.class_dropout,
+        }
 
     def read(self, step: int, micro: int) -> tuple[Tensor, Tensor | None]:
-        """The uint8 images and labels of one micro-batch."""
-        rows, seed = self.rows(micro), self.seed
+        """Return the uint8 images and the labels of one micro-batch."""
+        rows, total = self.plan.rows(micro), self.plan.total
         if isinstance(self.data, StreamedImages):
-            return self.data.batch_at(step, range(rows.start, rows.stop), self.plan.total, seed)
+            return self.data.batch_at(step, range(rows.start, rows.stop), total, self.seed)
         seeds = None
-        if not self.center_crop:
-            seeds = crop_seeds(seed, torch.arange(rows.start, rows.stop) + step * self.plan.total)
+        if not self.run.config.center_crop:
+            seeds = crop_seeds(self.seed, torch.arange(rows.start, rows.stop) + step * total)
         return self.data.batch(self.image_indices(step)[rows], seeds)
 
     def read_ahead(self, step: int, micro: int) -> tuple[Tensor, Tensor | None]:
-        """`read`, with the micro-batch after it being decoded meanwhile where images are not in memory."""
+        """Return what `read` does, and start decoding the next micro-batch where images are not in memory."""
         if isinstance(self.data, ImageDataset):
             return self.read(step, micro)
         if self._next is not None and self._next[0] == (step, micro):
@@ -181,21 +143,16 @@ class Batches:
         self._next = following, self._reader.submit(self.read, *following)
         return result
 
-    def draws(self, step: int) -> dict[str, Tensor]:
-        """t, noise, flips and class dropout of the whole update, the same for every cut of it."""
-        seed, n = self.seed, self.plan.total
-        T = self.num_train_timesteps
-        stream = derived_generator(seed, "t", step)
-        if self.timestep_sampling == "stratified":
-            u = (torch.randperm(n, generator=stream) + torch.rand(n, generator=stream, dtype=torch.float64)) / n
-            t = (u * T).long().clamp_max(T - 1)
-        else:
-            t = torch.randint(T, (n,), generator=stream)
-        shape = (n, *self.image_shape)
-        noise_stream = derived_generator(seed, "noise", step, device=self.device)
-        return {
-            "t": t,
-            "noise": torch.randn(shape, generator=noise_stream, device=self.device),
-            "flip": torch.rand(n, generator=derived_generator(seed, "flip", step)) < 0.5 * self.random_flip,
-            "drop_class": torch.rand(n, generator=derived_generator(seed, "class dropout", step)) < self.class_dropout,
-        }
+    def image_indices(self, step: int) -> Tensor:
+        """Return `[total]`: which images update `step` sees. Every epoch is a new permutation of all images."""
+        assert not isinstance(self.data, StreamedImages)
+        n = len(self.data)
+        position = torch.arange(step * self.plan.total, (step + 1) * self.plan.total)
+        epochs, within = position // n, position % n
+        parts = []
+        for epoch in epochs.unique_consecutive().tolist():
+            if self._order[0] != epoch:
+                stream = derived_generator(self.seed, "order", epoch)
+                self._order = epoch, torch.randperm(n, generator=stream)
+            parts.append(self._order[1][within[epochs == epoch]])
+        return torch.cat(parts)

@@ -4,7 +4,7 @@
 output_dir/
   checkpoint-500/              written as .checkpoint-500.partial, fsynced, then renamed
     model.safetensors          the weights in training
-    ema.safetensors            their moving average
+    ema.safetensors            the EMA weights
     optimizer.safetensors      Adam's moments and step counts
     state.json                 the update, and small state
     manifest.json              SHA-256 and size of every file above
@@ -44,14 +44,14 @@ STATE_FILE, MANIFEST_FILE = "state.json", "manifest.json"
 
 
 class CheckpointError(UserError):
-    """A checkpoint is missing, damaged or of another run; the message says which file and what to do."""
+    """A checkpoint is missing or damaged; the message names the file."""
 
 
 def training_state(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Tensor], Any]:
-    """Whole weights, whole optimizer tensors and the optimizer's plain values, by the network's own names.
+    """Return whole weights, whole optimizer tensors and the optimizer's plain values, by the network's own names.
 
-    Wrappers (DDP, `torch.compile`) leave no trace in the names, and tensors that FSDP2 shards are gathered: all
-    processes have to call this, and the first one gets the result.
+    Wrappers (DDP, `torch.compile`) leave no trace in the names, and shards of FSDP 2 are gathered: all processes have
+    to call this, and the first one gets the result.
 
     Returns:
         The weights; tensors called `<parameter>.<entry>`; JSON values.
@@ -66,10 +66,10 @@ def training_state(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Te
 def restore_training_state(
     model: nn.Module, optimizer: Optimizer, weights: dict[str, Tensor], tensors: dict[str, Tensor], values: Any
 ) -> None:
-    """The inverse of `training_state`; every process passes the same whole tensors and keeps its share.
+    """Restore what `training_state` returned; every process passes the same whole tensors and keeps its share.
 
-    Files hold contiguous tensors. Adam's moments take their parameters' layout in memory, as the fused kernel needs:
-    it walks the memory of weights, gradients and moments side by side, whatever their strides are.
+    Files hold contiguous tensors. Adam's moments get their parameters' layout in memory, as the fused kernel needs: it
+    reads the memory of weights, gradients and moments side by side, whatever their strides are.
     """
     options = StateDictOptions(full_state_dict=True)
     set_model_state_dict(model, dict(weights), options=options)
@@ -86,55 +86,62 @@ def restore_training_state(
 
 
 def gather_shards(tensor: Tensor) -> Tensor:
-    """A tensor gathered from its shards, if it has any; all processes have to call this."""
+    """Return a tensor gathered from its shards, if it has any; all processes have to call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """This process's share of a whole tensor: sharded, placed and laid out in memory as `like`."""
+    """Return this process's share of a whole tensor: sharded, placed and laid out in memory as `like`."""
     if isinstance(like, DTensor):
         tensor = distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
     return torch.empty_like(like).copy_(tensor)
 
 
-def _sha256(path: Path) -> str:
+def _manifest_entry(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "size": path.stat().st_size}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(content, dict):
+            return content
+    except (OSError, ValueError):
+        pass
+    raise CheckpointError(f"the checkpoint {str(path.parent)!r} is damaged: {path.name} is not readable")
 
 
 def save_checkpoint(
     output_dir: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any], keep: int | None = None
 ) -> Path:
-    """Write `output_dir/checkpoint-<step>`, then remove all but the `keep` newest ones.
+    """Write `output_dir/checkpoint-<step>`, then remove all but the `keep` newest ones (`None`: keep all).
 
     Args:
         output_dir: The run's directory.
         step: Optimizer updates done.
         tensors: File name (without ending) to tensors by name.
         state: JSON values.
-        keep: How many checkpoints to keep, `None` for all.
 
     Raises:
         OSError: It could not be written; older checkpoints are untouched.
     """
-    target = output_dir / f"checkpoint-{step}"
 
     def fill(folder: Path) -> None:
         for name, content in tensors.items():
             plain = {key: value.detach().contiguous().cpu() for key, value in content.items()}
             save_file(plain, folder / f"{name}.safetensors")
         (folder / STATE_FILE).write_text(json.dumps({"step": step, **state}, indent=1), encoding="utf-8")
-        manifest = {file.name: {"sha256": _sha256(file), "size": file.stat().st_size} for file in folder.iterdir()}
+        manifest = {file.name: _manifest_entry(file) for file in folder.iterdir()}
         (folder / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
+    target = output_dir / f"checkpoint-{step}"
     try:
         write_directory(target, fill)
     except OSError as error:
         kept = list_checkpoints(output_dir)
-        reason = error.strerror or str(error)
-        raise OSError(
-            f"cannot write {target}: {reason}; the last complete checkpoint is {kept[-1] if kept else 'none'}"
-        ) from error
+        last = f"the last complete checkpoint is {kept[-1] if kept else 'none'}"
+        raise OSError(f"cannot write {target}: {error.strerror or error}; {last}") from error
     if keep is not None:
         older = [path for path in list_checkpoints(output_dir) if path != target]
         for old in older[: max(0, len(older) - keep + 1)]:
@@ -143,61 +150,48 @@ def save_checkpoint(
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first."""
+    """Return the checkpoints of a run, oldest first."""
     if not output_dir.is_dir():
         return []
     return sorted((path for path in output_dir.iterdir() if _NAME.fullmatch(path.name)), key=checkpoint_step)
 
 
 def checkpoint_step(path: Path) -> int:
-    """The update that a checkpoint of a run is called after."""
+    """Return the update after which a checkpoint was written, by its name."""
     return int(path.name.split("-")[1])
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """What `save_checkpoint` wrote, every file checked against its SHA-256.
+    """Return the tensors and the state that `save_checkpoint` wrote, every file checked against its SHA-256.
 
     Raises:
         CheckpointError: No such checkpoint, or a damaged one.
     """
     if not (path / MANIFEST_FILE).is_file():
         raise CheckpointError(f"{str(path)!r} is not a complete checkpoint: it has no {MANIFEST_FILE}")
-    damaged = f"the checkpoint {str(path)!r} is damaged"
-    try:
-        manifest = json.loads((path / MANIFEST_FILE).read_text(encoding="utf-8"))
-        for name, recorded in manifest.items():
-            file = path / name
-            if not file.is_file():
-                raise CheckpointError(f"{damaged}: {name} is missing")
-            if file.stat().st_size != recorded["size"] or _sha256(file) != recorded["sha256"]:
-                raise CheckpointError(f"{damaged}: {name} does not match its checksum")
-    except CheckpointError:
-        raise
-    except (ValueError, KeyError, AttributeError, TypeError):
-        raise CheckpointError(f"{damaged}: {MANIFEST_FILE} is not readable") from None
-    try:
-        state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
-    except (ValueError, FileNotFoundError):  # it is not in the manifest, or was not JSON when that was written
-        raise CheckpointError(f"{damaged}: {STATE_FILE} is not readable") from None
+    manifest = _read_json(path / MANIFEST_FILE)
+    for name, recorded in manifest.items():
+        if not (path / name).is_file():
+            raise CheckpointError(f"the checkpoint {str(path)!r} is damaged: {name} is missing")
+        if _manifest_entry(path / name) != recorded:
+            raise CheckpointError(f"the checkpoint {str(path)!r} is damaged: {name} does not match its checksum")
+    state = _read_json(path / STATE_FILE)
     tensors = {Path(name).stem: load_file(path / name) for name in manifest if name.endswith(".safetensors")}
     return tensors, state
 
 
 def fingerprint(path: Path) -> str:
-    """SHA-256 of a checkpoint's manifest, which holds those of all its files."""
-    return _sha256(path / MANIFEST_FILE)
+    """Return the SHA-256 of a checkpoint's manifest, which holds those of all its files."""
+    return _manifest_entry(path / MANIFEST_FILE)["sha256"]
 
 
 def find_checkpoint(output_dir: Path, which: str) -> tuple[Path, dict[str, dict[str, Tensor]], dict[str, Any]] | None:
-    """The checkpoint to resume from, and what it holds.
+    """Return the checkpoint to resume from and what it holds; `None` where `latest` finds no checkpoint at all.
 
     Args:
         output_dir: The run's directory.
         which: `latest`, a path, or the name of a checkpoint in `output_dir`. With `latest`, damaged checkpoints are
             reported and the newest good one is taken.
-
-    Returns:
-        `None` where `latest` finds no checkpoint at all.
 
     Raises:
         CheckpointError: A named checkpoint is missing or damaged, or all are damaged.

@@ -33,8 +33,8 @@ from ..utils.errors import UserError
 from ..utils.files import write_directory, write_text
 from ..utils.processes import from_first, processes, say, together
 from ..utils.text import finite, nearest, number, plain
-from .batches import load_split
 from .configuration import TrainingConfig, due
+from .run import load_split
 
 BEST, HISTORY = "best", "evaluations.json"
 IN_LOOP_METRICS = ("nll", "fid", "is", "kid", "prc")

@@ -44,8 +44,8 @@ from ..utils.processes import (
     together,
 )
 from ..utils.text import finite, number, plain, public_name, table
-from .batches import image_arguments
 from .configuration import ReproductionConfig, TrainingConfig
+from .run import image_arguments
 from .trainer import Trainer
 
 # Table 4, CIFAR-10 test set: reverse process steps (T - t + 1), to rate in bits/dim and distortion as RMSE of 0..255.

@@ -1,7 +1,7 @@
-"""One update of Algorithm 1: loss, gradients, clipping, Adam, moving average; on NVIDIA GPUs as captured CUDA graphs.
+"""One update of Algorithm 1: loss, gradients, clipping, Adam, EMA; on NVIDIA GPUs as captured CUDA graphs.
 
 Launching the 2,700 kernels of an update one by one takes the host longer than they take the GPU. Captured once, they
-are launched together: `CapturedUpdate` is the same update over tensors that stay where they are.
+are launched together: `CapturedUpdate` is the same update over tensors that keep their place.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,135 +18,141 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from ..data.tensors import flip_images, to_model_range
+from ..diffusion.objectives import OBJECTIVES
 from ..diffusion.scheduling_ddpm import DDPMScheduler
+from ..utils.cuda_graphs import record, warm_up
+from ..utils.machine import DelayedScalar
 from ..utils.processes import say
 from ..utils.randomness import derive_seed
-from .batches import BatchPlan, MicroBatch
+from .batches import Batches, MicroBatch
 from .checkpointing import gather_shards
-
-# Before the capture: compiling, choosing convolutions and creating Adam's moments may not happen inside it.
-_WARM_UP = 3
+from .run import Run
 
 
 @dataclass
 class Update:
-    """One optimizer update, from micro-batches on the device to new weights.
+    """One optimizer update, from the images of a batch to new weights."""
 
-    Attributes:
-        accelerator: The run's.
-        model: The network as it was prepared (compiled, autocast, several processes).
-        unet: The network itself.
-        scheduler, objective: What the loss is made of.
-        adam, optimizer: Adam, and as it was prepared.
-        ema: The moving average of the weights.
-        plan: How an update's images are cut.
-        max_grad_norm: Gradients of a larger norm are scaled down.
-        seed: The run's.
-    """
-
-    accelerator: Accelerator
-    model: nn.Module
-    unet: nn.Module
-    scheduler: DDPMScheduler
-    objective: Callable[..., Tensor]
+    run: Run
+    batches: Batches  # where x_0, t and epsilon come from
+    model: nn.Module  # the network as accelerate prepared it: compiled, autocast, in several processes
+    unet: nn.Module  # the network itself
     adam: torch.optim.Optimizer
-    optimizer: Any
+    optimizer: Any  # Adam as accelerate prepared it
     ema: EMAModel
-    plan: BatchPlan
-    max_grad_norm: float
-    seed: int
     _drop_gradients: bool = field(default=True, init=False)
 
     def __post_init__(self) -> None:
-        self.loss, self.norm, self.skipped_in_a_row = torch.zeros(3, device=self.accelerator.device).unbind()
+        self.accelerator: Accelerator = self.run.accelerator
+        self.scheduler = DDPMScheduler(**self.run.recipe.scheduler)
+        self.objective: Callable[..., Tensor] = OBJECTIVES[self.run.recipe.loss]
+        self.loss, self.norm, self.skipped_in_a_row = torch.zeros(3, device=self.run.device).unbind()
+        self.skipped_on_host = DelayedScalar(self.skipped_in_a_row)
 
-    def __call__(self, step: int, micro_batch: Callable[[int], MicroBatch]) -> tuple[Tensor, Tensor]:
-        """Make update `step`.
+    def __call__(self, step: int) -> tuple[Tensor, Tensor]:
+        """Make update `step` (from 0): Algorithm 1 of Ho et al. (2020), cut into micro-batches.
 
-        Args:
-            step: Updates done so far.
-            micro_batch: The update's micro-batches by number, on the device.
+        ```
+        2: x_0 ~ q(x_0)
+        3: t ~ Uniform({1, ..., T})        (here 0 to T - 1)
+        4: epsilon ~ N(0, I)
+        5: gradient step on || epsilon - epsilon_theta(sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) epsilon, t) ||^2
+        ```
 
         Returns:
             Loss and norm of the gradients, 0-d on the device.
         """
+        plan = self.run.plan
         self.loss.zero_()
-        for micro in range(self.plan.accumulation):
-            batch = micro_batch(micro)
-            torch.manual_seed(derive_seed(self.seed, "dropout", step, micro, self.plan.process_index))
-            last = micro == self.plan.accumulation - 1
+        draws = self.batches.draws(step)  # lines 3 and 4, for the whole batch
+        for micro in range(plan.accumulation):
+            batch = self.batches.micro_batch(step, micro, draws)  # line 2: x_0, beside its t and epsilon
+            self._seed_dropout(step, micro)
+            last = micro == plan.accumulation - 1  # processes exchange their gradients once
             with nullcontext() if last else self.accelerator.no_sync(self.model):
                 self.accumulate(batch)
         self.apply()
         return self.loss.clone(), self.norm.clone()
 
     def accumulate(self, batch: MicroBatch) -> None:
-        """Add a micro-batch's share of the loss and of its gradients (Algorithm 1, lines 2 to 5)."""
-        x_0 = to_model_range(flip_images(batch.images, batch.flip))  # [b, C, H, W]
+        """Add a micro-batch's share to the loss and, by line 5, to the gradients."""
+        x_0 = to_model_range(flip_images(batch.images, batch.flip))  # [b, C, H, W] in [-1, 1]
         labels = {} if batch.labels is None else {"class_labels": batch.labels}
-        losses = self.objective(self.model, self.scheduler, x_0, batch.t, batch.noise, **labels)  # [b]
+        # [b]; Eq. 14, where the loss is `simple`
+        losses = self.objective(self.model, self.scheduler, x_0, batch.t, batch.noise, **labels)
         # Gradients are averaged over processes, so this adds up to the mean over the update's images.
-        loss = losses.sum() / self.plan.total
+        loss = losses.sum() / self.run.plan.total
         self.accelerator.backward(loss * self.accelerator.num_processes)
         self.loss += loss.detach()
 
     def apply(self) -> None:
-        """Clip, step, average. Where gradients are not finite Adam is skipped, without asking the device."""
-        self.norm.copy_(gather_shards(self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)))
-        # accelerate's step_was_skipped says no: a fused Adam is always called, and skips by itself.
+        """Clip the gradients, step Adam, move the EMA; without a step where gradients are not finite.
+
+        That is decided on the device: the fused Adam leaves weights and moments alone where `found_inf` is 1.
+        """
+        max_norm = self.run.recipe.max_grad_norm
+        self.norm.copy_(gather_shards(self.accelerator.clip_grad_norm_(self.model.parameters(), max_norm)))
         bad = (~self.norm.isfinite()).float()
-        if self.accelerator.scaler is None:
-            vars(self.adam)["found_inf"] = bad  # what the fused kernel looks at; a GradScaler sets it by itself
+        if self.accelerator.scaler is None:  # a GradScaler sets it by itself
+            vars(self.adam)["found_inf"] = bad
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=self._drop_gradients)
         self.average()
+        # accelerate's step_was_skipped would say no: it calls a fused Adam in any case.
         self.skipped_in_a_row.add_(1).mul_(bad)
 
     def average(self) -> None:
-        """Move the average towards the weights."""
+        """Move the EMA weights towards the weights."""
         self.ema.step(self.unet.parameters())
+
+    def _seed_dropout(self, step: int, micro: int) -> None:
+        torch.manual_seed(derive_seed(self.run.config.seed, "dropout", step, micro, self.run.plan.process_index))
 
 
 class CapturedUpdate(Update):
     """The same update, captured once as CUDA graphs and replayed: one graph, or two where gradients are accumulated.
 
     What changes from update to update lies in tensors that keep their place: the micro-batch, the learning rate, the
-    weight of the average. Dropout draws from the default generator, whose seed a replay reads when it starts. For one
-    process without loss scaling. Where the capture fails, one line says so and updates are made without.
+    weight of the EMA. Dropout draws from the default generator, whose seed a replay reads when it starts. For one
+    process without loss scaling. If the capture fails, one line says so and updates are made without.
+
+    A graph knows addresses, not names. So it is captured anew where weights, EMA weights, moments or gradients have
+    been replaced from Python (`ema.load_state_dict`, `adam.load_state_dict`, another parameter), or Adam's constants.
 
     On CPUs a replay calls the same function again, which shows that all that changes is in those tensors.
     """
 
     @classmethod
     def of(cls, update: Update) -> CapturedUpdate:
-        """The same run's update, captured."""
+        """Return the same run's update, captured."""
         return cls(**{part.name: getattr(update, part.name) for part in fields(Update) if part.init})
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._batch: MicroBatch | None = None
-        self._graphs: list[Any] = []  # none where the capture failed
-        self._learning_rate, self._ema_weight = torch.zeros(2, device=self.accelerator.device).unbind()
-        self._drop_gradients = self.plan.accumulation == 1  # else they are shared by two graphs, and keep their place
+        self._inputs = self.batches.empty_micro_batch()
+        self._graphs: list[Any] = []  # none before the capture, and where it failed
+        self._captured: tuple[Any, ...] | None = None  # what the graphs are bound to
+        self._learning_rate, self._ema_weight = torch.zeros(2, device=self.run.device).unbind()
+        self._drop_gradients = self.run.plan.accumulation == 1  # else two graphs share them, and they keep their place
 
-    def __call__(self, step: int, micro_batch: Callable[[int], MicroBatch]) -> tuple[Tensor, Tensor]:
+    def __call__(self, step: int) -> tuple[Tensor, Tensor]:
         """Make update `step`, see `Update`. The first call captures.
 
         Raises:
             OutOfMemoryError: The device has too little memory for a micro-batch.
         """
         self._set_numbers()
-        if self._batch is None:
-            first = micro_batch(0)
-            self._batch = first.clone()
+        # 1,640 addresses of the CIFAR-10 network take the host 0.4 ms, while the device is busy with earlier updates.
+        if self._captured is None or (self._graphs and self._captured != self._bindings()):
             self._capture()
-            micro_batch = partial(_after, first, micro_batch)  # a stream is read once
+            self._captured = self._bindings()
         if not self._graphs:
-            return super().__call__(step, micro_batch)
+            return super().__call__(step)
         self.loss.zero_()
-        for micro in range(self.plan.accumulation):
-            self._batch.copy_(micro_batch(micro))
-            torch.manual_seed(derive_seed(self.seed, "dropout", step, micro, self.plan.process_index))
+        draws = self.batches.draws(step)
+        for micro in range(self.run.plan.accumulation):
+            self._inputs.copy_(self.batches.micro_batch(step, micro, draws))
+            self._seed_dropout(step, micro)
             self._graphs[0].replay()
         for graph in self._graphs[1:]:
             graph.replay()
@@ -169,90 +174,59 @@ class CapturedUpdate(Update):
 
     # ------------------------------------------------------------------ the capture
 
+    def _state(self) -> list[Tensor]:
+        """Return everything that an update changes and that lasts; Adam's part is there after its first step."""
+        moments = [value for state in self.adam.state.values() for value in state.values()]
+        return [*self.unet.parameters(), *self.ema.shadow_params, *moments]
+
+    def _bindings(self) -> tuple[Any, ...]:
+        """Return what graphs are bound to: addresses of the state and of lasting gradients, constants of Adam."""
+        gradients = [p.grad for p in self.unet.parameters() if p.grad is not None]
+        (group,) = self.adam.param_groups
+        constants = [group[name] for name in ("betas", "eps", "weight_decay")]
+        return (*(tensor.data_ptr() for tensor in (*self._state(), *gradients)), *constants)
+
     def _capture(self) -> None:
         """Record the update's kernels; weights, moments and EMA weights stay as they are.
 
         What fails in the updates before the capture would fail without one, and is raised.
         """
         (group,) = self.adam.param_groups
-        plain = {name: group[name] for name in ("lr", "capturable")}
+        before = {name: group[name] for name in ("lr", "capturable")}
         kept = [tensor.detach().to("cpu", copy=True) for tensor in self._state()]
-        cuda = self.accelerator.device.type == "cuda"
+        skipped = self.skipped_in_a_row.clone()
+        cuda = self.run.device.type == "cuda"
+        self._graphs = []
         try:
             if cuda:
                 group |= {"lr": self._learning_rate, "capturable": True}
-            self._warm_up()
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", ".*capturable=True", UserWarning)  # of Adam's steps before a capture
+                warm_up(self._whole, cuda)  # compiling, choosing convolutions, creating Adam's moments
             self._record_all(cuda)
         finally:
-            group |= plain
+            group |= before
             with torch.no_grad():
                 for index, tensor in enumerate(self._state()):  # Adam's moments may not have been there before
                     tensor.copy_(kept[index]) if index < len(kept) else tensor.zero_()
-            self.skipped_in_a_row.zero_()
+            self.skipped_in_a_row.copy_(skipped)
 
     def _record_all(self, cuda: bool) -> None:
         """Record the graphs; none, and a line about it, where CUDA does not let something into them."""
-        stream = torch.cuda.current_stream() if cuda else None
+        parts = [self._whole] if self._drop_gradients else [self._accumulate_inputs, self.apply]
         try:
-            if self._drop_gradients:
-                self._graphs = [_record(self._whole, cuda)]
-            else:
-                self._graphs = [_record(self._accumulate_static, cuda), _record(self.apply, cuda)]
+            self._graphs = [record(part, cuda) for part in parts]
         except RuntimeError as error:  # whatever CUDA, a driver or the compiler refuses; too little memory for a copy
             self._graphs, self._drop_gradients = [], True
             self.optimizer.zero_grad(set_to_none=True)
-            if stream is not None:  # a capture that failed may have left its own stream behind
-                torch.cuda.set_stream(stream)
-                torch.cuda.empty_cache()
             reason = " ".join(str(error).split("\n")[0].split()) or type(error).__name__
             say(
                 f"the update could not be captured as a CUDA graph ({reason}); training continues without, more slowly"
             )
 
-    def _warm_up(self) -> None:
-        """Let everything happen that may not happen while capturing: compiling, choices, Adam's first step."""
-        side = torch.cuda.Stream() if self.accelerator.device.type == "cuda" else None
-        if side is not None:
-            side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*capturable=True", UserWarning)  # Adam's, of steps outside a capture
-            for _ in range(_WARM_UP):
-                self._whole()
-        if side is not None:
-            torch.cuda.current_stream().wait_stream(side)
-
     def _whole(self) -> None:
-        self._accumulate_static()
+        self._accumulate_inputs()
         self.apply()
 
-    def _accumulate_static(self) -> None:
-        assert self._batch is not None
-        self.accumulate(self._batch)
-
-    def _state(self) -> list[Tensor]:
-        """Everything that an update changes and that lasts; Adam's part is there after its first step."""
-        moments = [value for state in self.adam.state.values() for value in state.values()]
-        return [*self.unet.parameters(), *self.ema.shadow_params, *moments]
-
-
-def _after(first: MicroBatch, micro_batch: Callable[[int], MicroBatch], micro: int) -> MicroBatch:
-    """An update's micro-batches of which the first was read already."""
-    return first if micro == 0 else micro_batch(micro)
-
-
-class _Rehearsed:
-    """What stands for a captured graph on CPUs."""
-
-    def __init__(self, run: Callable[[], Any]):
-        self.replay = run
-
-
-def _record(run: Callable[[], Any], cuda: bool) -> Any:
-    """A graph of the kernels that `run` launches."""
-    if not cuda:
-        return _Rehearsed(run)
-    graph = torch.cuda.CUDAGraph()
-    # Other threads (reading ahead, pushing) may allocate meanwhile.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        run()
-    return graph
+    def _accumulate_inputs(self) -> None:
+        self.accumulate(self._inputs)

@@ -26,15 +26,32 @@ def record(run: Callable[[], Any], cuda: bool) -> Any:
     """Return a graph of the kernels that `run` launches, or its `Rehearsal` on a CPU; call it before, to warm up.
 
     Raises:
-        RuntimeError: CUDA does not let something of it into a graph.
+        RuntimeError: CUDA does not let something of it into a graph; the device can be used as before.
     """
     if not cuda:
         return Rehearsal(run)
-    graph = torch.cuda.CUDAGraph()
-    # Other threads (reading ahead, uploading) may allocate meanwhile.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        run()
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    try:
+        # Other threads (reading ahead, uploading) may allocate meanwhile.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            run()
+    except RuntimeError:
+        torch.cuda.set_stream(stream)  # the capture's own may have been left behind
+        torch.cuda.empty_cache()
+        _renew_default_generator()
+        raise
     return graph
+
+
+def _renew_default_generator() -> None:
+    """Give the default generator a new state object of the same seed and offset.
+
+    Before PyTorch 2.14 a capture that failed left the old one refusing to draw outside of a capture.
+    """
+    generator = torch.cuda.default_generators[torch.cuda.current_device()]
+    fresh = torch.Generator(generator.device)
+    fresh.set_state(generator.get_state())
+    generator.graphsafe_set_state(fresh.graphsafe_get_state())
 
 
 def warm_up(run: Callable[[], Any], cuda: bool) -> None:

@@ -1,4 +1,4 @@
-"""The error class of everything that this package says to its users."""
+"""The error classes of users' mistakes."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from ..utils.errors import UserError
+from .errors import UserError
 
 # A file while it is written (`write_whole`); after a day its writer was killed.
 _PARTIAL, _ONE_DAY = re.compile(r"\..+\.[0-9a-f]{32}\.partial"), 86_400.0
@@ -47,11 +47,10 @@ def write_directory(target: Path, fill: Callable[[Path], Any]) -> None:
             raise
         flush(target.parent)
         shutil.rmtree(old, ignore_errors=True)
-    except SafetensorError as error:  # safetensors has its own error for a full disk
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise OSError(f"cannot write {target}: {error}") from error
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, SafetensorError):  # its own error for a full disk
+            raise OSError(f"cannot write {target}: {error}") from error
         raise
 
 
@@ -64,9 +63,9 @@ def remove_directory(path: Path) -> None:
 
 
 def remove_leftovers(output_dir: Path) -> None:
-    """Remove what killed writes and removals have left; what was there before a write that broke off comes back.
+    """Remove what killed writes and removals have left, and bring back what an interrupted exchange took away.
 
-    Not what a push has taken of a folder (`hub_files.make_snapshot`): it may be going on.
+    What a push has taken of a folder (`hub.files.make_snapshot`) stays: the push may still run.
     """
     for old in output_dir.glob(".*.old"):  # the one before, where a kill came between two renames
         target = old.with_name(old.name.removeprefix(".").removesuffix(".old"))
@@ -81,15 +80,15 @@ def remove_leftovers(output_dir: Path) -> None:
 
 
 def default_cache_dir() -> Path:
-    """Where is kept what is costly to find out again: `$DDPM_HF_CACHE`, or `~/.cache/ddpm_hf`."""
+    """Return where results that take long are kept: `$DDPM_HF_CACHE`, or `~/.cache/ddpm_hf`."""
     return Path(os.environ.get("DDPM_HF_CACHE") or Path.home() / ".cache" / "ddpm_hf")
 
 
 def writable_folder(folder: Path, flag: str) -> None:
-    """Make the folder and see that files can be written into it: before hours of work, not after them.
+    """Make the folder and check that files can be written into it: before hours of work, not after them.
 
     Raises:
-        ValueError: They cannot; names the flag that says where else.
+        UserError: They cannot; names the flag that sets the folder.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -108,8 +107,8 @@ def write_whole(path: Path, write: Callable[[Path], Any], durable: bool = True) 
     Args:
         path: The file; its folder is made.
         write: Writes a file of the name that it is given, which ends in `.partial`.
-        durable: `False` leaves the flushing to the system: for many small files that can be made again, as it takes
-            milliseconds.
+        durable: `False` leaves the flushing, which takes milliseconds, to the system: for many small files that can
+            be made again.
 
     Raises:
         OSError: It cannot be written; what was at `path` before is still there.
@@ -134,28 +133,26 @@ def write_text(path: Path, text: str) -> None:
 
 
 def flush(path: Path) -> None:
-    """Put a file's content, or the names in a folder, onto the disk, so that a crash of the machine cannot take it.
+    """Flush a file's content, or the names in a folder, to the disk, so that a crash of the machine cannot take it.
 
     Windows, and some network file systems, flush no folders.
     """
     folder = path.is_dir()
     if folder and os.name == "nt":
         return
-    mode = os.O_RDWR if os.name == "nt" else os.O_RDONLY  # Windows flushes what may be written
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)  # Windows flushes what may be written
     try:
-        descriptor = os.open(path, mode)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        os.fsync(descriptor)
     except OSError as error:
-        if not folder or error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES):
+        if not folder or error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
             raise
+    finally:
+        os.close(descriptor)
 
 
 @functools.cache
 def _remove_partial_files(folder: Path) -> None:
-    """Remove what writers that were killed have left in a folder; it is looked at once per process."""
+    """Remove what killed writers have left in a folder; each folder is looked at once per process."""
     for path in folder.glob(".*.partial"):
         with suppress(OSError):  # another process removes them too
             if _PARTIAL.fullmatch(path.name) and time.time() - path.stat().st_mtime > _ONE_DAY:

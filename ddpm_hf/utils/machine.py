@@ -20,11 +20,10 @@ _LARGEST_INT = 2**31 - 1
 
 
 def keep_freed_memory() -> None:
-    """Let memory that is freed stay with this process, for the next tensor (glibc; elsewhere nothing is changed).
+    """Keep freed memory in this process, for the next tensor (glibc; elsewhere nothing is changed).
 
-    By default large tensors' memory goes back to the system whenever they are freed, and comes again page by page. In
-    a network this happens for every activation of every step; how often depends on what else was allocated, so it also
-    makes equal runs differ in speed. The largest amount in use stays what it is.
+    By default large tensors' memory goes back to the system whenever they are freed, and comes again page by page: in
+    a network, for every activation of every step. The largest amount in use stays what it is.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -35,34 +34,30 @@ def keep_freed_memory() -> None:
 
 
 def use_tf32(wanted: bool) -> None:
-    """Whether NVIDIA GPUs may compute float32 products and convolutions with 10 bits of mantissa instead of 23.
+    """Allow NVIDIA GPUs to compute float32 products and convolutions with 10 bits of mantissa instead of 23, or not.
 
-    PyTorch does so in convolutions unless it is told otherwise; what is asked for in float32 is computed in float32
-    here. No effect without such a GPU.
+    PyTorch's default allows it in convolutions. No effect without such a GPU.
     """
     torch.backends.cuda.matmul.allow_tf32 = wanted
     torch.backends.cudnn.allow_tf32 = wanted
 
 
-def default_precision() -> str | None:
-    """Return the mixed precision of a run that does not say: bf16 on NVIDIA GPUs that compute in it.
-
-    A launcher (`accelerate launch`) always says one, which counts. `None` leaves it to accelerate.
-    """
-    if "ACCELERATE_MIXED_PRECISION" in os.environ or not torch.cuda.is_available():
-        return None
-    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else None
-
-
-def check_precision(precision: str | None) -> None:
-    """Check that the GPU computes in bf16 where that is asked for.
+def choose_precision(wanted: str | None) -> str:
+    """Return a run's mixed precision: what is asked for, else the launcher's, else bf16 on NVIDIA GPUs that have it.
 
     Raises:
-        UserError: It does not.
+        UserError: bf16 is asked for, and the GPU does not compute in it.
     """
-    if precision == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(False):
-        name = torch.cuda.get_device_name()
-        raise UserError(f"--mixed_precision bf16 is not there on {name}; use fp16, or no for float32")
+    gpu = torch.cuda.is_available()
+    has_bf16 = gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+    wanted = wanted or os.environ.get("ACCELERATE_MIXED_PRECISION")  # `accelerate launch` always sets it
+    if not wanted:
+        return "bf16" if has_bf16 else "no"
+    if wanted == "bf16" and gpu and not has_bf16:
+        raise UserError(
+            f"--mixed_precision bf16 is not there on {torch.cuda.get_device_name()}; use fp16, or no for float32"
+        )
+    return wanted.lower()
 
 
 def compiler_problem(device: torch.device) -> str | None:
@@ -81,7 +76,7 @@ def compiler_problem(device: torch.device) -> str | None:
 
 
 def has_deterministic_algorithms(device: torch.device) -> bool:
-    """Whether `deterministic_algorithms` is for this device: for NVIDIA GPUs, CPUs need nothing.
+    """Return whether `deterministic_algorithms` is for this device: for NVIDIA GPUs; CPUs need nothing.
 
     Earlier versions of PyTorch refuse products in that mode unless CUBLAS_WORKSPACE_CONFIG was set before the first
     product on a GPU. It is set here; `False` where this is too late.
@@ -102,7 +97,7 @@ def has_deterministic_algorithms(device: torch.device) -> bool:
 
 @contextmanager
 def deterministic_algorithms() -> Iterator[None]:
-    """Within, NVIDIA GPUs compute the same bits every time.
+    """Make NVIDIA GPUs compute the same bits every time, within.
 
     By default the gradients of float32 convolutions, of attention and of embeddings are sums in whatever order the
     threads arrive, cuDNN's algorithms may be chosen by time (`benchmark`), and compiled kernels' sizes are. PyTorch's
@@ -114,10 +109,8 @@ def deterministic_algorithms() -> Iterator[None]:
     """
     filling: Any = torch.utils.deterministic
     cudnn = torch.backends.cudnn
-    enabled, warns = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
     fills, times = filling.fill_uninitialized_memory, cudnn.benchmark
     torch.use_deterministic_algorithms(True)
     filling.fill_uninitialized_memory = cudnn.benchmark = False
@@ -129,7 +122,39 @@ def deterministic_algorithms() -> Iterator[None]:
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor there; to GPUs through pinned memory, without waiting for the copy."""
+    """Return the tensor on a device; to GPUs it goes through pinned memory, without waiting for the copy."""
     if device.type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=device.type == "cuda")
+
+
+class DelayedScalar:
+    """A 0-d tensor whose value the host reads without holding up the device; on CPUs it is read directly.
+
+    Each `read` starts a copy into pinned memory and returns the value that the `read` before has copied: the same one
+    in every run and process. With enough work between the two, the device has long made that copy; where the host is
+    further ahead, it waits for the copy while that work keeps the device busy.
+
+    Args:
+        value: The tensor, which changes in place.
+        delayed: Whether it is on such a device.
+    """
+
+    def __init__(self, value: Tensor, delayed: bool | None = None):
+        self.value = value
+        self.delayed = value.is_cuda if delayed is None else delayed
+        self._copy = torch.zeros((), pin_memory=value.is_cuda)
+        self._copied: torch.cuda.Event | None = None
+
+    def read(self) -> float:
+        """Return the value at the `read` before (0 at the first one); on CPUs the value now."""
+        if not self.delayed:
+            return self.value.item()
+        before = 0.0
+        if self._copied is not None:
+            self._copied.synchronize()
+            before = self._copy.item()
+        self._copy.copy_(self.value, non_blocking=True)
+        self._copied = torch.cuda.Event()
+        self._copied.record()
+        return before

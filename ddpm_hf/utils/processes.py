@@ -1,4 +1,4 @@
-"""What surrounds the code: sibling processes, cores, signals, trackers."""
+"""Sibling processes, cores, signals, locks, trackers."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import time
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,6 @@ from typing import Any
 import psutil
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType
 from tqdm.auto import tqdm
@@ -30,12 +30,12 @@ _LONGEST_WAIT = timedelta(days=7)
 
 
 def cpu_only() -> bool:
-    """Whether there is no accelerator. accelerate joins CPU processes together only if it is told so."""
+    """Return whether there is no accelerator; accelerate joins CPU processes together only if this is passed to it."""
     return not torch.accelerator.is_available()
 
 
 def processes() -> PartialState:
-    """accelerate's view of this process among its siblings; one process alone is one of one."""
+    """Return accelerate's view of this process among its siblings; one process alone is one of one."""
     return PartialState(cpu=cpu_only())
 
 
@@ -51,10 +51,10 @@ _groups: weakref.WeakKeyDictionary[Any, weakref.ref[Any]] = weakref.WeakKeyDicti
 
 
 def _waiting_group() -> Any:
-    """All processes, in a group of their own in which they may wait for hours; all have to call this.
+    """Return a group of all processes in which they may wait for hours; all have to call this.
 
-    A collective of the default group, which the network's gradients need, ends after 10 minutes on GPUs, and the run
-    with it. One process that reads all images, computes FID or writes to a slow disk takes longer than that.
+    A collective of the default group, which the network's gradients need, times out after 10 minutes on GPUs. One
+    process that reads all images, computes FID or writes to a slow disk takes longer than that.
     """
     world = torch.distributed.group.WORLD
     group = _groups[world]() if world in _groups else None
@@ -65,22 +65,21 @@ def _waiting_group() -> Any:
 
 
 def gather(own: Any) -> list[Any]:
-    """Return what each process passes, in their order, in all of them; each waits for the last one, however long."""
-    here = processes()
-    found = [own] * here.num_processes
-    if here.num_processes > 1:
+    """Return in every process what each passes, in their order; all wait for the last one, however long."""
+    found = [own] * processes().num_processes
+    if len(found) > 1:
         torch.distributed.all_gather_object(found, own, group=_waiting_group())
     return found
 
 
 def from_first(own: Any) -> Any:
-    """Return what the first process passes, in all of them."""
+    """Return in every process what the first one passes."""
     return gather(own if processes().is_main_process else None)[0]
 
 
 @contextmanager
 def together() -> Iterator[None]:
-    """What fails on one process fails on all, instead of leaving the others waiting for it; all have to come here.
+    """Raise on all processes what one raises inside, instead of leaving the others waiting; all have to come here.
 
     They wait for the last one, however long.
 
@@ -106,83 +105,32 @@ def together() -> Iterator[None]:
 
 
 def _kind_elsewhere(error: Exception) -> type[Exception]:
-    """What the other processes raise: commands print it as a sentence where they print the error itself so."""
+    """Return what the other processes raise: what commands print as a sentence there, if they do so here."""
     if isinstance(error, NotFiniteError):
         return NotFiniteError
-    told = (UserError, OSError, MemoryError, torch.OutOfMemoryError)
-    return UserError if isinstance(error, told) else RuntimeError
+    users = (UserError, OSError, MemoryError, torch.OutOfMemoryError)
+    return UserError if isinstance(error, users) else RuntimeError
 
 
-def same_everywhere(verb: str, what: str, advice: str) -> None:
-    """All processes, on whatever machines, have to have found the same.
-
-    Raises:
-        ValueError: On every process: what the first one and another one have found.
-    """
+def same_everywhere(what: str, advice: str) -> None:
+    """Raise UserError on every process unless all, on whatever machines, have the same."""
     found = gather(what)
     for index, other in enumerate(found):
         if other != found[0]:
-            raise UserError(f"process 0 {verb} {found[0]}, and process {index} {verb} {other}; {advice}")
-
-
-def forget_another_precision(wanted: str | None) -> None:
-    """Let an `Accelerator` have a precision of its own: accelerate keeps the first one of a process for all.
-
-    What accelerate knows of processes and devices stays. Where it shards, that knowledge lies in the same place.
-
-    Args:
-        wanted: As for `Accelerator`; `None` is what the launcher says, as in a fresh process.
-
-    Raises:
-        ValueError: It shards and was given another precision before.
-    """
-    state = AcceleratorState._shared_state
-    wanted = wanted or os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
-    if state.get("_mixed_precision") in (None, wanted):
-        return
-    if state["distributed_type"] in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-        raise UserError(
-            f"this process has set up sharding with --mixed_precision {state['_mixed_precision']}; start another one "
-            f"for {wanted}"
-        )
-    AcceleratorState._reset_state()
+            raise UserError(f"process 0 has {found[0]}, and process {index} has {other}; {advice}")
 
 
 def reduce_in_float32(accelerator: Accelerator) -> None:
-    """Let FSDP 2 add up the processes' gradients in float32, whatever the network computes in, as DDP does.
-
-    accelerate would have it do so in the network's precision.
-    """
-    plugin = accelerator.state.fsdp_plugin if accelerator.distributed_type == DistributedType.FSDP else None
-    if plugin is not None and plugin.mixed_precision_policy is not None:
-        plugin.mixed_precision_policy = dataclasses.replace(plugin.mixed_precision_policy, reduce_dtype=torch.float32)
-
-
-def refuse_foreign_engines() -> None:
-    """DeepSpeed and Megatron-LM keep the optimizer's state for themselves and write it with pickle.
-
-    Raises:
-        ValueError: `accelerate launch` was told to use one of them.
-    """
-    for engine in ("DEEPSPEED", "MEGATRON_LM"):
-        if os.environ.get(f"ACCELERATE_USE_{engine}", "").lower() == "true":
-            raise UserError(
-                f"{engine} saves its state with pickle, which checkpoints here do not hold; use several processes "
-                "(examples/accelerate/multi_gpu.yaml) or FSDP 2 (examples/accelerate/fsdp2.yaml)"
-            )
-
-
-def lonely_launch() -> bool:
-    """Whether `accelerate launch --cpu --num_processes N` was asked for several processes and started one.
-
-    Without MPI accelerate's launcher starts a single process then, and only leaves the address for the others behind.
-    """
-    asked = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1") and "MASTER_ADDR" in os.environ
-    return asked and not any(name in os.environ for name in ("LOCAL_RANK", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE"))
+    """Let FSDP 2 add up the processes' gradients in float32, as DDP does; accelerate's default is low precision."""
+    if accelerator.distributed_type == DistributedType.FSDP:
+        plugin = accelerator.state.fsdp_plugin
+        if plugin.mixed_precision_policy is not None:
+            low = plugin.mixed_precision_policy
+            plugin.mixed_precision_policy = dataclasses.replace(low, reduce_dtype=torch.float32)
 
 
 def start_process() -> None:
-    """What a command does first: it ends with its launcher, and takes its share of the machine's cores."""
+    """Let this process end with its launcher and take its share of the cores: the first thing a command does."""
     end_with_the_launcher()
     here = processes()
     if here.device.type == "cpu":
@@ -190,12 +138,12 @@ def start_process() -> None:
 
 
 def set_cpu_threads(wanted: int | None, num_processes: int) -> None:
-    """Use all cores: launchers start every process with one thread unless they are told otherwise.
+    """Use all cores: launchers start every process with one thread by default.
 
     Args:
-        wanted: Threads of this process, or `None`: an even share of the cores if a launcher started it, else what
-            `OMP_NUM_THREADS` or PyTorch says.
-        num_processes: All of them; launchers say how many are on this machine.
+        wanted: Threads of this process, or `None`: an even share of the cores if a launcher started it, else
+            PyTorch's default or `OMP_NUM_THREADS`.
+        num_processes: All of them; a launcher's `LOCAL_WORLD_SIZE` says how many are on this machine.
     """
     num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", num_processes))
     if wanted is None and _launched():
@@ -214,21 +162,20 @@ def known_trackers(text: str | None) -> list[str]:
     """
     names = [part.strip().lower() for part in (text or "none").split(",") if part.strip()]
     installed = [str(tracker) for tracker in get_available_trackers()]
-    have = f"(installed: {', '.join(installed) or 'none'})"
     if names == ["none"]:
         return []
     if names == ["all"] and installed:
         return installed
-    for name in names:
-        if name not in installed:
-            raise UserError(
-                f"--report_to {name!r} is not an installed tracker {have}; pip install it first, or give none"
-            )
+    if missing := [name for name in names if name not in installed]:
+        have = f"(installed: {', '.join(installed) or 'none'})"
+        raise UserError(
+            f"--report_to {missing[0]!r} is not an installed tracker {have}; pip install it first, or give none"
+        )
     return list(dict.fromkeys(names))
 
 
 def end_with_the_launcher() -> None:
-    """On Linux, get SIGTERM when the launcher dies, which does not hand it on and would leave an orphan."""
+    """On Linux, get SIGTERM when the launcher dies, which would leave an orphan behind otherwise."""
     if sys.platform == "linux" and _launched():
         PR_SET_PDEATHSIG = 1
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
@@ -239,7 +186,7 @@ def only_run_in(folder: Path) -> Iterator[None]:
     """Hold the folder's lock, so that no second run writes into it. The lock ends with the process.
 
     Raises:
-        ValueError: Another process holds it.
+        UserError: Another process holds it.
     """
     try:
         import fcntl
@@ -259,45 +206,41 @@ def only_run_in(folder: Path) -> Iterator[None]:
 
 
 def _launched() -> bool:
-    """Whether `accelerate launch` or torchrun started this process."""
+    """Return whether `accelerate launch` or torchrun started this process."""
     return "ACCELERATE_MIXED_PRECISION" in os.environ or "LOCAL_RANK" in os.environ
 
 
-class StopRequested(BaseException):
-    """Raised by a stop signal inside `interruptible` code."""
+@dataclass
+class StopFlag:
+    """What SIGINT and SIGTERM set, to be read between updates.
+
+    Attributes:
+        requested: A stop was asked for.
+        interrupts: A request also raises KeyboardInterrupt at once: for work that can be thrown away.
+    """
+
+    requested: bool = False
+    interrupts: bool = False
 
 
 @contextmanager
-def interruptible(stop: dict[str, bool]) -> Iterator[None]:
-    """What runs inside is broken off by a stop signal, instead of holding it up; only for what can be thrown away."""
-    try:
-        stop["interruptible"] = True
-        yield
-    except StopRequested:
-        pass
-    finally:
-        stop["interruptible"] = False
-
-
-@contextmanager
-def stop_signals() -> Iterator[dict[str, bool]]:
-    """SIGINT and SIGTERM set `["requested"]` once; a second SIGINT interrupts at once. Only in the main thread."""
-    stop, first = {"requested": False}, [0.0]
+def stop_signals() -> Iterator[StopFlag]:
+    """Let SIGINT and SIGTERM set a flag; a second SIGINT raises KeyboardInterrupt. In the main thread only."""
+    stop, first = StopFlag(), 0.0
 
     def request(signum: int, frame: Any) -> None:
-        # Launchers hand a Ctrl-C on that the terminal has sent already: two at once are one.
-        if stop["requested"] and signum == signal.SIGINT and time.monotonic() - first[0] > 1.0:
+        nonlocal first
+        # A launcher hands on a Ctrl-C that the terminal has sent already: two within a second are one.
+        again = stop.requested and signum == signal.SIGINT and time.monotonic() - first > 1.0
+        if not stop.requested:
+            stop.requested, first = True, time.monotonic()
+        if again or stop.interrupts:
+            stop.interrupts = False
             raise KeyboardInterrupt
-        if not stop["requested"]:
-            first[0] = time.monotonic()
-        stop["requested"] = True
-        if stop.get("interruptible"):
-            stop["interruptible"] = False
-            raise StopRequested
 
     try:
         before = {s: signal.signal(s, request) for s in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread: signals are someone else's
+    except ValueError:  # another thread, where Python does not allow it
         before = {}
     try:
         yield stop

@@ -17,14 +17,14 @@ from .errors import UserError
 
 
 def derive_seed(seed: int, *what: int | str) -> int:
-    """A 63-bit seed for one purpose: the same for the same arguments on every machine, unrelated for any others.
+    """Return a 63-bit seed for one purpose: the same for the same arguments everywhere, unrelated for any others.
 
     Args:
         seed: The run's seed.
         what: The purpose and its indices, for example `("noise", update)`.
 
     Raises:
-        TypeError: An index that is no whole number.
+        TypeError: An index that is not an integer.
     """
     key = (int(seed), *(part if isinstance(part, str) else operator.index(part) for part in what))
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
@@ -32,13 +32,13 @@ def derive_seed(seed: int, *what: int | str) -> int:
 
 
 def derived_generator(seed: int, *what: int | str, device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator on `device`, seeded by `derive_seed(seed, *what)`."""
+    """Return a generator on `device`, seeded by `derive_seed(seed, *what)`."""
     return torch.Generator(device).manual_seed(derive_seed(seed, *what))
 
 
 # ------------------------------------------------------------------ noise by seed and counter
 
-# How a seed becomes noise: images drawn in another way are not mixed with these.
+# How a seed becomes noise; recorded with samples, so that those of another way are not mixed with these.
 NOISE_OF_SEEDS = "philox 4x32-10"
 
 # Philox 4x32 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", Section 3.3; constants as in
@@ -55,7 +55,7 @@ _NUMBERS_AT_ONCE = 2**15
 def philox(counter: Sequence[Tensor], key: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return four random 32-bit words for every counter and key: Philox 4x32-10.
 
-    Whole-number operations only, so the words are the same on every device.
+    Integer operations only, so the words are the same on every device.
 
     Args:
         counter: Four int64 tensors in [0, 2^32), which broadcast with each other and with `key`.
@@ -109,7 +109,7 @@ class SeededNoise:
     batch, the number of processes or the device.
 
     Args:
-        seeds: One whole number per image, from -2^63 to 2^64 - 1.
+        seeds: One integer per image, from -2^63 to 2^64 - 1.
         device: Where to draw.
         drawn: How often noise was drawn before, for all images or for each.
 
@@ -132,7 +132,7 @@ class SeededNoise:
         return len(self.seeds)
 
     def generators(self) -> list[torch.Generator]:
-        """One CPU generator per image, for stock's samplers that draw for themselves."""
+        """Return one CPU generator per image, for stock's samplers that draw for themselves."""
         return [torch.Generator().manual_seed(seed) for seed in self.seeds.tolist()]
 
     def count_draw(self) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 
 
 def finite(content: Any) -> Any:
-    """The same with `None` for NaN and infinities, which JSON does not have."""
+    """Return JSON values with `None` for NaN and infinities, which JSON does not have."""
     if isinstance(content, dict):
         return {key: finite(value) for key, value in content.items()}
     if isinstance(content, (list, tuple)):
@@ -20,12 +20,12 @@ def finite(content: Any) -> Any:
 
 
 def plain(content: Any) -> Any:
-    """As it comes back from JSON: tuples are lists, keys are strings, what JSON does not know is its text."""
+    """Return values as they come back from JSON: tuples as lists, keys as strings, other objects as their text."""
     return json.loads(json.dumps(content, default=str))
 
 
 def number(value: float, standard_error: float = math.nan) -> str:
-    """A value with as many digits as its error allows: `3.1416 ± 0.0012`."""
+    """Return a value with as many digits as its error allows: `3.1416 ± 0.0012`."""
     if not math.isfinite(value):
         return "-"
     if not math.isfinite(standard_error) or standard_error <= 0:
@@ -37,10 +37,10 @@ def number(value: float, standard_error: float = math.nan) -> str:
 
 
 def table(rows: list[list[str]], texts: tuple[int, ...] = (0,)) -> str:
-    """Markdown, aligned to be read as plain text too; the first row is the head.
+    """Return Markdown, aligned to be read as plain text too.
 
     Args:
-        rows: Cells.
+        rows: Cells; the first row is the head.
         texts: Which columns are text; the others are numbers.
     """
     columns = range(len(rows[0]))
@@ -56,23 +56,23 @@ def table(rows: list[list[str]], texts: tuple[int, ...] = (0,)) -> str:
 
 
 def nearest(name: str, known: Any) -> str:
-    """` (did you mean 'x'?)` for the known name closest to `name`, or an empty string."""
+    """Return ` (did you mean 'x'?)` for the known name closest to `name`, or an empty string."""
     close = difflib.get_close_matches(str(name), [str(k) for k in known], n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def is_local(name: str) -> bool:
-    """Whether a dataset's or model's name is a path of this machine rather than a name on the Hub, here and now."""
+    """Return whether the name of a dataset or model is a path on this machine rather than a name on the Hub."""
     return public_name(name) != name or Path(name).exists()
 
 
 def recorded_name(name: str) -> str:
-    """A name as it is recorded where it may be published later, and elsewhere: of what is local, the last part."""
+    """Return a name as it may be published: of a path, the last part."""
     return Path(name).resolve().name if Path(name).exists() else public_name(name)
 
 
 def public_name(name: str) -> str:
-    """A name without the path of anybody's disk, by its form alone: what exists here may not be what was meant."""
+    """Return a name without the folders of a path, by its form alone, whether or not the path exists."""
     if "\\" in name or re.match(r"[A-Za-z]:/", name):
         return PureWindowsPath(name).name
     return Path(name).name if name.startswith(("/", ".", "~")) else name

@@ -1,14 +1,14 @@
-"""uint8 images to pictures and animations that a person can look at."""
+"""Show uint8 images to people: grids, grids with titles, animations."""
 
 from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 from .errors import UserError
@@ -17,17 +17,19 @@ from .files import write_whole
 ANIMATION_FORMATS = {".gif": "GIF", ".png": "PNG", ".apng": "PNG", ".webp": "WEBP"}
 
 
+def as_picture(pixels: np.ndarray) -> Image.Image:
+    """Return `[H, W, C]` uint8 of 1 or 3 channels as a PIL image."""
+    return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+
+
 def image_grid(images: Tensor, columns: int | None = None, tile: int = 64, gap: int = 2) -> Image.Image:
-    """Images side by side, small ones enlarged by a whole factor (nearest), with a gap between tiles.
+    """Draw images side by side, small ones enlarged by a whole factor (nearest), with a gap between tiles.
 
     Args:
         images: `[N, C, H, W]` uint8 with 1 or 3 channels.
         columns: Tiles per row; about as many as rows by default.
         tile: Smallest height and width of a tile in pixels.
         gap: Pixels between tiles and around them.
-
-    Raises:
-        ValueError: No images, or a number of channels that no picture has.
     """
     n, channels, height, width = images.shape
     if n == 0 or channels not in (1, 3):
@@ -36,11 +38,11 @@ def image_grid(images: Tensor, columns: int | None = None, tile: int = 64, gap: 
     scale = _scale(height, width, tile)
     tiles = images.cpu().numpy().transpose(0, 2, 3, 1).repeat(scale, axis=1).repeat(scale, axis=2)
     rows, (h, w) = math.ceil(n / columns), tiles.shape[1:3]
-    canvas = np.full((rows * (h + gap) + gap, columns * (w + gap) + gap, channels), 255, dtype=np.uint8)
-    for i, picture in enumerate(tiles):
+    canvas = np.full((rows * (h + gap) + gap, columns * (w + gap) + gap, channels), 255, dtype=np.uint8)  # white
+    for i, pixels in enumerate(tiles):
         top, left = (i // columns) * (h + gap) + gap, (i % columns) * (w + gap) + gap
-        canvas[top : top + h, left : left + w] = picture
-    return Image.fromarray(canvas[..., 0] if channels == 1 else canvas)
+        canvas[top : top + h, left : left + w] = pixels
+    return as_picture(canvas)
 
 
 def _scale(height: int, width: int, tile: int) -> int:
@@ -55,7 +57,7 @@ def labelled_grid(
     tile: int = 64,
     gap: int = 2,
 ) -> Image.Image:
-    """A grid with a title for every row (on the left) and column (on top), and one for the whole (above).
+    """Draw a grid with a title for every row (on the left) and column (on top), and one for the whole (above).
 
     The font is Pillow's own, which has Latin letters only; it grows with the tiles. Tiles grow to the width of the
     widest column title.
@@ -65,59 +67,45 @@ def labelled_grid(
         rows, columns: R and C titles; none by default.
         title: Above everything, in as many lines as it takes.
         tile, gap: See `image_grid`.
-
-    Raises:
-        ValueError: See `image_grid`; or a number of titles that does not fit.
     """
     for name, titles, count in (("row", rows, images.shape[0]), ("column", columns, images.shape[1])):
         if titles is not None and len(titles) != count:
             raise UserError(f"got {len(titles)} {name} titles for {count} {name}s")
+    rows, columns = rows or (), columns or ()
     _, across, _, height, width = images.shape
     size = max(14, _scale(height, width, tile) * height // 8)
     font = ImageFont.load_default(size)
     pad = size // 2
-
-    def width_of(text: str) -> int:
-        return math.ceil(font.getlength(text))
-
-    tile = max([tile, *(width_of(text) for text in columns or ())])
+    line = size + pad
+    tile = max([tile, *(math.ceil(font.getlength(text)) for text in columns)])
     grid = image_grid(images.flatten(0, 1), across, tile, gap)
     scale = _scale(height, width, tile)
-    left = max((width_of(text) for text in rows or ()), default=0) + (2 * pad if rows else 0)
-    line = size + pad
-    title_lines = _wrapped(title, left + grid.width - 2 * pad, width_of)
-    top = line * (len(title_lines) + bool(columns))
-    width_needed = max([left + grid.width, *(width_of(text) + 2 * pad for text in title_lines)])
-    canvas = Image.new(grid.mode, (width_needed, top + grid.height), "white")
+    left = max((math.ceil(font.getlength(text)) + 2 * pad for text in rows), default=0)
+
+    lines: list[str] = []
+    for word in title.split():
+        if lines and math.ceil(font.getlength(f"{lines[-1]} {word}")) <= left + grid.width - 2 * pad:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    top = line * (len(lines) + bool(columns))
+    widest = max((math.ceil(font.getlength(text)) + 2 * pad for text in lines), default=0)
+    canvas = Image.new(grid.mode, (max(left + grid.width, widest), top + grid.height), "white")
     canvas.paste(grid, (left, top))
     draw = ImageDraw.Draw(canvas)
-    for i, text in enumerate(title_lines):
+    for i, text in enumerate(lines):
         draw.text((pad, (i + 0.5) * line), text, fill="black", font=font, anchor="lm")
-    for c, text in enumerate(columns or ()):
+    for c, text in enumerate(columns):
         x = left + gap + c * (scale * width + gap) + scale * width / 2
         draw.text((x, top - line / 2), text, fill="black", font=font, anchor="mm")
-    for r, text in enumerate(rows or ()):
+    for r, text in enumerate(rows):
         y = top + gap + r * (scale * height + gap) + scale * height / 2
         draw.text((left - pad, y), text, fill="black", font=font, anchor="rm")
     return canvas
 
 
-def _wrapped(text: str, width: int, width_of: Callable[[str], int]) -> list[str]:
-    """Lines of whole words, no wider than `width` where a word is not."""
-    lines: list[str] = []
-    for word in text.split():
-        if lines and width_of(f"{lines[-1]} {word}") <= width:
-            lines[-1] += f" {word}"
-        else:
-            lines.append(word)
-    return lines
-
-
-# ---------------------------------------------------------------------- files
-
-
 def save_picture(picture: Image.Image, path: str | Path, durable: bool = True) -> None:
-    """Write a PNG completely or not at all; `durable` as in `reports.write_whole`."""
+    """Write a PNG completely or not at all; `durable` as in `files.write_whole`."""
     write_whole(Path(path), lambda partial: picture.save(partial, format="PNG"), durable)
 
 
@@ -129,52 +117,30 @@ def save_animation(frames: Sequence[Image.Image], path: str | Path, duration: in
         path: `FILE.gif`, `FILE.png` (or `.apng`) or `FILE.webp`.
         duration: Milliseconds per frame.
         hold: Milliseconds for the last one.
-
-    Raises:
-        ValueError: No frames, or another suffix.
     """
-    path = Path(path)
     file_format = animation_format(path)
     if not frames:
         raise UserError("an animation needs at least one frame")
-    size = max(frame.width for frame in frames), max(frame.height for frame in frames)
-    first, *others = [_enlarged(frame, size) for frame in frames]
-    durations = [duration] * len(others) + [hold]
-    options = {"lossless": True} if file_format == "WEBP" else {}
-    write_whole(
-        path,
-        lambda partial: first.save(
-            partial, file_format, save_all=True, append_images=others, duration=durations, loop=0, **options
-        ),
-    )
+    width, height = max(frame.width for frame in frames), max(frame.height for frame in frames)
+    first, *others = [
+        ImageOps.expand(frame, (0, 0, width - frame.width, height - frame.height), "white") for frame in frames
+    ]
+    options = {"save_all": True, "append_images": others, "duration": [duration] * len(others) + [hold], "loop": 0}
+    if file_format == "WEBP":
+        options["lossless"] = True
+    write_whole(Path(path), lambda partial: first.save(partial, file_format, **options))
 
 
 def animation_format(path: str | Path) -> str:
-    """Pillow's name of the format of an animation.
-
-    Raises:
-        ValueError: A suffix that no animation has.
-    """
+    """Return Pillow's name of an animation's format, or raise a `ValueError` for a suffix that no animation has."""
     suffix = Path(path).suffix.lower()
     if suffix not in ANIMATION_FORMATS:
         raise UserError(f"an animation is written as FILE{', FILE'.join(ANIMATION_FORMATS)}, got {str(path)!r}")
     return ANIMATION_FORMATS[suffix]
 
 
-def _enlarged(frame: Image.Image, size: tuple[int, int]) -> Image.Image:
-    if frame.size == size:
-        return frame
-    canvas = Image.new(frame.mode, size, "white")
-    canvas.paste(frame)
-    return canvas
-
-
 def check_writable(path: str | Path) -> None:
-    """Find out before the work whether a file can be written afterwards; leaves nothing behind.
-
-    Raises:
-        ValueError: It cannot; the reason.
-    """
+    """Raise a `ValueError` with the reason where a file could not be written later; leaves nothing behind."""
     path = Path(path)
     if path.is_dir():
         raise UserError(f"cannot write {path}: it is a folder")

@@ -1,11 +1,12 @@
-"""Weights from files of PyTorch or safetensors: the only place that opens PyTorch's files, without executing anything.
+"""Read weights from files of PyTorch or safetensors: the only place that opens PyTorch's files, which are pickles.
 
-They are pickles, which could run code; `weights_only=True` reads tensors and plain values from them and nothing else.
+Unpickling could run code; `weights_only=True` reads tensors and plain values and nothing else.
 """
 
 from __future__ import annotations
 
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from .errors import UserError
 
 
 def read_weights(path: Path) -> Any:
-    """What a file holds, on the CPU: tensors by name in general, and whatever a PyTorch file has beside or instead.
+    """Return what a file holds, on the CPU: tensors by name, and what a PyTorch file has beside or instead.
 
     Args:
         path: A safetensors file by its ending; anything else is read as PyTorch's.
@@ -34,15 +35,12 @@ def read_weights(path: Path) -> Any:
     except MemoryError:
         raise  # the machine's fault, not the file's
     except Exception as error:  # damaged pickles end in nearly any error: KeyError, EOFError, IndexError, ...
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
-        if isinstance(error, pickle.UnpicklingError):
-            if "weights_only" in str(error).lower() or "unsupported" in str(error).lower():
-                raise UserError(
-                    f"{str(path)!r} cannot be read as weights: it holds more than tensors and would run code when "
-                    "loaded, so it is refused; save its state dict alone (torch.save(model.state_dict(), ...) or "
-                    "safetensors) with the code that it came from"
-                ) from None
-            reason = "no pickle"
-        raise UserError(
-            f"{str(path)!r} cannot be read as weights: it is not a {kind}, or is damaged ({reason})"
-        ) from None
+        text = str(error).strip() or type(error).__name__
+        unpickling = isinstance(error, pickle.UnpicklingError)
+        reason = f"it is not a {kind}, or is damaged ({'no pickle' if unpickling else text.splitlines()[0][:120]})"
+        if unpickling and re.search("weights_only|unsupported", text, re.IGNORECASE):
+            reason = (
+                "it holds more than tensors and would run code when loaded, so it is refused; save its state dict "
+                "alone (torch.save(model.state_dict(), ...) or safetensors) with the code that it came from"
+            )
+        raise UserError(f"{str(path)!r} cannot be read as weights: {reason}") from None

@@ -12,7 +12,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import SUPPRESS, ActionConfigFile
 from mkdocs.structure.files import File
 
 import ddpm_hf
@@ -33,7 +32,7 @@ def _default(action: Any) -> str:
     value = action.default
     if isinstance(value, bool):
         return f"`{str(value).lower()}`"
-    return "" if value in (None, SUPPRESS, "==SUPPRESS==") else f"`{value}`"
+    return "" if value is None else f"`{value}`"
 
 
 def commands_page() -> str:
@@ -47,8 +46,7 @@ def commands_page() -> str:
         parser = cli.PARSERS[name](f"ddpm-hf {name}")
         lines += [f"## ddpm-hf {name}\n", f"{parser.description}\n"]
         for group in parser._action_groups:
-            actions = [a for a in group._group_actions if a.help != SUPPRESS and "--help" not in a.option_strings]
-            actions = [a for a in actions if not any(s.startswith("--print_") for s in a.option_strings)]
+            actions = [action for action in group._group_actions if "--help" not in action.option_strings]
             if not actions:
                 continue
             title = (group.title or "").strip()
@@ -56,9 +54,8 @@ def commands_page() -> str:
                 lines.append(f"### {title} {{ #{name}-{re.sub('[^a-z0-9]+', '-', title.lower()).strip('-')} }}\n")
             lines += ["| flag | default | what |", "|---|---|---|"]
             for action in actions:
-                flags = ", ".join(f"`{s}`" for s in action.option_strings if s[-1] != "+") or f"`{action.dest}`"
-                default = "" if isinstance(action, ActionConfigFile) else _default(action)
-                lines.append(f"| {flags} | {_cell(default)} | {_cell(action.help or '')} |")
+                flags = ", ".join(f"`{s}`" for s in action.option_strings) or f"`{action.dest}`"
+                lines.append(f"| {flags} | {_cell(_default(action))} | {_cell(action.help)} |")
             lines.append("")
     return "\n".join(lines)
 

@@ -81,7 +81,7 @@ def test_an_interrupted_evaluation_resumes_and_a_repeated_one_draws_nothing(tmp_
     monkeypatch.setattr(DDPMPipeline, "__call__", spy)
     capsys.readouterr()
     assert evaluate(*flags, "--output", str(tmp_path / "cut")) == 130
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "the same command resumes" in capsys.readouterr().err
     assert drawn == list(range(10))
     assert not (tmp_path / "cut" / "report.json").exists()
     limit["lifted"] = True
@@ -275,7 +275,7 @@ def test_the_value_of_optimize_is_checked_first(tmp_path, capsys):
         ["sample", "--model", "nowhere", "--output", str(tmp_path / "x.png"), "--figure", "progressive"],
     ):
         assert cli.main([*command, "--optimize", "fast"]) == 2
-        assert "--optimize must be one of auto, yes, no, compile, got 'fast'" in capsys.readouterr().err
+        assert "--optimize: must be one of auto, yes, no, compile, got 'fast'" in capsys.readouterr().err
 
 
 def test_a_figure_of_an_optimized_network(tmp_path, capsys):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import GREY_LEVELS, decoder_log_likelihood, normal_cdf, tanh_cdf
+from oracles import PIXEL_VALUES, decoder_log_likelihood, normal_cdf, tanh_cdf
 from torch.distributions import Normal, kl_divergence
 
 from ddpm_hf.diffusion import distributions
@@ -21,7 +21,7 @@ from ddpm_hf.diffusion.distributions import (
     normal_kl,
 )
 
-LEVELS = torch.from_numpy(GREY_LEVELS)
+LEVELS = torch.from_numpy(PIXEL_VALUES)
 QUICK = settings(max_examples=40, deadline=None, derandomize=True)
 
 
@@ -81,7 +81,7 @@ def test_the_approximate_cdf_is_the_official_one():
 @pytest.mark.parametrize(("cdf", "tolerance"), [("tanh", 1e-9), ("exact", 1e-12)])
 @QUICK
 @given(mean=st.floats(-1.5, 1.5), log_scale=st.floats(-6, 2))
-def test_eq_13_sums_to_one_over_the_grey_levels(cdf, tolerance, mean, log_scale):
+def test_eq_13_sums_to_one_over_the_pixel_values(cdf, tolerance, mean, log_scale):
     log_p = discretized_gaussian_log_likelihood(LEVELS, torch.tensor(mean), torch.tensor(log_scale), cdf=cdf)
     # The floor of 1e-12 under each probability of the official code may add up to 2.56e-10.
     assert abs(log_p.exp().sum().item() - 1) < tolerance
@@ -100,7 +100,7 @@ def test_eq_13_equals_a_slow_integral(cdf, reference):
     means = torch.tensor([-1.1, -0.4, 0.0, 0.3, 1.0], dtype=torch.float64)[:, None, None]
     log_scales = torch.tensor([-5.0, -3.0, -1.0, 0.5], dtype=torch.float64)[:, None]
     ours = discretized_gaussian_log_likelihood(LEVELS, means, log_scales, cdf=cdf)
-    slow = torch.from_numpy(decoder_log_likelihood(GREY_LEVELS, means.numpy(), log_scales.numpy(), reference))
+    slow = torch.from_numpy(decoder_log_likelihood(PIXEL_VALUES, means.numpy(), log_scales.numpy(), reference))
     likely = slow > -20  # below, the oracle's difference of two numbers near 1 has lost its digits
     assert likely.float().mean() > 0.5
     torch.testing.assert_close(ours[likely], slow[likely], rtol=1e-6, atol=1e-6)

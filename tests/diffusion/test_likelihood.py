@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import (
     CASES,
-    GREY_LEVELS,
+    PIXEL_VALUES,
     PREDICTION_TYPE,
     TIMESTEPS,
     VARIANCE_TYPE,
@@ -27,7 +27,7 @@ from ddpm_hf import DDPMScheduler, bits_per_dim, stratified_bits_per_dim
 from ddpm_hf.diffusion.likelihood import LikelihoodEstimate, LikelihoodResult, prior_bpd, timestep_strata, vb_terms_bpd
 from ddpm_hf.utils.errors import NotFiniteError
 
-LEVELS = torch.from_numpy(GREY_LEVELS).float()
+LEVELS = torch.from_numpy(PIXEL_VALUES).float()
 
 
 class Predicts:
@@ -56,7 +56,7 @@ def small_process(T: int = 20, variance_type: str = "fixed_large"):
     return DDPMScheduler(num_train_timesteps=T, trained_betas=betas, variance_type=variance_type), betas
 
 
-def grey_images(n: int, shape=(1, 4, 4), seed: int = 0) -> torch.Tensor:
+def pixel_images(n: int, shape=(1, 4, 4), seed: int = 0) -> torch.Tensor:
     return LEVELS[torch.randint(0, 256, (n, *shape), generator=torch.Generator().manual_seed(seed))]
 
 
@@ -158,17 +158,17 @@ class DiscretisedGaussian:
     """Grey levels of a Gaussian, rounded; the expected bound of an image is known pixel by pixel."""
 
     def __init__(self, mean: float, std: float, betas: np.ndarray, large: bool):
-        weights = special.ndtr((GREY_LEVELS + 1 / 255 - mean) / std) - special.ndtr(
-            (GREY_LEVELS - 1 / 255 - mean) / std
+        weights = special.ndtr((PIXEL_VALUES + 1 / 255 - mean) / std) - special.ndtr(
+            (PIXEL_VALUES - 1 / 255 - mean) / std
         )
         self.probability = weights / weights.sum()
-        self.mean = float(self.probability @ GREY_LEVELS)
-        self.std = float(self.probability @ (GREY_LEVELS - self.mean) ** 2) ** 0.5
+        self.mean = float(self.probability @ PIXEL_VALUES)
+        self.std = float(self.probability @ (PIXEL_VALUES - self.mean) ** 2) ** 0.5
         self.process = GaussianData(self.mean, self.std, betas)  # the best *linear* prediction of the rounded data
         self.betas, self.large = betas, large
         self.by_level = self._expected_terms()  # [256, T] in bits
         a = self.process.alpha_bar[-1]
-        self.prior = 0.5 * (-math.log(1 - a) - a + a * GREY_LEVELS**2) / math.log(2)
+        self.prior = 0.5 * (-math.log(1 - a) - a + a * PIXEL_VALUES**2) / math.log(2)
 
     @property
     def entropy(self) -> float:
@@ -177,7 +177,7 @@ class DiscretisedGaussian:
         return float(-(p * np.log2(p)).sum())
 
     def _expected_terms(self) -> np.ndarray:
-        """E over the noise of every term of the bound, for every grey level of x_0."""
+        """E over the noise of every term of the bound, for every pixel value of x_0."""
         alpha_bar, T = self.process.alpha_bar, len(self.betas)
         out = np.zeros((256, T))
         nodes, weights = np.polynomial.hermite_e.hermegauss(61)
@@ -188,14 +188,14 @@ class DiscretisedGaussian:
             beta_tilde = self.betas[s] * (1 - a_s) / (1 - alpha_bar[s])
             variance = self.betas[t] if self.large and t else beta_tilde
             if t == 0:  # the decoder, by quadrature over the noise of x_1
-                x_1 = math.sqrt(a) * GREY_LEVELS[:, None] + math.sqrt(1 - a) * nodes
+                x_1 = math.sqrt(a) * PIXEL_VALUES[:, None] + math.sqrt(1 - a) * nodes
                 log_std = np.full(x_1.shape, 0.5 * math.log(variance))
-                log_p = decoder_log_likelihood(GREY_LEVELS[:, None], slope * x_1 + offset, log_std, tanh_cdf)
+                log_p = decoder_log_likelihood(PIXEL_VALUES[:, None], slope * x_1 + offset, log_std, tanh_cdf)
                 out[:, 0] = -log_p @ (weights / weights.sum()) / math.log(2)
                 continue
             from_x_0 = math.sqrt(a_s) * self.betas[t] / (1 - a)
             # x_0 - E[x_0|x_t] = (1 - slope sqrt(a)) x_0 - offset - slope sqrt(1 - a) noise
-            gap = ((1 - slope * math.sqrt(a)) * GREY_LEVELS - offset) ** 2 + slope**2 * (1 - a)
+            gap = ((1 - slope * math.sqrt(a)) * PIXEL_VALUES - offset) ** 2 + slope**2 * (1 - a)
             nats = 0.5 * (math.log(variance / beta_tilde) - 1 + (beta_tilde + from_x_0**2 * gap) / variance)
             out[:, t] = nats / math.log(2)
         return out
@@ -222,7 +222,7 @@ def test_bits_per_dim_of_gaussian_data_is_the_closed_form(variance_type):
     expected_bound = float(data.probability @ (data.prior + data.by_level.sum(1)))
     excess = {"fixed_large": 0.13, "fixed_small": 0.77}[variance_type]  # beta_tilde costs more where the data vary
     assert expected_bound == pytest.approx(data.entropy + excess, abs=0.01)
-    # The error of the prediction: E (x_0 - E[x_0|x_t])^2 = std^2 (1 - alpha_bar) / var(x_t), in grey levels
+    # The error of the prediction: E (x_0 - E[x_0|x_t])^2 = std^2 (1 - alpha_bar) / var(x_t), in pixel values
     a = torch.from_numpy(data.process.alpha_bar)
     rmse = 127.5 * (data.std**2 * (1 - a) / (a * data.std**2 + 1 - a)).sqrt()
     torch.testing.assert_close(result.rmse[100:].double(), rmse[100:], rtol=0.15, atol=0)
@@ -237,7 +237,7 @@ def test_bits_per_dim_equals_a_slow_implementation(variance_type, clip):
     scheduler, betas = small_process(variance_type=variance_type)
     data = GaussianData(0.1, 0.8, betas)
     unet = Predicts(data.alpha_bar, data.expected_x_0)
-    x_0 = grey_images(3).double()
+    x_0 = pixel_images(3).double()
     result = bits_per_dim(unet, scheduler, x_0, clip_denoised=clip)
 
     # The noise of every x_t, from what the network saw
@@ -276,7 +276,7 @@ def test_the_batch_size_changes_nothing(estimate):
     scheduler, betas = small_process()
     data = GaussianData(0.1, 0.8, betas)
     unet = Predicts(data.alpha_bar, data.expected_x_0)
-    x_0, labels = grey_images(7), torch.arange(7)
+    x_0, labels = pixel_images(7), torch.arange(7)
     options = {"num_evaluations": 10} if estimate is stratified_bits_per_dim else {}
     results = [
         estimate(unet, scheduler, x_0, batch_size=size, class_labels=labels, seed=3, **options)
@@ -314,7 +314,7 @@ def test_the_decoder_and_clipping_can_be_chosen():
     scheduler, betas = small_process()
     data = GaussianData(0.1, 0.8, betas)
     unet = Predicts(data.alpha_bar, data.expected_x_0)
-    x_0 = grey_images(3)
+    x_0 = pixel_images(3)
     for estimate in (bits_per_dim, stratified_bits_per_dim):
         options = {"num_evaluations": 40} if estimate is stratified_bits_per_dim else {}
         default = estimate(unet, scheduler, x_0, **options).total_bpd
@@ -332,7 +332,7 @@ def test_the_result_of_low_precision_is_float32():
     def low(x_t, t):
         return UNet2DOutput(sample=unet(x_t, t).sample.bfloat16())
 
-    x_0 = grey_images(3)
+    x_0 = pixel_images(3)
     result = bits_per_dim(low, scheduler, x_0)
     assert result.total_bpd.dtype == torch.float32
     assert (result.total_bpd / bits_per_dim(unet, scheduler, x_0).total_bpd - 1).abs().max() < 0.1
@@ -342,12 +342,12 @@ def test_a_progress_bar(capsys):
     scheduler, betas = small_process()
     data = GaussianData(0.1, 0.8, betas)
     unet = Predicts(data.alpha_bar, data.expected_x_0)
-    bits_per_dim(unet, scheduler, grey_images(2))
+    bits_per_dim(unet, scheduler, pixel_images(2))
     assert capsys.readouterr().err == ""
-    bits_per_dim(unet, scheduler, grey_images(2), progress=True)
+    bits_per_dim(unet, scheduler, pixel_images(2), progress=True)
     assert "bits/dim" in (err := capsys.readouterr().err)
     assert "40/40" in err
-    stratified_bits_per_dim(unet, scheduler, grey_images(2), num_evaluations=10, progress=True)
+    stratified_bits_per_dim(unet, scheduler, pixel_images(2), num_evaluations=10, progress=True)
     assert "20/20" in capsys.readouterr().err
 
 
@@ -465,7 +465,7 @@ def test_one_image_has_no_standard_error_over_images():
     assert one.sampling_standard_error == pytest.approx(0.2)
 
 
-X_0 = grey_images(2)
+X_0 = pixel_images(2)
 
 
 @pytest.mark.parametrize(

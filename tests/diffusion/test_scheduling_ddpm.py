@@ -35,7 +35,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import ddpm_hf.diffusion.scheduling_ddpm as our_module
 from ddpm_hf import DDPMScheduler
-from ddpm_hf.diffusion.scheduling_ddpm import OFFICIAL_SCHEDULES, PREDICTION_TYPES, STOCK_SCHEDULES, make_betas
+from ddpm_hf.diffusion.noise_schedule import OFFICIAL_SCHEDULES, STOCK_SCHEDULES, make_betas
+from ddpm_hf.diffusion.scheduling_ddpm import PREDICTION_TYPES
 
 StockDDPMScheduler = diffusers.DDPMScheduler
 VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range")
@@ -417,7 +418,7 @@ def test_fixed_large_over_few_steps_is_warned_of_once(monkeypatch):
 
 @pytest.mark.parametrize("chain", ["full", "leading-10", "trailing-50", "custom"])
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
-def test_every_prediction_type_walks_the_same_chain(chain, prediction_type, feed_noise):
+def test_every_prediction_type_has_the_same_chain(chain, prediction_type, feed_noise):
     """Also over fewer steps, where a prediction of mu_tilde (of the step to t - 1) is not the chain's own mean."""
     feed_noise(UNIT_NOISE)
     scheduler = make_chain(chain, prediction_type=prediction_type)
@@ -946,7 +947,7 @@ def test_all_timesteps_are_the_whole_chain():
 
 
 def test_choosing_timesteps_does_not_touch_the_process():
-    """Training and likelihood go on over all T timesteps while a pipeline samples with few."""
+    """Training and likelihood continue over all T timesteps while a pipeline samples with few."""
     scheduler = DDPMScheduler()
     x_0, noise, t = images(2, 1, 4, 4), images(2, 1, 4, 4, seed=1), torch.tensor([3, 700])
     before = scheduler.add_noise(x_0, noise, t), *scheduler.p_mean_variance(noise, t, x_0)

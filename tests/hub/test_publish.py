@@ -282,7 +282,7 @@ def test_mistakes_before_anything_is_sent(tmp_path, run_folder, capsys, monkeypa
         ([run], "repo_id"),
         ([run, "--repo_id", "a/b/c"], "'a/b/c' is no repository name"),
         ([run, "--repo_id", "org/m", "--license", "Apache 2"], "apache-2.0"),
-        ([run, "--repo_id", "org/m", "--privat"], "did you mean --private?"),
+        ([run, "--repo_id", "org/m", "--privat"], "did you mean '--private'?"),
         ([run, "--repo_id", "org/m", "--private", "maybe"], "true or false"),
         ([str(tmp_path / "nowhere"), "--repo_id", "org/m"], "there is no folder"),
         ([run, "--repo_id", "org/m"], "HF_HUB_OFFLINE"),

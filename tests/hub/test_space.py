@@ -124,7 +124,7 @@ def test_the_license_is_what_the_card_says(run_folder, tmp_path, card, license):
         (["RUN", "--output", "NEW", "--license", "Do What You Want"], "license"),
         (["RUN", "--repo_id", "a/b/c"], "'a/b/c' is no repository name"),
         (["RUN", "--repo_id", "org/demo", "--token", "x"], "nothing can be pushed while HF_HUB_OFFLINE is set"),
-        (["RUN", "--repoid", "org/demo"], "unknown flag --repoid (did you mean --repo_id?)"),
+        (["RUN", "--repoid", "org/demo"], "unknown flag --repoid (did you mean '--repo_id'?)"),
     ],
 )
 def test_a_mistake_is_one_sentence(arguments, sentence, run_folder, tmp_path, capsys):

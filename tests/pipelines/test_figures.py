@@ -248,7 +248,7 @@ def test_samplers_that_go_by_earlier_steps_too(small_pipeline, digits):
         options = {"strength": strength, "seeds": [4], "output_type": "pt", **SHORT}
         expected = pipe(image=digits[0], **options).images
         assert (row.images[:, 0].clamp(-1, 1) / 2 + 0.5 - expected).abs().max() < 1e-3
-    with pytest.raises(ValueError, match="DPMSolverMultistepScheduler goes on"):
+    with pytest.raises(ValueError, match="DPMSolverMultistepScheduler is deterministic"):
         shared_latents(pipe, [0, 1])
 
 
@@ -335,7 +335,7 @@ def test_an_animation_of_progressive_generation(tmp_path, small_pipeline):
         (lambda pipe, x: shared_latents(pipe, [0]), "at least 2 seeds, got 1"),
         (lambda pipe, x: shared_latents(pipe, [0, 1], ts=[]), "ts is empty"),
         (lambda pipe, x: shared_latents(pipe, [0, 1], ts=[1001]), "0 to 1000, got 1001"),
-        (lambda pipe, x: shared_latents(with_sampler(pipe, "ddim"), [0, 1]), "DDIMScheduler goes on"),
+        (lambda pipe, x: shared_latents(with_sampler(pipe, "ddim"), [0, 1]), "DDIMScheduler is deterministic"),
         (lambda pipe, x: interpolate(pipe, x[0], x[1], -1), "0 to 1000, got -1"),
         (lambda pipe, x: interpolate(pipe, x[0], x[1], 0.5), "0 to 1000, got 0.5"),
         (lambda pipe, x: interpolate(pipe, x[0], x[1], lambdas=[1.1]), "lambdas"),

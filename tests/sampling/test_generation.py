@@ -127,7 +127,7 @@ def test_deterministic_samplers_on_gaussian_data(small_unet, steps, spacing):
         ("ddim", "leading", 2, "from noise at t=500"),
     ],
 )
-def test_chains_that_stock_would_walk_wrongly_are_refused(small_pipeline, sampler, spacing, steps, what):
+def test_chains_that_stock_would_go_down_wrongly_are_refused(small_pipeline, sampler, spacing, steps, what):
     """Stock's `leading` spacing rounds T / K down, its `linspace` repeats itself where K is near T."""
     wrong = with_sampler(small_pipeline, sampler, timestep_spacing=spacing)
     with pytest.raises(ValueError, match=f"{what}.*timestep_spacing='trailing'"):
@@ -170,7 +170,7 @@ def test_a_folder_of_other_images_is_not_mixed(tmp_path, small_pipeline):
         write_samples(small_pipeline, [0, 2], tmp_path / "out", num_inference_steps=5)
 
 
-def test_classes_by_name_and_number_in_turn():
+def test_classes_by_name_and_number_interleaved():
     pipe = DDPMPipeline(make_small_unet(num_class_embeds=3, _class_names=["cats", "dogs"]), DDPMScheduler())
     assert class_sequence(pipe, "cats, 1", 3) == [0, 1, 0]
     assert class_sequence(pipe, None, 3) is None
@@ -183,7 +183,7 @@ class Stop(Exception):
 
 
 @pytest.mark.parametrize("name", ["out", "out.npz", "out.png"])
-def test_a_run_that_was_broken_off_goes_on(tmp_path, small_pipeline, monkeypatch, name):
+def test_an_interrupted_run_resumes(tmp_path, small_pipeline, monkeypatch, name):
     options = {"num_inference_steps": 3, "batch_size": 2}
     write_samples(small_pipeline, range(6), tmp_path / f"whole{name}", **options)
     real, calls = generation.generate, []
@@ -241,7 +241,7 @@ def test_images_of_other_classes_are_not_mixed(tmp_path):
 def test_digits_are_the_same_for_every_batch_size_and_number_of_processes(tmp_path):
     """Bit for bit, on one thread per process (`OMP_NUM_THREADS=1`, see conftest)."""
     pipe = with_sampler(DDPMPipeline.from_pretrained(FIXTURES / "digits_model"), "ddpm", "fixed_small")
-    options = {"num_inference_steps": 50}
+    options = {"num_inference_steps": 20}
     one_by_one = torch.cat([images for _, images in generate(pipe, range(16), batch_size=1, **options)])
     assert len(one_by_one.flatten(1).unique(dim=0)) == 16
     for batch_size in (4, 16):
@@ -253,7 +253,7 @@ def test_digits_are_the_same_for_every_batch_size_and_number_of_processes(tmp_pa
         port = probe.getsockname()[1]
     command = f"-m torch.distributed.run --nproc_per_node 2 --master_addr 127.0.0.1 --master_port {port}"
     command += f" -m ddpm_hf.cli sample --model {FIXTURES / 'digits_model'} --variance_type fixed_small"
-    command += f" --num_inference_steps 50 --seeds 0-15 --batch_size 3 --output {tmp_path / 'two.npz'}"
+    command += f" --num_inference_steps 20 --seeds 0-15 --batch_size 3 --output {tmp_path / 'two.npz'}"
     done = subprocess.run([sys.executable, *command.split()], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("wrote 16 images") == 1
@@ -274,7 +274,7 @@ def test_a_file_without_content_is_drawn_again_and_strangers_are_left_alone(tmp_
         write_samples(small_pipeline, [0, 2], tmp_path / "v1.0", **options)
 
 
-def test_each_seed_keeps_its_own_image_when_a_run_goes_on(tmp_path, small_pipeline):
+def test_each_seed_keeps_its_own_image_when_a_run_resumes(tmp_path, small_pipeline):
     """Some are there, the others are drawn: every one from its own image and mask."""
     pipe, digits = with_sampler(small_pipeline, "ddim"), load_digits("train").images
     masks = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0)) > 0.5

@@ -29,7 +29,7 @@ def test_in_memory_and_on_disk(tmp_path):
         assert torch.equal(all_rows(10, Maker(), batch_size=4, folder=folder)["square"], SQUARES)
 
 
-def test_an_interrupted_run_goes_on_with_what_is_missing(tmp_path):
+def test_an_interrupted_run_resumes_with_what_is_missing(tmp_path):
     first = Maker(fails_at=6)
     with pytest.raises(KeyboardInterrupt):
         all_rows(10, first, batch_size=2, folder=tmp_path)

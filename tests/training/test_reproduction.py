@@ -124,7 +124,7 @@ def test_interrupted_anywhere_the_same_command_resumes(finished, tmp_path, monke
 
         patch.setattr(Trainer, "_update", stop)
         assert reproduce(run) == 130
-    assert "the same command goes on" in capsys.readouterr().out
+    assert "the same command resumes" in capsys.readouterr().out
     assert not (run / "reproduction").exists()
     updates, drawn = [], []
     with monkeypatch.context() as patch:
@@ -143,7 +143,7 @@ def test_interrupted_anywhere_the_same_command_resumes(finished, tmp_path, monke
         patch.setattr(DDPMPipeline, "__call__", interrupt)
         assert reproduce(run) == 130
     assert updates == [4, 5]
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "the same command resumes" in capsys.readouterr().err
     assert not (run / "reproduction.md").exists()
 
     def spy(self, *args, **kwargs):

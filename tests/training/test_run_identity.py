@@ -1,4 +1,4 @@
-"""Which folders a run may write into; which checkpoints it may go on from is in `test_trainer.py`."""
+"""Which folders a run may write into; which checkpoints it may resume from is in `test_trainer.py`."""
 
 from pathlib import Path
 
@@ -27,7 +27,7 @@ def test_a_finished_model_without_checkpoints_is_not_replaced(tmp_path, which):
         tmp_path, CONFIG, "model_index.json", "unet/config.json", "samples.png", "best/unet/config.json"
     )
     with pytest.raises(
-        ValueError, match="holds a finished model and no checkpoint to go on from; name another folder"
+        ValueError, match="holds a finished model and no checkpoint to resume from; name another folder"
     ):
         check(finished, which)
     folder_with(finished, "checkpoint-3/manifest.json")
@@ -53,5 +53,5 @@ def test_a_file_and_a_run_are_named(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(ValueError, match="is a file; name a folder"):
         check(tmp_path / "file")
-    with pytest.raises(ValueError, match="already holds a run; go on with --resume_from_checkpoint latest"):
+    with pytest.raises(ValueError, match="already holds a run; resume it with --resume_from_checkpoint latest"):
         check(folder_with(tmp_path / "run", CONFIG, "checkpoint-3/manifest.json"))

@@ -31,15 +31,18 @@ from ddpm_hf import (
     Trainer,
     TrainingConfig,
     UNet2DModel,
-    training,
 )
 from ddpm_hf.diffusion.objectives import simple_loss
 from ddpm_hf.evaluation.features import make_extractor
 from ddpm_hf.hub.files import published_files
 from ddpm_hf.presets import PRESETS
+from ddpm_hf.training import run as training_run
+from ddpm_hf.training import trainer as training_trainer
 from ddpm_hf.training.checkpointing import list_checkpoints
+from ddpm_hf.training.configuration import TrainingError
 from ddpm_hf.training.evaluation import names_of_numbers
-from ddpm_hf.training.trainer import TrainingError
+from ddpm_hf.training.run import choose_computation
+from ddpm_hf.training.run_identity import changeable_settings, check_checkpoint, fixed_settings
 from ddpm_hf.utils.errors import NotFiniteError, UserError
 from ddpm_hf.utils.processes import known_trackers, only_run_in, reduce_in_float32, stop_signals
 from ddpm_hf.utils.text import plain
@@ -58,16 +61,26 @@ QUICK = {
 }
 
 
-@pytest.fixture(autouse=True)
-def small_preset(monkeypatch):
+@pytest.fixture(autouse=True, scope="module")
+def small_preset():
     """The digits preset with a network that trains in an instant, and dropout so that its masks count."""
     unet = {**PRESETS["digits"].unet, "block_out_channels": (8, 16), "norm_num_groups": 8, "dropout": 0.1}
     small = dataclasses.replace(PRESETS["digits"], unet=unet)
-    monkeypatch.setattr("ddpm_hf.presets.PRESETS", {**PRESETS, "digits": small})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ddpm_hf.presets.PRESETS", {**PRESETS, "digits": small})
+        yield
 
 
 def trainer(output_dir, **settings) -> Trainer:
     return Trainer(TrainingConfig(**{**QUICK, "output_dir": str(output_dir), **settings}))
+
+
+@pytest.fixture(scope="module")
+def whole(small_preset, tmp_path_factory) -> Path:
+    """The folder of a run that nothing has interrupted."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    trainer(folder).train()
+    return folder
 
 
 def same_files(a, b, step):
@@ -96,14 +109,13 @@ def test_a_run_publishes_a_pipeline_with_card_numbers_and_samples(tmp_path, caps
     assert "bits/dim on 4 held-out images" in capsys.readouterr().out
 
 
-def test_a_resumed_run_ends_in_the_same_bits(tmp_path):
-    trainer(tmp_path / "whole").train()
-    shutil.copytree(tmp_path / "whole" / "checkpoint-3", tmp_path / "resumed" / "checkpoint-3")
+def test_a_resumed_run_ends_in_the_same_bits(tmp_path, whole):
+    shutil.copytree(whole / "checkpoint-3", tmp_path / "resumed" / "checkpoint-3")
     torch.manual_seed(123)  # whatever the new process has drawn before
     resumed = trainer(tmp_path / "resumed", resume_from_checkpoint="latest")
     assert resumed.step == 3
     resumed.train()
-    same_files(tmp_path / "whole", tmp_path / "resumed", 6)
+    same_files(whole, tmp_path / "resumed", 6)
 
 
 CHANNELS_LAST = {"channels_last": True}
@@ -202,9 +214,9 @@ def test_moments_in_another_layout_would_be_found(tmp_path):
 
 @pytest.mark.parametrize("cuda", [False, True])
 def test_updates_alone_use_deterministic_algorithms_where_they_are_wanted(tmp_path, monkeypatch, cuda):
-    monkeypatch.setattr(training, "has_deterministic_algorithms", lambda device: cuda)
+    monkeypatch.setattr(training_trainer, "has_deterministic_algorithms", lambda device: cuda)
     run = trainer(tmp_path / "run", save_images_steps=3)
-    update, watch, enabled = run._update, run.publisher.watch, {}
+    update, show, enabled = run._update, run.publisher.show, {}
 
     def noted(name, function):
         def call(*arguments):
@@ -214,9 +226,9 @@ def test_updates_alone_use_deterministic_algorithms_where_they_are_wanted(tmp_pa
         return call
 
     monkeypatch.setattr(run, "_update", noted("update", update))
-    monkeypatch.setattr(run.publisher, "watch", noted("watch", watch))
+    monkeypatch.setattr(run.publisher, "show", noted("show", show))
     run.train()
-    assert enabled == {"update": {cuda}, "watch": {False}}
+    assert enabled == {"update": {cuda}, "show": {False}}
     assert not torch.are_deterministic_algorithms_enabled()
 
 
@@ -240,18 +252,16 @@ def test_gradient_checkpointing_changes_no_bit(tmp_path):
     same_files(tmp_path / "plain", tmp_path / "checkpointing", 3)
 
 
-def test_pictures_during_training_do_not_change_the_run(tmp_path):
-    trainer(tmp_path / "plain").train()
+def test_pictures_during_training_do_not_change_the_run(tmp_path, whole):
     trainer(tmp_path / "watched", save_images_steps=2).train()
     assert (tmp_path / "watched" / "samples-2.png").is_file()
-    same_files(tmp_path / "plain", tmp_path / "watched", 6)
+    same_files(whole, tmp_path / "watched", 6)
 
 
-def test_another_seed_is_another_run(tmp_path):
-    trainer(tmp_path / "a").train()
+def test_another_seed_is_another_run(tmp_path, whole):
     trainer(tmp_path / "b", seed=1).train()
     with pytest.raises(AssertionError):
-        same_files(tmp_path / "a", tmp_path / "b", 6)
+        same_files(whole, tmp_path / "b", 6)
 
 
 def test_accumulation_is_the_same_as_a_larger_batch(tmp_path):
@@ -298,7 +308,7 @@ def test_timesteps_are_uniform(tmp_path, sampling):
 
 @pytest.mark.parametrize("warmup", [False, True])
 def test_ema_equals_a_float64_reference(tmp_path, monkeypatch, warmup):
-    preset = dataclasses.replace(training.TrainingConfig(preset="digits").resolved_preset(), ema_warmup=warmup)
+    preset = dataclasses.replace(TrainingConfig(preset="digits").resolved_preset(), ema_warmup=warmup)
     monkeypatch.setattr("ddpm_hf.presets.PRESETS", {"digits": preset})
     run = trainer(tmp_path / "a", ema_max_decay=0.97)
     weights = list(run.unet.parameters())
@@ -314,8 +324,7 @@ def test_ema_equals_a_float64_reference(tmp_path, monkeypatch, warmup):
         assert torch.allclose(averaged.double(), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_a_stop_signal_saves_and_the_run_goes_on_to_the_same_bits(tmp_path, monkeypatch, capsys):
-    trainer(tmp_path / "whole").train()
+def test_a_stop_signal_saves_and_the_run_resumes_to_the_same_bits(tmp_path, monkeypatch, capsys, whole):
     stopped = trainer(tmp_path / "stopped", checkpointing_steps=100)
     update = stopped._update
 
@@ -332,13 +341,13 @@ def test_a_stop_signal_saves_and_the_run_goes_on_to_the_same_bits(tmp_path, monk
     assert (tmp_path / "stopped" / "checkpoint-4").is_dir()
     assert not (tmp_path / "stopped" / "model_index.json").exists()
     trainer(tmp_path / "stopped", resume_from_checkpoint="latest").train()
-    same_files(tmp_path / "whole", tmp_path / "stopped", 6)
+    same_files(whole, tmp_path / "stopped", 6)
 
 
 def test_a_later_second_interrupt_leaves_at_once(monkeypatch):
     with stop_signals() as stop:
         os.kill(os.getpid(), signal.SIGINT)
-        assert stop["requested"]
+        assert stop.requested
         os.kill(os.getpid(), signal.SIGINT)  # the same Ctrl-C, handed on by a launcher
         now = time.monotonic()
         monkeypatch.setattr(time, "monotonic", lambda: now + 5)
@@ -368,7 +377,7 @@ def test_loss_that_is_not_finite_stops_with_a_sentence_and_keeps_the_checkpoint(
     assert all(torch.equal(last[name], value) for name, value in weights.items())
 
 
-def test_one_bad_update_is_skipped_and_the_run_goes_on(tmp_path, monkeypatch):
+def test_one_bad_update_is_skipped_and_training_continues(tmp_path, monkeypatch):
     run = trainer(tmp_path / "run")
 
     def spoiled(unet, scheduler, x_0, t, noise):
@@ -415,16 +424,16 @@ def test_a_run_keeps_the_order_of_its_classes(tmp_path, capsys):
     run.train()
     assert "3 classes: 1, 2, 10\n" in capsys.readouterr().out
     assert run.unet.config["_class_names"] == ["1", "2", "10"]
-    was = run.identity.fixed()
+    was = fixed_settings(run.run)
     was["network"] = {**was["network"], "_class_names": ["1", "10", "2"]}
     with pytest.raises(ValueError, match=r"'1', '10', '2'.* and this run has .*'1', '2', '10'"):
-        run.identity.check_checkpoint(tmp_path / "run" / "checkpoint-6", plain(was))
+        check_checkpoint(run.run, tmp_path / "run" / "checkpoint-6", plain(was))
     trainer(tmp_path / "plain", resolution=8, **{**options, "class_conditional": False}).train()
     assert "the images' 3 classes are not used (--class_conditional): 1, 2, 10\n" in capsys.readouterr().out
 
 
 def test_the_paper_s_ema_has_its_full_decay_from_the_first_update(tmp_path, monkeypatch):
-    paper = dataclasses.replace(training.TrainingConfig(preset="digits").resolved_preset(), ema_warmup=False)
+    paper = dataclasses.replace(TrainingConfig(preset="digits").resolved_preset(), ema_warmup=False)
     monkeypatch.setattr("ddpm_hf.presets.PRESETS", {"digits": paper})
     run = trainer(tmp_path / "run", ema_max_decay=0.9999)
     assert run.ema.get_decay(1) == 0.9999
@@ -581,7 +590,7 @@ def test_curves_of_two_runs_and_of_a_resumed_one_share_their_updates(tmp_path, m
     """Whatever the clock says; the oracle is what each update returned."""
 
     def curves(name, seconds, **settings):
-        monkeypatch.setattr(training, "_SECONDS_BETWEEN_READINGS", seconds)
+        monkeypatch.setattr(training_trainer, "_SECONDS_BETWEEN_READINGS", seconds)
         run = trainer(tmp_path / name, report_to="tensorboard", logging_steps=2, max_train_steps=7, **settings)
         update, returned = run._update, {}
 
@@ -647,7 +656,7 @@ def test_ways_to_run_the_network_change_nothing_but_rounding(tmp_path, option, m
     assert fresh.step == 3
 
 
-def test_a_disk_that_refuses_gets_a_sentence_and_the_last_checkpoint_is_intact(tmp_path, monkeypatch):
+def test_a_disk_that_refuses_gets_a_sentence_and_the_last_checkpoint_is_intact(tmp_path, monkeypatch, whole):
     run = trainer(tmp_path / "run")
     update = run._update
 
@@ -667,9 +676,8 @@ def test_a_disk_that_refuses_gets_a_sentence_and_the_last_checkpoint_is_intact(t
         signal.signal(signal.SIGXFSZ, before)
     names = {p.name for p in (tmp_path / "run").iterdir()}
     assert names == {"training_config.yaml", "checkpoint-3", ".lock"}
-    trainer(tmp_path / "whole").train()
     trainer(tmp_path / "run", resume_from_checkpoint="latest").train()
-    same_files(tmp_path / "whole", tmp_path / "run", 6)
+    same_files(whole, tmp_path / "run", 6)
 
 
 def test_going_back_behind_later_checkpoints_is_refused(tmp_path):
@@ -741,8 +749,7 @@ def test_what_killed_writes_left_is_removed(tmp_path):
     assert not list((tmp_path / "run").glob(".checkpoint*"))
 
 
-def test_a_stop_signal_does_not_wait_for_a_sample_grid(tmp_path, monkeypatch):
-    trainer(tmp_path / "whole").train()
+def test_a_stop_signal_does_not_wait_for_a_sample_grid(tmp_path, monkeypatch, whole):
     run = trainer(tmp_path / "stopped", save_images_steps=4, checkpointing_steps=100)
     reached = []
 
@@ -757,25 +764,26 @@ def test_a_stop_signal_does_not_wait_for_a_sample_grid(tmp_path, monkeypatch):
     assert reached == []
     assert (tmp_path / "stopped" / "checkpoint-4").is_dir()
     trainer(tmp_path / "stopped", resume_from_checkpoint="latest").train()
-    same_files(tmp_path / "whole", tmp_path / "stopped", 6)
+    same_files(whole, tmp_path / "stopped", 6)
 
 
-def test_each_run_of_a_process_has_its_own_precision(tmp_path, monkeypatch):
-    plain = trainer(tmp_path / "plain")
-    low = trainer(tmp_path / "low", mixed_precision="bf16")
-    with pytest.raises(ValueError, match="another Trainer with precision bf16 was made after this one with float32"):
-        plain.train()
-    low.train()
+def test_a_process_trains_in_one_precision_the_flag_s_or_the_launcher_s(tmp_path, monkeypatch):
+    trainer(tmp_path / "plain").train()
+    assert "precision: float32" in (tmp_path / "plain" / "README.md").read_text()
+    with pytest.raises(UserError, match=r"has already been initialized .* pass `mixed_precision='bf16'`"):
+        trainer(tmp_path / "low", mixed_precision="bf16")
+    AcceleratorState._reset_state()  # as in another process
+    trainer(tmp_path / "low", mixed_precision="bf16").train()
     assert "precision: bf16" in (tmp_path / "low" / "README.md").read_text()
-    again = trainer(tmp_path / "again")  # no word about precision: as in a fresh process
-    again.train()
-    assert again.precision == "float32"
+    with pytest.raises(UserError, match="pass `mixed_precision='no'`"):  # nothing asked for is not bf16
+        trainer(tmp_path / "again")
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")  # what `accelerate launch` leaves for the processes
-    assert trainer(tmp_path / "launched").precision == "bf16"
+    assert trainer(tmp_path / "launched").run.precision == "bf16"
+    AcceleratorState._reset_state()
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
     with pytest.raises(ValueError, match="fp16 needs a GPU"):
         trainer(tmp_path / "half")
-    ends = [load_file(tmp_path / run / "checkpoint-6" / "model.safetensors") for run in ("low", "again")]
+    ends = [load_file(tmp_path / run / "checkpoint-6" / "model.safetensors") for run in ("low", "plain")]
     assert any(not torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
 
@@ -789,7 +797,7 @@ def half_precision_on_cpus(monkeypatch):
             self.native_amp = True
             self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24, growth_interval=3)
 
-    monkeypatch.setattr(training, "Accelerator", HalfOnCPU)
+    monkeypatch.setattr(training_run, "Accelerator", HalfOnCPU)
 
 
 def test_fp16_skips_updates_that_overflow_and_lowers_its_scale(tmp_path, half_precision_on_cpus):
@@ -870,23 +878,23 @@ def test_what_ends_in_other_bits_is_said(tmp_path, capsys):
 def test_checkpoints_of_0_1_0_resume_and_nothing_is_said(tmp_path, capsys):
     """They say less of how they came about; their tensors are the same."""
     run = trainer(tmp_path / "run", channels_last=True)
-    here = run.identity.changeable()
+    here = changeable_settings(run.run)
     new = {"class_dropout", "center_crop", "tf32", "channels_last", "compile", "train_batch_size"}
     old = {k: v for k, v in here.items() if k not in new | {"number of processes"}}
     assert len(old) == len(here) - 7
-    state = {"step": 3, **run.identity.fixed(), "recipe": old}
-    run.identity.check_checkpoint(tmp_path / "checkpoint-3", json.loads(json.dumps(state)))
+    state = {"step": 3, **fixed_settings(run.run), "recipe": old}
+    check_checkpoint(run.run, tmp_path / "checkpoint-3", json.loads(json.dumps(state)))
     assert capsys.readouterr().out == ""
 
 
 def test_a_change_of_precision_is_said(tmp_path, capsys):
     trainer(tmp_path / "run", max_train_steps=3).train()
+    AcceleratorState._reset_state()  # as in another process
     trainer(tmp_path / "run", resume_from_checkpoint="latest", mixed_precision="bf16")
     assert "precision was float32 and is bf16 from now on" in capsys.readouterr().out
 
 
-def test_a_stop_signal_does_not_wait_for_the_published_samples(tmp_path, monkeypatch, capsys):
-    trainer(tmp_path / "whole").train()
+def test_a_stop_signal_does_not_wait_for_the_published_samples(tmp_path, monkeypatch, capsys, whole):
     run = trainer(tmp_path / "stopped")
     sample_grid = run.publisher.sample_grid
 
@@ -900,13 +908,17 @@ def test_a_stop_signal_does_not_wait_for_the_published_samples(tmp_path, monkeyp
     assert not (tmp_path / "stopped" / "samples.png").exists()
     assert trainer(tmp_path / "stopped", resume_from_checkpoint="latest").train() is not None
     for name in ("samples.png", "unet/diffusion_pytorch_model.safetensors"):
-        assert (tmp_path / "stopped" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+        assert (tmp_path / "stopped" / name).read_bytes() == (whole / name).read_bytes()
 
 
 @pytest.mark.parametrize("engine", ["DEEPSPEED", "MEGATRON_LM"])
 def test_engines_that_pickle_are_refused(tmp_path, monkeypatch, engine):
-    monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")  # what `accelerate launch` leaves for the processes
-    with pytest.raises(ValueError, match=f"{engine} saves its state with pickle"):
+    with monkeypatch.context() as patch:
+        patch.setenv(f"ACCELERATE_USE_{engine}", "true")  # what `accelerate launch` leaves for the processes
+        with pytest.raises(UserError, match="accelerate cannot be set up as asked for"):  # it is not installed here
+            trainer(tmp_path / "run")
+    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType[engine])
+    with pytest.raises(UserError, match=f"{engine} saves its state with pickle"):
         trainer(tmp_path / "run")
 
 
@@ -955,11 +967,10 @@ def best_weights(folder):
     return load_file(folder / "best" / "unet" / "diffusion_pytorch_model.safetensors")
 
 
-def test_evaluation_in_the_loop_changes_nothing_and_gives_the_promised_numbers(tmp_path):
-    trainer(tmp_path / "plain").train()
+def test_evaluation_in_the_loop_changes_nothing_and_gives_the_promised_numbers(tmp_path, whole):
     run = trainer(tmp_path / "watched", best_metric="fd_pixels_validation_float", **WATCHED)
     run.train()
-    same_files(tmp_path / "plain", tmp_path / "watched", 6)
+    same_files(whole, tmp_path / "watched", 6)
     folder = tmp_path / "watched"
     history = json.loads((folder / "evaluations.json").read_text())
     assert list(history) == ["2", "4", "6"]
@@ -1013,7 +1024,7 @@ def test_too_little_memory_for_an_evaluation_names_its_flag(tmp_path, monkeypatc
 
     monkeypatch.setattr(run.evaluation if part == "measure" else run.publisher, part, too_large)
     monkeypatch.setattr(run.evaluation, "keep", lambda *_: None)
-    with pytest.raises(TrainingError, match=f"after update {when}; give a smaller --eval_batch_size, and go on with"):
+    with pytest.raises(TrainingError, match=f"after update {when}; give a smaller --eval_batch_size, and resume with"):
         run.train()
     assert list_checkpoints(tmp_path / "run")[-1].name == f"checkpoint-{when}"
 
@@ -1027,7 +1038,8 @@ def test_too_little_memory_for_an_evaluation_names_its_flag(tmp_path, monkeypatc
     ],
 )
 def test_the_best_model_is_kept(tmp_path, monkeypatch, name, values, best):
-    run = trainer(tmp_path / "run", best_metric=name, checkpointing_steps=2, checkpoints_total_limit=1, **WATCHED)
+    watched = {"validation_steps": 2} if name == "bits_per_dim" else WATCHED
+    run = trainer(tmp_path / "run", best_metric=name, checkpointing_steps=2, checkpoints_total_limit=1, **watched)
     scripted(run, monkeypatch, name, values)
     averaged = {}
     keep = run.evaluation.keep
@@ -1043,7 +1055,7 @@ def test_the_best_model_is_kept(tmp_path, monkeypatch, name, values, best):
     assert EvaluationReport.load(tmp_path / "run" / "best" / "evaluation.json").model["update"] == best
 
 
-def test_a_model_whose_images_are_not_finite_is_not_the_best_one_and_the_run_goes_on(tmp_path, monkeypatch, capsys):
+def test_a_model_whose_images_are_not_finite_is_not_the_best_one_and_training_continues(tmp_path, monkeypatch, capsys):
     run = trainer(
         tmp_path / "run", validation_steps=2, save_images_steps=2, checkpointing_steps=2, best_metric="bits_per_dim"
     )
@@ -1072,20 +1084,30 @@ def test_a_model_whose_images_are_not_finite_is_not_the_best_one_and_the_run_goe
     assert [path.name for path in list_checkpoints(tmp_path / "last")] == ["checkpoint-6"]
 
 
+KEPT = {"validation_steps": 2, "checkpointing_steps": 2, "best_metric": "bits_per_dim"}
+MEASURED = {2: 3.0, 4: 2.0, 6: 2.5}
+
+
+@pytest.fixture(scope="module")
+def kept(small_preset, tmp_path_factory) -> Path:
+    """The folder of a whole run that keeps the best model by these numbers."""
+    folder = tmp_path_factory.mktemp("kept") / "run"
+    run = trainer(folder, **KEPT)
+    with pytest.MonkeyPatch.context() as patch:
+        assert scripted(run, patch, "bits_per_dim", MEASURED) == []
+        run.train()
+    return folder
+
+
 class Killed(BaseException):
     """Nobody catches it, as nobody catches a kill."""
 
 
 @pytest.mark.parametrize("moment", ["measuring", "before the rename", "between the renames", "before it is noted"])
-def test_a_killed_run_keeps_the_same_best_model(tmp_path, monkeypatch, moment):
+def test_a_killed_run_keeps_the_same_best_model(tmp_path, monkeypatch, moment, kept):
     """Killed in the evaluation of update 4, whose checkpoint is there already, so that no update is repeated."""
-    values, name = {2: 3.0, 4: 2.0, 6: 2.5}, "bits_per_dim"
-    options = {"validation_steps": 2, "checkpointing_steps": 2, "best_metric": name}
-    whole = trainer(tmp_path / "whole", **options)
-    assert scripted(whole, monkeypatch, name, values) == []
-    whole.train()
-    run = trainer(tmp_path / "run", **options)
-    scripted(run, monkeypatch, name, values)
+    run = trainer(tmp_path / "run", **KEPT)
+    scripted(run, monkeypatch, "bits_per_dim", MEASURED)
     evaluation, rename = run.evaluation, Path.rename
 
     def killed(*_):
@@ -1111,17 +1133,17 @@ def test_a_killed_run_keeps_the_same_best_model(tmp_path, monkeypatch, moment):
             run.train()
     if moment == "between the renames":
         assert not (tmp_path / "run" / "best").exists()
-    resumed = trainer(tmp_path / "run", resume_from_checkpoint="latest", **options)
+    resumed = trainer(tmp_path / "run", resume_from_checkpoint="latest", **KEPT)
     assert resumed.step == 4
-    measured = scripted(resumed, monkeypatch, name, values)
+    measured = scripted(resumed, monkeypatch, "bits_per_dim", MEASURED)
     resumed.train()
     assert measured == [4, 6]
     for file in ("unet/diffusion_pytorch_model.safetensors", "model_index.json"):
-        assert (tmp_path / "run" / "best" / file).read_bytes() == (tmp_path / "whole" / "best" / file).read_bytes()
-    history = [json.loads((tmp_path / folder / "evaluations.json").read_text()) for folder in ("whole", "run")]
+        assert (tmp_path / "run" / "best" / file).read_bytes() == (kept / "best" / file).read_bytes()
+    history = [json.loads((folder / "evaluations.json").read_text()) for folder in (kept, tmp_path / "run")]
     assert history[0] == history[1]
-    assert [history[1][step][name] for step in history[1]] == [3.0, 2.0, 2.5]
-    same_files(tmp_path / "whole", tmp_path / "run", 6)
+    assert {int(step): numbers["bits_per_dim"] for step, numbers in history[1].items()} == MEASURED
+    same_files(kept, tmp_path / "run", 6)
 
 
 def test_a_stop_signal_in_an_evaluation_and_a_resumed_run_measure_it_once(tmp_path, monkeypatch):
@@ -1150,7 +1172,7 @@ def test_a_stop_signal_before_an_evaluation_is_obeyed_at_once(tmp_path, monkeypa
         return update(step)
 
     monkeypatch.setattr(run, "_update", interrupted)
-    monkeypatch.setattr(run.publisher, "watch", lambda *_: begun.append(run.step) or (None, None))
+    monkeypatch.setattr(run.publisher, "show", lambda *_: begun.append(run.step) or (None, None))
     assert run.train() is None
     assert begun == []
     assert (tmp_path / "run" / "checkpoint-3").is_dir()
@@ -1225,19 +1247,19 @@ def test_a_cache_that_cannot_be_written_is_said_before_training(tmp_path, monkey
         ("cpu", "NO", {"channels_last": True, "compile": True}, (True, True, False)),
     ],
 )
-def test_what_is_fast_is_the_default_where_it_is_sound(tmp_path, monkeypatch, device, distributed, flags, expected):
-    run = trainer(tmp_path / "run", **flags)
-    monkeypatch.setattr(run, "device", torch.device(device))
-    monkeypatch.setattr(training, "compiler_problem", lambda device: None)
-    run.accelerator = SimpleNamespace(distributed_type=DistributedType[distributed], scaler=None)
-    assert run._computation() == expected
+def test_what_is_fast_is_the_default_where_it_is_sound(monkeypatch, device, distributed, flags, expected):
+    monkeypatch.setattr(training_run, "compiler_problem", lambda device: None)
+    assert choose_computation(TrainingConfig(preset="digits", **flags), machine_of(device, distributed)) == expected
 
 
-def test_without_a_compiler_the_default_says_so_and_the_flag_is_refused(tmp_path, monkeypatch, capsys):
-    run = trainer(tmp_path / "run")
-    monkeypatch.setattr(run, "device", torch.device("cuda"))
-    monkeypatch.setattr(training, "compiler_problem", lambda device: "there is no Triton")
-    assert run._computation() == (True, False, True)
+def machine_of(device: str, distributed: str = "NO") -> SimpleNamespace:
+    """What accelerate says of a machine."""
+    return SimpleNamespace(device=torch.device(device), distributed_type=DistributedType[distributed], scaler=None)
+
+
+def test_without_a_compiler_the_default_says_so_and_the_flag_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(training_run, "compiler_problem", lambda device: "there is no Triton")
+    assert choose_computation(TrainingConfig(preset="digits"), machine_of("cuda")) == (True, False, True)
     assert "the network is not compiled, which is slower: there is no Triton" in capsys.readouterr().out
     with pytest.raises(UserError, match="--compile true is not possible here: there is no Triton"):
-        trainer(tmp_path / "other", compile=True)
+        choose_computation(TrainingConfig(preset="digits", compile=True), machine_of("cpu"))

@@ -11,7 +11,13 @@ from torch._inductor.exc import InvalidCxxCompiler
 
 from ddpm_hf.utils import machine
 from ddpm_hf.utils.errors import UserError
-from ddpm_hf.utils.machine import deterministic_algorithms, has_deterministic_algorithms, to_device, use_tf32
+from ddpm_hf.utils.machine import (
+    DelayedScalar,
+    deterministic_algorithms,
+    has_deterministic_algorithms,
+    to_device,
+    use_tf32,
+)
 
 _FAULTS = """
 import resource, sys
@@ -118,20 +124,61 @@ def test_pinned_copies_arrive_whole():
     assert torch.equal(there.cpu(), x)
 
 
+def test_a_delayed_scalar_is_the_one_of_the_read_before_and_waits_for_its_copy_only(monkeypatch):
+    waited_for = []
+
+    class Event:
+        recorded = False
+
+        def record(self):
+            self.recorded = True
+
+        def synchronize(self):
+            assert self.recorded
+            waited_for.append(self)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    value = torch.tensor(3.0)
+    now, delayed = DelayedScalar(value), DelayedScalar(value, delayed=True)
+    assert (now.read(), delayed.read()) == (3.0, 0.0)  # before the first copy there is nothing
+    assert waited_for == []
+    first = delayed._copied
+    value.fill_(7.0)
+    assert (now.read(), delayed.read()) == (7.0, 3.0)
+    assert waited_for == [first]
+    assert (now.read(), delayed.read()) == (7.0, 7.0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_a_delayed_scalar_is_read_without_synchronizing():
+    value = torch.zeros((), device="cuda")
+    delayed = DelayedScalar(value)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = []
+        for _ in range(3):
+            value.add_(1)
+            found.append(delayed.read())
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert found == [0, 1, 2]
+
+
 def test_bf16_is_the_default_where_the_card_has_it_and_no_launcher_speaks(monkeypatch):
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert machine.default_precision() is None
+    assert machine.choose_precision(None) == "no"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for there, expected in ((True, "bf16"), (False, None)):
+    for there, expected in ((True, "bf16"), (False, "no")):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True, there=there: there)
-        assert machine.default_precision() == expected
+        assert machine.choose_precision(None) == expected
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
     with pytest.raises(UserError, match="bf16 is not there on Tesla T4; use fp16, or no for float32"):
-        machine.check_precision("bf16")
-    machine.check_precision("fp16")
+        machine.choose_precision("bf16")
+    assert machine.choose_precision("fp16") == "fp16"
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-    assert machine.default_precision() is None
+    assert machine.choose_precision(None) == "no"
 
 
 def test_what_a_compiler_lacks(monkeypatch):

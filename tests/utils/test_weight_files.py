@@ -83,7 +83,7 @@ def calls(source: str) -> list[str]:
 
 
 def test_no_other_module_opens_pickles():
-    for path in PACKAGE.glob("*.py"):
+    for path in PACKAGE.rglob("*.py"):
         source = path.read_text(encoding="utf-8")
         for call in calls(source):
             assert "allow_pickle" not in call, path.name

@@ -1,0 +1,225 @@
+"""One training run, resolved once from its configuration: machine, recipe, images, network arguments, batches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+
+from ..data.datasets import Images, StreamedImages, load_images
+from ..models.unet_2d import UNet2DModel, check_size
+from ..presets import Preset
+from ..utils.errors import UserError
+from ..utils.machine import choose_precision, compiler_problem, keep_freed_memory, use_tf32
+from ..utils.processes import cpu_only, end_with_the_launcher, known_trackers, reduce_in_float32, say, set_cpu_threads
+from .configuration import TrainingConfig
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How the images of an update are cut.
+
+    Attributes:
+        micro: Images per micro-batch and process.
+        accumulation: Micro-batches per update and process.
+        process_index, num_processes: Which of how many processes this is.
+    """
+
+    micro: int
+    accumulation: int
+    process_index: int = 0
+    num_processes: int = 1
+
+    @property
+    def total(self) -> int:
+        """Images per update."""
+        return self.micro * self.accumulation * self.num_processes
+
+    def rows(self, micro: int) -> slice:
+        """Return which images of an update this process takes in micro-batch `micro`."""
+        start = (micro * self.num_processes + self.process_index) * self.micro
+        return slice(start, start + self.micro)
+
+
+class Computation(NamedTuple):
+    """How the network is computed: a function of settings and device, not of timings, so that runs can be repeated."""
+
+    channels_last: bool
+    compile: bool
+    cuda_graphs: bool
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a training run is made of; nothing here changes while it trains.
+
+    Attributes:
+        config: What was asked for.
+        recipe: The preset with the configuration's changes.
+        accelerator: Device, precision and sibling processes.
+        computation: How the network is computed.
+        plan: How an update's images are cut.
+        data: The training images.
+        unet_config: `UNet2DModel` arguments, with the images' classes.
+    """
+
+    config: TrainingConfig
+    recipe: Preset
+    accelerator: Accelerator
+    computation: Computation
+    plan: BatchPlan
+    data: Images
+    unet_config: dict[str, Any]
+
+    @property
+    def output_dir(self) -> Path:
+        """The folder of the run."""
+        return Path(self.config.output_dir)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return self.accelerator.device
+
+    @property
+    def precision(self) -> str:
+        """What the network computes in: float32, bf16 or fp16."""
+        return {"no": "float32"}.get(self.accelerator.mixed_precision, self.accelerator.mixed_precision)
+
+    def describe_images(self, name: str | None = None) -> str:
+        """Return how many images of what; `name` for readers who are not to see where on this machine they are."""
+        count = "a stream" if isinstance(self.data, StreamedImages) else f"{len(self.data)} images"
+        return f"{count} of {name or self.data.name}"
+
+    def describe_classes(self) -> str | None:
+        """Return which classes are trained on, or not used; `None` where there are none."""
+        if not (names := self.data.class_names):
+            return None
+        named = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+        if self.config.class_conditional:
+            return f"{len(names)} classes: {named}"
+        return f"the images' {len(names)} classes are not used (--class_conditional): {named}"
+
+
+def start_accelerator(config: TrainingConfig) -> Accelerator:
+    """Set up device, precision, trackers and sibling processes, and PyTorch's switches for this run.
+
+    Raises:
+        UserError: accelerate was asked, on a command line or in its configuration, for what is not possible here.
+    """
+    precision = choose_precision(config.mixed_precision)
+    trackers: Any = known_trackers(config.report_to)
+    try:
+        accelerator = Accelerator(
+            cpu=cpu_only(),
+            mixed_precision=precision,
+            log_with=trackers or None,
+            project_dir=str(Path(config.output_dir) / config.logging_dir),
+        )
+    except (ValueError, ImportError) as error:  # also a second precision in one process, which it has one of
+        raise UserError(f"accelerate cannot be set up as asked for: {' '.join(str(error).split())}") from error
+    _check_engine(accelerator, config)
+    reduce_in_float32(accelerator)
+    if accelerator.device.type == "cpu":
+        set_cpu_threads(config.num_cpu_threads, accelerator.num_processes)
+        keep_freed_memory()
+    use_tf32(config.tf32)
+    end_with_the_launcher()
+    return accelerator
+
+
+def _check_engine(accelerator: Accelerator, config: TrainingConfig) -> None:
+    engine, precision = accelerator.distributed_type, accelerator.mixed_precision
+    fsdp = engine == DistributedType.FSDP
+    ways = "FSDP 2 (examples/accelerate/fsdp2.yaml) or several processes (examples/accelerate/multi_gpu.yaml)"
+    if engine in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise UserError(f"{engine.value} saves its state with pickle, which checkpoints here do not hold; use {ways}")
+    if fsdp and accelerator.state.fsdp_plugin.fsdp_version != 2:
+        raise UserError(f"FSDP 1 keeps one flat tensor per block, which checkpoints here do not hold; use {ways}")
+    if fsdp and config.channels_last:
+        raise UserError("FSDP 2 does not shard weights in channels_last; leave --channels_last out")
+    if precision == "fp16" and accelerator.scaler is None:
+        raise UserError("--mixed_precision fp16 needs a GPU, and there is none here; use bf16, or no for float32")
+    if precision not in ("no", "fp16", "bf16"):
+        raise UserError(f"mixed precision {precision!r} is not supported; use bf16, fp16 or no")
+
+
+def choose_computation(config: TrainingConfig, accelerator: Accelerator) -> Computation:
+    """Return how to compute the network: as configured (UserError if that is not possible), else what is fast here."""
+    # FSDP 2 shards no weights in channels_last, and was not tried with compiled networks.
+    fast = accelerator.device.type == "cuda" and accelerator.distributed_type != DistributedType.FSDP
+    channels_last = fast if config.channels_last is None else config.channels_last
+    compiled = fast if config.compile is None else config.compile
+    if compiled and (problem := compiler_problem(accelerator.device)):
+        if config.compile:
+            raise UserError(f"--compile true is not possible here: {problem}; leave it out")
+        say(f"the network is not compiled, which is slower: {problem}")
+        compiled = False
+    # Gradient checkpointing saves the generators' states, which CUDA does not allow during a capture.
+    alone = accelerator.distributed_type == DistributedType.NO and accelerator.scaler is None
+    captured = fast and alone and not config.gradient_checkpointing and config.cuda_graphs
+    return Computation(channels_last, compiled, captured)
+
+
+def resolve(config: TrainingConfig, accelerator: Accelerator) -> Run:
+    """Open the images and decide everything that follows from configuration and machine.
+
+    Raises:
+        UserError: A setting that does not fit the others, the images or the machine.
+    """
+    recipe = config.resolved_preset()
+    micro, accumulation, _ = config.batch_plan(accelerator.num_processes)
+    plan = BatchPlan(micro, accumulation, accelerator.process_index, accelerator.num_processes)
+    computation = choose_computation(config, accelerator)
+    with torch.device("meta"):  # sizes that the network cannot halve, before any image is read
+        check_size(UNet2DModel(**recipe.unet), *image_size(recipe))
+    data = load_split(config, "train")
+    if not isinstance(data, StreamedImages) and not len(data):
+        raise UserError(f"{data.name!r} has no images to train on")
+    return Run(config, recipe, accelerator, computation, plan, data, {**recipe.unet, **_class_config(config, data)})
+
+
+def _class_config(config: TrainingConfig, data: Images) -> dict[str, Any]:
+    """Return `UNet2DModel` arguments for the classes; with class dropout, one more class stands for none."""
+    if not config.class_conditional:
+        return {}
+    if (names := data.class_names) is None:
+        raise UserError(
+            f"--class_conditional needs classes, and {data.name!r} has none: use a folder of folders, or a "
+            "dataset with a label column (--label_column)"
+        )
+    if config.class_dropout:
+        return {"num_class_embeds": len(names) + 1, "_class_names": list(names), "_null_class": len(names)}
+    return {"num_class_embeds": len(names), "_class_names": list(names)}
+
+
+# ---------------------------------------------------------------------- the images of a run
+
+
+def image_size(recipe: Preset) -> tuple[int, int]:
+    """Return height and width of the images that a recipe trains on."""
+    size = recipe.unet["sample_size"]
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def image_arguments(config: TrainingConfig, center: bool) -> dict[str, Any]:
+    """Return `data.load_images`'s arguments but for the split; `center` crops no image at random."""
+    recipe, options = config.resolved_preset(), config.image_options()
+    if center and "crop" in options:
+        options["crop"] = "center"
+    return {
+        **config.images_given(),
+        "channels": recipe.unet.get("in_channels", 3),
+        "resolution": image_size(recipe),
+        "validation_split": config.validation_split,
+        **options,
+    }
+
+
+def load_split(config: TrainingConfig, split: str) -> Images:
+    """Load a run's images: `train`, or the `validation` images, which are never cropped at random."""
+    return load_images(split=split, **image_arguments(config, center=split != "train"))
