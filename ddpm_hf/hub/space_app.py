@@ -1,6 +1,7 @@
 """The page of a Space: sampling, interpolation and bits/dim of some models, with gradio (extra `space`).
 
-gradio's components check what visitors and programs send, the pipeline checks the rest. Nothing comes from elsewhere.
+gradio's components check what visitors and programs send, the pipeline checks the rest. The page loads nothing from
+elsewhere: no fonts, no analytics.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ from ..utils.errors import UserError
 from ..utils.visualize import image_grid
 
 _CSS = ".pixels img { image-rendering: pixelated; object-fit: contain }"  # small images as squares, not blurred
-_QUEUED: dict[str, Any] = {"concurrency_id": "all", "concurrency_limit": 1, "show_progress": "minimal"}  # one by one
+# One request at a time, whichever button it comes from.
+_QUEUED: dict[str, Any] = {"concurrency_id": "network", "concurrency_limit": 1, "show_progress": "minimal"}
 _AT_ONCE: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 _MEGABYTES, _PIXELS = 10, 25_000_000  # of an uploaded image
 
@@ -45,7 +47,7 @@ def _errors_shown() -> Iterator[None]:
 
 
 def parse_at_most(limit: int, seeds: str) -> list[int]:
-    """Return the seeds of `0-7` or `0,5,8-11`; more than `limit` are refused before a list is made of them."""
+    """Return the seeds of `0-7` or `0,5,8-11`; refuse more than `limit` before a list of them fills the memory."""
     ranges = re.findall(r"(\d+)-(\d+)", seeds) if len(seeds) <= 200 else [(0, limit)]
     if any(int(last) - int(first) >= limit for first, last in ranges) or len(parse_seeds(seeds)) > limit:
         raise UserError(f"too many seeds; at most {limit} images at a time")
@@ -109,7 +111,7 @@ class Demo:
         return pipe, {"num_inference_steps": steps, "class_labels": label or None, "guidance_scale": guidance}
 
     def start(self, request: gr.Request) -> str:
-        """Stop what the visitor has begun before, which the button Stop could no longer reach."""
+        """Stop the visitor's earlier sampling, which the button Stop could no longer reach."""
         self.newest[request.session_hash] = object()
         return "in the queue"
 
@@ -138,8 +140,8 @@ class Demo:
                 if done < count and (shown or stopped):
                     worked += time.monotonic() - resumed
                     pipe.check_finite(step.prev_sample)
-                    text = f"step {done} of {count}, t = {step.timestep} of {T}: {done / worked:.1f} steps/s"
-                    text = f"stopped at {text}" if stopped else text
+                    where = f"step {done} of {count}, t = {step.timestep} of {T}: {done / worked:.1f} steps/s"
+                    text = f"stopped at {where}" if stopped else where
                     yield _grid(step.prev_sample), _grid(step.pred_original_sample), [], text
                     if stopped:
                         return
@@ -163,14 +165,11 @@ class Demo:
             yield None, f"drawing the images of seeds {seed_a} and {seed_b}"
             start = time.monotonic()
             (ends,) = pipe(seeds=[seed_a, seed_b], output_type="pt", return_dict=False, **options)
-            worked = time.monotonic() - start
             yield None, "interpolating between them"
-            start, t = time.monotonic(), round(share * pipe.scheduler.config.num_train_timesteps)
-            a, b = ends.cpu().split(1)
+            (a, b), t = ends.cpu().split(1), round(share * pipe.scheduler.config.num_train_timesteps)
             figure = interpolate(pipe, a, b, t, seeds=[seed_a], batch_size=self.max_images, **options)
-            worked += time.monotonic() - start
-            text = f"{len(figure.lambdas)} images between two, mixed at t = {figure.t}, in {worked:.2f} s"
-            yield figure.draw(), text
+            took = f"in {time.monotonic() - start:.2f} s"
+            yield figure.draw(), f"{len(figure.lambdas)} images between two, mixed at t = {figure.t}, {took}"
 
     def bits_per_dim(self, model: str, file: str | None, label: Any = None) -> tuple[Image.Image, str]:
         """Estimate the bound on an image's -log p in bits/dim; return the image as the network sees it, and a text."""
@@ -194,8 +193,8 @@ class Demo:
             )
             bits = f"**{estimate.mean:.2f} ± {estimate.sampling_standard_error:.2f} bits/dim**"
             how = f"estimated from {evaluations} network evaluations in {time.monotonic() - start:.2f} s"
-            seen = describe_conversion(file, channels, height, width)
-            text = f"{bits}: the variational bound, {how}, with its standard error.\n\nWhat the network saw: {seen}."
+            seen = f"What the network saw: {describe_conversion(file, channels, height, width)}."
+            text = f"{bits}: the variational bound, {how}, with its standard error.\n\n{seen}"
             return image_grid(pixels, tile=256), text
 
 
