@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -99,7 +100,7 @@ class Demo:
             self.pipes[name] = pipe.to("cuda" if torch.cuda.is_available() else "cpu")
         if not self.pipes:
             raise UserError(f"name at least one model, such as runs/digits,org/name; got {models!r}")
-        self.newest: dict[str | None, object] = {}  # of each visitor's clicks on Sample; the others stop
+        self.stops: dict[str | None, threading.Event] = {}  # of each visitor's last click on Sample
 
     def _chain(
         self, model: str, steps: int, sampler: str, label: Any, guidance: float
@@ -112,12 +113,17 @@ class Demo:
 
     def start(self, request: gr.Request) -> str:
         """Stop the visitor's earlier sampling, which the button Stop could no longer reach."""
-        self.newest[request.session_hash] = object()
+        self.stop(request)
+        self.stops[request.session_hash] = threading.Event()
         return "in the queue"
 
     def stop(self, request: gr.Request) -> None:
         """Stop sampling after the step at hand; gradio's own `cancels` waits for the next picture."""
-        self.newest.pop(request.session_hash, None)
+        self.stops.get(request.session_hash, threading.Event()).set()
+
+    def leave(self, request: gr.Request) -> None:
+        """Stop sampling for a visitor who has closed the page."""
+        self.stops.pop(request.session_hash, threading.Event()).set()
 
     def sample(
         self, model: str, seeds: str, steps: int, sampler: str, label: Any, guidance: float, request: gr.Request
@@ -132,10 +138,10 @@ class Demo:
             chosen = parse_at_most(self.max_images, seeds)
             pipe, options = self._chain(model, steps, sampler, label, guidance)
             count, T = options["num_inference_steps"], pipe.scheduler.config.num_train_timesteps
-            session, newest = request.session_hash, self.newest.get(request.session_hash)
+            stop = self.stops.get(request.session_hash, threading.Event())
             worked, resumed = 0.0, time.monotonic()  # the time in which pictures are shown is not the network's
             for step in pipe.progressive(seeds=chosen, **options):
-                done, stopped = step.index + 1, self.newest.get(session) is not newest
+                done, stopped = step.index + 1, stop.is_set()
                 shown = step.index % max(1, count // 20) == 0 or time.monotonic() - resumed > 1
                 if done < count and (shown or stopped):
                     worked += time.monotonic() - resumed
@@ -255,7 +261,7 @@ def _sample_tab(demo: Demo, page: gr.Blocks, model: gr.Dropdown, chain: list[Any
     sampled = started.then(demo.sample, [model, seeds, *chain], [x_t, x_0, images, text], **last)
     sampled.failure(lambda: "", None, text, **_AT_ONCE)
     stop.click(demo.stop, **_AT_ONCE)
-    page.unload(demo.stop)
+    page.unload(demo.leave)
 
 
 def _picture(title: str, elem_id: str, height: int | None = 300) -> gr.Image:

@@ -16,7 +16,8 @@ from ddpm_hf.hub.space_app import Demo, describe_conversion, make_page, parse_at
 from ddpm_hf.utils.errors import NotFiniteError, UserError
 
 MODEL = str(FIXTURES / "digits_model")
-ME, OTHER = SimpleNamespace(session_hash="me"), SimpleNamespace(session_hash="other")  # as in gr.Request
+# Sessions as in gr.Request: two visitors, and a program that calls the API without a click.
+ME, OTHER, PROGRAM = (SimpleNamespace(session_hash=name) for name in ("me", "other", "program"))
 
 
 @pytest.fixture(scope="module")
@@ -84,14 +85,14 @@ def test_a_model_without_images_to_look_at_is_refused(tmp_path):
     unet = make_small_unet(in_channels=2, out_channels=2)
     DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "two")
     with pytest.raises(gr.Error, match="1 or 3 channels"):
-        next(Demo("two", tmp_path).sample("two", "0", 5, "ddpm", None, 1, ME))
+        next(Demo("two", tmp_path).sample("two", "0", 5, "ddpm", None, 1, PROGRAM))
 
 
 # ---------------------------------------------------------------- sampling
 
 
 def test_sampling_can_be_watched(demo):
-    seen = list(demo.sample(MODEL, "0,1", 100, "ddpm", None, 1, ME))
+    seen = list(demo.sample(MODEL, "0,1", 100, "ddpm", None, 1, PROGRAM))
     assert len(seen) > 15  # a slow machine shows more
     steps = [int(text.split()[1]) for *_, text in seen[:-1]]
     assert steps == sorted(set(steps))
@@ -106,7 +107,7 @@ def test_sampling_can_be_watched(demo):
 
 
 def test_a_sampler_that_does_not_return_x_0_shows_x_t(demo):
-    seen = list(demo.sample(MODEL, "0", 5, "unipc", None, 1, ME))
+    seen = list(demo.sample(MODEL, "0", 5, "unipc", None, 1, PROGRAM))
     assert {x_0 for _, x_0, _, _ in seen} == {None}
     assert len(seen[-1][2]) == 1
 
@@ -124,6 +125,21 @@ def test_stopping_ends_it_after_the_step_at_hand(demo):
         hook.remove()
     assert len(calls) == 2
     assert demo.pipes[MODEL].scheduler.config == DDPMPipeline.from_pretrained(MODEL).scheduler.config
+
+
+def test_what_waits_in_the_queue_can_be_stopped(demo):
+    demo.start(ME)
+    demo.stop(ME)
+    assert last(demo.sample(MODEL, "0", 500, "ddpm", None, 1, ME))[3].startswith("stopped at step 1 of 500")
+
+
+def test_who_leaves_stops_sampling(demo):
+    demo.start(ME)
+    steps = demo.sample(MODEL, "0", 500, "ddpm", None, 1, ME)
+    next(steps)
+    demo.leave(ME)
+    assert last(steps)[3].startswith("stopped at step 2 of 500")
+    assert ME.session_hash not in demo.stops  # nothing is kept of the visitor
 
 
 def test_a_new_click_stops_the_sampling_before_and_nobody_elses(demo):
@@ -146,8 +162,11 @@ def test_a_new_click_stops_the_sampling_before_and_nobody_elses(demo):
 
 def test_requests_do_not_share_a_sampler(demo):
     """Two interleaved chains of different lengths are what each is alone."""
-    alone = [last(demo.sample(MODEL, "1", steps, "ddpm", None, 1, ME))[2][0].tobytes() for steps in (6, 9)]
-    short, long = demo.sample(MODEL, "1", 6, "ddpm", None, 1, ME), demo.sample(MODEL, "1", 9, "ddpm", None, 1, ME)
+    alone = [last(demo.sample(MODEL, "1", steps, "ddpm", None, 1, PROGRAM))[2][0].tobytes() for steps in (6, 9)]
+    short, long = (
+        demo.sample(MODEL, "1", 6, "ddpm", None, 1, PROGRAM),
+        demo.sample(MODEL, "1", 9, "ddpm", None, 1, PROGRAM),
+    )
     for _ in range(5):
         next(short), next(long)
     assert [last(short)[2][0].tobytes(), last(long)[2][0].tobytes()] == alone
@@ -187,7 +206,7 @@ def test_a_class_is_drawn(with_classes, folder, model, label, guidance, options)
     pipe = DDPMPipeline.from_pretrained(folder / model)
     pipe.set_progress_bar_config(disable=True)
     wanted = pipe(seeds=[4], num_inference_steps=10, **options).images[0]
-    (made,) = last(with_classes.sample(model, "4", 10, "ddpm", label, guidance, ME))[2]
+    (made,) = last(with_classes.sample(model, "4", 10, "ddpm", label, guidance, PROGRAM))[2]
     np.testing.assert_array_equal(np.asarray(made), np.asarray(wanted))
 
 
@@ -213,7 +232,7 @@ def test_a_class_is_drawn(with_classes, folder, model, label, guidance, options)
 )
 def test_what_cannot_be_had_is_told(with_classes, values, sentence):
     with pytest.raises(gr.Error, match=sentence):
-        next(with_classes.sample(*values, ME))
+        next(with_classes.sample(*values, PROGRAM))
 
 
 def test_interpolation_has_its_stages(with_classes):
@@ -291,6 +310,6 @@ def test_what_is_not_finite_is_shown_to_nobody(tmp_path):
     with torch.no_grad():  # as if the network failed on the way
         demo.pipes["good"].unet.conv_out.bias[0] = float("inf")
     with pytest.raises(gr.Error, match=r"conv_out\.bias hold NaN or infinity"):
-        next(demo.sample("good", "0", 5, "ddim", None, 1, ME))
+        next(demo.sample("good", "0", 5, "ddim", None, 1, PROGRAM))
     with pytest.raises(gr.Error, match="NaN"):
         demo.bits_per_dim("good", str(FIXTURES.parent.parent / "docs" / "digits.png"))
