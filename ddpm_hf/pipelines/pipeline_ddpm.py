@@ -72,10 +72,10 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
 
     @classmethod
     def load_config(cls, *args: Any, **kwargs: Any) -> Any:
-        """The pipeline's configuration, with stock's class names pointed at this package's classes of the same name.
+        """Return the configuration, with stock's class names pointed at this package's classes of the same name.
 
-        diffusers looks up a component's class, and the base classes that say how to load it, as attributes of the
-        module named there; this module has both.
+        diffusers looks up components and their base classes as attributes of the module named there; this one has
+        both.
         """
         loaded = super().load_config(*args, **kwargs)
         config = loaded[0] if isinstance(loaded, tuple) else loaded
@@ -86,38 +86,25 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> DDPMPipeline:
-        """As `diffusers.DiffusionPipeline.from_pretrained`, from safetensors only.
+        """Load a folder or a repository on the Hub, from safetensors only; what is in the cache needs no network.
 
-        Args:
-            pretrained_model_name_or_path: A folder, or a repository on the Hub; what is in the cache needs no network.
-            kwargs: As in diffusers: `revision`, `cache_dir`, `token`, `local_files_only`, `dtype`, ...
-
-        Raises:
-            OSError: It is not there, may not be read, or broke off.
-            ValueError: It is no DDPM, or `use_safetensors=False` was asked for.
+        `kwargs` are those of `diffusers.DiffusionPipeline.from_pretrained`: `revision`, `cache_dir`, `token`, `dtype`,
+        ... Raises an OSError if it is not there, may not be read or broke off, and a UserError for what is no DDPM, or
+        a pickle.
         """
         if kwargs.get("use_safetensors") is False:
             raise UserError("use_safetensors=False would read a pickle; convert the repository to safetensors first")
         kwargs["use_safetensors"] = True  # for None, diffusers would fall back to pickles
-        check_pipeline(pretrained_model_name_or_path, **kwargs)
-        load = super().from_pretrained
-        return patiently(
-            lambda: load(pretrained_model_name_or_path, **kwargs),
-            pretrained_model_name_or_path,
-            kwargs.get("revision"),
-        )
+        name, load = pretrained_model_name_or_path, super().from_pretrained
+        check_pipeline(name, **kwargs)
+        return patiently(lambda: load(name, **kwargs), name, kwargs.get("revision"))
 
     @classmethod
     def from_pipe(cls, pipeline: Any, **kwargs: Any) -> DDPMPipeline:
-        """This pipeline around another one's network and scheduler, stock's too; both pipelines share them.
+        """Make this pipeline around the `unet` and `scheduler` of another one, stock's too; both pipelines share them.
 
-        Args:
-            pipeline: Any diffusers pipeline of a `unet` and a `scheduler`.
-            kwargs: `unet=` or `scheduler=` instead of its own; `dtype=` (or `torch_dtype=`), which converts the shared
-                network.
-
-        Raises:
-            ValueError: It has other components than these two.
+        `kwargs` are `unet=` or `scheduler=` instead of its own, and `dtype=` (or `torch_dtype=`), which converts the
+        shared network. Raises a UserError if the other one has more components.
         """
         dtype = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None)
         parts = {**pipeline.components, **kwargs}
@@ -135,15 +122,12 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
         push_to_hub: bool = False,
         **kwargs: Any,
     ) -> None:
-        """As stock's; `push_to_hub=True` also publishes the folder, as `push_to_hub` does, and takes its arguments.
-
-        Raises:
-            UserError: What is to be published cannot be.
-        """
-        names = ("repo_id", "commit_message", "private", "token", "create_pr")
-        options = {name: kwargs.pop(name) for name in names if name in kwargs} if push_to_hub else {}
+        """Save as stock does; `push_to_hub=True` also publishes the folder, with the arguments of `push_to_hub`."""
+        options = {}
         if push_to_hub:
             _check_published_form(safe_serialization, variant)
+            names = ("repo_id", "commit_message", "private", "token", "create_pr")
+            options = {name: kwargs.pop(name) for name in names if name in kwargs}
         super().save_pretrained(save_directory, safe_serialization, variant, max_shard_size, **kwargs)
         if push_to_hub:
             _push(save_directory, options.pop("repo_id", None) or Path(save_directory).resolve().name, **options)
@@ -158,7 +142,7 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
         safe_serialization: bool = True,
         variant: str | None = None,
     ) -> str:
-        """Publish the pipeline on the Hub with a card, as `ddpm-hf push` does.
+        """Publish the pipeline on the Hub with a card, as `ddpm-hf push` does, and return the commit's address.
 
         Args:
             repo_id: `namespace/name`, or a name in the token's own namespace; made if it does not exist.
@@ -168,16 +152,13 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
             create_pr: Propose the commit as a pull request instead of making it.
             safe_serialization, variant: Stock's; pickles are not published, nor a variant without the whole model.
 
-        Returns:
-            The commit's (or the pull request's) address.
-
         Raises:
             UserError: It did not happen; the sentence says why.
         """
         _check_published_form(safe_serialization, variant)
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
-            return _push(folder, repo_id, commit_message, private, token, create_pr)
+            return _push(folder, repo_id, private, commit_message=commit_message, token=token, create_pr=create_pr)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -197,11 +178,7 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of the images.
-
-        Raises:
-            ValueError: The network has no `sample_size`, or one that it cannot halve often enough.
-        """
+        """Channels, height and width of the images; a UserError if `sample_size` is missing or cannot be halved."""
         size = self.unet.config.sample_size
         if size is None:
             raise UserError("the network's configuration has no sample_size; set it to the images' size")
@@ -241,8 +218,7 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
             batch_size: How many images; 1 by default, or as many as there are seeds or given images. 0 gives none.
             generator: One generator for all, or one per image; draws as in stock.
             num_inference_steps: Steps of the chain; the scheduler's T by default (1000 in the paper).
-            output_type: `pil`, `np` (also `numpy` or `None`; `[B, H, W, C]` in [0, 1]) or `pt` (`[B, C, H, W]` in
-                [0, 1]).
+            output_type: `pil`, or in [0, 1] `np` (`[B, H, W, C]`; also `numpy` or `None`) or `pt` (`[B, C, H, W]`).
             return_dict: `False` gives a tuple.
             seeds: One seed per image, instead of `generator`: image i depends on its own seed only, on every device
                 (`randomness.SeededNoise`).
@@ -270,11 +246,10 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
             `.images`.
 
         Raises:
-            ValueError: An argument is outside its range, or `seeds` is given with `generator`, or counts disagree.
+            UserError: An argument is outside its range, or `seeds` is given with `generator`, or counts disagree.
             NotFiniteError: The network made NaN or infinities, which are no pixel values.
         """
-        if output_type in ("numpy", None):
-            output_type = "np"
+        output_type = "np" if output_type in ("numpy", None) else output_type
         if output_type not in ("pil", "np", "pt"):
             raise UserError(f"output_type must be 'pil', 'np' or 'pt', got {output_type!r}")
         if output_type == "pil" and self.image_shape[0] not in (1, 3):
@@ -303,10 +278,11 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
         denoiser = self._denoiser(source, batch_size, class_labels, guidance_scale, eta)
         if batch_size:
             x_t = self._noisy_start(source, batch_size, None if known and start == 0 else given, start)
-            steps = denoiser.steps(x_t, start)
+            steps, total = denoiser.steps(x_t, start), len(self.scheduler.timesteps) - start
             if known is not None:
                 steps = repaint(denoiser, x_t, known, start, resample_length, resample_times)
-            x_t = self._last_of(steps, x_t, start, resample_times if known else 1, callback_on_step_end, inputs)
+                total *= resample_times
+            x_t = self._last_of(steps, x_t, total, callback_on_step_end, inputs)
         else:
             x_t = torch.empty(0, *self.image_shape)
         images = self.as_output(x_t, output_type)
@@ -314,17 +290,10 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def _last_of(
-        self,
-        steps: Iterator[DenoisingStep],
-        x_t: Tensor,
-        start: int,
-        times: int,
-        callback: Callable[..., dict[str, Any] | None] | None,
-        inputs: Sequence[str],
+        self, steps: Iterator[DenoisingStep], x_t: Tensor, total: int, callback: Any, inputs: Sequence[str]
     ) -> Tensor:
         """Take the steps, with a bar and the user's callback after each, and return x_0."""
         self._interrupt = False
-        total = times * (len(self.scheduler.timesteps) - start)
         with evaluating(self.unet), self.progress_bar(total=total) as bar:
             for step in steps:
                 if callback is not None:
@@ -338,11 +307,7 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
         return x_t
 
     def as_output(self, x_0: Tensor, output_type: str) -> Any:
-        """`[B, C, H, W]` in the [-1, 1] scale as `pil`, `np` or `pt`, see `__call__`.
-
-        Raises:
-            NotFiniteError: They hold NaN or infinities.
-        """
+        """Return images `[B, C, H, W]` in the [-1, 1] scale as `pil`, `np` or `pt`; see `check_finite`."""
         self.check_finite(x_0)
         images = (x_0 / 2 + 0.5).clamp(0, 1)
         if output_type == "pt":
@@ -351,23 +316,18 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
         return array if output_type == "np" else self.numpy_to_pil(array) if len(array) else []
 
     def check_finite(self, x_0: Tensor) -> None:
-        """Images at the end of the chain are numbers: NaN and infinities would become black and white pixels.
-
-        Raises:
-            NotFiniteError: They are not; names the weight that is to blame, if one is.
-        """
+        """Raise a NotFiniteError for NaN and infinities; it names the weight that is to blame, if one is."""
         if bool(x_0.isfinite().all()):
             return
         check_weights(self.unet)
         dtype = str(self.network.dtype).removeprefix("torch.")
         hints = {"float16": "; float16 ends at 65504, use bfloat16 or float32", "float32": ""}
-        raise NotFiniteError(
-            f"the images are not finite: the network, in {dtype}, or {type(self.scheduler).__name__} made NaN or "
-            f"infinities on the way{hints.get(dtype, '; try float32')}"
-        )
+        who = f"the network, in {dtype}, or {type(self.scheduler).__name__}"
+        hint = hints.get(dtype, "; try float32")
+        raise NotFiniteError(f"the images are not finite: {who} made NaN or infinities on the way{hint}")
 
     def _start_of(self, strength: float | None, inpainting: bool) -> int:
-        """Where in the chain to enter with a given image."""
+        """Return where in the chain to enter with a given image."""
         if strength is None:
             if not inpainting:
                 raise UserError("image needs strength (the share of the chain to go back, 0 to 1) or a mask_image")
@@ -377,7 +337,7 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
         steps = len(self.scheduler.timesteps)
         return steps - min(round(steps * strength), steps)
 
-    def _noisy_start(self, source: Generators, batch_size: int, image: Tensor | None, start: int) -> Tensor:
+    def _noisy_start(self, source: Generators, batch_size: int, image: Tensor | None = None, start: int = 0) -> Tensor:
         """Return x_T; where an image is given, that image with the noise of the chain's timestep number `start`."""
         noise = standard_normal((batch_size, *self.image_shape), source, self._execution_device, torch.float32)
         if image is None:
@@ -386,8 +346,6 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
         if not len(left):
             return image  # strength 0 leaves no step to take
         return self.scheduler.add_noise(image, noise, left[:1].expand(batch_size).to(noise.device))
-
-    # ------------------------------------------------------------------ the chain
 
     @torch.no_grad()
     def denoise(
@@ -404,16 +362,9 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
     ) -> Iterator[DenoisingStep]:
         """Take the chain's steps one by one: what `__call__` and the paper's figures are made of.
 
-        Args:
-            x_t: `[B, C, H, W]` float32, noisy as at `scheduler.timesteps[start]`; pure noise for the whole chain.
-            generator, num_inference_steps, class_labels, guidance_scale, eta: See `__call__`.
-            start, stop: Which of the chain's steps to take, `range(start, stop)`; all by default.
-
-        Yields:
-            One `DenoisingStep` per step. Its `prev_sample` may be replaced; the next step starts from there.
-
-        Raises:
-            ValueError: As `__call__`, but with the first step.
+        From x_t, `[B, C, H, W]` float32, noisy as at `scheduler.timesteps[start]`, it takes the steps `start` to
+        `stop` (all by default) and yields a `DenoisingStep` each. Its `prev_sample` may be replaced; the next step
+        starts from there.
         """
         set_timesteps(self.scheduler, self.checked_steps(num_inference_steps))
         denoiser = self._denoiser(generator, len(x_t), class_labels, guidance_scale, eta)
@@ -424,9 +375,9 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
         self,
         generator: Generators,
         batch_size: int,
-        class_labels: ClassLabels = None,
-        guidance_scale: float = 1.0,
-        eta: float | None = None,
+        class_labels: ClassLabels,
+        guidance_scale: float,
+        eta: float | None,
     ) -> Denoiser:
         """Return what takes steps down the chain that is set, with its options checked."""
         checked_eta(self.scheduler, eta)
@@ -437,28 +388,22 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
     def progressive(
         self,
         batch_size: int | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: Generators = None,
         *,
         seeds: Iterable[int] | None = None,
         **options: Any,
     ) -> Iterator[DenoisingStep]:
-        """Progressive generation (Section 4.3, Figs. 6, 10 and 14): the images as they come into being.
+        """Yield one `DenoisingStep` per step, with x_t and the x_0 predicted from it (Section 4.3, Figs. 6, 10 and
+        14).
 
-        Args:
-            batch_size, generator, seeds: See `__call__`.
-            options: See `denoise`.
-
-        Yields:
-            One `DenoisingStep` per step, with x_t and the x_0 predicted from it.
+        `batch_size`, `generator` and `seeds` are those of `__call__`, `options` those of `denoise`.
         """
         self.checked_steps(options.get("num_inference_steps"))
         batch_size, source = count_and_generators(batch_size, generator, seeds, self._execution_device)
-        shape = (batch_size, *self.image_shape)
-        x_t = standard_normal(shape, source, self._execution_device, torch.float32)
-        yield from self.denoise(x_t * self.scheduler.init_noise_sigma, source, **options)
+        yield from self.denoise(self._noisy_start(source, batch_size), source, **options)
 
     def checked_eta(self, eta: float | None) -> float:
-        """Return the eta in force, see `denoising.checked_eta`."""
+        """Return the eta in force, see `schedulers.checked_eta`."""
         return checked_eta(self.scheduler, eta)
 
     @property
@@ -467,51 +412,30 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
         return Classes.of(self.unet.config)
 
     def check_images_fit(self, data: Any) -> None:
-        """Images (`data.load_images`) have to be as large as the network's.
-
-        Raises:
-            ValueError: They are not.
-        """
-        if tuple(data.image_shape) != self.image_shape:
-            raise UserError(
-                f"the images of {data.name!r} are {tuple(data.image_shape)} (channels, height, width), and the model "
-                f"makes {self.image_shape}"
-            )
+        """Raise a UserError unless images (`data.load_images`) are as large as the network's."""
+        if (shape := tuple(data.image_shape)) != self.image_shape:
+            own = f"the images of {data.name!r} are {shape} (channels, height, width)"
+            raise UserError(f"{own}, and the model makes {self.image_shape}")
 
 
 def _check_published_form(safe_serialization: bool, variant: str | None) -> None:
-    """Safetensors under their usual names are published, and nothing else.
-
-    Raises:
-        UserError: Something else was asked for.
-    """
+    """Raise a UserError for anything but safetensors under their usual names."""
     if not safe_serialization:
         raise UserError("safe_serialization=False would publish a pickle; leave it out for safetensors")
     if variant:
-        raise UserError(
-            f"variant={variant!r} alone does not open with from_pretrained as the card says; push without variant, "
-            "after pipe.to(torch.float16) for smaller weights"
-        )
+        advice = "push without variant, after pipe.to(torch.float16) for smaller weights"
+        raise UserError(f"variant={variant!r} alone does not open with from_pretrained as the card says; {advice}")
 
 
-def _push(
-    folder: Any,
-    repo_id: str,
-    commit_message: str | None = None,
-    private: bool | None = None,
-    token: str | None = None,
-    create_pr: bool = False,
-) -> str:
-    """See `DDPMPipeline.push_to_hub`."""
-    # By its name: `hub` stands above this module, and only those who push need it.
-    hub = importlib.import_module("ddpm_hf.hub.publish")
-    options: dict[str, Any] = {} if commit_message is None else {"commit_message": commit_message}
-    return hub.push(folder, repo_id, private=private is not False, token=token, create_pr=create_pr, **options)
+def _push(folder: Any, repo_id: str, private: bool | None = None, **options: Any) -> str:
+    hub = importlib.import_module("ddpm_hf.hub.publish")  # by its name: `hub` stands above this module
+    given = {name: value for name, value in options.items() if value is not None}
+    return hub.push(folder, repo_id, private=private is not False, **given)
 
 
 @contextmanager
 def evaluating(module: torch.nn.Module) -> Iterator[None]:
-    """The module in evaluation mode (no dropout) inside, and as it was afterwards."""
+    """Keep the module in evaluation mode (no dropout) inside, and as it was afterwards."""
     was_training = module.training
     module.eval()
     try:
@@ -522,7 +446,7 @@ def evaluating(module: torch.nn.Module) -> Iterator[None]:
 
 @contextmanager
 def without_bar(pipe: DDPMPipeline) -> Iterator[None]:
-    """The pipeline shows no progress bar inside, and does afterwards what it did before."""
+    """Show no progress bar inside, and do afterwards what the pipeline did before."""
     before = getattr(pipe, "_progress_bar_config", {})
     pipe.set_progress_bar_config(**{**before, "disable": True})
     try:
