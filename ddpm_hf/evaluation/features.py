@@ -1,7 +1,7 @@
 """Images to feature vectors: Inception (torch-fidelity), DINOv2, CLIP and others (transformers), or the pixels.
 
-A number that compares features can be compared only with numbers of the same features, so each extractor has a name
-for reports and a hash of its weights and preprocessing.
+Numbers can be compared only where features are the same, so reports have an extractor's name and a hash of all it
+uses.
 """
 
 from __future__ import annotations
@@ -50,9 +50,8 @@ class Pixels:
 class Inception:
     """The Inception-v3 network of 2015 that FID, IS and KID are defined with, as torch-fidelity rebuilt it.
 
-    The same numbers as torch-fidelity's for uint8, and also for floats, which it refuses and the official code of the
-    paper takes. `weights` is a file of torch-fidelity's, `.pth` or safetensors; its usual place, or a download, if
-    `None`.
+    It takes floats too, as the official code of the paper does. `weights` is a file of torch-fidelity's, `.pth` or
+    safetensors; its usual place or a download for `None`.
     """
 
     name, takes_floats = "inception", True
@@ -112,8 +111,8 @@ def _usual_inception_file(url: str) -> Path:
 class VisionModel:
     """A vision network from transformers: DINOv2, CLIP and others, with the image processor that belongs to it.
 
-    The processor resizes images, rounds them to whole pixel values and scales them, so floats are not taken. The
-    features are what the network pools: the class token of DINOv2, the projected embedding of CLIP.
+    The processor rounds images to whole pixel values, so floats are not taken. The features are what the network
+    pools: the class token of DINOv2, the projected embedding of CLIP.
     """
 
     takes_floats = False
@@ -154,11 +153,7 @@ class VisionModel:
 def make_extractor(
     name: str, image_shape: tuple[int, ...], inception_weights: str | Path | None = None, device: Any = "cpu"
 ) -> FeatureExtractor:
-    """Make an extractor for images `(C, H, W)`: `inception`, `pixels`, or a vision model by Hub id or folder.
-
-    Raises:
-        UserError: It cannot be made; says why and what to do.
-    """
+    """Make an extractor for images `(C, H, W)`; a UserError says why it cannot be made, and what to do."""
     if name == "pixels":
         return Pixels(image_shape)
     if name == "inception":
