@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..data.class_labels import ClassIndex
 from ..pipelines.pipeline_ddpm import DDPMPipeline, without_bar
+from ..pipelines.schedulers import checked_eta, checked_steps
 from ..sampling.shards import Rows, all_rows, read_tensors, write_tensors
 from ..utils.digests import digest, images_digest, weights_digest
 from ..utils.errors import UserError
@@ -116,13 +117,13 @@ def draw_samples(
     A class-conditional network is sampled with the class frequencies of the `train` images. Raises a UserError for a
     count or number of steps out of range, or classes that the network does not know.
     """
-    count, seed, steps = options.num_samples, options.seed, pipe.checked_steps(options.num_inference_steps)
+    count, seed, steps = options.num_samples, options.seed, checked_steps(pipe.scheduler, options.num_inference_steps)
     if count < 1:
         raise UserError(f"num_samples must be at least 1, got {count}")
     sampling: dict[str, Any] = {
         "sampler": type(pipe.scheduler).__name__,
         "num_inference_steps": steps,
-        "eta": pipe.checked_eta(options.eta),
+        "eta": checked_eta(pipe.scheduler, options.eta),
         "guidance_scale": options.guidance_scale,
         "seed": seed,
         **describe_pipeline(pipe),

@@ -18,7 +18,6 @@ from ..models.inference import InferenceNetwork, fill
 from ..utils.cuda_graphs import record, warm_up
 from ..utils.errors import UserError
 from ..utils.randomness import Generators, SeededNoise, normal_noise, standard_normal
-from .inputs import KnownPixels
 from .schedulers import feasible_etas, step_options
 
 
@@ -192,9 +191,9 @@ def check_repaint(scheduler: Any, length: int, times: int) -> None:
 
 
 def repaint(
-    denoiser: Denoiser, x_t: Tensor, known: KnownPixels, start: int, length: int, times: int
+    denoiser: Denoiser, x_t: Tensor, x_0: Tensor, mask: Tensor, start: int, length: int, times: int
 ) -> Iterator[DenoisingStep]:
-    """Take all steps from `start`; known pixels come from q(x_{t-1}|x_0), the others from p.
+    """Take all steps from `start`: from p where the mask (`[B, 1, H, W]`) is true, from q(x_{t-1}|x_0) elsewhere.
 
     RePaint (Lugmayr et al. 2022, Algorithm 1): each stretch of `length` steps is taken `times` times.
     """
@@ -213,8 +212,8 @@ def repaint(
         for again in reversed(range(times)):
             for step in denoiser.steps(x_t, first, last):
                 signal = alpha_bar[step.index + 1]
-                image = noisy(known.image, signal) if signal < 1 else known.image
-                step.prev_sample = torch.where(known.draw, step.prev_sample, image)
+                known = noisy(x_0, signal) if signal < 1 else x_0
+                step.prev_sample = torch.where(mask, step.prev_sample, known)
                 yield step
                 x_t = step.prev_sample
             if again:

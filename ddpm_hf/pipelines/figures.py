@@ -27,6 +27,7 @@ from ..utils.randomness import SeededNoise, derive_seed
 from ..utils.visualize import labelled_grid
 from .inputs import images_in_model_range
 from .pipeline_ddpm import DDPMPipeline
+from .schedulers import checked_steps
 
 LAMBDAS = tuple(i / 10 for i in range(11))
 
@@ -47,7 +48,7 @@ class _Chain:
         if self.batch_size < 1:
             raise UserError(f"batch_size must be at least 1, got {self.batch_size}")
         scheduler = self.pipe.scheduler
-        scheduler.set_timesteps(self.pipe.checked_steps(self.num_inference_steps))
+        scheduler.set_timesteps(checked_steps(scheduler, self.num_inference_steps))
         self.T: int = scheduler.config.num_train_timesteps
         self.ts = [int(timestep) + 1 for timestep in scheduler.timesteps] + [0]  # before each step, and the data
         # The delay keeps a bar away from the sentence about a class that the network does not have.

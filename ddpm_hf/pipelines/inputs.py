@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,14 +16,6 @@ from ..data.decoding import DecodeOptions, read_image
 from ..data.tensors import to_model_range
 from ..utils.errors import UserError
 from ..utils.randomness import Generators, SeededNoise
-
-
-@dataclass(frozen=True)
-class KnownPixels:
-    """What inpainting keeps."""
-
-    image: Tensor  # [B, C, H, W] in [-1, 1]
-    draw: Tensor  # [B, 1, H, W] bool, true where pixels are drawn anew
 
 
 def count_and_generators(

@@ -24,7 +24,7 @@ from ..utils.errors import NotFiniteError, UserError
 from ..utils.hub_errors import check_pipeline, patiently
 from ..utils.randomness import NOISE_OF_SEEDS, Generators, standard_normal
 from .denoising import Denoiser, DenoisingStep, check_repaint, repaint
-from .inputs import KnownPixels, count_and_generators, images_in_model_range, mask_of, one_per_image
+from .inputs import count_and_generators, images_in_model_range, mask_of, one_per_image
 from .schedulers import checked_eta, checked_steps, set_timesteps
 
 # What stock repositories name, and our class of the same name that opens it.
@@ -74,8 +74,7 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
     def load_config(cls, *args: Any, **kwargs: Any) -> Any:
         """Return the configuration, with stock's class names pointed at this package's classes of the same name.
 
-        diffusers looks up components and their base classes as attributes of the module named there; this one has
-        both.
+        diffusers looks up components and their base classes as attributes of the module named there: of this one.
         """
         loaded = super().load_config(*args, **kwargs)
         config = loaded[0] if isinstance(loaded, tuple) else loaded
@@ -88,9 +87,9 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> DDPMPipeline:
         """Load a folder or a repository on the Hub, from safetensors only; what is in the cache needs no network.
 
-        `kwargs` are those of `diffusers.DiffusionPipeline.from_pretrained`: `revision`, `cache_dir`, `token`, `dtype`,
-        ... Raises an OSError if it is not there, may not be read or broke off, and a UserError for what is no DDPM, or
-        a pickle.
+        `kwargs` are those of `diffusers.DiffusionPipeline.from_pretrained`: `revision`, `cache_dir`, `token`, ...
+        Raises an OSError if it is not there, may not be read or broke off, and a UserError for what is no DDPM, or a
+        pickle.
         """
         if kwargs.get("use_safetensors") is False:
             raise UserError("use_safetensors=False would read a pickle; convert the repository to safetensors first")
@@ -186,10 +185,6 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
         check_size(self.unet, height, width)
         return self.unet.config.in_channels, height, width
 
-    def checked_steps(self, num_inference_steps: int | None) -> int:
-        """Return the number of sampler steps, see `schedulers.checked_steps`."""
-        return checked_steps(self.scheduler, num_inference_steps)
-
     @torch.no_grad()
     def __call__(
         self,
@@ -259,28 +254,29 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
             if name not in self._callback_tensor_inputs:
                 names = ", ".join(self._callback_tensor_inputs)
                 raise UserError(f"callback_on_step_end_tensor_inputs knows {names}, got {name!r}")
-        num_inference_steps = self.checked_steps(num_inference_steps)
+        num_inference_steps = checked_steps(self.scheduler, num_inference_steps)
         given = None if image is None else images_in_model_range(image, self.image_shape)
         if seeds is None and batch_size is None and given is not None:
             batch_size = len(given)
         device = self._execution_device
         batch_size, source = count_and_generators(batch_size, generator, seeds, device)
         set_timesteps(self.scheduler, num_inference_steps)
-        start, known = 0, None
+        start, mask = 0, None
         if given is not None:
             given = one_per_image(given, batch_size, "image").to(device)
             start = self._start_of(strength, mask_image is not None)
             if mask_image is not None:
                 check_repaint(self.scheduler, resample_length, resample_times)
-                known = KnownPixels(given, mask_of(mask_image, self.image_shape, batch_size).to(device))
+                mask = mask_of(mask_image, self.image_shape, batch_size).to(device)
         elif strength is not None or mask_image is not None:
             raise UserError("strength and mask_image go with an image; pass image=")
         denoiser = self._denoiser(source, batch_size, class_labels, guidance_scale, eta)
         if batch_size:
-            x_t = self._noisy_start(source, batch_size, None if known and start == 0 else given, start)
+            noise_only = mask is not None and start == 0
+            x_t = self._noisy_start(source, batch_size, None if noise_only else given, start)
             steps, total = denoiser.steps(x_t, start), len(self.scheduler.timesteps) - start
-            if known is not None:
-                steps = repaint(denoiser, x_t, known, start, resample_length, resample_times)
+            if given is not None and mask is not None:
+                steps = repaint(denoiser, x_t, given, mask, start, resample_length, resample_times)
                 total *= resample_times
             x_t = self._last_of(steps, x_t, total, callback_on_step_end, inputs)
         else:
@@ -322,9 +318,8 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
         check_weights(self.unet)
         dtype = str(self.network.dtype).removeprefix("torch.")
         hints = {"float16": "; float16 ends at 65504, use bfloat16 or float32", "float32": ""}
-        who = f"the network, in {dtype}, or {type(self.scheduler).__name__}"
-        hint = hints.get(dtype, "; try float32")
-        raise NotFiniteError(f"the images are not finite: {who} made NaN or infinities on the way{hint}")
+        what = f"the network, in {dtype}, or {type(self.scheduler).__name__} made NaN or infinities on the way"
+        raise NotFiniteError(f"the images are not finite: {what}{hints.get(dtype, '; try float32')}")
 
     def _start_of(self, strength: float | None, inpainting: bool) -> int:
         """Return where in the chain to enter with a given image."""
@@ -360,28 +355,23 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
         guidance_scale: float = 1.0,
         eta: float | None = None,
     ) -> Iterator[DenoisingStep]:
-        """Take the chain's steps one by one: what `__call__` and the paper's figures are made of.
+        """Take the chain's steps `start` to `stop` (all by default): what `__call__` and the paper's figures are made
+        of.
 
-        From x_t, `[B, C, H, W]` float32, noisy as at `scheduler.timesteps[start]`, it takes the steps `start` to
-        `stop` (all by default) and yields a `DenoisingStep` each. Its `prev_sample` may be replaced; the next step
-        starts from there.
+        It starts from x_t, `[B, C, H, W]` float32, noisy as at `scheduler.timesteps[start]`, and yields a
+        `DenoisingStep` each. Its `prev_sample` may be replaced; the next step starts from there.
         """
-        set_timesteps(self.scheduler, self.checked_steps(num_inference_steps))
+        set_timesteps(self.scheduler, checked_steps(self.scheduler, num_inference_steps))
         denoiser = self._denoiser(generator, len(x_t), class_labels, guidance_scale, eta)
         with evaluating(self.unet):
             yield from denoiser.steps(x_t, start, stop)
 
     def _denoiser(
-        self,
-        generator: Generators,
-        batch_size: int,
-        class_labels: ClassLabels,
-        guidance_scale: float,
-        eta: float | None,
+        self, generator: Generators, count: int, class_labels: ClassLabels, guidance_scale: float, eta: float | None
     ) -> Denoiser:
         """Return what takes steps down the chain that is set, with its options checked."""
         checked_eta(self.scheduler, eta)
-        labels = self.classes.checked(class_labels, guidance_scale, batch_size)
+        labels = self.classes.checked(class_labels, guidance_scale, count)
         labels = None if labels is None else labels.to(self._execution_device)
         return Denoiser(self.network, self.scheduler, generator, labels, guidance_scale, eta)
 
@@ -393,18 +383,10 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
         seeds: Iterable[int] | None = None,
         **options: Any,
     ) -> Iterator[DenoisingStep]:
-        """Yield one `DenoisingStep` per step, with x_t and the x_0 predicted from it (Section 4.3, Figs. 6, 10 and
-        14).
-
-        `batch_size`, `generator` and `seeds` are those of `__call__`, `options` those of `denoise`.
-        """
-        self.checked_steps(options.get("num_inference_steps"))
+        """Yield a `DenoisingStep` per step, from x_T on (Section 4.3); see `__call__`, and `denoise` for `options`."""
+        checked_steps(self.scheduler, options.get("num_inference_steps"))
         batch_size, source = count_and_generators(batch_size, generator, seeds, self._execution_device)
         yield from self.denoise(self._noisy_start(source, batch_size), source, **options)
-
-    def checked_eta(self, eta: float | None) -> float:
-        """Return the eta in force, see `schedulers.checked_eta`."""
-        return checked_eta(self.scheduler, eta)
 
     @property
     def classes(self) -> Classes:
