@@ -7,7 +7,7 @@ uses.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from huggingface_hub import constants
@@ -20,17 +20,6 @@ from ..utils.text import recorded_name
 from ..utils.weight_files import read_weights
 
 _MOST_VALUES = 4096  # images of more have no covariance that is worth computing (or fits into memory)
-
-
-class FeatureExtractor(Protocol):
-    """Computes `features` `[B, D]` float32, and a classifier's `logits`, of pixel values 0..255 `[B, C, H, W]`."""
-
-    name: str  # in the names of numbers: `inception`, `pixels`, `dinov2-base`
-    description: str  # in reports: which network and layer, which preprocessing
-    fingerprint: str  # a hash of all that the features depend on, weights and preprocessing
-    takes_floats: bool  # whether it can tell pixel values between whole numbers
-
-    def __call__(self, images: Tensor) -> Rows: ...
 
 
 class Pixels:
@@ -148,6 +137,12 @@ class VisionModel:
         if pooled is None:
             raise UserError(f"--features {self.name}: {type(self._net).__name__} gives no pooled output")
         return {"features": pooled.flatten(1).float()}
+
+
+# Computes `features` [B, D] float32, and a classifier's `logits`, of pixel values 0..255 [B, C, H, W]. Has a `name` in
+# the names of numbers, a `description` for reports, a `fingerprint` of weights and preprocessing, and `takes_floats`,
+# whether it can tell pixel values between whole numbers.
+FeatureExtractor = Pixels | Inception | VisionModel
 
 
 def make_extractor(
