@@ -155,7 +155,9 @@ class InferenceNetwork:
             while len(self._graphs) >= _MOST_GRAPHS:  # each keeps memory for a batch
                 del self._graphs[next(iter(self._graphs))]
             try:
-                self._graphs[key] = make()
+                # Tensors of inference mode could not be written to by a later call outside of it.
+                with torch.inference_mode(False), torch.no_grad():
+                    self._graphs[key] = make()
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
