@@ -131,7 +131,7 @@ class CapturedSteps:
     def __init__(self, denoiser: Denoiser, network: InferenceNetwork, x_t: Tensor, timesteps: Tensor):
         self._scheduler = scheduler = copy.deepcopy(denoiser.scheduler)  # the graph reads its tables
         self._size = network.batch_size(len(x_t))
-        device, cuda = x_t.device, x_t.device.type == "cuda"
+        device = x_t.device
         self._x_t = fill(x_t, self._size).clone()
         self._noise = torch.zeros_like(self._x_t)
         self._labels = None if denoiser.labels is None else fill(denoiser.labels, self._size).clone()
@@ -140,7 +140,8 @@ class CapturedSteps:
         seeded = isinstance(denoiser.generator, SeededNoise)
         inside = Denoiser(network.uncaptured(), scheduler, None, self._labels, denoiser.guidance_scale)
         # One kernel, where there is a compiler, instead of about a hundred.
-        normal = torch.compile(normal_noise, dynamic=False) if network.options.compiled and cuda else normal_noise
+        compiled = network.options.compiled and device.type == "cuda"
+        normal = torch.compile(normal_noise, dynamic=False) if compiled else normal_noise
         timesteps = timesteps.clone()
 
         def run() -> None:
@@ -149,8 +150,8 @@ class CapturedSteps:
                 self._noise.copy_(normal(self._seeds, self._draws[None], x_t[0].numel()).view_as(self._noise))
             self._made = scheduler.step(inside.predict(self._x_t, t), t, self._x_t, _Given(self._noise))
 
-        warm_up(run, cuda)
-        self._graph = record(run, cuda)
+        warm_up(run, device)
+        self._graph = record(run, device)
 
     def __call__(self, index: int, x_t: Tensor, labels: Tensor | None, generator: Generators) -> tuple[Tensor, Tensor]:
         """Return x_{t-1} and the predicted x_0 of the chain's step `index`."""
