@@ -19,6 +19,7 @@ import math
 import re
 import shutil
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -101,11 +102,10 @@ class TrainingEvaluation:
         except UserError as error:  # evaluate's flags have other names here
             text = re.sub(r"--(num_samples|features|inception_weights)", r"--eval_\1", str(error))
             raise UserError(text) from error
-        if (best := config.best_metric) is not None:
-            names = names_of_numbers(self.metrics, extractors, list(self.sets))
-            if best not in names:
-                what = f"none of the numbers that --eval_metrics {config.eval_metrics} gives{nearest(best, names)}"
-                raise UserError(f"--best_metric {best!r} is {what}: {', '.join(names)}")
+        best, names = config.best_metric, names_of_numbers(self.metrics, extractors, list(self.sets))
+        if best is not None and best not in names:
+            what = f"none of the numbers that --eval_metrics {config.eval_metrics} gives{nearest(best, names)}"
+            raise UserError(f"--best_metric {best!r} is {what}: {', '.join(names)}")
 
     def _options(self, pipe: DDPMPipeline) -> EvaluationOptions:
         config = self.config
@@ -119,10 +119,6 @@ class TrainingEvaluation:
             features=[part.strip() for part in config.eval_features.split(",")],
             inception_weights=config.eval_inception_weights,
         )
-
-    def due(self, step: int) -> bool:
-        """Return whether update `step` is to be measured."""
-        return due(step, self.config.validation_steps)
 
     def measure(self, pipe: DDPMPipeline) -> EvaluationReport | None:
         """Compute the numbers of a model, the same in every process; `None` where there is nothing to measure."""
@@ -143,7 +139,7 @@ class TrainingEvaluation:
             say(f"{what}: {number(entry['value'], entry['standard_error'])}")
         return report
 
-    def begin(self, step: int) -> None:
+    def discard_after(self, step: int) -> None:
         """Remove what a run that resumes after update `step`, or begins, will measure again. For the main process."""
         if not step:  # a new run has no best model yet
             shutil.rmtree(self.folder / BEST, ignore_errors=True)
@@ -151,11 +147,11 @@ class TrainingEvaluation:
         elif history := self._history():
             self._write_history({key: value for key, value in history.items() if int(key) <= step})
 
-    def missed(self, step: int) -> bool:
+    def is_missing(self, step: int) -> bool:
         """Return whether update `step` was to be measured, and the run ended before; the same in every process."""
-        return self.due(step) and from_first(str(step) not in self._history() if processes().is_main_process else None)
+        return due(step, self.config.validation_steps) and from_first(str(step) not in self._history())
 
-    def keep(self, pipe: DDPMPipeline, report: EvaluationReport, step: int) -> None:
+    def record(self, pipe: DDPMPipeline, report: EvaluationReport, step: int) -> None:
         """Record what was measured after update `step`, and keep the model if it is the best so far."""
         with together():
             if self.config.validation_steps is not None and processes().is_main_process:
@@ -165,19 +161,16 @@ class TrainingEvaluation:
 
     def _keep_best(self, pipe: DDPMPipeline, report: EvaluationReport, step: int, name: str) -> None:
         folder, value = self.folder / BEST, report.values[name]["value"]
-        try:
-            best: EvaluationReport | None = EvaluationReport.load(folder / REPORT)
-        except UserError:
-            best = None
-        if best is not None and not _comparable(best, report, name):
-            say(f"{folder} was chosen by another number than {name} as it is measured now, and is chosen anew")
-            best = None
-        if math.isnan(value):
+        before = math.nan  # no best model yet
+        with suppress(UserError):
+            best = EvaluationReport.load(folder / REPORT)
+            if _comparable(best, report, name):
+                before = best.values[name]["value"]
+            else:
+                say(f"{folder} was chosen by another number than {name} as it is measured now, and is chosen anew")
+        worse = value <= before if name.startswith(_HIGHER_IS_BETTER) else value >= before
+        if math.isnan(value) or worse:
             return
-        if best is not None:
-            before = best.values[name]["value"]
-            if not (value > before if name.startswith(_HIGHER_IS_BETTER) else value < before):
-                return
         report = dataclasses.replace(report, model={**report.model, "update": step, "best_metric": name})
 
         def fill(target: Path) -> None:

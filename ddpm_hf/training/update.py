@@ -58,9 +58,7 @@ class Update:
         4: epsilon ~ N(0, I)
         5: gradient step on || epsilon - epsilon_theta(sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) epsilon, t) ||^2
         ```
-
-        Returns:
-            Loss and norm of the gradients, 0-d on the device.
+        Returns loss and norm of the gradients, 0-d on the device.
         """
         plan = self.run.plan
         self.loss.zero_()
@@ -118,8 +116,6 @@ class CapturedUpdate(Update):
 
     A graph knows addresses, not names. So it is captured anew where weights, EMA weights, moments or gradients have
     been replaced from Python (`ema.load_state_dict`, `adam.load_state_dict`, another parameter), or Adam's constants.
-
-    On CPUs a replay calls the same function again, which shows that all that changes is in those tensors.
     """
 
     @classmethod
@@ -136,12 +132,12 @@ class CapturedUpdate(Update):
         self._drop_gradients = self.run.plan.accumulation == 1  # else two graphs share them, and they keep their place
 
     def __call__(self, step: int) -> tuple[Tensor, Tensor]:
-        """Make update `step`, see `Update`. The first call captures.
-
-        Raises:
-            OutOfMemoryError: The device has too little memory for a micro-batch.
-        """
-        self._set_numbers()
+        """Make update `step`, see `Update`; the first call captures, or raises OutOfMemoryError for a micro-batch."""
+        # This update's learning rate and EMA decay, where the graphs read them.
+        self.ema.optimization_step += 1
+        self.ema.cur_decay_value = self.ema.get_decay(self.ema.optimization_step)
+        self._learning_rate.fill_(self.adam.param_groups[0]["lr"])
+        self._ema_weight.fill_(1 - self.ema.cur_decay_value)
         # 1,640 addresses of the CIFAR-10 network take the host 0.4 ms, while the device is busy with earlier updates.
         if self._captured is None or (self._graphs and self._captured != self._bindings()):
             self._capture()
@@ -151,19 +147,14 @@ class CapturedUpdate(Update):
         self.loss.zero_()
         draws = self.batches.draws(step)
         for micro in range(self.run.plan.accumulation):
-            self._inputs.copy_(self.batches.micro_batch(step, micro, draws))
+            for mine, new in zip(self._inputs, self.batches.micro_batch(step, micro, draws), strict=True):
+                if mine is not None:
+                    mine.copy_(new, non_blocking=True)
             self._seed_dropout(step, micro)
             self._graphs[0].replay()
         for graph in self._graphs[1:]:
             graph.replay()
         return self.loss.clone(), self.norm.clone()
-
-    def _set_numbers(self) -> None:
-        """Write this update's learning rate and EMA decay where the graphs read them."""
-        self.ema.optimization_step += 1
-        self.ema.cur_decay_value = self.ema.get_decay(self.ema.optimization_step)
-        self._learning_rate.fill_(self.adam.param_groups[0]["lr"])
-        self._ema_weight.fill_(1 - self.ema.cur_decay_value)
 
     @torch.no_grad()
     def average(self) -> None:
@@ -187,10 +178,7 @@ class CapturedUpdate(Update):
         return (*(tensor.data_ptr() for tensor in (*self._state(), *gradients)), *constants)
 
     def _capture(self) -> None:
-        """Record the update's kernels; weights, moments and EMA weights stay as they are.
-
-        What fails in the updates before the capture would fail without one, and is raised.
-        """
+        """Record the update's kernels; weights, moments and EMA weights stay as they are."""
         (group,) = self.adam.param_groups
         before = {name: group[name] for name in ("lr", "capturable")}
         kept = [tensor.detach().to("cpu", copy=True) for tensor in self._state()]
@@ -219,10 +207,8 @@ class CapturedUpdate(Update):
         except RuntimeError as error:  # whatever CUDA, a driver or the compiler refuses; too little memory for a copy
             self._graphs, self._drop_gradients = [], True
             self.optimizer.zero_grad(set_to_none=True)
-            reason = " ".join(str(error).split("\n")[0].split()) or type(error).__name__
-            say(
-                f"the update could not be captured as a CUDA graph ({reason}); training continues without, more slowly"
-            )
+            why = " ".join(str(error).split("\n")[0].split()) or type(error).__name__
+            say(f"the update could not be captured as a CUDA graph ({why}); training continues without, more slowly")
 
     def _whole(self) -> None:
         self._accumulate_inputs()

@@ -28,8 +28,7 @@ def image_grid(images: Tensor, columns: int | None = None, tile: int = 64, gap: 
     Args:
         images: `[N, C, H, W]` uint8 with 1 or 3 channels.
         columns: Tiles per row; about as many as rows by default.
-        tile: Smallest height and width of a tile in pixels.
-        gap: Pixels between tiles and around them.
+        tile, gap: Smallest height and width of a tile, and what is around each, in pixels.
     """
     n, channels, height, width = images.shape
     if n == 0 or channels not in (1, 3):
@@ -57,16 +56,9 @@ def labelled_grid(
     tile: int = 64,
     gap: int = 2,
 ) -> Image.Image:
-    """Draw a grid with a title for every row (on the left) and column (on top), and one for the whole (above).
+    """Draw an `image_grid` of `[R, C, channels, H, W]` with R titles on the left, C on top, and one above everything.
 
-    The font is Pillow's own, which has Latin letters only; it grows with the tiles. Tiles grow to the width of the
-    widest column title.
-
-    Args:
-        images: `[R, C, channels, H, W]` uint8 with 1 or 3 channels.
-        rows, columns: R and C titles; none by default.
-        title: Above everything, in as many lines as it takes.
-        tile, gap: See `image_grid`.
+    The font is Pillow's own, which has Latin letters only; it grows with the tiles, and they with the column titles.
     """
     for name, titles, count in (("row", rows, images.shape[0]), ("column", columns, images.shape[1])):
         if titles is not None and len(titles) != count:
@@ -80,16 +72,20 @@ def labelled_grid(
     tile = max([tile, *(math.ceil(font.getlength(text)) for text in columns)])
     grid = image_grid(images.flatten(0, 1), across, tile, gap)
     scale = _scale(height, width, tile)
-    left = max((math.ceil(font.getlength(text)) + 2 * pad for text in rows), default=0)
+
+    def width_of(text: str) -> int:
+        return math.ceil(font.getlength(text)) + 2 * pad
+
+    left = max(map(width_of, rows), default=0)
 
     lines: list[str] = []
     for word in title.split():
-        if lines and math.ceil(font.getlength(f"{lines[-1]} {word}")) <= left + grid.width - 2 * pad:
+        if lines and width_of(f"{lines[-1]} {word}") <= left + grid.width:
             lines[-1] += f" {word}"
         else:
             lines.append(word)
     top = line * (len(lines) + bool(columns))
-    widest = max((math.ceil(font.getlength(text)) + 2 * pad for text in lines), default=0)
+    widest = max(map(width_of, lines), default=0)
     canvas = Image.new(grid.mode, (max(left + grid.width, widest), top + grid.height), "white")
     canvas.paste(grid, (left, top))
     draw = ImageDraw.Draw(canvas)
@@ -115,8 +111,7 @@ def save_animation(frames: Sequence[Image.Image], path: str | Path, duration: in
     Args:
         frames: In order; smaller ones get a white border on the right and below.
         path: `FILE.gif`, `FILE.png` (or `.apng`) or `FILE.webp`.
-        duration: Milliseconds per frame.
-        hold: Milliseconds for the last one.
+        duration, hold: Milliseconds per frame, and for the last one.
     """
     file_format = animation_format(path)
     if not frames:
