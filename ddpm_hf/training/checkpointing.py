@@ -120,14 +120,8 @@ def save_checkpoint(
 ) -> Path:
     """Write `output_dir/checkpoint-<step>`, then remove all but the `keep` newest ones (`None`: keep all).
 
-    Args:
-        output_dir: The run's directory.
-        step: Optimizer updates done.
-        tensors: File name (without ending) to tensors by name.
-        state: JSON values.
-
-    Raises:
-        OSError: It could not be written; older checkpoints are untouched.
+    `tensors` are by file, without ending, and name; `state` is JSON values. Raises OSError where it could not be
+    written; older checkpoints are untouched.
     """
 
     def fill(folder: Path) -> None:
@@ -153,10 +147,8 @@ def save_checkpoint(
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """Return the checkpoints of a run, oldest first."""
-    return sorted(
-        (path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)),
-        key=_step_of,
-    )
+    found = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(found, key=_step_of)
 
 
 def _step_of(path: Path) -> int:
@@ -253,10 +245,10 @@ def fixed_settings(run: Run) -> dict[str, Any]:
 
 def changeable_settings(run: Run) -> dict[str, Any]:
     """Return what a resumed run may do differently; it does not end in the same bits then."""
-    of_recipe = ("learning_rate", "lr_scheduler", "lr_warmup_steps", "max_train_steps", "max_grad_norm")
-    of_recipe += ("ema_decay", "ema_warmup", "random_flip", "timestep_sampling")
+    of_recipe = "learning_rate lr_scheduler lr_warmup_steps max_train_steps max_grad_norm"
+    of_recipe += " ema_decay ema_warmup random_flip timestep_sampling"
     return {
-        **{name: getattr(run.recipe, name) for name in of_recipe},
+        **{name: getattr(run.recipe, name) for name in of_recipe.split()},
         **{name: getattr(run.config, name) for name in ("class_dropout", "center_crop", "tf32")},
         "dropout": run.recipe.unet["dropout"],
         "precision": run.precision,

@@ -88,7 +88,7 @@ class TrainingConfig:
     """One training run. Every field is a flag of `examples/train.py` and a key of its YAML file.
 
     Raises:
-        UserError: A value is outside its range; the message says which flag, which value and what is possible.
+        UserError: A value is outside its range, or does not go with another.
     """
 
     preset: str = _flag("cifar10", f"the experiment: {', '.join(PRESETS)}", group=f"network and process; {_PRESET}")
@@ -249,10 +249,9 @@ class TrainingConfig:
         """Return the flags that say where images come from; the preset's own dataset if none was given."""
         names = ("dataset", "dataset_name", "train_data_dir")
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        default = get_preset(self.preset).dataset
-        if given or default is None:
-            return given
-        return {"dataset" if default == "digits" else "dataset_name": default}
+        if not given and (default := get_preset(self.preset).dataset) is not None:
+            return {"dataset" if default == "digits" else "dataset_name": default}
+        return given
 
     def image_options(self) -> dict[str, Any]:
         """Return what `data.load_images` takes besides where the images are."""
@@ -297,10 +296,6 @@ class TrainingConfig:
         size = self.resolved_preset().unet["sample_size"]
         pixels = size**2 if isinstance(size, int) else math.prod(size)
         return min(most, max(self.batch_plan(num_processes)[0], 256 * 32 * 32 // pixels, 1))
-
-    def inference_steps(self, num_train_timesteps: int) -> int:
-        """Return the steps of the sampler: a chain has no more than its T."""
-        return min(self.ddpm_num_inference_steps, num_train_timesteps)
 
     def public_values(self) -> dict[str, Any]:
         """Return all values but the access token, for files and trackers."""

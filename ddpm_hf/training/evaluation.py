@@ -18,7 +18,6 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -42,9 +41,7 @@ IN_LOOP_METRICS = ("nll", "fid", "is", "kid", "prc")
 _HIGHER_IS_BETTER = ("is_", "precision_", "recall_")
 
 
-def names_of_numbers(
-    metrics: Sequence[str], extractors: Iterable[FeatureExtractor], splits: Sequence[str]
-) -> list[str]:
+def names_of_numbers(metrics: list[str], extractors: list[FeatureExtractor], splits: list[str]) -> list[str]:
     """Return what an evaluation's numbers will be called, of those of which one is better than another."""
     names = ["bits_per_dim"] if "nll" in metrics else []
     for extractor in extractors:
@@ -69,8 +66,7 @@ class TrainingEvaluation:
         self.metrics = parse_metrics(config.eval_metrics, IN_LOOP_METRICS, "--eval_metrics")
         self._of_samples = [metric for metric in self.metrics if metric in SAMPLE_METRICS]
         self.sets = {"train": train}
-        held_out = self._load_held_out()
-        if held_out is not None:
+        if (held_out := self._load_held_out()) is not None:
             self.sets["validation"] = held_out
         if held_out is None or not config.eval_num_images:
             self.metrics = self._of_samples
@@ -100,8 +96,7 @@ class TrainingEvaluation:
         try:
             _, extractors = check_evaluation(pipe, self.sets, self._of_samples, self._options(pipe))
         except UserError as error:  # evaluate's flags have other names here
-            text = re.sub(r"--(num_samples|features|inception_weights)", r"--eval_\1", str(error))
-            raise UserError(text) from error
+            raise UserError(re.sub("--(num_samples|features|inception_weights)", r"--eval_\1", str(error))) from error
         best, names = config.best_metric, names_of_numbers(self.metrics, extractors, list(self.sets))
         if best is not None and best not in names:
             what = f"none of the numbers that --eval_metrics {config.eval_metrics} gives{nearest(best, names)}"
@@ -115,7 +110,7 @@ class TrainingEvaluation:
             num_samples=config.eval_num_samples,
             batch_size=config.evaluation_batch(processes().num_processes),
             sampler=config.sampler,
-            num_inference_steps=config.inference_steps(pipe.scheduler.config.num_train_timesteps),
+            num_inference_steps=min(config.ddpm_num_inference_steps, pipe.scheduler.config.num_train_timesteps),
             features=[part.strip() for part in config.eval_features.split(",")],
             inception_weights=config.eval_inception_weights,
         )
@@ -164,7 +159,7 @@ class TrainingEvaluation:
         before = math.nan  # no best model yet
         with suppress(UserError):
             best = EvaluationReport.load(folder / REPORT)
-            if _comparable(best, report, name):
+            if name in best.values and _how_made(best, name) == _how_made(report, name):
                 before = best.values[name]["value"]
             else:
                 say(f"{folder} was chosen by another number than {name} as it is measured now, and is chosen anew")
@@ -181,25 +176,18 @@ class TrainingEvaluation:
         say(f"the best model so far, {name} {number(value)} after update {step}, is in {folder}")
 
     def _history(self) -> dict[str, dict[str, float | None]]:
-        try:
+        with suppress(OSError, ValueError, AttributeError):  # what is not there is measured again
             content = json.loads((self.folder / HISTORY).read_text(encoding="utf-8"))
             return {key: value for key, value in content.items() if key.isdecimal()}
-        except (OSError, ValueError, AttributeError):  # what is not there is measured again
-            return {}
+        return {}
 
     def _write_history(self, history: dict[str, Any]) -> None:
         in_order = {key: history[key] for key in sorted(history, key=int)}
         write_text(self.folder / HISTORY, json.dumps(finite(in_order), indent=1) + "\n")
 
 
-def _comparable(one: EvaluationReport, other: EvaluationReport, name: str) -> bool:
-    """Return whether a number was made in the same way in both, down to the samples' seeds."""
-
-    def made(report: EvaluationReport) -> Any:
-        settings = report.settings.get(name, {})
-        how = {key: value for key, value in settings.items() if key not in ("seconds", "statistics")}
-        if "num_samples" in settings:
-            how["sampling"] = report.settings.get("sampling")
-        return plain(how)
-
-    return name in one.values and made(one) == made(other)
+def _how_made(report: EvaluationReport, name: str) -> Any:
+    """Return how a number was made, down to the samples' seeds: only then it compares with others."""
+    settings = report.settings.get(name, {})
+    how = {key: value for key, value in settings.items() if key not in ("seconds", "statistics")}
+    return plain(how | ({"sampling": report.settings.get("sampling")} if "num_samples" in settings else {}))

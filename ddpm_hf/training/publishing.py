@@ -172,7 +172,7 @@ class Publisher:
             with_sampler(pipe, config.sampler),
             seeds,
             batch_size=config.evaluation_batch(a.num_processes, most=64),
-            num_inference_steps=config.inference_steps(pipe.scheduler.config.num_train_timesteps),
+            num_inference_steps=min(config.ddpm_num_inference_steps, pipe.scheduler.config.num_train_timesteps),
             class_labels=[ClassIndex(seed % len(classes)) for seed in seeds] if classes else None,
         )
         with together():

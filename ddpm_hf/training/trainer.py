@@ -27,22 +27,8 @@ from ..utils.files import remove_leftovers, writable_folder
 from ..utils.machine import deterministic_algorithms, has_deterministic_algorithms
 from ..utils.processes import StopFlag, only_run_in, same_everywhere, say, stop_signals, together
 from ..utils.randomness import derive_seed
+from . import checkpointing
 from .batches import Batches
-from .checkpointing import (
-    CONFIG,
-    changeable_settings,
-    check_checkpoint,
-    check_output_is_ours,
-    find_checkpoint,
-    fingerprint,
-    fixed_settings,
-    gather_shards,
-    list_checkpoints,
-    restore_training_state,
-    save_checkpoint,
-    shard_like,
-    training_state,
-)
 from .configuration import TrainingConfig, TrainingError, due
 from .evaluation import TrainingEvaluation
 from .publishing import Publisher
@@ -77,7 +63,7 @@ class Trainer:
                 "or resumed; set CUBLAS_WORKSPACE_CONFIG=:4096:8 before Python starts"
             )
         with together():
-            check_output_is_ours(config)
+            checkpointing.check_output_is_ours(config)
             self.run = resolve(config, self.accelerator)
             self.evaluation = TrainingEvaluation(config, self.run.data)
         self.recipe, self.data, self.plan = self.run.recipe, self.run.data, self.run.plan
@@ -95,7 +81,7 @@ class Trainer:
             self._resume(config.resume_from_checkpoint)
 
     def _new_network(self) -> UNet2DModel:
-        """Return the network at its start, on the device, laid out and computed as the run wants it."""
+        """Return the network at its start, on the device, laid out as the run wants it."""
         torch.manual_seed(derive_seed(self.config.seed, "weights"))
         unet = UNet2DModel(**self.run.unet_config).to(self.device)
         with together():  # can everything be measured that is to be measured on the way?
@@ -129,14 +115,9 @@ class Trainer:
         """Return the schedule as it is after `step` updates: a function of the update and the recipe alone."""
         for group in self._adam.param_groups:
             group["initial_lr"] = self.recipe.learning_rate
-        name = self.recipe.lr_scheduler
-        return get_scheduler(
-            "constant_with_warmup" if name == "constant" else name,
-            self._adam,
-            num_warmup_steps=self.recipe.lr_warmup_steps,
-            num_training_steps=self.recipe.max_train_steps,
-            last_epoch=step - 1,
-        )
+        name = {"constant": "constant_with_warmup"}.get(self.recipe.lr_scheduler, self.recipe.lr_scheduler)
+        counts = {"num_warmup_steps": self.recipe.lr_warmup_steps, "num_training_steps": self.recipe.max_train_steps}
+        return get_scheduler(name, self._adam, **counts, last_epoch=step - 1)
 
     # ------------------------------------------------------------------ the run
 
@@ -162,7 +143,7 @@ class Trainer:
                     cleanup.enter_context(only_run_in(self.output_dir))
                     remove_leftovers(self.output_dir)
                     self.evaluation.discard_after(self.step)
-                    self.config.save(self.output_dir / CONFIG)
+                    self.config.save(self.output_dir / checkpointing.CONFIG)
             self.publisher.open_hub()
             self._start_trackers()
             cleanup.callback(self._close, end_processes)
@@ -231,7 +212,7 @@ class Trainer:
         # On GPUs `read` gives the number at the check before, for which the host need not wait. All processes have the
         # same gradients, so the same number, and end at the same update.
         if (step + 1) % _UPDATES_BETWEEN_CHECKS == 0 and self.update.skipped_on_host.read() >= _MOST_SKIPPED_UPDATES:
-            kept, skipped = list_checkpoints(self.output_dir), int(self.update.skipped_in_a_row.item())
+            kept, skipped = checkpointing.list_checkpoints(self.output_dir), int(self.update.skipped_in_a_row.item())
             rate, precision = self._adam.param_groups[0]["lr"], f"precision {self.run.precision}"
             raise TrainingError(
                 f"loss {loss.item()} and gradient norm {norm.item()} at update {step + 1}: {skipped} updates in a "
@@ -352,27 +333,25 @@ class Trainer:
         """Write a checkpoint of this update, if there is none: the main process does, from what all have."""
         if self._saved_at == self.step:
             return
-        weights, moments, values = training_state(self.model, self._adam)
-        tensors, scaler = (
-            {"model": weights, "ema": self._ema_state_dict(), "optimizer": moments},
-            self.accelerator.scaler,
-        )
+        weights, moments, values = checkpointing.training_state(self.model, self._adam)
+        tensors = {"model": weights, "ema": self._ema_state_dict(), "optimizer": moments}
+        scaler, keep = self.accelerator.scaler, self.config.checkpoints_total_limit
         state = {
             "optimizer": values,
             "ema_steps": self.ema.optimization_step,
             "scaler": scaler.state_dict() if scaler is not None else None,
-            **fixed_settings(self.run),
-            "recipe": changeable_settings(self.run),
+            **checkpointing.fixed_settings(self.run),
+            "recipe": checkpointing.changeable_settings(self.run),
         }
         with together():  # no process continues before it is written
             if self.accelerator.is_main_process:
-                save_checkpoint(self.output_dir, self.step, tensors, state, self.config.checkpoints_total_limit)
+                checkpointing.save_checkpoint(self.output_dir, self.step, tensors, state, keep)
         self._saved_at = self.step
 
     def _resume(self, which: str) -> None:
         with together():
-            found = find_checkpoint(self.output_dir, which)
-        where = f"{found[0].name} ({fingerprint(found[0])[:12]})" if found else "no checkpoint"
+            found = checkpointing.find_checkpoint(self.output_dir, which)
+        where = f"{found[0].name} ({checkpointing.fingerprint(found[0])[:12]})" if found else "no checkpoint"
         advice = "put --output_dir on a disk that all machines share, or copy the first one's folder to all of them"
         same_everywhere(where, advice)
         if found is None:
@@ -380,10 +359,13 @@ class Trainer:
             return
         path, tensors, state = found
         with together():
-            check_checkpoint(self.run, path, state)
-        restore_training_state(self.model, self._adam, tensors["model"], tensors["optimizer"], state["optimizer"])
+            checkpointing.check_checkpoint(self.run, path, state)
+        checkpointing.restore_training_state(
+            self.model, self._adam, tensors["model"], tensors["optimizer"], state["optimizer"]
+        )
         self.ema.shadow_params = [
-            shard_like(tensors["ema"][name], like=parameter) for name, parameter in self.unet.named_parameters()
+            checkpointing.shard_like(tensors["ema"][name], like=parameter)
+            for name, parameter in self.unet.named_parameters()
         ]
         self.ema.optimization_step = state["ema_steps"]
         self.lr_schedule = self._learning_rate_schedule(state["step"])  # a changed learning rate counts from here on
@@ -394,5 +376,7 @@ class Trainer:
     def _ema_state_dict(self) -> dict[str, Tensor]:
         """Return the EMA weights, whole, under the network's own names; all processes have to call this."""
         names = (name for name, _ in self.unet.named_parameters())
-        weights = {name: gather_shards(value) for name, value in zip(names, self.ema.shadow_params, strict=True)}
+        weights = {
+            name: checkpointing.gather_shards(value) for name, value in zip(names, self.ema.shadow_params, strict=True)
+        }
         return {**dict(self.unet.named_buffers()), **weights}

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Any
 
 import torch
@@ -148,12 +149,12 @@ class CapturedUpdate(Update):
         draws = self.batches.draws(step)
         for micro in range(self.run.plan.accumulation):
             for mine, new in zip(self._inputs, self.batches.micro_batch(step, micro, draws), strict=True):
-                if mine is not None:
+                if mine is not None and new is not None:
                     mine.copy_(new, non_blocking=True)
             self._seed_dropout(step, micro)
             self._graphs[0].replay()
-        for graph in self._graphs[1:]:
-            graph.replay()
+        for apply in self._graphs[1:]:
+            apply.replay()
         return self.loss.clone(), self.norm.clone()
 
     @torch.no_grad()
@@ -166,7 +167,7 @@ class CapturedUpdate(Update):
     # ------------------------------------------------------------------ the capture
 
     def _state(self) -> list[Tensor]:
-        """Return everything that an update changes and that lasts; Adam's part is there after its first step."""
+        """Return all that an update changes and that lasts; Adam's part is there after its first step."""
         moments = [value for state in self.adam.state.values() for value in state.values()]
         return [*self.unet.parameters(), *self.ema.shadow_params, *moments]
 
@@ -200,8 +201,8 @@ class CapturedUpdate(Update):
             self.skipped_in_a_row.copy_(skipped)
 
     def _record_all(self, cuda: bool) -> None:
-        """Record the graphs; none, and a line about it, where CUDA does not let something into them."""
-        parts = [self._whole] if self._drop_gradients else [self._accumulate_inputs, self.apply]
+        """Record the graphs; none, and a line about it, where CUDA refuses."""
+        parts = [self._whole] if self._drop_gradients else [partial(self.accumulate, self._inputs), self.apply]
         try:
             self._graphs = [record(part, cuda) for part in parts]
         except RuntimeError as error:  # whatever CUDA, a driver or the compiler refuses; too little memory for a copy
@@ -211,8 +212,5 @@ class CapturedUpdate(Update):
             say(f"the update could not be captured as a CUDA graph ({why}); training continues without, more slowly")
 
     def _whole(self) -> None:
-        self._accumulate_inputs()
-        self.apply()
-
-    def _accumulate_inputs(self) -> None:
         self.accumulate(self._inputs)
+        self.apply()

@@ -31,6 +31,6 @@ def weights_digest(module: torch.nn.Module) -> str:
     return digest(*(part for name, value in sorted(module.state_dict().items()) for part in (name, value)))
 
 
-def images_digest(images: Any, batch_size: int = 512) -> str:
+def images_digest(images: Any) -> str:
     """Return a SHA-256 of the pixels of all images (`data.load_images`), in their order."""
-    return digest(*(digest(images.batch(rows)[0]) for rows in torch.arange(len(images)).split(batch_size)))
+    return digest(*(digest(images.batch(rows)[0]) for rows in torch.arange(len(images)).split(512)))

@@ -58,10 +58,7 @@ def remove_directory(path: Path) -> None:
 
 
 def remove_leftovers(output_dir: Path) -> None:
-    """Remove what killed writes and removals have left, and bring back what an interrupted exchange took away.
-
-    What a push has taken of a folder (`hub.files.make_snapshot`) stays: the push may still run.
-    """
+    """Remove what killed writes and removals have left, and bring back what an interrupted exchange took away."""
     for old in output_dir.glob(".*.old"):  # the one before, where a kill came between two renames
         target = old.with_name(old.name.removeprefix(".").removesuffix(".old"))
         if not target.exists():
@@ -79,10 +76,7 @@ def default_cache_dir() -> Path:
 
 
 def writable_folder(folder: Path, flag: str) -> None:
-    """Make the folder that a flag names and check, before hours of work, that files can be written into it.
-
-    Raises UserError if they cannot.
-    """
+    """Make the folder that a flag names; raise UserError, before hours of work, if files cannot be written into it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):

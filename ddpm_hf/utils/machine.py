@@ -20,8 +20,7 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # mallopt(3), glibc's malloc.h
 def keep_freed_memory() -> None:
     """Keep freed memory in this process, for the next tensor (glibc; elsewhere nothing is changed).
 
-    By default large tensors' memory goes back to the system whenever they are freed, and comes again page by page: in
-    a network, for every activation of every step. The largest amount in use stays what it is.
+    By default large tensors' memory goes back to the system whenever they are freed, and comes again page by page.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

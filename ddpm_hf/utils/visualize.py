@@ -15,6 +15,7 @@ from .errors import UserError
 from .files import write_whole
 
 ANIMATION_FORMATS = {".gif": "GIF", ".png": "PNG", ".apng": "PNG", ".webp": "WEBP"}
+_GAP = 2  # pixels between the tiles of a grid and around them
 
 
 def as_picture(pixels: np.ndarray) -> Image.Image:
@@ -22,13 +23,13 @@ def as_picture(pixels: np.ndarray) -> Image.Image:
     return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
 
 
-def image_grid(images: Tensor, columns: int | None = None, tile: int = 64, gap: int = 2) -> Image.Image:
+def image_grid(images: Tensor, columns: int | None = None, tile: int = 64) -> Image.Image:
     """Draw images side by side, small ones enlarged by a whole factor (nearest), with a gap between tiles.
 
     Args:
         images: `[N, C, H, W]` uint8 with 1 or 3 channels.
         columns: Tiles per row; about as many as rows by default.
-        tile, gap: Smallest height and width of a tile, and what is around each, in pixels.
+        tile: Smallest height and width of a tile in pixels.
     """
     n, channels, height, width = images.shape
     if n == 0 or channels not in (1, 3):
@@ -36,7 +37,7 @@ def image_grid(images: Tensor, columns: int | None = None, tile: int = 64, gap: 
     columns = columns or math.ceil(math.sqrt(n))
     scale = _scale(height, width, tile)
     tiles = images.cpu().numpy().transpose(0, 2, 3, 1).repeat(scale, axis=1).repeat(scale, axis=2)
-    rows, (h, w) = math.ceil(n / columns), tiles.shape[1:3]
+    gap, rows, (h, w) = _GAP, math.ceil(n / columns), tiles.shape[1:3]
     canvas = np.full((rows * (h + gap) + gap, columns * (w + gap) + gap, channels), 255, dtype=np.uint8)  # white
     for i, pixels in enumerate(tiles):
         top, left = (i // columns) * (h + gap) + gap, (i % columns) * (w + gap) + gap
@@ -54,7 +55,6 @@ def labelled_grid(
     columns: Sequence[str] | None = None,
     title: str = "",
     tile: int = 64,
-    gap: int = 2,
 ) -> Image.Image:
     """Draw an `image_grid` of `[R, C, channels, H, W]` with R titles on the left, C on top, and one above everything.
 
@@ -70,7 +70,7 @@ def labelled_grid(
     pad = size // 2
     line = size + pad
     tile = max([tile, *(math.ceil(font.getlength(text)) for text in columns)])
-    grid = image_grid(images.flatten(0, 1), across, tile, gap)
+    grid = image_grid(images.flatten(0, 1), across, tile)
     scale = _scale(height, width, tile)
 
     def width_of(text: str) -> int:
@@ -92,10 +92,10 @@ def labelled_grid(
     for i, text in enumerate(lines):
         draw.text((pad, (i + 0.5) * line), text, fill="black", font=font, anchor="lm")
     for c, text in enumerate(columns):
-        x = left + gap + c * (scale * width + gap) + scale * width / 2
+        x = left + _GAP + c * (scale * width + _GAP) + scale * width / 2
         draw.text((x, top - line / 2), text, fill="black", font=font, anchor="mm")
     for r, text in enumerate(rows):
-        y = top + gap + r * (scale * height + gap) + scale * height / 2
+        y = top + _GAP + r * (scale * height + _GAP) + scale * height / 2
         draw.text((left - pad, y), text, fill="black", font=font, anchor="rm")
     return canvas
 
