@@ -102,7 +102,8 @@ class Reproduction:
     def as_json(self) -> str:
         """Return the same as data."""
         preset, report = self.preset, self.report
-        content = {"preset": preset.name, "source": preset.source, "dataset": public_name(report.dataset)}
+        content: dict[str, Any] = {"preset": preset.name, "source": preset.source}
+        content["dataset"] = public_name(report.dataset)
         content |= {"rows": self.rows, "differences": self.differences, "warnings": report.warnings}
         content |= {"table_4": self.table_4, "model": report.model, "versions": report.versions}
         return json.dumps(finite(content), indent=2) + "\n"

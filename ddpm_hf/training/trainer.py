@@ -149,11 +149,8 @@ class Trainer:
             cleanup.callback(self._close, end_processes)
             with stop_signals() as stop:
                 self._run_updates(stop)
-                pipe, trained = None, self.step == self.recipe.max_train_steps
-                if trained:
-                    pipe = self._unless_stopped(
-                        stop, lambda: self.publisher.publish(self._ema_state_dict(), self.step)
-                    )
+                trained = self.step == self.recipe.max_train_steps
+                pipe = self._unless_stopped(stop, self.publisher.publish) if trained else None
             if pipe is None:
                 remark = "; only the published model is not complete" if trained else ""
                 say(
@@ -240,7 +237,7 @@ class Trainer:
         if not (due(self.step, self.config.save_images_steps) or due(self.step, self.config.validation_steps)):
             return
         try:
-            shown = self._unless_stopped(stop, lambda: self.publisher.show(self._ema_state_dict(), self.step))
+            shown = self._unless_stopped(stop, self.publisher.show)
             pipe, report = shown or (None, None)
             if pipe is not None and report is not None:
                 self.evaluation.record(pipe, report, self.step)
@@ -250,13 +247,13 @@ class Trainer:
             self._save()  # what was trained is not lost
             raise
 
-    def _unless_stopped(self, stop: StopFlag, make: Callable[[], _T]) -> _T | None:
-        """Return what `make` returns; `None` if a stop was requested, before or, in one process alone, meanwhile."""
+    def _unless_stopped(self, stop: StopFlag, make: Callable[[dict[str, Tensor], int], _T]) -> _T | None:
+        """Return what `make` gives of the EMA weights; `None` after a stop, with one process also in between."""
         if self.accelerator.num_processes > 1:
-            return make()
+            return make(self._ema_state_dict(), self.step)
         try:
             stop.interrupts = True
-            return None if stop.requested else make()
+            return None if stop.requested else make(self._ema_state_dict(), self.step)
         except KeyboardInterrupt:
             if not stop.requested:
                 raise

@@ -202,7 +202,8 @@ class CapturedUpdate(Update):
 
     def _record_all(self, cuda: bool) -> None:
         """Record the graphs; none, and a line about it, where CUDA refuses."""
-        parts = [self._whole] if self._drop_gradients else [partial(self.accumulate, self._inputs), self.apply]
+        accumulate = partial(self.accumulate, self._inputs)
+        parts: list[Callable[[], Any]] = [self._whole] if self._drop_gradients else [accumulate, self.apply]
         try:
             self._graphs = [record(part, cuda) for part in parts]
         except RuntimeError as error:  # whatever CUDA, a driver or the compiler refuses; too little memory for a copy

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -77,7 +78,6 @@ def labelled_grid(
         return math.ceil(font.getlength(text)) + 2 * pad
 
     left = max(map(width_of, rows), default=0)
-
     lines: list[str] = []
     for word in title.split():
         if lines and width_of(f"{lines[-1]} {word}") <= left + grid.width:
@@ -88,15 +88,13 @@ def labelled_grid(
     widest = max(map(width_of, lines), default=0)
     canvas = Image.new(grid.mode, (max(left + grid.width, widest), top + grid.height), "white")
     canvas.paste(grid, (left, top))
-    draw = ImageDraw.Draw(canvas)
+    write = partial(ImageDraw.Draw(canvas).text, fill="black", font=font)
     for i, text in enumerate(lines):
-        draw.text((pad, (i + 0.5) * line), text, fill="black", font=font, anchor="lm")
+        write((pad, (i + 0.5) * line), text, anchor="lm")
     for c, text in enumerate(columns):
-        x = left + _GAP + c * (scale * width + _GAP) + scale * width / 2
-        draw.text((x, top - line / 2), text, fill="black", font=font, anchor="mm")
+        write((left + _GAP + c * (scale * width + _GAP) + scale * width / 2, top - line / 2), text, anchor="mm")
     for r, text in enumerate(rows):
-        y = top + _GAP + r * (scale * height + _GAP) + scale * height / 2
-        draw.text((left - pad, y), text, fill="black", font=font, anchor="rm")
+        write((left - pad, top + _GAP + r * (scale * height + _GAP) + scale * height / 2), text, anchor="rm")
     return canvas
 
 

@@ -1041,11 +1041,11 @@ def test_the_best_model_is_kept(tmp_path, monkeypatch, name, values, best):
     run = trainer(tmp_path / "run", best_metric=name, checkpointing_steps=2, checkpoints_total_limit=1, **watched)
     scripted(run, monkeypatch, name, values)
     averaged = {}
-    keep = run.evaluation.record
+    record = run.evaluation.record
 
     def noted(pipe, report, step):
         averaged[step] = {key: value.clone() for key, value in pipe.unet.state_dict().items()}
-        keep(pipe, report, step)
+        record(pipe, report, step)
 
     monkeypatch.setattr(run.evaluation, "record", noted)
     run.train()
