@@ -83,14 +83,11 @@ class Batches:
             t = (u * T).long().clamp_max(T - 1)
         else:
             t = torch.randint(T, (n,), generator=stream)
-        noise_stream = derived_generator(seed, "noise", step, device=self.device)
-        return {
-            "t": t,
-            "noise": torch.randn(n, *self._image_shape, generator=noise_stream, device=self.device),
-            "flip": torch.rand(n, generator=derived_generator(seed, "flip", step)) < 0.5 * recipe.random_flip,
-            "drop_class": torch.rand(n, generator=derived_generator(seed, "class dropout", step))
-            < config.class_dropout,
-        }
+        stream = derived_generator(seed, "noise", step, device=self.device)
+        noise = torch.randn(n, *self._image_shape, generator=stream, device=self.device)
+        flip = torch.rand(n, generator=derived_generator(seed, "flip", step)) < 0.5 * recipe.random_flip
+        drop_class = torch.rand(n, generator=derived_generator(seed, "class dropout", step)) < config.class_dropout
+        return {"t": t, "noise": noise, "flip": flip, "drop_class": drop_class}
 
     def read(self, step: int, micro: int) -> tuple[Tensor, Tensor | None]:
         """Return the uint8 images and the labels of one micro-batch."""
