@@ -58,7 +58,10 @@ def remove_directory(path: Path) -> None:
 
 
 def remove_leftovers(output_dir: Path) -> None:
-    """Remove what killed writes and removals have left, and bring back what an interrupted exchange took away."""
+    """Remove what killed writes and removals have left, and bring back what an interrupted exchange took away.
+
+    What a push has taken of a folder (`hub.files.make_snapshot`) stays: the push may still run.
+    """
     for old in output_dir.glob(".*.old"):  # the one before, where a kill came between two renames
         target = old.with_name(old.name.removeprefix(".").removesuffix(".old"))
         if not target.exists():
