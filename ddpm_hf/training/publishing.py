@@ -135,16 +135,19 @@ class Publisher:
         folder, config = self.run.output_dir, self.run.config
         on_hub = config.images_given().get("dataset_name")
         pictures = sorted(folder.glob("samples*.png"), key=lambda path: path.stat().st_mtime_ns)
-        facts = CardFacts(
-            name=folder.resolve().name,
-            dataset=recorded_name(self.run.data.name),
-            dataset_id=on_hub if on_hub is not None and not is_local(on_hub) else None,
-            recipe=self._recipe_for_card(step),
-            report=dataclasses.asdict(report) if report is not None else None,
-            sample=pictures[-1].name if pictures else None,
-            license=config.license,
+        kept = write_card(
+            folder,
+            CardFacts(
+                name=folder.resolve().name,
+                dataset=recorded_name(self.run.data.name),
+                dataset_id=on_hub if on_hub is not None and not is_local(on_hub) else None,
+                recipe=self._recipe_for_card(step),
+                report=dataclasses.asdict(report) if report is not None else None,
+                sample=pictures[-1].name if pictures else None,
+                license=config.license,
+            ),
         )
-        if kept := write_card(folder, facts):
+        if kept:
             say(f"left as edited in {folder / CARD}: {', '.join(kept)}")
 
     def pipeline(self, ema_weights: dict[str, Tensor]) -> DDPMPipeline:
