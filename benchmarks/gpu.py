@@ -212,7 +212,7 @@ def training(report: Report, size: Size, device: torch.device, folder: Path) -> 
     report.add("ours: compiling and capturing, seconds", time.monotonic() - start)
     ours()
     ours_seconds = seconds_of(ours, device)
-    report.add("ours: images/s", size.updates * size.batch / ours_seconds, ", ".join(run._in_words()))
+    report.add("ours: images/s", size.updates * size.batch / ours_seconds, run.run.describe_computation())
     report.add("ours: peak memory, MB", memory(device) - before)
     report.add("ours: an update, ms", 1000 * ours_seconds / size.updates)
     report.add("ours: the host's part of it, ms", 1000 * host_seconds(ours, device) / size.updates)

@@ -7,7 +7,7 @@ depend on how it is cut, and a resumed run continues as if it had never stopped.
 from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,61 +20,36 @@ from .configuration import TrainingError
 from .run import Run, image_size
 
 
-@dataclass
-class MicroBatch:
-    """What one forward and backward pass sees, on the device.
+class MicroBatch(NamedTuple):
+    """What one forward and backward pass sees, on the device."""
 
-    Attributes:
-        images: `[b, C, H, W]` uint8.
-        flip: `[b]` bool.
-        t: `[b]` int64.
-        noise: `[b, C, H, W]` float32.
-        labels: `[b]` int64, for class-conditional networks.
-    """
-
-    images: Tensor
-    flip: Tensor
-    t: Tensor
-    noise: Tensor
-    labels: Tensor | None
-
-    def copy_(self, other: MicroBatch) -> None:
-        """Write another one's values over these."""
-        for mine, others in zip(vars(self).values(), vars(other).values(), strict=True):
-            if mine is not None:
-                mine.copy_(others, non_blocking=True)
+    images: Tensor  # [b, C, H, W] uint8
+    flip: Tensor  # [b] bool
+    t: Tensor  # [b] int64
+    noise: Tensor  # [b, C, H, W] float32
+    labels: Tensor | None  # [b] int64, for class-conditional networks
 
 
 class Batches:
-    """Reads the images of each update and draws the rest.
-
-    Attributes:
-        data: Where the images come from.
-        image_shape: C, H, W.
-    """
+    """Reads the images of each update and draws the rest."""
 
     def __init__(self, run: Run):
         self.run, self.plan, self.seed, self.device = run, run.plan, run.config.seed, run.device
         self.data: Images = run.data.on(self.device) if isinstance(run.data, ImageDataset) else run.data
-        self.image_shape = (run.unet_config.get("in_channels", 3), *image_size(run.recipe))
+        self._image_shape = (run.unet_config.get("in_channels", 3), *image_size(run.recipe))
         self._order = (-1, torch.empty(0, dtype=torch.long))  # the current epoch and its permutation
         self._reader = ThreadPoolExecutor(1)  # decodes the next micro-batch while the network runs on this one
-        self._next: tuple[tuple[int, int], Future] | None = None
+        self._next: tuple[tuple[int, int], Future] = (-1, 0), Future()  # update and micro-batch
 
     def close(self) -> None:
         """End the reading ahead."""
         self._reader.shutdown(cancel_futures=True)
 
     def micro_batch(self, step: int, micro: int, draws: dict[str, Tensor]) -> MicroBatch:
-        """Return this process's share of one forward and backward pass of update `step`, on the device.
+        """Return this process's share of one micro-batch of update `step` (from 0), on the device.
 
-        Args:
-            step: The update, from 0.
-            micro: Which of its micro-batches.
-            draws: What `draws(step)` gave.
-
-        Raises:
-            TrainingError: A class-conditional network, and an image of a stream without a class.
+        `draws` are those of the update. Raises TrainingError for a class-conditional network and an image without a
+        class.
         """
         images, labels = self.read_ahead(step, micro)
         rows = self.plan.rows(micro)
@@ -94,14 +69,10 @@ class Batches:
 
     def empty_micro_batch(self) -> MicroBatch:
         """Return a micro-batch of zeros: the same shapes and types in every update."""
-        b, device = self.plan.micro, self.device
-        return MicroBatch(
-            images=torch.zeros(b, *self.image_shape, dtype=torch.uint8, device=device),
-            flip=torch.zeros(b, dtype=torch.bool, device=device),
-            t=torch.zeros(b, dtype=torch.long, device=device),
-            noise=torch.zeros(b, *self.image_shape, device=device),
-            labels=torch.zeros(b, dtype=torch.long, device=device) if self.run.config.class_conditional else None,
-        )
+        noise = torch.zeros(self.plan.micro, *self._image_shape, device=self.device)
+        t = torch.zeros(self.plan.micro, dtype=torch.long, device=self.device)
+        labels = t.clone() if self.run.config.class_conditional else None
+        return MicroBatch(noise.byte(), t.bool(), t, noise, labels)
 
     def draws(self, step: int) -> dict[str, Tensor]:
         """Draw t, noise, flips and class dropout of the whole update, the same for every cut of it."""
@@ -113,14 +84,11 @@ class Batches:
             t = (u * T).long().clamp_max(T - 1)
         else:
             t = torch.randint(T, (n,), generator=stream)
-        noise_stream = derived_generator(seed, "noise", step, device=self.device)
-        return {
-            "t": t,
-            "noise": torch.randn(n, *self.image_shape, generator=noise_stream, device=self.device),
-            "flip": torch.rand(n, generator=derived_generator(seed, "flip", step)) < 0.5 * recipe.random_flip,
-            "drop_class": torch.rand(n, generator=derived_generator(seed, "class dropout", step))
-            < config.class_dropout,
-        }
+        stream = derived_generator(seed, "noise", step, device=self.device)
+        noise = torch.randn(n, *self._image_shape, generator=stream, device=self.device)
+        flip = torch.rand(n, generator=derived_generator(seed, "flip", step)) < 0.5 * recipe.random_flip
+        drop_class = torch.rand(n, generator=derived_generator(seed, "class dropout", step)) < config.class_dropout
+        return {"t": t, "noise": noise, "flip": flip, "drop_class": drop_class}
 
     def read(self, step: int, micro: int) -> tuple[Tensor, Tensor | None]:
         """Return the uint8 images and the labels of one micro-batch."""
@@ -136,10 +104,10 @@ class Batches:
         """Return what `read` does, and start decoding the next micro-batch where images are not in memory."""
         if isinstance(self.data, ImageDataset):
             return self.read(step, micro)
-        if self._next is not None and self._next[0] == (step, micro):
-            result = self._next[1].result()
-        else:
-            result = self._reader.submit(self.read, step, micro).result()
+        where, future = self._next
+        if where != (step, micro):
+            future = self._reader.submit(self.read, step, micro)
+        result = future.result()
         following = (step, micro + 1) if micro + 1 < self.plan.accumulation else (step + 1, 0)
         self._next = following, self._reader.submit(self.read, *following)
         return result
@@ -153,7 +121,6 @@ class Batches:
         parts = []
         for epoch in epochs.unique_consecutive().tolist():
             if self._order[0] != epoch:
-                stream = derived_generator(self.seed, "order", epoch)
-                self._order = epoch, torch.randperm(n, generator=stream)
+                self._order = epoch, torch.randperm(n, generator=derived_generator(self.seed, "order", epoch))
             parts.append(self._order[1][within[epochs == epoch]])
         return torch.cat(parts)

@@ -36,7 +36,6 @@ RANGE: Limit = (
     "takes two rising numbers, for example 0 1",
 )
 
-# What stands for a flag of the recipe that is left out.
 _PRESET = "what is left out is as in --preset"
 
 
@@ -46,11 +45,7 @@ def one_of(*names: str) -> Limit:
 
 
 def paper_value(name: str) -> str:
-    """Return the value that the paper's experiments (Table 2's ablations aside) have of something, for help texts.
-
-    Args:
-        name: A field of `Preset`, or an argument of its network or scheduler.
-    """
+    """Return the values of a preset's field or argument in the paper's experiments (Table 2 aside), for help texts."""
     found: dict[str, list[str]] = {}
     large = [preset.name for preset in PRESETS.values() if preset.unet["sample_size"] == 256]
     for preset in (PRESETS[name] for name in ("cifar10", *large)):
@@ -64,25 +59,15 @@ def paper_value(name: str) -> str:
 
 
 def _flag(
-    default: Any,
-    help: str,
-    limit: Limit | None = None,
-    *,
-    paper: str | None = None,
-    group: str | None = None,
-    repr: bool = True,
+    default: Any, help: str, limit: Limit | None = None, paper: str = "", group: str | None = None, repr: bool = True
 ) -> Any:
     """Return a field that is a flag; `paper` is for `paper_value`, `group` the title of it and those that follow."""
-    text = help if paper is None else f"{help}; {paper_value(paper)}"
+    text = f"{help}; {paper_value(paper)}" if paper else help
     return field(default=default, metadata={"help": text, "limit": limit, "group": group}, repr=repr)
 
 
 def check_limits(config: Any) -> None:
-    """Check the fields of a configuration against the limits of their flags.
-
-    Raises:
-        UserError: A value is outside; names the flag, the value and what it takes.
-    """
+    """Check the fields of a configuration against the limits of their flags, or raise UserError."""
     for flag in dataclasses.fields(config):
         value, limit = getattr(config, flag.name), flag.metadata["limit"]
         if value is not None and limit is not None and not limit[0](value):
@@ -103,7 +88,7 @@ class TrainingConfig:
     """One training run. Every field is a flag of `examples/train.py` and a key of its YAML file.
 
     Raises:
-        UserError: A value is outside its range; the message says which flag, which value and what is possible.
+        UserError: A value is outside its range, or does not go with another.
     """
 
     preset: str = _flag("cifar10", f"the experiment: {', '.join(PRESETS)}", group=f"network and process; {_PRESET}")
@@ -158,10 +143,7 @@ class TrainingConfig:
         None, "simple (Eq. 14), vlb (the bound) or hybrid (learned variance)", one_of(*CHOICES["loss"]), paper="loss"
     )
     timestep_sampling: str | None = _flag(
-        None,
-        "uniform, or stratified over each batch",
-        one_of(*CHOICES["timestep_sampling"]),
-        paper="timestep_sampling",
+        None, "uniform, or stratified over each batch", one_of(*CHOICES["timestep_sampling"]), "timestep_sampling"
     )
     seed: int = _flag(0, "seed of everything random")
 
@@ -236,11 +218,7 @@ class TrainingConfig:
             raise UserError(f"--class_dropout {self.class_dropout} needs --class_conditional")
 
     def resolved_preset(self) -> Preset:
-        """Return the preset with this run's changes to it.
-
-        Raises:
-            UserError: Loss and variance do not go together.
-        """
+        """Return the preset with this run's changes, or raise UserError where loss and variance do not fit."""
         preset = get_preset(self.preset)
         unet, scheduler = dict(preset.unet), dict(preset.scheduler)
         if self.resolution is not None:
@@ -254,9 +232,8 @@ class TrainingConfig:
         learned = "learned" in scheduler["variance_type"]
         if learned or "learned" in preset.scheduler["variance_type"]:
             unet["out_channels"] = (2 if learned else 1) * unet.get("in_channels", 3)
-        flags: tuple[str, ...] = ("max_train_steps", "total_batch_size", "learning_rate", "lr_scheduler")
-        flags += ("lr_warmup_steps", "max_grad_norm", "loss", "random_flip", "timestep_sampling")
-        changes = {name: getattr(self, name) for name in flags} | {"ema_decay": self.ema_max_decay}
+        changes = {name: value for name, value in vars(self).items() if name in vars(preset) and name != "dataset"}
+        changes |= {"ema_decay": self.ema_max_decay}
         changes = {name: value for name, value in changes.items() if value is not None}
         recipe = dataclasses.replace(preset, **changes, unet=unet, scheduler=scheduler)
         if learned and recipe.loss == "simple":
@@ -272,10 +249,9 @@ class TrainingConfig:
         """Return the flags that say where images come from; the preset's own dataset if none was given."""
         names = ("dataset", "dataset_name", "train_data_dir")
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        default = get_preset(self.preset).dataset
-        if given or default is None:
-            return given
-        return {"dataset" if default == "digits" else "dataset_name": default}
+        if not given and (default := get_preset(self.preset).dataset) is not None:
+            return {"dataset" if default == "digits" else "dataset_name": default}
+        return given
 
     def image_options(self) -> dict[str, Any]:
         """Return what `data.load_images` takes besides where the images are."""
@@ -283,11 +259,8 @@ class TrainingConfig:
             return {"background": self.background}
         same_name = ("background", "on_bad_image", "streaming", "image_column", "label_column", "cache_dir")
         options = {name: getattr(self, name) for name in same_name}
-        options |= {
-            "crop": "center" if self.center_crop else "random",
-            "num_workers": self.dataloader_num_workers,
-            "config_name": self.dataset_config_name,
-        }
+        options |= {"num_workers": self.dataloader_num_workers, "config_name": self.dataset_config_name}
+        options["crop"] = "center" if self.center_crop else "random"
         if self.array_layout is not None:
             options["array_layout"] = self.array_layout
         if self.value_range is not None:
@@ -297,8 +270,7 @@ class TrainingConfig:
     def batch_plan(self, num_processes: int) -> tuple[int, int, int]:
         """Return images per micro-batch and process, micro-batches per update, and images per update.
 
-        Raises:
-            UserError: The total batch size cannot be reached exactly.
+        Raises UserError where the total batch size cannot be reached exactly.
         """
         per_process, accumulation = self.train_batch_size, self.gradient_accumulation_steps
         product = (per_process or 1) * (accumulation or 1) * num_processes
@@ -317,18 +289,13 @@ class TrainingConfig:
     def evaluation_batch(self, num_processes: int, most: int = 256) -> int:
         """Return the images at a time and process where nothing is trained: `most`, unless `eval_batch_size` is set.
 
-        Without gradients an image takes a small part of the memory that it takes in training, so a batch as large as a
-        micro-batch cannot be the first for which it is too little.
+        A micro-batch always fits: without gradients an image takes a small part of the memory.
         """
         if self.eval_batch_size is not None:
             return self.eval_batch_size
         size = self.resolved_preset().unet["sample_size"]
         pixels = size**2 if isinstance(size, int) else math.prod(size)
         return min(most, max(self.batch_plan(num_processes)[0], 256 * 32 * 32 // pixels, 1))
-
-    def inference_steps(self, num_train_timesteps: int) -> int:
-        """Return the steps of the sampler: a chain has no more than its T."""
-        return min(self.ddpm_num_inference_steps, num_train_timesteps)
 
     def public_values(self) -> dict[str, Any]:
         """Return all values but the access token, for files and trackers."""
@@ -341,11 +308,7 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class ReproductionConfig:
-    """How `ddpm-hf reproduce` measures what it has trained. Every field is a flag beside those of the training.
-
-    Raises:
-        UserError: A value is outside its range.
-    """
+    """How `ddpm-hf reproduce` measures what it has trained. Every field is a flag beside those of the training."""
 
     num_samples: int = _flag(
         50_000, "samples for FID and Inception score, as in the paper", POSITIVE, group="comparison with the paper"

@@ -18,7 +18,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +41,7 @@ IN_LOOP_METRICS = ("nll", "fid", "is", "kid", "prc")
 _HIGHER_IS_BETTER = ("is_", "precision_", "recall_")
 
 
-def names_of_numbers(
-    metrics: Sequence[str], extractors: Iterable[FeatureExtractor], splits: Sequence[str]
-) -> list[str]:
+def names_of_numbers(metrics: list[str], extractors: list[FeatureExtractor], splits: list[str]) -> list[str]:
     """Return what an evaluation's numbers will be called, of those of which one is better than another."""
     names = ["bits_per_dim"] if "nll" in metrics else []
     for extractor in extractors:
@@ -68,8 +66,7 @@ class TrainingEvaluation:
         self.metrics = parse_metrics(config.eval_metrics, IN_LOOP_METRICS, "--eval_metrics")
         self._of_samples = [metric for metric in self.metrics if metric in SAMPLE_METRICS]
         self.sets = {"train": train}
-        held_out = self._load_held_out()
-        if held_out is not None:
+        if (held_out := self._load_held_out()) is not None:
             self.sets["validation"] = held_out
         if held_out is None or not config.eval_num_images:
             self.metrics = self._of_samples
@@ -99,13 +96,11 @@ class TrainingEvaluation:
         try:
             _, extractors = check_evaluation(pipe, self.sets, self._of_samples, self._options(pipe))
         except UserError as error:  # evaluate's flags have other names here
-            text = re.sub(r"--(num_samples|features|inception_weights)", r"--eval_\1", str(error))
-            raise UserError(text) from error
-        if (best := config.best_metric) is not None:
-            names = names_of_numbers(self.metrics, extractors, list(self.sets))
-            if best not in names:
-                what = f"none of the numbers that --eval_metrics {config.eval_metrics} gives{nearest(best, names)}"
-                raise UserError(f"--best_metric {best!r} is {what}: {', '.join(names)}")
+            raise UserError(re.sub("--(num_samples|features|inception_weights)", r"--eval_\1", str(error))) from error
+        best, names = config.best_metric, names_of_numbers(self.metrics, extractors, list(self.sets))
+        if best is not None and best not in names:
+            what = f"none of the numbers that --eval_metrics {config.eval_metrics} gives{nearest(best, names)}"
+            raise UserError(f"--best_metric {best!r} is {what}: {', '.join(names)}")
 
     def _options(self, pipe: DDPMPipeline) -> EvaluationOptions:
         config = self.config
@@ -115,14 +110,10 @@ class TrainingEvaluation:
             num_samples=config.eval_num_samples,
             batch_size=config.evaluation_batch(processes().num_processes),
             sampler=config.sampler,
-            num_inference_steps=config.inference_steps(pipe.scheduler.config.num_train_timesteps),
+            num_inference_steps=min(config.ddpm_num_inference_steps, pipe.scheduler.config.num_train_timesteps),
             features=[part.strip() for part in config.eval_features.split(",")],
             inception_weights=config.eval_inception_weights,
         )
-
-    def due(self, step: int) -> bool:
-        """Return whether update `step` is to be measured."""
-        return due(step, self.config.validation_steps)
 
     def measure(self, pipe: DDPMPipeline) -> EvaluationReport | None:
         """Compute the numbers of a model, the same in every process; `None` where there is nothing to measure."""
@@ -143,7 +134,7 @@ class TrainingEvaluation:
             say(f"{what}: {number(entry['value'], entry['standard_error'])}")
         return report
 
-    def begin(self, step: int) -> None:
+    def discard_after(self, step: int) -> None:
         """Remove what a run that resumes after update `step`, or begins, will measure again. For the main process."""
         if not step:  # a new run has no best model yet
             shutil.rmtree(self.folder / BEST, ignore_errors=True)
@@ -151,11 +142,11 @@ class TrainingEvaluation:
         elif history := self._history():
             self._write_history({key: value for key, value in history.items() if int(key) <= step})
 
-    def missed(self, step: int) -> bool:
+    def is_missing(self, step: int) -> bool:
         """Return whether update `step` was to be measured, and the run ended before; the same in every process."""
-        return self.due(step) and from_first(str(step) not in self._history() if processes().is_main_process else None)
+        return due(step, self.config.validation_steps) and from_first(str(step) not in self._history())
 
-    def keep(self, pipe: DDPMPipeline, report: EvaluationReport, step: int) -> None:
+    def record(self, pipe: DDPMPipeline, report: EvaluationReport, step: int) -> None:
         """Record what was measured after update `step`, and keep the model if it is the best so far."""
         with together():
             if self.config.validation_steps is not None and processes().is_main_process:
@@ -165,19 +156,16 @@ class TrainingEvaluation:
 
     def _keep_best(self, pipe: DDPMPipeline, report: EvaluationReport, step: int, name: str) -> None:
         folder, value = self.folder / BEST, report.values[name]["value"]
-        try:
-            best: EvaluationReport | None = EvaluationReport.load(folder / REPORT)
-        except UserError:
-            best = None
-        if best is not None and not _comparable(best, report, name):
-            say(f"{folder} was chosen by another number than {name} as it is measured now, and is chosen anew")
-            best = None
-        if math.isnan(value):
+        before = math.nan  # no best model yet
+        with suppress(UserError):
+            best = EvaluationReport.load(folder / REPORT)
+            if name in best.values and _how_made(best, name) == _how_made(report, name):
+                before = best.values[name]["value"]
+            else:
+                say(f"{folder} was chosen by another number than {name} as it is measured now, and is chosen anew")
+        worse = value <= before if name.startswith(_HIGHER_IS_BETTER) else value >= before
+        if math.isnan(value) or worse:
             return
-        if best is not None:
-            before = best.values[name]["value"]
-            if not (value > before if name.startswith(_HIGHER_IS_BETTER) else value < before):
-                return
         report = dataclasses.replace(report, model={**report.model, "update": step, "best_metric": name})
 
         def fill(target: Path) -> None:
@@ -188,25 +176,18 @@ class TrainingEvaluation:
         say(f"the best model so far, {name} {number(value)} after update {step}, is in {folder}")
 
     def _history(self) -> dict[str, dict[str, float | None]]:
-        try:
+        with suppress(OSError, ValueError, AttributeError):  # what is not there is measured again
             content = json.loads((self.folder / HISTORY).read_text(encoding="utf-8"))
             return {key: value for key, value in content.items() if key.isdecimal()}
-        except (OSError, ValueError, AttributeError):  # what is not there is measured again
-            return {}
+        return {}
 
     def _write_history(self, history: dict[str, Any]) -> None:
         in_order = {key: history[key] for key in sorted(history, key=int)}
         write_text(self.folder / HISTORY, json.dumps(finite(in_order), indent=1) + "\n")
 
 
-def _comparable(one: EvaluationReport, other: EvaluationReport, name: str) -> bool:
-    """Return whether a number was made in the same way in both, down to the samples' seeds."""
-
-    def made(report: EvaluationReport) -> Any:
-        settings = report.settings.get(name, {})
-        how = {key: value for key, value in settings.items() if key not in ("seconds", "statistics")}
-        if "num_samples" in settings:
-            how["sampling"] = report.settings.get("sampling")
-        return plain(how)
-
-    return name in one.values and made(one) == made(other)
+def _how_made(report: EvaluationReport, name: str) -> Any:
+    """Return how a number was made, down to the samples' seeds: only then it compares with others."""
+    settings = report.settings.get(name, {})
+    how = {key: value for key, value in settings.items() if key not in ("seconds", "statistics")}
+    return plain(how | ({"sampling": report.settings.get("sampling")} if "num_samples" in settings else {}))

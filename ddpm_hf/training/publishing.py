@@ -36,11 +36,7 @@ from .run import Run
 
 @contextmanager
 def _memory_advice(step: int) -> Iterator[None]:
-    """Name the flag that helps where the device runs out of memory.
-
-    Raises:
-        TrainingError: It does.
-    """
+    """Name the flag that helps where the device runs out of memory."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -51,21 +47,11 @@ def _memory_advice(step: int) -> Iterator[None]:
 
 
 class Publisher:
-    """Writes what a run shows into its output folder.
-
-    Attributes:
-        run: What the run is made of.
-        evaluation: What is measured.
-        pushes: To the Hub, in the main process of a run with `--push_to_hub`.
-
-    Raises:
-        UserError: The license or the name of the repository cannot be taken.
-    """
+    """Writes what a run shows into its output folder, or raises UserError: a license or name cannot be taken."""
 
     def __init__(self, run: Run, evaluation: TrainingEvaluation):
-        self.run, self.evaluation, self.accelerator = run, evaluation, run.accelerator
-        self.pushes: BackgroundPush | None = None
-        config = run.config
+        self.run, self.evaluation, self.accelerator, config = run, evaluation, run.accelerator, run.config
+        self.pushes: BackgroundPush | None = None  # to the Hub, in the main process of a run with `--push_to_hub`
         check_license(config.license)
         self._push = None
         if config.push_to_hub:
@@ -78,11 +64,7 @@ class Publisher:
             )
 
     def open_hub(self) -> None:
-        """Check where the run's pushes will go, if it has any; only the main process makes them.
-
-        Raises:
-            UserError: They will not be possible.
-        """
+        """Check where the run's pushes will go, if it has any, or raise UserError; only the main process pushes."""
         with together():
             if self._push is not None and self.accelerator.is_main_process:
                 self.pushes = BackgroundPush(check_destination(self._push, say), say)
@@ -100,21 +82,18 @@ class Publisher:
             else:
                 self.pushes.offer(f"After update {step}")
 
-    def due(self, step: int) -> bool:
-        """Return whether a sample grid or an evaluation is due after update `step`."""
-        return due(step, self.run.config.save_images_steps) or self.evaluation.due(step)
-
     def show(self, ema_weights: dict[str, Tensor], step: int) -> tuple[DDPMPipeline, EvaluationReport | None]:
         """Make the sample grid and the evaluation that are due after update `step`; return the model and its numbers.
 
         If images or numbers of the model are not finite, a line says so and training continues.
         """
+        config = self.run.config
         with _memory_advice(step):
             pipe = self._shared_pipeline(ema_weights)
             try:
-                if due(step, self.run.config.save_images_steps):
+                if due(step, config.save_images_steps):
                     self.sample_grid(pipe, f"samples-{step}.png")
-                return pipe, self.evaluation.measure(pipe) if self.evaluation.due(step) else None
+                return pipe, self.evaluation.measure(pipe) if due(step, config.validation_steps) else None
             except NotFiniteError as error:
                 say(f"nothing to show after update {step}: {error}")
                 return pipe, None
@@ -135,7 +114,7 @@ class Publisher:
             self.sample_grid(pipe, SAMPLES)
             report = self.evaluation.measure(pipe)
         if report is not None:
-            self.evaluation.keep(pipe, report, step)
+            self.evaluation.record(pipe, report, step)
         with together():
             if main:
                 if report is not None:
@@ -196,29 +175,28 @@ class Publisher:
             with_sampler(pipe, config.sampler),
             seeds,
             batch_size=config.evaluation_batch(a.num_processes, most=64),
-            num_inference_steps=config.inference_steps(pipe.scheduler.config.num_train_timesteps),
+            num_inference_steps=min(config.ddpm_num_inference_steps, pipe.scheduler.config.num_train_timesteps),
             class_labels=[ClassIndex(seed % len(classes)) for seed in seeds] if classes else None,
         )
         with together():
             drawn = [(seed, image) for part, images in batches for seed, image in zip(part, images, strict=True)]
-        shares = gather(drawn)
+        whole = dict(pair for share in gather(drawn) for pair in share)
         path = self.run.output_dir / name
         with together():
             if a.is_main_process:
-                whole = sorted((pair for share in shares for pair in share), key=lambda pair: pair[0])
-                save_picture(image_grid(torch.stack([image for _, image in whole])), path)
+                save_picture(image_grid(torch.stack([whole[seed] for seed in range(config.num_sample_images)])), path)
         say(f"wrote {path}")
 
     def _recipe_for_card(self, step: int) -> dict[str, Any]:
         """Return what the card lists under "Training"."""
         run, recipe, config = self.run, self.run.recipe, self.run.config
+        flips, warmup = ", random flips" * recipe.random_flip, " after a warm-up" * recipe.ema_warmup
         facts = {
-            "images": run.describe_images(recorded_name(run.data.name))
-            + (", random flips" if recipe.random_flip else ""),
+            "images": run.describe_images(recorded_name(run.data.name)) + flips,
             "updates": f"{step} of {run.plan.total} images, seed {config.seed}",
             "optimizer": f"Adam(0.9, 0.999), learning rate {recipe.learning_rate:g} after {recipe.lr_warmup_steps} "
             f"warm-up updates, then {recipe.lr_scheduler}, gradient norm at most {recipe.max_grad_norm:g}",
-            "EMA weights": f"decay {recipe.ema_decay}" + (" after a warm-up" if recipe.ema_warmup else ""),
+            "EMA weights": f"decay {recipe.ema_decay}{warmup}",
             "objective": f"{recipe.loss}, {recipe.timestep_sampling} timesteps, dropout {recipe.unet['dropout']:g}",
         }
         if config.class_conditional:

@@ -55,9 +55,6 @@ _RMSES = (0.95136, 12.02277, 18.47482, 24.43656, 30.80948, 38.03236, 46.12765, 5
 PAPER_TABLE_4 = dict(zip(_STEPS, zip(_RATES, _RMSES, strict=True), strict=True))
 
 FOLDER, STAGES = "reproduction", "stages.json"
-# Settings that change nothing of what is trained or published, or are set here.
-_INCIDENTAL = "output_dir resume_from_checkpoint num_cpu_threads dataloader_num_workers report_to logging_steps"
-_INCIDENTAL += " eval_batch_size"
 
 
 @dataclass(frozen=True)
@@ -66,17 +63,16 @@ class Reproduction:
 
     preset: Preset  # the experiment
     report: EvaluationReport  # our numbers
-    # one for each number that the paper or we have: `number`, `paper` (as `Preset.paper`, or `None`), `ours` (as in a
-    # report, or `None`), and a `note` on what was less than in the experiment
-    rows: list[dict[str, Any]]
+    rows: list[dict[str, Any]]  # `number`, `paper` (as in `Preset`, or `None`), `ours` (as in a report), `note`
     differences: list[str]  # where training images and recipe were not the preset's
     table_4: list[dict[str, float | None]]  # reverse steps, and rate and distortion of both, of a CIFAR-10 model
 
     def as_markdown(self) -> str:
         """Return the page: the table, and what to know before comparing."""
         report = self.report
-        parts = [f"# {self.preset.name} on {public_name(report.dataset)}", f"The experiment: {self.preset.source}."]
-        parts += [
+        parts = [
+            f"# {self.preset.name} on {public_name(report.dataset)}",
+            f"The experiment: {self.preset.source}.",
             self.table(),
             "± is one standard error; of Inception scores the standard deviation over ten parts, as the paper has it. "
             "The paper's bits/dim are upper bounds, as ours are.",
@@ -86,12 +82,10 @@ class Reproduction:
         if report.warnings:
             parts += ["## Before you compare", "\n".join(f"- {warning}" for warning in report.warnings)]
         if self.table_4:
-            cells = [
-                [f"{steps:.0f}", *("-" if x is None else f"{x:.5f}" for x in numbers)]
-                for steps, *numbers in (row.values() for row in self.table_4)
-            ]
-            title = f"## Progressive lossy code, {report.split} (Table 4)"
-            parts += [title, table([list(self.table_4[0]), *cells], texts=())]
+            lines = [list(self.table_4[0])]
+            for steps, *numbers in (row.values() for row in self.table_4):
+                lines.append([f"{steps:.0f}", *("-" if x is None else f"{x:.5f}" for x in numbers)])
+            parts += [f"## Progressive lossy code, {report.split} (Table 4)", table(lines, texts=())]
         parts.append(f"More in [{FOLDER}/report.md]({FOLDER}/report.md).")
         return "\n\n".join(parts) + "\n"
 
@@ -99,11 +93,10 @@ class Reproduction:
         """Return the paper's numbers and ours, for terminals too."""
         lines = [["number", "paper", "ours", "note"]]
         for row in self.rows:
-            paper, ours = row["paper"] or [], row["ours"]
-            mine = "-"
+            ours, mine = row["ours"], "-"
             if ours is not None:
                 mine = number(ours["value"], ours.get("standard_deviation", ours["standard_error"]))
-            lines.append([row["number"], " ± ".join(f"{x:g}" for x in paper), mine, row["note"]])
+            lines.append([row["number"], " ± ".join(f"{x:g}" for x in row["paper"] or []), mine, row["note"]])
         return table(lines, texts=(0, 3))
 
     def as_json(self) -> str:
@@ -118,8 +111,6 @@ class Reproduction:
 
 def reproduce(config: TrainingConfig, options: ReproductionConfig) -> Reproduction | None:
     """Train, sample, measure, compare; every process of a launch takes part and returns the same.
-
-    Training resumes from its latest checkpoint by itself.
 
     Returns:
         The comparison, which is also in the output folder; `None` where training was asked to stop.
@@ -147,36 +138,32 @@ def reproduce(config: TrainingConfig, options: ReproductionConfig) -> Reproducti
     return found
 
 
-def _finished(folder: Path, stage: str, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """Return what was recorded of a stage that was finished with these settings; the same in every process."""
-    found = _stages(folder).get(stage)
-    return found if found is not None and found["settings"] == settings else None
-
-
-def _stages(folder: Path) -> dict[str, Any]:
-    found: Any = None
-    if processes().is_main_process:
-        with suppress(OSError, ValueError):
-            found = json.loads((folder / FOLDER / STAGES).read_text(encoding="utf-8"))
-    return from_first(found if isinstance(found, dict) else {})
+def _finished(folder: Path) -> dict[str, Any]:
+    """Return what was recorded of finished stages; the same in every process."""
+    found: dict[str, Any] = {}
+    with suppress(OSError, ValueError, TypeError):
+        found = {**json.loads((folder / FOLDER / STAGES).read_text(encoding="utf-8"))}
+    return from_first(found)
 
 
 def _record(folder: Path, stage: str, content: dict[str, Any]) -> None:
-    stages = {**_stages(folder), stage: content}
+    stages = {**_finished(folder), stage: content}
     with together():
         if processes().is_main_process:
             write_text(folder / FOLDER / STAGES, json.dumps(stages, indent=1) + "\n")
 
 
 def _training_settings(config: TrainingConfig) -> dict[str, Any]:
-    return plain({key: value for key, value in config.public_values().items() if key not in _INCIDENTAL.split()})
+    """Return all settings but those that change nothing of what is trained or published, or are set here."""
+    others = "output_dir resume_from_checkpoint num_cpu_threads dataloader_num_workers report_to logging_steps"
+    return plain({k: v for k, v in config.public_values().items() if k not in (*others.split(), "eval_batch_size")})
 
 
 def _load_trained(config: TrainingConfig) -> DDPMPipeline | None:
     """Load the model, if its training is finished and the folder still holds what came out of it."""
     folder, here = Path(config.output_dir), processes()
-    stage = _finished(folder, "training", _training_settings(config))
-    if stage is None:
+    stage = _finished(folder).get("training")
+    if stage is None or stage["settings"] != _training_settings(config):
         return None
     pipe = None
     with together(), suppress(OSError, ValueError):  # what is damaged is made again, from the last checkpoint
@@ -196,11 +183,15 @@ def _train(config: TrainingConfig, options: ReproductionConfig) -> bool:
         for_samples = [metric for metric in options.metrics() if metric in SAMPLE_METRICS]
         check_evaluation(pipe, _load_sets(config), for_samples, _options(config, options))
     trained = trainer.train(end_processes=False)
-    if trained is not None:
-        weights = weights_digest(trained.unet)
-        content = {"settings": _training_settings(config), "updates": trainer.step, "weights": weights}
-        _record(Path(config.output_dir), "training", content)
-    return trained is not None
+    if trained is None:
+        return False
+    content = {
+        "settings": _training_settings(config),
+        "updates": trainer.step,
+        "weights": weights_digest(trained.unet),
+    }
+    _record(Path(config.output_dir), "training", content)
+    return True
 
 
 def _options(config: TrainingConfig, options: ReproductionConfig) -> EvaluationOptions:
@@ -225,16 +216,14 @@ def _load_sets(config: TrainingConfig) -> dict[str, Images]:
     return load_splits(None, True, **arguments)
 
 
-def _measure(
-    config: TrainingConfig, options: ReproductionConfig, pipe: DDPMPipeline
-) -> tuple[EvaluationReport, dict[str, int]]:
+def _measure(config: TrainingConfig, options: ReproductionConfig, pipe: DDPMPipeline) -> tuple[EvaluationReport, Any]:
     """Return our numbers, and how many images each split has."""
     folder = Path(config.output_dir)
     images = [config.images_given(), config.image_options(), config.validation_split]
     made_of = {"weights": weights_digest(pipe.unet), "images": images, "sampler": config.sampler}
     settings = plain({**made_of, **dataclasses.asdict(options), "batch_size": None})
-    stage = _finished(folder, "evaluation", settings)
-    if stage is not None and from_first((folder / FOLDER / "report.json").is_file()):
+    stage = _finished(folder).get("evaluation", {})
+    if stage.get("settings") == settings and from_first((folder / FOLDER / "report.json").is_file()):
         say("the evaluation is finished")
         with together():
             return EvaluationReport.load(folder / FOLDER), stage["sizes"]
@@ -251,14 +240,10 @@ def _measure(
 
 
 def compare_with_paper(config: TrainingConfig, report: EvaluationReport, sizes: Mapping[str, int]) -> Reproduction:
-    """Put numbers beside the paper's, each with a note on what was less than in the experiment.
-
-    `sizes` says how many images each split has.
-    """
+    """Put numbers beside the paper's, with notes on what was less than there; `sizes` are the images of each split."""
     preset, recipe = get_preset(config.preset), config.resolved_preset()
-    updates = []
-    if recipe.max_train_steps < preset.max_train_steps:
-        updates = [f"{recipe.max_train_steps:,} of {preset.max_train_steps:,} updates"]
+    done, planned = recipe.max_train_steps, preset.max_train_steps
+    updates = [f"{done:,} of {planned:,} updates"] if done < planned else []
     differences = _differences(preset, recipe)
     # Of a name on the Hub or a path: cifar10, uoft-cs/cifar10 and /data/CIFAR10 are the same images, cifar100 is not.
     # LSUN and CelebA-HQ have no such name: their presets say nothing of a dataset, and nothing is said of theirs.
@@ -289,10 +274,10 @@ def _less_than_paper(report: EvaluationReport, name: str, sizes: Mapping[str, in
 def _differences(preset: Preset, recipe: Preset) -> list[str]:
     """Return where a recipe is not the preset's."""
     lines = []
-    for field in dataclasses.fields(Preset):
-        planned, done = getattr(preset, field.name), getattr(recipe, field.name)
+    for name, planned in vars(preset).items():
+        done = getattr(recipe, name)
         if not isinstance(planned, Mapping):
-            planned, done = {field.name: planned}, {field.name: done}
+            planned, done = {name: planned}, {name: done}
         for key in {**planned, **done}:
             if planned.get(key) != done.get(key):
                 lines.append(f"{key} {done.get(key)} instead of {planned.get(key)}")
@@ -305,10 +290,13 @@ def _table_4(preset: Preset, report: EvaluationReport) -> list[dict[str, float |
         return []
     rows = report.tables.get(f"Progressive lossy code, {report.split} (Table 4)", [])
     measured = {row["reverse steps"]: row for row in rows}
-    both = []
-    for steps, (rate, rmse) in PAPER_TABLE_4.items():
-        ours = measured.get(steps, {})
-        row: dict[str, float | None] = {"reverse steps": steps, "rate (bits/dim), paper": rate}
-        row |= {"rate (bits/dim), ours": ours.get("rate (bits/dim)"), "RMSE, paper": rmse}
-        both.append(row | {"RMSE, ours": ours.get("distortion (RMSE)")})
-    return both
+    return [
+        {
+            "reverse steps": steps,
+            "rate (bits/dim), paper": rate,
+            "rate (bits/dim), ours": measured.get(steps, {}).get("rate (bits/dim)"),
+            "RMSE, paper": rmse,
+            "RMSE, ours": measured.get(steps, {}).get("distortion (RMSE)"),
+        }
+        for steps, (rate, rmse) in PAPER_TABLE_4.items()
+    ]

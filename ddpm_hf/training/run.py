@@ -21,18 +21,12 @@ from .configuration import TrainingConfig
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How the images of an update are cut.
+    """How the images of an update are cut."""
 
-    Attributes:
-        micro: Images per micro-batch and process.
-        accumulation: Micro-batches per update and process.
-        process_index, num_processes: Which of how many processes this is.
-    """
-
-    micro: int
-    accumulation: int
-    process_index: int = 0
-    num_processes: int = 1
+    micro: int  # images per micro-batch and process
+    accumulation: int  # micro-batches per update and process
+    process_index: int
+    num_processes: int
 
     @property
     def total(self) -> int:
@@ -55,25 +49,15 @@ class Computation(NamedTuple):
 
 @dataclass(frozen=True)
 class Run:
-    """What a training run is made of; nothing here changes while it trains.
+    """What a training run is made of; nothing here changes while it trains."""
 
-    Attributes:
-        config: What was asked for.
-        recipe: The preset with the configuration's changes.
-        accelerator: Device, precision and sibling processes.
-        computation: How the network is computed.
-        plan: How an update's images are cut.
-        data: The training images.
-        unet_config: `UNet2DModel` arguments, with the images' classes.
-    """
-
-    config: TrainingConfig
-    recipe: Preset
-    accelerator: Accelerator
+    config: TrainingConfig  # what was asked for
+    recipe: Preset  # the preset with the configuration's changes
+    accelerator: Accelerator  # device, precision and sibling processes
     computation: Computation
     plan: BatchPlan
-    data: Images
-    unet_config: dict[str, Any]
+    data: Images  # for training
+    unet_config: dict[str, Any]  # `UNet2DModel` arguments, with the images' classes
 
     @property
     def output_dir(self) -> Path:
@@ -95,6 +79,11 @@ class Run:
         count = "a stream" if isinstance(self.data, StreamedImages) else f"{len(self.data)} images"
         return f"{count} of {name or self.data.name}"
 
+    def describe_computation(self) -> str:
+        """Return how the network is computed."""
+        ways = zip(("channels_last", "compiled", "CUDA graphs"), self.computation, strict=True)
+        return ", ".join([f"precision {self.precision}", *(way for way, on in ways if on)])
+
     def describe_classes(self) -> str | None:
         """Return which classes are trained on, or not used; `None` where there are none."""
         if not (names := self.data.class_names):
@@ -108,21 +97,15 @@ class Run:
 def start_accelerator(config: TrainingConfig) -> Accelerator:
     """Set up device, precision, trackers and sibling processes, and PyTorch's switches for this run.
 
-    Raises:
-        UserError: accelerate was asked, on a command line or in its configuration, for what is not possible here.
+    Raises UserError where accelerate was asked, by whatever means, for what is not possible here.
     """
-    precision = choose_precision(config.mixed_precision)
-    trackers: Any = known_trackers(config.report_to)
+    trackers: Any = known_trackers(config.report_to) or None
+    precision, logs = choose_precision(config.mixed_precision), Path(config.output_dir) / config.logging_dir
     try:
-        accelerator = Accelerator(
-            cpu=cpu_only(),
-            mixed_precision=precision,
-            log_with=trackers or None,
-            project_dir=str(Path(config.output_dir) / config.logging_dir),
-        )
+        accelerator = Accelerator(cpu=cpu_only(), mixed_precision=precision, log_with=trackers, project_dir=str(logs))
     except (ValueError, ImportError) as error:  # also a second precision in one process, which it has one of
         raise UserError(f"accelerate cannot be set up as asked for: {' '.join(str(error).split())}") from error
-    _check_engine(accelerator, config)
+    _check_engine(accelerator, config.channels_last)
     reduce_in_float32(accelerator)
     if accelerator.device.type == "cpu":
         set_cpu_threads(config.num_cpu_threads, accelerator.num_processes)
@@ -132,7 +115,7 @@ def start_accelerator(config: TrainingConfig) -> Accelerator:
     return accelerator
 
 
-def _check_engine(accelerator: Accelerator, config: TrainingConfig) -> None:
+def _check_engine(accelerator: Accelerator, channels_last: bool | None) -> None:
     engine, precision = accelerator.distributed_type, accelerator.mixed_precision
     fsdp = engine == DistributedType.FSDP
     ways = "FSDP 2 (examples/accelerate/fsdp2.yaml) or several processes (examples/accelerate/multi_gpu.yaml)"
@@ -140,7 +123,7 @@ def _check_engine(accelerator: Accelerator, config: TrainingConfig) -> None:
         raise UserError(f"{engine.value} saves its state with pickle, which checkpoints here do not hold; use {ways}")
     if fsdp and accelerator.state.fsdp_plugin.fsdp_version != 2:
         raise UserError(f"FSDP 1 keeps one flat tensor per block, which checkpoints here do not hold; use {ways}")
-    if fsdp and config.channels_last:
+    if fsdp and channels_last:
         raise UserError("FSDP 2 does not shard weights in channels_last; leave --channels_last out")
     if precision == "fp16" and accelerator.scaler is None:
         raise UserError("--mixed_precision fp16 needs a GPU, and there is none here; use bf16, or no for float32")
@@ -166,11 +149,7 @@ def choose_computation(config: TrainingConfig, accelerator: Accelerator) -> Comp
 
 
 def resolve(config: TrainingConfig, accelerator: Accelerator) -> Run:
-    """Open the images and decide everything that follows from configuration and machine.
-
-    Raises:
-        UserError: A setting that does not fit the others, the images or the machine.
-    """
+    """Open the images and decide everything that follows from configuration and machine, or raise UserError."""
     recipe = config.resolved_preset()
     micro, accumulation, _ = config.batch_plan(accelerator.num_processes)
     plan = BatchPlan(micro, accumulation, accelerator.process_index, accelerator.num_processes)
@@ -180,24 +159,17 @@ def resolve(config: TrainingConfig, accelerator: Accelerator) -> Run:
     data = load_split(config, "train")
     if not isinstance(data, StreamedImages) and not len(data):
         raise UserError(f"{data.name!r} has no images to train on")
-    return Run(config, recipe, accelerator, computation, plan, data, {**recipe.unet, **_class_config(config, data)})
-
-
-def _class_config(config: TrainingConfig, data: Images) -> dict[str, Any]:
-    """Return `UNet2DModel` arguments for the classes; with class dropout, one more class stands for none."""
-    if not config.class_conditional:
-        return {}
-    if (names := data.class_names) is None:
-        raise UserError(
-            f"--class_conditional needs classes, and {data.name!r} has none: use a folder of folders, or a "
-            "dataset with a label column (--label_column)"
-        )
-    if config.class_dropout:
-        return {"num_class_embeds": len(names) + 1, "_class_names": list(names), "_null_class": len(names)}
-    return {"num_class_embeds": len(names), "_class_names": list(names)}
-
-
-# ---------------------------------------------------------------------- the images of a run
+    unet_config = dict(recipe.unet)
+    if config.class_conditional:
+        if (names := data.class_names) is None:
+            raise UserError(
+                f"--class_conditional needs classes, and {data.name!r} has none: use a folder of folders, or a "
+                "dataset with a label column (--label_column)"
+            )
+        unet_config |= {"num_class_embeds": len(names), "_class_names": list(names)}
+        if config.class_dropout:  # one more class stands for none
+            unet_config |= {"num_class_embeds": len(names) + 1, "_null_class": len(names)}
+    return Run(config, recipe, accelerator, computation, plan, data, unet_config)
 
 
 def image_size(recipe: Preset) -> tuple[int, int]:
@@ -211,13 +183,8 @@ def image_arguments(config: TrainingConfig, center: bool) -> dict[str, Any]:
     recipe, options = config.resolved_preset(), config.image_options()
     if center and "crop" in options:
         options["crop"] = "center"
-    return {
-        **config.images_given(),
-        "channels": recipe.unet.get("in_channels", 3),
-        "resolution": image_size(recipe),
-        "validation_split": config.validation_split,
-        **options,
-    }
+    options |= {"channels": recipe.unet.get("in_channels", 3), "resolution": image_size(recipe)}
+    return {**config.images_given(), **options, "validation_split": config.validation_split}
 
 
 def load_split(config: TrainingConfig, split: str) -> Images:

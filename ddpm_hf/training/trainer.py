@@ -1,11 +1,7 @@
 """The training run: updates of Algorithm 1, checkpoints, and when to show what.
 
 `run.py` resolves the configuration, `update.py` is Algorithm 1, `batches.py` what it sees, `publishing.py` what a run
-shows, `checkpointing.py` what it resumes from.
-
-Everything random in update n (which images, flips, t, noise, dropout) is a function of (seed, n), drawn for the whole
-batch of the update and then cut into micro-batches and processes. So a run does not depend on how it was cut, and a
-resumed run continues as if it had never stopped.
+shows, `checkpointing.py` what it resumes from. Everything random in update n is a function of (seed, n).
 """
 
 from __future__ import annotations
@@ -31,22 +27,12 @@ from ..utils.files import remove_leftovers, writable_folder
 from ..utils.machine import deterministic_algorithms, has_deterministic_algorithms
 from ..utils.processes import StopFlag, only_run_in, same_everywhere, say, stop_signals, together
 from ..utils.randomness import derive_seed
+from . import checkpointing
 from .batches import Batches
-from .checkpointing import (
-    find_checkpoint,
-    fingerprint,
-    gather_shards,
-    list_checkpoints,
-    restore_training_state,
-    save_checkpoint,
-    shard_like,
-    training_state,
-)
 from .configuration import TrainingConfig, TrainingError, due
 from .evaluation import TrainingEvaluation
 from .publishing import Publisher
 from .run import resolve, start_accelerator
-from .run_identity import CONFIG, changeable_settings, check_checkpoint, check_output_is_ours, fixed_settings
 from .update import CapturedUpdate, Update
 
 _T = TypeVar("_T")
@@ -60,10 +46,7 @@ _UPDATES_BETWEEN_CHECKS = 10
 
 
 class Trainer:
-    """Trains one DDPM.
-
-    Args:
-        config: What to do. All of it is checked here, before anything is written.
+    """Trains one DDPM. All of its configuration is checked here, before anything is written.
 
     Raises:
         UserError: A setting that does not fit the others, the images or the machine.
@@ -80,7 +63,7 @@ class Trainer:
                 "or resumed; set CUBLAS_WORKSPACE_CONFIG=:4096:8 before Python starts"
             )
         with together():
-            check_output_is_ours(config)
+            checkpointing.check_output_is_ours(config)
             self.run = resolve(config, self.accelerator)
             self.evaluation = TrainingEvaluation(config, self.run.data)
         self.recipe, self.data, self.plan = self.run.recipe, self.run.data, self.run.plan
@@ -91,15 +74,14 @@ class Trainer:
         self.batches = Batches(self.run)
         make_update = CapturedUpdate if self.run.computation.cuda_graphs else Update
         self.update = make_update(self.run, self.batches, self.model, self.unet, self._adam, self.optimizer, self.ema)
-        self.step = 0  # optimizer updates done
-        self._saved_at: int | None = None
+        self.step, self._saved_at = 0, -1  # optimizer updates done, and those in the last checkpoint
         # For the trackers: update, loss and gradient norm on the device, other numbers.
         self._unlogged: list[tuple[int, Tensor, dict[str, float]]] = []
         if config.resume_from_checkpoint:
             self._resume(config.resume_from_checkpoint)
 
     def _new_network(self) -> UNet2DModel:
-        """Return the network at its start, on the device, laid out and computed as the run wants it."""
+        """Return the network at its start, on the device, laid out as the run wants it."""
         torch.manual_seed(derive_seed(self.config.seed, "weights"))
         unet = UNet2DModel(**self.run.unet_config).to(self.device)
         with together():  # can everything be measured that is to be measured on the way?
@@ -133,14 +115,9 @@ class Trainer:
         """Return the schedule as it is after `step` updates: a function of the update and the recipe alone."""
         for group in self._adam.param_groups:
             group["initial_lr"] = self.recipe.learning_rate
-        name = self.recipe.lr_scheduler
-        return get_scheduler(
-            "constant_with_warmup" if name == "constant" else name,
-            self._adam,
-            num_warmup_steps=self.recipe.lr_warmup_steps,
-            num_training_steps=self.recipe.max_train_steps,
-            last_epoch=step - 1,
-        )
+        name = {"constant": "constant_with_warmup"}.get(self.recipe.lr_scheduler, self.recipe.lr_scheduler)
+        counts = {"num_warmup_steps": self.recipe.lr_warmup_steps, "num_training_steps": self.recipe.max_train_steps}
+        return get_scheduler(name, self._adam, **counts, last_epoch=step - 1)
 
     # ------------------------------------------------------------------ the run
 
@@ -165,14 +142,15 @@ class Trainer:
                     writable_folder(self.output_dir, "--output_dir")
                     cleanup.enter_context(only_run_in(self.output_dir))
                     remove_leftovers(self.output_dir)
-                    self.evaluation.begin(self.step)
-                    self.config.save(self.output_dir / CONFIG)
+                    self.evaluation.discard_after(self.step)
+                    self.config.save(self.output_dir / checkpointing.CONFIG)
             self.publisher.open_hub()
             self._start_trackers()
             cleanup.callback(self._close, end_processes)
             with stop_signals() as stop:
-                trained = self._run_updates(stop)
-                pipe = self._unless_stopped(stop, self._publish) if trained else None
+                self._run_updates(stop)
+                trained = self.step == self.recipe.max_train_steps
+                pipe = self._unless_stopped(stop, self.publisher.publish) if trained else None
             if pipe is None:
                 remark = "; only the published model is not complete" if trained else ""
                 say(
@@ -183,17 +161,17 @@ class Trainer:
                 self.publisher.pushes.finish()
             return pipe
 
-    def _run_updates(self, stop: StopFlag) -> bool:
-        """Make the updates that are left; return whether all were made (`False`: the run was asked to stop)."""
+    def _run_updates(self, stop: StopFlag) -> None:
+        """Make the updates that are left, or those until the run is asked to stop."""
         config, last, first = self.config, self.recipe.max_train_steps, self.step
-        main = self.accelerator.is_main_process
         reproducible = deterministic_algorithms if self._deterministic else nullcontext
         self.model.train()
         with reproducible():
             self._settle_buckets()
         started = shown = time.monotonic()
-        with tqdm(total=last, initial=first, desc="training", unit="step", disable=not main) as bar:
-            if 0 < self.step < last and self.evaluation.missed(self.step):  # ended between checkpoint and evaluation
+        hidden = not self.accelerator.is_main_process
+        with tqdm(total=last, initial=first, desc="training", unit="step", disable=hidden) as bar:
+            if 0 < first < last and self.evaluation.is_missing(first):  # ended between checkpoint and evaluation
                 self._show_progress(stop)
             while self.step < last:
                 with reproducible():
@@ -210,43 +188,35 @@ class Trainer:
                     self._read_numbers(bar, loss, norm, speed)
                     shown = now
 
-                if due(self.step, config.checkpointing_steps) or self.step == last:
+                checkpoint = due(self.step, config.checkpointing_steps)
+                if checkpoint or self.step == last:
                     self._save()
                 if self.step < last:
                     self._show_progress(stop)
-                    if due(self.step, config.checkpointing_steps) and config.push_to_hub:
+                    if checkpoint and config.push_to_hub:
                         self.publisher.push(self._ema_state_dict(), self.step)
                 if self._all_agree_to_stop(stop):
                     self._save()
                     if self.step < last:
-                        self._log_numbers()
-                        return False
+                        return self._log_numbers()
         made, seconds = self.step - first, time.monotonic() - started
         say(f"trained {made} updates in {seconds:.1f} s, {made * self.plan.total / seconds:.0f} images/s")
-        return True
 
     def _update(self, step: int) -> tuple[Tensor, Tensor]:
-        """Make one optimizer update; return its loss and gradient norm, still on the device.
-
-        Raises:
-            TrainingError: Too many updates in a row were skipped.
-        """
+        """Make one optimizer update; return its loss and gradient norm, still on the device."""
         loss, norm = self.update(step)
         self.lr_schedule.step()
         # On GPUs `read` gives the number at the check before, for which the host need not wait. All processes have the
         # same gradients, so the same number, and end at the same update.
         if (step + 1) % _UPDATES_BETWEEN_CHECKS == 0 and self.update.skipped_on_host.read() >= _MOST_SKIPPED_UPDATES:
-            self._give_up(loss, norm)
+            kept, skipped = checkpointing.list_checkpoints(self.output_dir), int(self.update.skipped_in_a_row.item())
+            rate, precision = self._adam.param_groups[0]["lr"], f"precision {self.run.precision}"
+            raise TrainingError(
+                f"loss {loss.item()} and gradient norm {norm.item()} at update {step + 1}: {skipped} updates in a "
+                f"row were skipped because their gradients are not finite (learning rate {rate:.3g}, {precision}); "
+                f"lower the learning rate; the last checkpoint is {kept[-1] if kept else 'none yet'}"
+            )
         return loss, norm
-
-    def _give_up(self, loss: Tensor, norm: Tensor) -> None:
-        kept, skipped = list_checkpoints(self.output_dir), int(self.update.skipped_in_a_row.item())
-        rate, precision = self._adam.param_groups[0]["lr"], f"precision {self.run.precision}"
-        raise TrainingError(
-            f"loss {loss.item()} and gradient norm {norm.item()} at update {self.step + 1}: {skipped} updates in a "
-            f"row were skipped because their gradients are not finite (learning rate {rate:.3g}, {precision}); "
-            f"lower the learning rate; the last checkpoint is {kept[-1] if kept else 'none yet'}"
-        )
 
     def _settle_buckets(self) -> None:
         """Make a backward pass of no effect, after which DDP adds gradients up as in the rest of the run.
@@ -254,45 +224,36 @@ class Trainer:
         It arranges its buckets of gradients anew after the first one. With three processes and more, the order of the
         sums depends on them: a resumed run's first update would differ by rounding.
         """
-        if not isinstance(self.model, DistributedDataParallel):
-            return
-        images = torch.zeros(self.plan.micro, *self.batches.image_shape, device=self.device)
-        t = torch.zeros(self.plan.micro, dtype=torch.long, device=self.device)
-        options = {"class_labels": t} if self.config.class_conditional else {}
-        self.model(images, t, **options).sample.sum().backward()
-        self.optimizer.zero_grad(set_to_none=True)
+        if isinstance(self.model, DistributedDataParallel):
+            batch = self.batches.empty_micro_batch()
+            self.model(batch.noise, batch.t, class_labels=batch.labels).sample.sum().backward()
+            self.optimizer.zero_grad(set_to_none=True)
 
     def _show_progress(self, stop: StopFlag) -> None:
         """Make the sample grid and the evaluation that are due after this update; all processes take part.
 
         A stop interrupts them: a resumed run makes the evaluation, a grid alone is left out.
         """
-        if not self.publisher.due(self.step):
+        if not (due(self.step, self.config.save_images_steps) or due(self.step, self.config.validation_steps)):
             return
         try:
-            shown = self._unless_stopped(stop, lambda: self.publisher.show(self._ema_state_dict(), self.step))
+            shown = self._unless_stopped(stop, self.publisher.show)
             pipe, report = shown or (None, None)
             if pipe is not None and report is not None:
-                self.evaluation.keep(pipe, report, self.step)
+                self.evaluation.record(pipe, report, self.step)
                 self._log_numbers()  # some trackers take updates in their order only
                 self.accelerator.log({name: entry["value"] for name, entry in report.values.items()}, step=self.step)
         except (UserError, OSError, MemoryError):
             self._save()  # what was trained is not lost
             raise
 
-    def _publish(self) -> DDPMPipeline:
-        return self.publisher.publish(self._ema_state_dict(), self.step)
-
-    def _unless_stopped(self, stop: StopFlag, make: Callable[[], _T]) -> _T | None:
-        """Return what `make` returns; `None` if a stop was requested, before or meanwhile.
-
-        With several processes it is finished first: the others would wait for this one's share.
-        """
+    def _unless_stopped(self, stop: StopFlag, make: Callable[[dict[str, Tensor], int], _T]) -> _T | None:
+        """Return what `make` gives of the EMA weights; `None` after a stop, with one process also in between."""
         if self.accelerator.num_processes > 1:
-            return make()
+            return make(self._ema_state_dict(), self.step)
         try:
             stop.interrupts = True
-            return None if stop.requested else make()
+            return None if stop.requested else make(self._ema_state_dict(), self.step)
         except KeyboardInterrupt:
             if not stop.requested:
                 raise
@@ -321,25 +282,19 @@ class Trainer:
 
     # ------------------------------------------------------------------ words and numbers
 
-    def _in_words(self) -> list[str]:
-        """Return how the network is computed."""
-        names = ("channels_last", "compiled", "CUDA graphs")
-        chosen = [name for name, on in zip(names, self.run.computation, strict=True) if on]
-        return [f"precision {self.run.precision}", *chosen]
-
     def _introduction(self) -> str:
         run, plan, updates = self.run, self.plan, self.recipe.max_train_steps - self.step
-        machine = ", ".join([f"{plan.num_processes} process(es)", *self._in_words()])
         lines = [
             f"{self.config.preset}: {parameter_count(self.unet):,} parameters, {run.describe_images()}, "
-            f"{updates} updates of {plan.total} images on {self.device.type} ({machine})",
-            run.describe_classes(),
-            f"each update gathers {plan.accumulation} micro-batches of {plan.micro} images per process"
-            if plan.accumulation > 1
-            else None,
-            f"resumed after update {self.step}" if self.step else None,
+            f"{updates} updates of {plan.total} images on {self.device.type} ({plan.num_processes} process(es), "
+            f"{run.describe_computation()})",
+            run.describe_classes() or "",
         ]
-        return "\n".join(line for line in lines if line)
+        if plan.accumulation > 1:
+            lines.append(f"each update gathers {plan.accumulation} micro-batches of {plan.micro} images per process")
+        if self.step:
+            lines.append(f"resumed after update {self.step}")
+        return "\n".join(filter(None, lines))
 
     def _start_trackers(self) -> None:
         if self.accelerator.log_with:
@@ -375,29 +330,25 @@ class Trainer:
         """Write a checkpoint of this update, if there is none: the main process does, from what all have."""
         if self._saved_at == self.step:
             return
-        weights, optimizer_tensors, optimizer_values = training_state(self.model, self._adam)
-        ema_weights, scaler = self._ema_state_dict(), self.accelerator.scaler
+        weights, moments, values = checkpointing.training_state(self.model, self._adam)
+        tensors = {"model": weights, "ema": self._ema_state_dict(), "optimizer": moments}
+        scaler, keep = self.accelerator.scaler, self.config.checkpoints_total_limit
+        state = {
+            "optimizer": values,
+            "ema_steps": self.ema.optimization_step,
+            "scaler": scaler.state_dict() if scaler is not None else None,
+            **checkpointing.fixed_settings(self.run),
+            "recipe": checkpointing.changeable_settings(self.run),
+        }
         with together():  # no process continues before it is written
             if self.accelerator.is_main_process:
-                save_checkpoint(
-                    self.output_dir,
-                    self.step,
-                    {"model": weights, "ema": ema_weights, "optimizer": optimizer_tensors},
-                    {
-                        "optimizer": optimizer_values,
-                        "ema_steps": self.ema.optimization_step,
-                        "scaler": scaler.state_dict() if scaler is not None else None,
-                        **fixed_settings(self.run),
-                        "recipe": changeable_settings(self.run),
-                    },
-                    keep=self.config.checkpoints_total_limit,
-                )
+                checkpointing.save_checkpoint(self.output_dir, self.step, tensors, state, keep)
         self._saved_at = self.step
 
     def _resume(self, which: str) -> None:
         with together():
-            found = find_checkpoint(self.output_dir, which)
-        where = f"{found[0].name} ({fingerprint(found[0])[:12]})" if found else "no checkpoint"
+            found = checkpointing.find_checkpoint(self.output_dir, which)
+        where = f"{found[0].name} ({checkpointing.fingerprint(found[0])[:12]})" if found else "no checkpoint"
         advice = "put --output_dir on a disk that all machines share, or copy the first one's folder to all of them"
         same_everywhere(where, advice)
         if found is None:
@@ -405,10 +356,13 @@ class Trainer:
             return
         path, tensors, state = found
         with together():
-            check_checkpoint(self.run, path, state)
-        restore_training_state(self.model, self._adam, tensors["model"], tensors["optimizer"], state["optimizer"])
+            checkpointing.check_checkpoint(self.run, path, state)
+        checkpointing.restore_training_state(
+            self.model, self._adam, tensors["model"], tensors["optimizer"], state["optimizer"]
+        )
         self.ema.shadow_params = [
-            shard_like(tensors["ema"][name], like=parameter) for name, parameter in self.unet.named_parameters()
+            checkpointing.shard_like(tensors["ema"][name], like=parameter)
+            for name, parameter in self.unet.named_parameters()
         ]
         self.ema.optimization_step = state["ema_steps"]
         self.lr_schedule = self._learning_rate_schedule(state["step"])  # a changed learning rate counts from here on
@@ -419,5 +373,7 @@ class Trainer:
     def _ema_state_dict(self) -> dict[str, Tensor]:
         """Return the EMA weights, whole, under the network's own names; all processes have to call this."""
         names = (name for name, _ in self.unet.named_parameters())
-        weights = {name: gather_shards(value) for name, value in zip(names, self.ema.shadow_params, strict=True)}
+        weights = {
+            name: checkpointing.gather_shards(value) for name, value in zip(names, self.ema.shadow_params, strict=True)
+        }
         return {**dict(self.unet.named_buffers()), **weights}

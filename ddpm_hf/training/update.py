@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Any
 
 import torch
@@ -59,9 +60,7 @@ class Update:
         4: epsilon ~ N(0, I)
         5: gradient step on || epsilon - epsilon_theta(sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) epsilon, t) ||^2
         ```
-
-        Returns:
-            Loss and norm of the gradients, 0-d on the device.
+        Returns loss and norm of the gradients, 0-d on the device.
         """
         plan = self.run.plan
         self.loss.zero_()
@@ -120,8 +119,6 @@ class CapturedUpdate(Update):
     A graph knows addresses, not names. So it is captured anew where weights, EMA weights, moments or gradients have
     been replaced from Python (`ema.load_state_dict`, `adam.load_state_dict`, another parameter), Adam's constants, or
     the state of the default generator (after a capture of samples that failed).
-
-    On CPUs a replay calls the same function again, which shows that all that changes is in those tensors.
     """
 
     @classmethod
@@ -138,12 +135,12 @@ class CapturedUpdate(Update):
         self._drop_gradients = self.run.plan.accumulation == 1  # else two graphs share them, and they keep their place
 
     def __call__(self, step: int) -> tuple[Tensor, Tensor]:
-        """Make update `step`, see `Update`. The first call captures.
-
-        Raises:
-            OutOfMemoryError: The device has too little memory for a micro-batch.
-        """
-        self._set_numbers()
+        """Make update `step`, see `Update`; the first call captures, or raises OutOfMemoryError for a micro-batch."""
+        # This update's learning rate and EMA decay, where the graphs read them.
+        self.ema.optimization_step += 1
+        self.ema.cur_decay_value = self.ema.get_decay(self.ema.optimization_step)
+        self._learning_rate.fill_(self.adam.param_groups[0]["lr"])
+        self._ema_weight.fill_(1 - self.ema.cur_decay_value)
         # 1,640 addresses of the CIFAR-10 network take the host 0.4 ms, while the device is busy with earlier updates.
         if self._captured is None or (self._graphs and self._captured != self._bindings()):
             self._capture()
@@ -153,19 +150,14 @@ class CapturedUpdate(Update):
         self.loss.zero_()
         draws = self.batches.draws(step)
         for micro in range(self.run.plan.accumulation):
-            self._inputs.copy_(self.batches.micro_batch(step, micro, draws))
+            for mine, new in zip(self._inputs, self.batches.micro_batch(step, micro, draws), strict=True):
+                if mine is not None and new is not None:
+                    mine.copy_(new, non_blocking=True)
             self._seed_dropout(step, micro)
             self._graphs[0].replay()
-        for graph in self._graphs[1:]:
-            graph.replay()
+        for apply in self._graphs[1:]:
+            apply.replay()
         return self.loss.clone(), self.norm.clone()
-
-    def _set_numbers(self) -> None:
-        """Write this update's learning rate and EMA decay where the graphs read them."""
-        self.ema.optimization_step += 1
-        self.ema.cur_decay_value = self.ema.get_decay(self.ema.optimization_step)
-        self._learning_rate.fill_(self.adam.param_groups[0]["lr"])
-        self._ema_weight.fill_(1 - self.ema.cur_decay_value)
 
     @torch.no_grad()
     def average(self) -> None:
@@ -177,7 +169,7 @@ class CapturedUpdate(Update):
     # ------------------------------------------------------------------ the capture
 
     def _state(self) -> list[Tensor]:
-        """Return everything that an update changes and that lasts; Adam's part is there after its first step."""
+        """Return all that an update changes and that lasts; Adam's part is there after its first step."""
         moments = [value for state in self.adam.state.values() for value in state.values()]
         return [*self.unet.parameters(), *self.ema.shadow_params, *moments]
 
@@ -189,10 +181,7 @@ class CapturedUpdate(Update):
         return (*(tensor.data_ptr() for tensor in (*self._state(), *gradients)), *constants, cuda_graphs.renewals)
 
     def _capture(self) -> None:
-        """Record the update's kernels; weights, moments and EMA weights stay as they are.
-
-        What fails in the updates before the capture would fail without one, and is raised.
-        """
+        """Record the update's kernels; weights, moments and EMA weights stay as they are."""
         (group,) = self.adam.param_groups
         before = {name: group[name] for name in ("lr", "capturable")}
         kept = [tensor.detach().to("cpu", copy=True) for tensor in self._state()]
@@ -214,21 +203,17 @@ class CapturedUpdate(Update):
             self.skipped_in_a_row.copy_(skipped)
 
     def _record_all(self) -> None:
-        """Record the graphs; none, and a line about it, where CUDA does not let something into them."""
-        parts = [self._whole] if self._drop_gradients else [self._accumulate_inputs, self.apply]
+        """Record the graphs; none, and a line about it, where CUDA refuses."""
+        accumulate = partial(self.accumulate, self._inputs)
+        parts: list[Callable[[], Any]] = [self._whole] if self._drop_gradients else [accumulate, self.apply]
         try:
             self._graphs = [record(part, self.run.device) for part in parts]
         except RuntimeError as error:  # whatever CUDA, a driver or the compiler refuses; too little memory for a copy
             self._graphs, self._drop_gradients = [], True
             self.optimizer.zero_grad(set_to_none=True)
-            reason = " ".join(str(error).split("\n")[0].split()) or type(error).__name__
-            say(
-                f"the update could not be captured as a CUDA graph ({reason}); training continues without, more slowly"
-            )
+            why = " ".join(str(error).split("\n")[0].split()) or type(error).__name__
+            say(f"the update could not be captured as a CUDA graph ({why}); training continues without, more slowly")
 
     def _whole(self) -> None:
-        self._accumulate_inputs()
-        self.apply()
-
-    def _accumulate_inputs(self) -> None:
         self.accumulate(self._inputs)
+        self.apply()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def digest(*parts: Any) -> str:
-    """A SHA-256 of JSON values, bytes and tensors, in their order."""
+    """Return a SHA-256 of JSON values, bytes and tensors, in their order."""
     total = hashlib.sha256()
     for part in parts:
         if isinstance(part, Tensor):
@@ -27,10 +27,10 @@ def digest(*parts: Any) -> str:
 
 
 def weights_digest(module: torch.nn.Module) -> str:
-    """A SHA-256 of a network's weights and their names."""
+    """Return a SHA-256 of a network's weights and their names."""
     return digest(*(part for name, value in sorted(module.state_dict().items()) for part in (name, value)))
 
 
-def images_digest(images: Any, batch_size: int = 512) -> str:
-    """A SHA-256 of the pixels of all images (`data.load_images`), in their order."""
-    return digest(*(digest(images.batch(rows)[0]) for rows in torch.arange(len(images)).split(batch_size)))
+def images_digest(images: Any) -> str:
+    """Return a SHA-256 of the pixels of all images (`data.load_images`), in their order."""
+    return digest(*(digest(images.batch(rows)[0]) for rows in torch.arange(len(images)).split(512)))

@@ -23,19 +23,14 @@ _PARTIAL, _ONE_DAY = re.compile(r"\..+\.[0-9a-f]{32}\.partial"), 86_400.0
 
 
 def write_directory(target: Path, fill: Callable[[Path], Any]) -> None:
-    """Make the directory `target` from what `fill(folder)` writes, atomically: it appears complete or not at all.
-
-    Raises:
-        OSError: Nothing could be written; what was at `target` before is still there.
-    """
+    """Make the directory `target` from what `fill(folder)` writes, or raise OSError and leave what was there."""
     partial, old = (target.with_name(f".{target.name}.{kind}") for kind in ("partial", "old"))
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
         fill(partial)
-        for path in sorted(partial.rglob("*")):
+        for path in (*partial.rglob("*"), partial):
             flush(path)
-        flush(partial)
         shutil.rmtree(old, ignore_errors=True)
         if target.exists():
             target.rename(old)
@@ -71,12 +66,11 @@ def remove_leftovers(output_dir: Path) -> None:
         target = old.with_name(old.name.removeprefix(".").removesuffix(".old"))
         if not target.exists():
             old.rename(target)
-    for pattern in (".*.partial", ".*.old", ".*.removed"):
-        for path in output_dir.glob(pattern):
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
+    for path in (path for kind in ("partial", "old", "removed") for path in output_dir.glob(f".*.{kind}")):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def default_cache_dir() -> Path:
@@ -85,30 +79,20 @@ def default_cache_dir() -> Path:
 
 
 def writable_folder(folder: Path, flag: str) -> None:
-    """Make the folder and check that files can be written into it: before hours of work, not after them.
-
-    Raises:
-        UserError: They cannot; names the flag that sets the folder.
-    """
+    """Make the folder that a flag names; raise UserError, before hours of work, if files cannot be written into it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, "permission denied")
     except OSError as error:
         raise UserError(f"cannot write to {flag} {folder}: {error.strerror}") from None
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"cannot write to {flag} {folder}: permission denied")
 
 
 def write_whole(path: Path, write: Callable[[Path], Any], durable: bool = True) -> None:
-    """Write a file completely or not at all, and flush it to the disk.
+    """Write a file completely or not at all: `write` a partial one, flush it to the disk, rename it.
 
-    Any number of threads, processes and machines may write the same file: each has a partial file of its own, and the
-    last one to finish counts.
-
-    Args:
-        path: The file; its folder is made.
-        write: Writes a file of the name that it is given, which ends in `.partial`.
-        durable: `False` leaves the flushing, which takes milliseconds, to the system: for many small files that can
-            be made again.
+    Threads, processes and machines may write the same file: each has a partial file of its own, the last one counts.
+    `durable=False` leaves the flushing, of milliseconds, to the system: for many small files that can be made again.
 
     Raises:
         OSError: It cannot be written; what was at `path` before is still there.
@@ -133,10 +117,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def flush(path: Path) -> None:
-    """Flush a file's content, or the names in a folder, to the disk, so that a crash of the machine cannot take it.
-
-    Windows, and some network file systems, flush no folders.
-    """
+    """Flush a file's content, or a folder's names, to the disk; Windows and some file systems flush no folders."""
     folder = path.is_dir()
     if folder and os.name == "nt":
         return

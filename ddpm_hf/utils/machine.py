@@ -14,29 +14,26 @@ from torch import Tensor
 
 from .errors import UserError
 
-# mallopt(3), glibc's malloc.h
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-_LARGEST_INT = 2**31 - 1
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # mallopt(3), glibc's malloc.h
 
 
 def keep_freed_memory() -> None:
     """Keep freed memory in this process, for the next tensor (glibc; elsewhere nothing is changed).
 
-    By default large tensors' memory goes back to the system whenever they are freed, and comes again page by page: in
-    a network, for every activation of every step. The largest amount in use stays what it is.
+    By default large tensors' memory goes back to the system whenever they are freed, and comes again page by page.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):  # another C library
         return
     mallopt(M_MMAP_MAX, 0)
-    mallopt(M_TRIM_THRESHOLD, _LARGEST_INT)
+    mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def use_tf32(wanted: bool) -> None:
-    """Allow NVIDIA GPUs to compute float32 products and convolutions with 10 bits of mantissa instead of 23, or not.
+    """Let NVIDIA GPUs compute float32 products and convolutions with 10 bits of mantissa instead of 23, or not.
 
-    PyTorch's default allows it in convolutions. No effect without such a GPU.
+    PyTorch's default allows it in convolutions.
     """
     torch.backends.cuda.matmul.allow_tf32 = wanted
     torch.backends.cudnn.allow_tf32 = wanted
@@ -51,13 +48,11 @@ def choose_precision(wanted: str | None) -> str:
     gpu = torch.cuda.is_available()
     has_bf16 = gpu and torch.cuda.is_bf16_supported(including_emulation=False)
     wanted = wanted or os.environ.get("ACCELERATE_MIXED_PRECISION")  # `accelerate launch` always sets it
-    if not wanted:
-        return "bf16" if has_bf16 else "no"
     if wanted == "bf16" and gpu and not has_bf16:
         raise UserError(
             f"--mixed_precision bf16 is not there on {torch.cuda.get_device_name()}; use fp16, or no for float32"
         )
-    return wanted.lower()
+    return wanted.lower() if wanted else ("bf16" if has_bf16 else "no")
 
 
 def compiler_problem(device: torch.device) -> str | None:
@@ -131,13 +126,9 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 class DelayedScalar:
     """A 0-d tensor whose value the host reads without holding up the device; on CPUs it is read directly.
 
-    Each `read` starts a copy into pinned memory and returns the value that the `read` before has copied: the same one
-    in every run and process. With enough work between the two, the device has long made that copy; where the host is
-    further ahead, it waits for the copy while that work keeps the device busy.
-
-    Args:
-        value: The tensor, which changes in place.
-        delayed: Whether it is on such a device.
+    Each `read` starts a copy of the tensor, which changes in place, into pinned memory and returns the value that the
+    `read` before has copied: the same one in every run and process. With enough work between the two, the device has
+    long made that copy; where the host is further ahead, it waits while that work keeps the device busy.
     """
 
     def __init__(self, value: Tensor, delayed: bool | None = None):

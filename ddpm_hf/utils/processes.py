@@ -53,8 +53,7 @@ _groups: weakref.WeakKeyDictionary[Any, weakref.ref[Any]] = weakref.WeakKeyDicti
 def _waiting_group() -> Any:
     """Return a group of all processes in which they may wait for hours; all have to call this.
 
-    A collective of the default group, which the network's gradients need, times out after 10 minutes on GPUs. One
-    process that reads all images, computes FID or writes to a slow disk takes longer than that.
+    The default group, of the gradients, times out after 10 minutes on GPUs; computing FID takes longer than that.
     """
     world = torch.distributed.group.WORLD
     group = _groups[world]() if world in _groups else None
@@ -81,35 +80,22 @@ def from_first(own: Any) -> Any:
 def together() -> Iterator[None]:
     """Raise on all processes what one raises inside, instead of leaving the others waiting; all have to come here.
 
-    They wait for the last one, however long.
-
-    Raises:
-        UserError: With the other process's sentence, where a user's mistake, a file or the memory failed there and
-            nothing here; a NotFiniteError if that is what it was there.
-        RuntimeError: The same of any other error there, which is a fault; its traceback is there too.
+    They wait for the last one, however long. What other processes raise is a UserError with the sentence of the one
+    that failed (NotFiniteError where it was one) if commands print it there as a sentence, else a RuntimeError.
     """
     if processes().num_processes > 1:
         _waiting_group()  # while they are still near each other
-    failed: Exception | None = None
     try:
         yield
     except Exception as error:
-        failed = error
-    outcomes = gather(None if failed is None else (_kind_elsewhere(failed), str(failed) or type(failed).__name__))
-    if failed is not None:
-        raise failed
-    for index, outcome in enumerate(outcomes):
+        sentences = (UserError, OSError, MemoryError, torch.OutOfMemoryError)
+        kind = UserError if isinstance(error, sentences) else RuntimeError
+        gather((NotFiniteError if isinstance(error, NotFiniteError) else kind, str(error) or type(error).__name__))
+        raise
+    for index, outcome in enumerate(gather(None)):
         if outcome is not None:
             kind, sentence = outcome
             raise kind(f"process {index} failed: {sentence}")
-
-
-def _kind_elsewhere(error: Exception) -> type[Exception]:
-    """Return what the other processes raise: what commands print as a sentence there, if they do so here."""
-    if isinstance(error, NotFiniteError):
-        return NotFiniteError
-    users = (UserError, OSError, MemoryError, torch.OutOfMemoryError)
-    return UserError if isinstance(error, users) else RuntimeError
 
 
 def same_everywhere(what: str, advice: str) -> None:
@@ -124,8 +110,7 @@ def reduce_in_float32(accelerator: Accelerator) -> None:
     """Let FSDP 2 add up the processes' gradients in float32, as DDP does; accelerate's default is low precision."""
     if accelerator.distributed_type == DistributedType.FSDP:
         plugin = accelerator.state.fsdp_plugin
-        if plugin.mixed_precision_policy is not None:
-            low = plugin.mixed_precision_policy
+        if (low := plugin.mixed_precision_policy) is not None:
             plugin.mixed_precision_policy = dataclasses.replace(low, reduce_dtype=torch.float32)
 
 
@@ -138,12 +123,9 @@ def start_process() -> None:
 
 
 def set_cpu_threads(wanted: int | None, num_processes: int) -> None:
-    """Use all cores: launchers start every process with one thread by default.
+    """Set the threads of this process; `None`: an even share of the cores if a launcher started it, with one thread.
 
-    Args:
-        wanted: Threads of this process, or `None`: an even share of the cores if a launcher started it, else
-            PyTorch's default or `OMP_NUM_THREADS`.
-        num_processes: All of them; a launcher's `LOCAL_WORLD_SIZE` says how many are on this machine.
+    `num_processes` are all of them; a launcher's `LOCAL_WORLD_SIZE` says how many are on this machine.
     """
     num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", num_processes))
     if wanted is None and _launched():
@@ -157,8 +139,7 @@ def set_cpu_threads(wanted: int | None, num_processes: int) -> None:
 def known_trackers(text: str | None) -> list[str]:
     """Return the trackers of `"tensorboard,wandb"` (`all`: those that are installed; `none` or `None`: no tracker).
 
-    Raises:
-        UserError: accelerate does not know one, or it is not installed.
+    Raises UserError where accelerate does not know one, or it is not installed.
     """
     names = [part.strip().lower() for part in (text or "none").split(",") if part.strip()]
     installed = [str(tracker) for tracker in get_available_trackers()]
@@ -177,29 +158,23 @@ def known_trackers(text: str | None) -> list[str]:
 def end_with_the_launcher() -> None:
     """On Linux, get SIGTERM when the launcher dies, which would leave an orphan behind otherwise."""
     if sys.platform == "linux" and _launched():
-        PR_SET_PDEATHSIG = 1
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
+        ctypes.CDLL(None).prctl(1, int(signal.SIGTERM))  # PR_SET_PDEATHSIG
 
 
 @contextmanager
 def only_run_in(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock, so that no second run writes into it. The lock ends with the process.
-
-    Raises:
-        UserError: Another process holds it.
-    """
+    """Hold the folder's lock, which ends with the process, or raise UserError: another run writes into it."""
     try:
         import fcntl
     except ImportError:  # Windows has no such locks
         yield
         return
+    sentence = f"another run is writing into {str(folder)!r}; wait for it, or name another folder"
     with (folder / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(
-                f"another run is writing into {str(folder)!r}; wait for it, or name another folder"
-            ) from None
+            raise UserError(sentence) from None
         except OSError:
             pass  # this file system has no locks
         yield
@@ -212,15 +187,10 @@ def _launched() -> bool:
 
 @dataclass
 class StopFlag:
-    """What SIGINT and SIGTERM set, to be read between updates.
+    """What SIGINT and SIGTERM set, to be read between updates."""
 
-    Attributes:
-        requested: A stop was asked for.
-        interrupts: A request also raises KeyboardInterrupt at once: for work that can be thrown away.
-    """
-
-    requested: bool = False
-    interrupts: bool = False
+    requested: bool = False  # a stop was asked for
+    interrupts: bool = False  # a request also raises KeyboardInterrupt at once: for work that can be thrown away
 
 
 @contextmanager

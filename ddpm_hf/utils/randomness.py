@@ -17,14 +17,9 @@ from .errors import UserError
 
 
 def derive_seed(seed: int, *what: int | str) -> int:
-    """Return a 63-bit seed for one purpose: the same for the same arguments everywhere, unrelated for any others.
+    """Return a 63-bit seed for one purpose and its indices, such as `("noise", update)`: the same everywhere.
 
-    Args:
-        seed: The run's seed.
-        what: The purpose and its indices, for example `("noise", update)`.
-
-    Raises:
-        TypeError: An index that is not an integer.
+    Raises TypeError for an index that is not an integer.
     """
     key = (int(seed), *(part if isinstance(part, str) else operator.index(part) for part in what))
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
@@ -55,14 +50,8 @@ _NUMBERS_AT_ONCE = 2**15
 def philox(counter: Sequence[Tensor], key: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return four random 32-bit words for every counter and key: Philox 4x32-10.
 
-    Integer operations only, so the words are the same on every device.
-
-    Args:
-        counter: Four int64 tensors in [0, 2^32), which broadcast with each other and with `key`.
-        key: Two of them.
-
-    Returns:
-        Four int64 tensors in [0, 2^32).
+    Four tensors (`counter`) and two (`key`), which broadcast, give four: int64 in [0, 2^32). Integer operations only,
+    so the words are the same on every device.
     """
     c_0, c_1, c_2, c_3 = counter
     k_0, k_1 = key
@@ -105,16 +94,11 @@ def normal_noise(seeds: Tensor, draws: Tensor, count: int) -> Tensor:
 class SeededNoise:
     """Standard normal noise for a batch of images, each image's a function of its own seed.
 
-    What image i gets depends on its seed and on how often noise was drawn before, and on nothing else: not on the
-    batch, the number of processes or the device.
-
-    Args:
-        seeds: One integer per image, from -2^63 to 2^64 - 1.
-        device: Where to draw.
-        drawn: How often noise was drawn before, for all images or for each.
+    What image i gets depends on its seed and on how often noise was drawn before (`drawn`, for all or for each), and
+    on nothing else: not on the batch, the number of processes or the device.
 
     Raises:
-        UserError: A seed outside that range.
+        UserError: A seed that is not from -2^63 to 2^64 - 1.
     """
 
     def __init__(self, seeds: Sequence[int], device: torch.device | str = "cpu", drawn: int | Sequence[int] = 0):
@@ -141,11 +125,7 @@ class SeededNoise:
         return self._before + (self._drawn - 1)
 
     def normal(self, shape: Sequence[int]) -> Tensor:
-        """Draw `[B, ...]` float32, for the B images, and count the draw.
-
-        Raises:
-            UserError: B is not the number of seeds.
-        """
+        """Draw `[B, ...]` float32, for the B images, and count the draw; raise UserError unless there are B seeds."""
         if shape[0] != len(self):
             raise UserError(f"got {len(self)} seeds for a batch of {shape[0]}; pass one seed per image")
         count = math.prod(shape[1:])

@@ -37,22 +37,13 @@ def number(value: float, standard_error: float = math.nan) -> str:
 
 
 def table(rows: list[list[str]], texts: tuple[int, ...] = (0,)) -> str:
-    """Return Markdown, aligned to be read as plain text too.
-
-    Args:
-        rows: Cells; the first row is the head.
-        texts: Which columns are text; the others are numbers.
-    """
-    columns = range(len(rows[0]))
-    # A long last column of text is not filled up with spaces.
-    widths = [1 if i and i == len(rows[0]) - 1 and i in texts else max(len(row[i]) for row in rows) for i in columns]
-
-    def line(cells: list[str]) -> str:
-        return "| " + " | ".join(cells) + " |"
-
+    """Return Markdown, aligned to be read as plain text too; the first row is the head, `texts` columns of text."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    if len(widths) > 1 and len(widths) - 1 in texts:
+        widths[-1] = 1  # a long last column of text is not filled up with spaces
     rule = ["-" * width if i in texts else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
     aligned = [[c.ljust(widths[i]) if i in texts else c.rjust(widths[i]) for i, c in enumerate(row)] for row in rows]
-    return "\n".join([line(aligned[0]), line(rule), *map(line, aligned[1:])])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (aligned[0], rule, *aligned[1:]))
 
 
 def nearest(name: str, known: Any) -> str:

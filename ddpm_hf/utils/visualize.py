@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from .errors import UserError
 from .files import write_whole
 
 ANIMATION_FORMATS = {".gif": "GIF", ".png": "PNG", ".apng": "PNG", ".webp": "WEBP"}
+_GAP = 2  # pixels between the tiles of a grid and around them
 
 
 def as_picture(pixels: np.ndarray) -> Image.Image:
@@ -22,14 +24,13 @@ def as_picture(pixels: np.ndarray) -> Image.Image:
     return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
 
 
-def image_grid(images: Tensor, columns: int | None = None, tile: int = 64, gap: int = 2) -> Image.Image:
+def image_grid(images: Tensor, columns: int | None = None, tile: int = 64) -> Image.Image:
     """Draw images side by side, small ones enlarged by a whole factor (nearest), with a gap between tiles.
 
     Args:
         images: `[N, C, H, W]` uint8 with 1 or 3 channels.
         columns: Tiles per row; about as many as rows by default.
         tile: Smallest height and width of a tile in pixels.
-        gap: Pixels between tiles and around them.
     """
     n, channels, height, width = images.shape
     if n == 0 or channels not in (1, 3):
@@ -37,7 +38,7 @@ def image_grid(images: Tensor, columns: int | None = None, tile: int = 64, gap: 
     columns = columns or math.ceil(math.sqrt(n))
     scale = _scale(height, width, tile)
     tiles = images.cpu().numpy().transpose(0, 2, 3, 1).repeat(scale, axis=1).repeat(scale, axis=2)
-    rows, (h, w) = math.ceil(n / columns), tiles.shape[1:3]
+    gap, rows, (h, w) = _GAP, math.ceil(n / columns), tiles.shape[1:3]
     canvas = np.full((rows * (h + gap) + gap, columns * (w + gap) + gap, channels), 255, dtype=np.uint8)  # white
     for i, pixels in enumerate(tiles):
         top, left = (i // columns) * (h + gap) + gap, (i % columns) * (w + gap) + gap
@@ -55,18 +56,10 @@ def labelled_grid(
     columns: Sequence[str] | None = None,
     title: str = "",
     tile: int = 64,
-    gap: int = 2,
 ) -> Image.Image:
-    """Draw a grid with a title for every row (on the left) and column (on top), and one for the whole (above).
+    """Draw an `image_grid` of `[R, C, channels, H, W]` with R titles on the left, C on top, and one above everything.
 
-    The font is Pillow's own, which has Latin letters only; it grows with the tiles. Tiles grow to the width of the
-    widest column title.
-
-    Args:
-        images: `[R, C, channels, H, W]` uint8 with 1 or 3 channels.
-        rows, columns: R and C titles; none by default.
-        title: Above everything, in as many lines as it takes.
-        tile, gap: See `image_grid`.
+    The font is Pillow's own, which has Latin letters only; it grows with the tiles, and they with the column titles.
     """
     for name, titles, count in (("row", rows, images.shape[0]), ("column", columns, images.shape[1])):
         if titles is not None and len(titles) != count:
@@ -78,29 +71,30 @@ def labelled_grid(
     pad = size // 2
     line = size + pad
     tile = max([tile, *(math.ceil(font.getlength(text)) for text in columns)])
-    grid = image_grid(images.flatten(0, 1), across, tile, gap)
+    grid = image_grid(images.flatten(0, 1), across, tile)
     scale = _scale(height, width, tile)
-    left = max((math.ceil(font.getlength(text)) + 2 * pad for text in rows), default=0)
 
+    def width_of(text: str) -> int:
+        return math.ceil(font.getlength(text)) + 2 * pad
+
+    left = max(map(width_of, rows), default=0)
     lines: list[str] = []
     for word in title.split():
-        if lines and math.ceil(font.getlength(f"{lines[-1]} {word}")) <= left + grid.width - 2 * pad:
+        if lines and width_of(f"{lines[-1]} {word}") <= left + grid.width:
             lines[-1] += f" {word}"
         else:
             lines.append(word)
     top = line * (len(lines) + bool(columns))
-    widest = max((math.ceil(font.getlength(text)) + 2 * pad for text in lines), default=0)
+    widest = max(map(width_of, lines), default=0)
     canvas = Image.new(grid.mode, (max(left + grid.width, widest), top + grid.height), "white")
     canvas.paste(grid, (left, top))
-    draw = ImageDraw.Draw(canvas)
+    write = partial(ImageDraw.Draw(canvas).text, fill="black", font=font)
     for i, text in enumerate(lines):
-        draw.text((pad, (i + 0.5) * line), text, fill="black", font=font, anchor="lm")
+        write((pad, (i + 0.5) * line), text, anchor="lm")
     for c, text in enumerate(columns):
-        x = left + gap + c * (scale * width + gap) + scale * width / 2
-        draw.text((x, top - line / 2), text, fill="black", font=font, anchor="mm")
+        write((left + _GAP + c * (scale * width + _GAP) + scale * width / 2, top - line / 2), text, anchor="mm")
     for r, text in enumerate(rows):
-        y = top + gap + r * (scale * height + gap) + scale * height / 2
-        draw.text((left - pad, y), text, fill="black", font=font, anchor="rm")
+        write((left - pad, top + _GAP + r * (scale * height + _GAP) + scale * height / 2), text, anchor="rm")
     return canvas
 
 
@@ -115,8 +109,7 @@ def save_animation(frames: Sequence[Image.Image], path: str | Path, duration: in
     Args:
         frames: In order; smaller ones get a white border on the right and below.
         path: `FILE.gif`, `FILE.png` (or `.apng`) or `FILE.webp`.
-        duration: Milliseconds per frame.
-        hold: Milliseconds for the last one.
+        duration, hold: Milliseconds per frame, and for the last one.
     """
     file_format = animation_format(path)
     if not frames:

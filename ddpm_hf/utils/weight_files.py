@@ -17,13 +17,10 @@ from .errors import UserError
 
 
 def read_weights(path: Path) -> Any:
-    """Return what a file holds, on the CPU: tensors by name, and what a PyTorch file has beside or instead.
-
-    Args:
-        path: A safetensors file by its ending; anything else is read as PyTorch's.
+    """Return what a safetensors file, by its ending, or PyTorch file holds, on the CPU: tensors by name, and more.
 
     Raises:
-        ValueError: There is no such file, it is damaged or of another kind, or would run code.
+        UserError: There is no such file, it is damaged or of another kind, or would run code.
     """
     if not path.is_file():
         raise UserError(f"there is no file {str(path)!r}")

@@ -38,11 +38,10 @@ from ddpm_hf.hub.files import published_files
 from ddpm_hf.presets import PRESETS
 from ddpm_hf.training import run as training_run
 from ddpm_hf.training import trainer as training_trainer
-from ddpm_hf.training.checkpointing import list_checkpoints
+from ddpm_hf.training.checkpointing import changeable_settings, check_checkpoint, fixed_settings, list_checkpoints
 from ddpm_hf.training.configuration import TrainingError
 from ddpm_hf.training.evaluation import names_of_numbers
 from ddpm_hf.training.run import choose_computation
-from ddpm_hf.training.run_identity import changeable_settings, check_checkpoint, fixed_settings
 from ddpm_hf.utils.errors import NotFiniteError, UserError
 from ddpm_hf.utils.processes import known_trackers, only_run_in, reduce_in_float32, stop_signals
 from ddpm_hf.utils.text import plain
@@ -1023,7 +1022,7 @@ def test_too_little_memory_for_an_evaluation_names_its_flag(tmp_path, monkeypatc
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(run.evaluation if part == "measure" else run.publisher, part, too_large)
-    monkeypatch.setattr(run.evaluation, "keep", lambda *_: None)
+    monkeypatch.setattr(run.evaluation, "record", lambda *_: None)
     with pytest.raises(TrainingError, match=f"after update {when}; give a smaller --eval_batch_size, and resume with"):
         run.train()
     assert list_checkpoints(tmp_path / "run")[-1].name == f"checkpoint-{when}"
@@ -1042,13 +1041,13 @@ def test_the_best_model_is_kept(tmp_path, monkeypatch, name, values, best):
     run = trainer(tmp_path / "run", best_metric=name, checkpointing_steps=2, checkpoints_total_limit=1, **watched)
     scripted(run, monkeypatch, name, values)
     averaged = {}
-    keep = run.evaluation.keep
+    record = run.evaluation.record
 
     def noted(pipe, report, step):
         averaged[step] = {key: value.clone() for key, value in pipe.unet.state_dict().items()}
-        keep(pipe, report, step)
+        record(pipe, report, step)
 
-    monkeypatch.setattr(run.evaluation, "keep", noted)
+    monkeypatch.setattr(run.evaluation, "record", noted)
     run.train()
     assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["checkpoint-6"]
     assert all(torch.equal(value, averaged[best][key]) for key, value in best_weights(tmp_path / "run").items())

@@ -10,7 +10,7 @@ from ddpm_hf.utils.visualize import check_writable, image_grid, labelled_grid, s
 
 def test_small_images_are_enlarged_with_a_gap_between():
     images = torch.arange(5, dtype=torch.uint8).view(5, 1, 1, 1).expand(5, 1, 8, 8) * 10
-    grid = np.asarray(image_grid(images, columns=3, tile=24, gap=2))
+    grid = np.asarray(image_grid(images, columns=3, tile=24))
     assert grid.shape == (2 * 26 + 2, 3 * 26 + 2)
     assert (grid[2:26, 2:26] == 0).all()
     assert (grid[2:26, 28:52] == 10).all()
@@ -44,8 +44,8 @@ def test_a_picture_is_written_whole_into_a_new_folder(tmp_path):
 
 def test_tiles_stay_whole_beside_their_titles():
     images = torch.tensor([[10, 20, 30], [40, 50, 60]], dtype=torch.uint8).view(2, 3, 1, 1, 1).expand(2, 3, 1, 8, 8)
-    grid = np.asarray(labelled_grid(images, ["upper", "lower"], ["a", "b", "c"], "Six grey tiles", tile=64, gap=2))
-    plain = np.asarray(image_grid(images.flatten(0, 1), columns=3, tile=64, gap=2))
+    grid = np.asarray(labelled_grid(images, ["upper", "lower"], ["a", "b", "c"], "Six grey tiles", tile=64))
+    plain = np.asarray(image_grid(images.flatten(0, 1), columns=3, tile=64))
     top, left = grid.shape[0] - plain.shape[0], grid.shape[1] - plain.shape[1]
     assert np.array_equal(grid[top:, left:], plain)
 
