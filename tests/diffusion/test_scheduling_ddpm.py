@@ -1218,6 +1218,15 @@ def test_an_offset_beyond_the_schedule():
     assert spaced("leading", 10, steps_offset=1) == spaced("leading", 10, StockDDPMScheduler, steps_offset=1)
 
 
+@pytest.mark.parametrize("schedule", ["linear", "quad", "warmup10", "sigmoid"])
+def test_betas_in_single_precision_give_tables_in_double(schedule):
+    ends = {"beta_start": np.float32(1e-4), "beta_end": np.float32(0.02)}
+    table = DDPMScheduler(num_train_timesteps=20, beta_schedule=schedule, **ends).alpha_bar
+    plain = {name: float(value) for name, value in ends.items()}
+    assert table.dtype == np.float64
+    assert (table == DDPMScheduler(num_train_timesteps=20, beta_schedule=schedule, **plain).alpha_bar).all()
+
+
 def test_a_whole_configuration_that_is_put_there_is_checked():
     scheduler = DDPMScheduler(num_train_timesteps=10)
     config = {**scheduler.config, "prediction_type": "flow_prediction"}
