@@ -314,18 +314,25 @@ _CURRENT = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_ou
 _LEGACY = r"(\.attentions\.\d+\.)(query|key|value|proj_attn)\."
 
 
+def _read_config(kind: Any, folder: Path, **where: str) -> dict[str, Any]:
+    config: Any = kind.load_config(folder, **where)
+    if not isinstance(config, dict):
+        raise UserError(f"the {kind.config_name} of {str(folder)!r} holds a {type(config).__name__}, no configuration")
+    return config
+
+
 def _load_diffusers(folder: Path) -> tuple[DDPMPipeline, dict[str, str]]:
     """Read a stock repository: components in subfolders or in one, current or legacy keys, safetensors or `.bin`."""
     if not folder.is_dir():
         raise UserError(f"there is no folder {str(folder)!r}")
-    parts = StockPipeline.load_config(folder) if (folder / "model_index.json").is_file() else {}
+    parts = _read_config(StockPipeline, folder) if (folder / "model_index.json").is_file() else {}
     parts = {name: part for name, part in parts.items() if isinstance(part, list) and part[0]}
     if others := parts.keys() - {"unet", "scheduler"}:
         raise UserError(f"{str(folder)!r} has more than a network and a scheduler: {', '.join(sorted(others))}")
-    config = UNet2DModel.load_config(folder, subfolder="unet")  # or in the folder itself
+    config = _read_config(UNet2DModel, folder, subfolder="unet")  # or in the folder itself
     if config.get("_class_name") not in (None, "UNet2DModel"):
         raise UserError(f"{str(folder)!r} holds a {config['_class_name']}, which is no DDPM network")
-    process = DDPMScheduler.load_config(folder, subfolder="scheduler")
+    process = _read_config(DDPMScheduler, folder, subfolder="scheduler")
     kind = process.get("_class_name", "DDPMScheduler")
     if kind not in DDPMScheduler._compatibles:
         raise UserError(f"the scheduler of {str(folder)!r} is a {kind}, whose process is no DDPM's")

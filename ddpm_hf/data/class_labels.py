@@ -101,8 +101,10 @@ class Classes:
         numbers = [class_number(name) for name in self.names]
         if isinstance(label, ClassIndex):
             found = [int(label)] if 0 <= label < (self.count or 0) else []
-        elif label in self.names or str(number) in self.names:  # of "1" and "01" the one that is written like it
-            found = [self.names.index(label if label in self.names else str(number))]
+        elif label in self.names:
+            found = [self.names.index(str(label))]
+        elif number is not None and str(number) in self.names:  # of "1" and "01" the one that is written like it
+            found = [self.names.index(str(number))]
         elif any(known is not None for known in numbers):
             found = [i for i, known in enumerate(numbers) if known == number is not None]
         else:

@@ -317,7 +317,7 @@ def open_arrays(path: Path, options: DecodeOptions, stack_only: bool = False) ->
         raise
     except Exception as error:  # damaged headers end in SyntaxError, EOFError, zlib.error, ...
         reason = " ".join(str(error).split()) or type(error).__name__
-        if isinstance(error, zipfile.BadZipFile):
+        if isinstance(error, zipfile.BadZipFile) or "pickled (object) data" in reason:  # what numpy takes others for
             reason = "not a .npz file, or a truncated one"
         elif "Python objects" in reason or "Object arrays" in reason:
             reason = "it holds Python objects (a pickle), which are never read; save it as an array of numbers"

@@ -46,6 +46,7 @@ def make_betas(beta_schedule: str, num_train_timesteps: int, beta_start: float, 
         # Below 0, sqrt would give a complex number, whose real part numpy takes for beta.
         if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= value < math.inf:
             raise UserError(f"{name} must be a number between 0 and 1, got {value!r}; the paper's are 1e-4 and 0.02")
+    beta_start, beta_end = float(beta_start), float(beta_end)  # NumPy's float32 would make tables of its precision
     if beta_schedule == "linear":
         return np.linspace(beta_start, beta_end, T)
     if beta_schedule in ("quad", "scaled_linear"):

@@ -262,7 +262,7 @@ class DDPMScheduler(PrivateByDefault, StockDDPMScheduler):
         `noise`, `x_0`, v, or the posterior's mean mu-tilde, by `prediction_type`.
         """
         _check_same_shape("x_0", x_0, "noise", noise)
-        kind = self._internal_dict.prediction_type
+        kind = self._prediction_type
         if kind == "epsilon":
             return noise
         if kind == "sample":
@@ -339,7 +339,7 @@ class DDPMScheduler(PrivateByDefault, StockDDPMScheduler):
         dtype = _working_dtype(x_t)
         output, raw_variance = self.split_output(output, x_t)
         output, x_t = output.to(dtype), x_t.to(dtype)
-        kind = self._internal_dict.prediction_type
+        kind = self._prediction_type
         undefined = chain.undefined.get(kind)
         if undefined and not torch.compiler.is_compiling():
             for value in undefined.intersection(torch.as_tensor(t).reshape(-1).tolist()):
@@ -582,6 +582,12 @@ class DDPMScheduler(PrivateByDefault, StockDDPMScheduler):
         if "_sampling_chain" in self.__dict__:  # else it is being made
             self._follow(but="timesteps")
         return self._internal_dict
+
+    @property
+    def _prediction_type(self) -> str:
+        # Checked again: pipelines of diffusers put whole configurations into `_internal_dict`.
+        check_choice("prediction_type", self._internal_dict.prediction_type, PREDICTION_TYPES)
+        return self._internal_dict.prediction_type
 
     @property
     def variance_type(self) -> str:

@@ -101,7 +101,7 @@ def evaluate(
     if len(for_samples) < len(metrics):
         likelihood_splits = options.likelihood_splits or [split for split in sets if split != "train"] or list(sets)
     with together():  # what is missing on one machine is missing for all
-        sampling_pipe, extractors = check_evaluation(pipe, sets, for_samples, options)
+        sampling_pipe, extractors = check_evaluation(pipe, sets, for_samples, options, bool(for_samples))
         options = dataclasses.replace(options, work_dir=_work_dir(options))
     if prepare is not None:
         prepare(pipe)
@@ -166,16 +166,24 @@ def _evaluate_samples(
 
 
 def check_evaluation(
-    pipe: DDPMPipeline, sets: dict[str, Images], metrics: Sequence[str], options: EvaluationOptions
+    pipe: DDPMPipeline,
+    sets: dict[str, Images],
+    metrics: Sequence[str],
+    options: EvaluationOptions,
+    samples: bool = True,
 ) -> tuple[DDPMPipeline, list[FeatureExtractor]]:
-    """Check all that `evaluate` needs, before hours of work; return what draws samples and what computes features."""
+    """Check all that `evaluate` needs, before hours of work; return what draws samples and what computes features.
+
+    Without `samples`, for a likelihood alone, the sampler's settings are not looked at.
+    """
     if not sets:
         raise UserError("no images to evaluate on")
     if options.seed < 0:
         raise UserError(f"seed must be at least 0, got {options.seed}")
     sampling_pipe = with_sampler(pipe, options.sampler, options.variance_type, options.timestep_spacing)
-    chosen = {name: getattr(options, name) for name in ("num_inference_steps", "eta", "guidance_scale")}
-    check_sampler(sampling_pipe, **chosen)
+    if samples:
+        chosen = {name: getattr(options, name) for name in ("num_inference_steps", "eta", "guidance_scale")}
+        check_sampler(sampling_pipe, **chosen)
     extractors = checked_extractors(pipe, sets, metrics, options) if metrics else []
     if metrics:
         _check_cache(options)  # features of real images are kept there

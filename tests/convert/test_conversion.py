@@ -473,6 +473,14 @@ def test_stock_repositories_of_other_processes(tmp_path, capsys):
         load_pipeline("diffusers", tmp_path / "a")
 
 
+@pytest.mark.parametrize("name", ["model_index.json", "unet/config.json", "scheduler/scheduler_config.json"])
+def test_stock_repositories_whose_configuration_is_none(name, tmp_path):
+    stock_pipeline().save_pretrained(tmp_path)
+    (tmp_path / name).write_text("[]")
+    with pytest.raises(UserError, match=rf"{name.split('/')[-1]} of .* holds a list, no configuration"):
+        load_pipeline("diffusers", tmp_path)
+
+
 # ---------------------------------------------------------------------- the official checkpoint
 
 # TensorFlow reads and writes the official format; the fixture holds the official checkpoint's variables.

@@ -69,6 +69,7 @@ def test_a_label_means_one_class(classes, label, expected):
         (NUMBERED, [1], r"class \[1\] is neither"),
         (Classes(2, ("1", "cats")), 0, "class 0 is no class of this network; it has 1, cats"),
         (Classes(2, ("01", "001")), 1, "class 1 could be '01' and '001'; write it as the network does"),
+        (Classes(2, ("None", "cats")), "dogs", "class 'dogs' is no class of this network; it has None, cats"),
         (WORDS, 2, "class 2 is no class of this network; it has cats, dogs"),
         (WORDS, ClassIndex(3), "class 3 is no class"),
         (NAMELESS, 3, r"class 3 is no class of this network; it has 0\.\.2"),

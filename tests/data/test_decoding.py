@@ -628,6 +628,7 @@ def write(path, content):
         ("a.npy", np.zeros(4, np.uint8), "does not fit"),
         ("a.npy", np.zeros((1, 2, 4, 4, 1), np.uint8), "does not fit"),
         ("a.npz", b"PK\x03\x04 and nothing more", "not a .npz file"),
+        ("a.npz", b"anything else", "not a .npz file"),
         (
             "a.npz",
             {"x": np.zeros((2, 2)), "y": np.zeros((2, 2))},

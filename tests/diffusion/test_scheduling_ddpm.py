@@ -1218,6 +1218,25 @@ def test_an_offset_beyond_the_schedule():
     assert spaced("leading", 10, steps_offset=1) == spaced("leading", 10, StockDDPMScheduler, steps_offset=1)
 
 
+@pytest.mark.parametrize("schedule", ["linear", "quad", "warmup10", "sigmoid"])
+def test_betas_in_single_precision_give_tables_in_double(schedule):
+    ends = {"beta_start": np.float32(1e-4), "beta_end": np.float32(0.02)}
+    table = DDPMScheduler(num_train_timesteps=20, beta_schedule=schedule, **ends).alpha_bar
+    plain = {name: float(value) for name, value in ends.items()}
+    assert table.dtype == np.float64
+    assert (table == DDPMScheduler(num_train_timesteps=20, beta_schedule=schedule, **plain).alpha_bar).all()
+
+
+def test_a_whole_configuration_that_is_put_there_is_checked():
+    scheduler = DDPMScheduler(num_train_timesteps=10)
+    config = {**scheduler.config, "prediction_type": "flow_prediction"}
+    scheduler._internal_dict = diffusers.configuration_utils.FrozenDict(config)  # as pipelines of diffusers do
+    x = torch.zeros(1, 1, 2, 2)
+    for use in (lambda: scheduler.get_target(x, x, 3), lambda: scheduler.step(x, 3, x)):
+        with pytest.raises(ValueError, match="unknown prediction_type 'flow_prediction'"):
+            use()
+
+
 @pytest.mark.parametrize("config", [{"beta_schedule": "jsd"}, {"rescale_betas_zero_snr": True}])
 def test_epsilon_from_where_nothing_is_left_of_x_0(config):
     scheduler = DDPMScheduler(**config)

@@ -43,6 +43,15 @@ def test_images_that_do_not_fit(small_pipeline):
         evaluate_likelihood(small_pipeline, empty, "all", EvaluationOptions())
 
 
+def test_a_likelihood_takes_nothing_from_the_sampler(small_pipeline):
+    sets = {"validation": first_images(load_digits("validation"), 2)}
+    few = EvaluationOptions(num_evaluations=4)
+    expected = evaluation.evaluate(small_pipeline, sets, ["nll"], few).values
+    # Three steps in DDIM's spacing would not start from noise; nothing is sampled.
+    found = evaluation.evaluate(small_pipeline, sets, ["nll"], few, sampler="ddim", num_inference_steps=3).values
+    assert found == expected
+
+
 def test_classes_are_matched_by_name():
     unet = make_small_unet(num_class_embeds=3, _class_names=["cats", "dogs", "owls"])
     pipe = DDPMPipeline(unet, DDPMScheduler(num_train_timesteps=10))
