@@ -196,7 +196,7 @@ class SharedLatents:
             to_uint8(torch.cat([self.x_t[:, None], self.samples], dim=1)),
             [f"t = {t}" for t in self.ts],
             ["shared x_t", *(f"seed {seed}" for seed in self.seeds[1:])],
-            f"Samples that share x_t at one t of {self.T}, and go on from it with noise of their own",
+            f"Samples that share x_t at one t of {self.T}, and continue from it with noise of their own",
         )
 
 
