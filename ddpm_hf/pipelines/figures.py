@@ -169,7 +169,7 @@ def progressive_generation(
             for step in pipe.progressive(seeds=seeds[rows], **chain.options(labels[rows])):
                 if step.pred_original_sample is None:
                     name = type(pipe.scheduler).__name__
-                    raise UserError(f"{name} does not tell which x_0 it predicts; use the sampler ddpm or ddim")
+                    raise UserError(f"{name} does not return the x_0 that it predicts; use the sampler ddpm or ddim")
                 if step.index in kept:
                     pairs.append(torch.stack([step.sample, step.pred_original_sample]).cpu())
                 chain.bar.update()
