@@ -1,150 +1,98 @@
-"""Pushing during training: in another process, one at a time, of snapshots; training never waits for it."""
+"""Pushing during training: in a thread, one push at a time, of snapshots; training never waits for it."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
-import subprocess
-import sys
-import tempfile
+import threading
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
-from typing import IO
 
 from .files import check_opens, make_snapshot
-from .publish import Push
+from .publish import Push, quiet_client
 
 
 class BackgroundPush:
     """Pushes a run's folder again and again, always its newest state.
 
-    While one push is going on, the next snapshot waits for it; a newer one takes its place. The process that pushes is
-    one of its own, so that neither a hanging connection nor a crash in the client can reach the training, and a Ctrl-C
-    in the terminal does not reach the push.
+    While one push is under way, the next snapshot waits for it; a newer one takes its place. The thread is a daemon:
+    Python does not wait for it when the run ends, as it would for those of `HfApi.run_as_future`.
 
     Args:
         push: What goes where; its token must be known.
-        say: Takes lines for the user.
+        log: Takes lines for the user, in the thread that calls the methods.
     """
 
-    def __init__(self, push: Push, say: Callable[[str], None]):
-        self.push, self.say = push, say
-        self._process: subprocess.Popen[str] | None = None
-        self._errors: IO[str] | None = None
-        self._staging: Path | None = None
-        self._waiting: tuple[Path, str] | None = None
+    def __init__(self, push: Push, log: Callable[[str], None]):
+        self.push, self.log = push, log
+        self._thread: threading.Thread | None = None
+        self._snapshots: list[tuple[Path, str]] = []  # with their commit's message: the one under way, the next one
+        self._lines: list[str] = []  # what the thread has for the user,
+        self._errors: list[str] = []  # and why it pushed nothing
         self._failed = False
+        quiet_client()
 
     def offer(self, commit_message: str) -> None:
-        """Push the folder as it is now; returns at once. A failure is told and stops nothing."""
-        folder = Path(self.push.folder)
+        """Push the folder as it is now; returns at once. A failure is logged and stops nothing."""
+        folder, snapshot = Path(self.push.folder), None
         try:
-            staging = make_snapshot(folder, self.push.token)
+            snapshot = make_snapshot(folder, self.push.token)
+            check_opens(snapshot, folder)
         except (OSError, ValueError) as error:
-            self._tell_failure(str(error))
+            if snapshot is not None:
+                shutil.rmtree(snapshot, ignore_errors=True)
+            self._log_failure(str(error))
             return
-        try:
-            check_opens(staging, folder)  # here, where all that it takes is loaded already
-        except ValueError as error:
-            shutil.rmtree(staging, ignore_errors=True)
-            self._tell_failure(str(error))
-            return
-        if self._waiting is not None:
-            shutil.rmtree(self._waiting[0], ignore_errors=True)
-        self._waiting = (staging, commit_message)
+        self._remove_snapshots(1)
+        self._snapshots.append((snapshot, commit_message))
         self.poll()
 
     def poll(self) -> None:
-        """Tell how the last push ended, if it did, and start the one that waits."""
-        if self._process is not None and self._process.poll() is None:
-            return
-        self._collect()
-        if self._waiting is not None:
-            self._start(*self._waiting)
-            self._waiting = None
+        """Log how the last push ended, if it did, and start the one that waits."""
+        if self._thread is not None:
+            if self._thread.is_alive():
+                return
+            self._thread = None
+            self._remove_snapshots(0, 1)
+            self._failed = False
+            for line in self._lines:
+                self.log(line)
+            for why in self._errors:
+                self._log_failure(why)
+        if self._snapshots:
+            self._lines, self._errors = [], []
+            self._thread = threading.Thread(target=self._push, args=self._snapshots[0], daemon=True)
+            self._thread.start()
+
+    def _push(self, snapshot: Path, commit_message: str) -> None:
+        lines, errors = self._lines, self._errors
+        try:
+            dataclasses.replace(self.push, commit_message=commit_message).push_snapshot(snapshot, lines.append)
+        except BaseException as error:  # a fault of the client stops no training
+            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+            errors.append(kind + " ".join(str(error).split()))
 
     def finish(self) -> bool:
-        """Wait for what is still to be pushed; whether the last push succeeded.
-
-        Raises:
-            KeyboardInterrupt: The user does not want to wait; the push is ended, and the command that does it told.
-        """
-        try:
-            while self._process is not None or self._waiting is not None:
-                if self._process is not None:
-                    self.say(f"waiting for the push to {self.push.repo_id}")
-                    self._process.wait()
-                self.poll()
-        except BaseException:
-            self.stop()
-            raise
+        """Wait for what is still to be pushed, and return whether the last push succeeded."""
+        while self._thread is not None:
+            self.log(f"waiting for the push to {self.push.repo_id}")
+            self._thread.join()
+            self.poll()
         return not self._failed
 
     def stop(self) -> None:
-        """End a push that is still going on, and say how to finish it."""
-        unfinished = self._waiting is not None
-        if self._process is not None and self._process.poll() is None:
-            unfinished = True
-            self._process.kill()
-            self._process.communicate()
-            self._process = None
-        self._collect()
-        if self._waiting is not None:
-            shutil.rmtree(self._waiting[0], ignore_errors=True)
-            self._waiting = None
-        if unfinished:
-            self._tell_failure("the run ended first")
+        """Give up a push that is under way or waits, and log the command that finishes it."""
+        self.poll()
+        if self._thread is not None:
+            self._thread = None
+            self._remove_snapshots(0)
+            self._log_failure("the run ended first")
 
-    def _start(self, staging: Path, commit_message: str) -> None:
-        job = dataclasses.asdict(self.push) | {"commit_message": commit_message, "staging": str(staging)}
-        self._staging = staging
-        self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115  (closed when the process has ended)
-        try:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "ddpm_hf.hub"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=self._errors,
-                text=True,
-                start_new_session=True,
-            )
-        except OSError as error:
-            self._clear()
-            self._tell_failure(str(error))
-            return
-        assert self._process.stdin is not None
-        # Not on the command line, which everybody on the machine can read.
-        with suppress(BrokenPipeError), self._process.stdin as pipe:
-            pipe.write(json.dumps(job))
-        self._process.stdin = None  # so that communicate() does not look for it
+    def _remove_snapshots(self, start: int, stop: int | None = None) -> None:
+        for snapshot, _ in self._snapshots[start:stop]:
+            shutil.rmtree(snapshot, ignore_errors=True)
+        del self._snapshots[start:stop]
 
-    def _collect(self) -> None:
-        """The answer of a process that has ended."""
-        if self._process is not None and self._errors is not None:
-            output, _ = self._process.communicate()
-            try:
-                answer = json.loads(output)
-            except ValueError:  # it crashed
-                self._errors.seek(0)
-                said = self._errors.read().strip().splitlines() or [f"exit code {self._process.returncode}"]
-                answer = {"pushed": False, "lines": [], "why": said[-1]}
-            self._process = None
-            self._failed = not answer["pushed"]
-            for line in answer["lines"]:
-                self.say(line)
-            if self._failed:
-                self._tell_failure(answer["why"])
-        self._clear()
-
-    def _clear(self) -> None:
-        if self._staging is not None:
-            shutil.rmtree(self._staging, ignore_errors=True)
-        if self._errors is not None:
-            self._errors.close()
-        self._staging = self._errors = None
-
-    def _tell_failure(self, why: str) -> None:
+    def _log_failure(self, why: str) -> None:
         self._failed = True
-        self.say(f"not pushed ({why}); nothing is lost, and this finishes it: {self.push.command}")
+        self.log(f"not pushed ({why}); nothing is lost, and this finishes it: {self.push.command}")

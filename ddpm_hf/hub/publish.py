@@ -1,12 +1,10 @@
 """How a model gets to the Hub, in one commit.
 
-    push("runs/digits", "org/ddpm-digits")
+    Push("runs/digits", "org/ddpm-digits").run()
 
-Only what `hub_files.published_files` lists is uploaded, from a snapshot taken first, so that a run which writes its
-next model meanwhile cannot mix two of them. What was uploaded once is not uploaded again, so a push that broke off is
+Only what `files.published_files` lists is uploaded, from a snapshot taken first, so that a run which writes its next
+model meanwhile cannot mix two of them. What was uploaded once is not uploaded again, so a push that was interrupted is
 finished by calling it again.
-
-As a program (`python -m ddpm_hf.hub`, a job as JSON on its standard input) it pushes on behalf of a training run.
 """
 
 from __future__ import annotations
@@ -17,162 +15,35 @@ import json
 import re
 import shlex
 import shutil
-import sys
 import tempfile
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token, hf_hub_download
-from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo, constants, get_token
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import disable_progress_bars, get_session, validate_repo_id
 from huggingface_hub.utils import logging as hub_logging
 
 from ..evaluation.report import EvaluationReport
+from ..utils import hub_errors
 from ..utils.errors import UserError
 from ..utils.files import write_text
-from ..utils.hub_errors import is_passing, sentence
-from .files import CARD, INDEX, REPORT, SAMPLES, check_opens, make_snapshot, read_card, take_report
-from .model_card import CardFacts, ModelFacts, check_license, make_card, merge_cards, text_outside
+from ..utils.hub_errors import INDEX, is_passing, open_repository
+from .files import CARD, REPORT, SAMPLES, check_opens, make_snapshot, read_card, take_report
+from .model_card import CardFacts, ModelFacts, check_license, generated_facts, make_card
 
 _WEIGHT_FILES = re.compile(r"[^/]+/.*\.(safetensors|bin|ckpt|msgpack|h5|index(\.\w+)?\.json)")
-# What a card was when it was pushed last from here, so that an edit on the Hub can be told from one here.
-_RECORD = ".hub.json"
+# The card of a repository that was made on the Hub's page: the license that was chosen there, and nothing else.
+_ONLY_LICENSE = re.compile(r"\s*---\s+license: ([\w.+-]+)\s+---\s*")
+_WEIGHTS_OF_OTHERS = (".safetensors", ".bin", ".gguf", ".onnx", ".pt", ".ckpt")
+# The cards that were pushed last from a folder, as SHA-256, so that an edit on the Hub can be told from one here.
+_PUSHED_CARDS = ".hub.json"
 
 
 class PushError(UserError):
     """A push did not happen; the message says why, and that nothing is lost."""
-
-
-# -------------------------------------------------------------------- the destination
-
-
-@dataclass(frozen=True)
-class Destination:
-    """A repository that exists and may be written to.
-
-    Attributes:
-        repo_id: `namespace/name`.
-        private: Whether only its owners see it.
-        head: Its last commit.
-        files: What is in it.
-    """
-
-    repo_id: str
-    private: bool
-    head: str
-    files: tuple[str, ...]
-
-    def __str__(self) -> str:
-        kind = "private" if self.private else "public"
-        return f"{constants.ENDPOINT}/{self.repo_id} ({kind})"
-
-
-def check_repo_id(repo_id: str) -> None:
-    """A repository's name, as the Hub takes it.
-
-    Raises:
-        ValueError: It is something else.
-    """
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError:
-        raise UserError(
-            f"{repo_id!r} is no repository name; write org/name, of letters, digits, '-', '_', '.'"
-        ) from None
-
-
-def known_token(token: str | None) -> str:
-    """The token that was given, or the one that `hf auth login` or HF_TOKEN left.
-
-    Raises:
-        PushError: There is none, or the network is switched off.
-    """
-    if constants.HF_HUB_OFFLINE:
-        raise PushError("nothing can be pushed while HF_HUB_OFFLINE is set")
-    token = token or get_token()
-    if token is None:
-        raise PushError("pushing needs a token with write access: 'hf auth login', or set HF_TOKEN")
-    return token
-
-
-def open_destination(repo_id: str, private: bool, token: str) -> Destination:
-    """The repository to push to, made if it does not exist.
-
-    Args:
-        repo_id: `namespace/name`, or a name in the token's own namespace.
-        private: Whether only its owners may see what is pushed. `False` makes a new repository public; an existing one
-            stays what it is.
-        token: With write access.
-
-    Raises:
-        PushError: It is public although `private=True`, or holds something else.
-    """
-    api = HfApi(token=token, library_name="ddpm_hf")
-    if "/" not in repo_id:
-        repo_id = f"{api.whoami()['name']}/{repo_id}"
-    try:
-        info = api.model_info(repo_id)
-    except RepositoryNotFoundError:
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        info = api.model_info(repo_id)
-    if private and info.private is not True:
-        raise PushError(
-            f"{repo_id} is public; add --private false (in training --hub_private_repo false), in Python "
-            "private=False, to publish there, or name another repository"
-        )
-    files = tuple(sibling.rfilename for sibling in info.siblings or ())
-    to = Destination(repo_id, bool(info.private), str(info.sha), files)
-    weights = [name for name in files if name.endswith((".safetensors", ".bin", ".gguf", ".onnx", ".pt", ".ckpt"))]
-    if INDEX in files:
-        holds = json.loads(_remote_text(to, INDEX, token)).get("_class_name")
-    else:
-        holds = weights[0] if weights else "DDPMPipeline"
-    if holds not in ("DDPMPipeline", "DDIMPipeline"):
-        raise PushError(
-            f"{repo_id} holds another model ({holds}), which a push would overwrite; name another repository"
-        )
-    return to
-
-
-def check_destination(push: Push, say: Callable[[str], None] = print, timeout: float = 10.0) -> Push:
-    """Before a long run: whether its pushes will be possible. The repository is made, and nothing is put into it.
-
-    Returns:
-        The push, with its token and the repository's full name.
-
-    Raises:
-        PushError: They will not be. A Hub that does not answer now is no such reason.
-    """
-    push = dataclasses.replace(push, token=known_token(push.token))
-    assert push.token is not None
-    session = get_session()
-    before, session.timeout = session.timeout, timeout
-    try:
-        to = open_destination(push.repo_id, push.private, push.token)
-    except PushError:
-        raise
-    except Exception as error:  # whatever the client's libraries raise
-        why = _why(error, push.repo_id)
-        if not is_passing(error):
-            raise PushError(f"cannot push to {push.repo_id}: {why}") from error
-        say(f"cannot reach {push.repo_id} ({why}); the run goes on, and pushes when the Hub answers")
-        return push
-    finally:
-        session.timeout = before
-    say(f"will push to {to}")
-    return dataclasses.replace(push, repo_id=to.repo_id)
-
-
-def _why(error: BaseException, repo_id: str) -> str:
-    hidden = isinstance(error, RepositoryNotFoundError)
-    return "this token does not see that repository" if hidden else sentence(error, repo_id)
-
-
-# -------------------------------------------------------------------- the push
 
 
 @dataclass(frozen=True)
@@ -182,7 +53,8 @@ class Push:
     Attributes:
         folder: What a training run, `save_pretrained` or `convert` wrote.
         repo_id: `namespace/name`, or a name in the token's own namespace; made if it does not exist.
-        private: Whether only its owners may see what is pushed: a public repository is refused then.
+        private: Whether only its owners may see what is pushed: a public repository is refused then. `False` makes a
+            new repository public; an existing one stays what it is.
         token: Instead of the one that `hf auth login` or HF_TOKEN left.
         license: Such as `apache-2.0`, for the card.
         report: An evaluation to put on the card and beside it, instead of the folder's `evaluation.json`: a file, or a
@@ -220,215 +92,201 @@ class Push:
         words += ["--report", self.report] if self.report is not None else []
         return shlex.join(words)
 
-    def run(self, say: Callable[[str], None] = print) -> str:
-        """See `push`."""
-        if not Path(self.folder).is_dir():
+    def run(self, log: Callable[[str], None] = print) -> str:
+        """Publish the folder on the Hub in one commit; `log` takes lines for the user.
+
+        A generated card is renewed: its snippets name the repository, its numbers are those of `evaluation.json`. A
+        card that a person has edited, here or on the Hub, stays as it is.
+
+        Returns:
+            The address of the commit or the pull request.
+
+        Raises:
+            PushError: It did not happen, in one sentence; everything is still on disk.
+            OSError, ValueError: There is no DDPM in the folder that opens, or an argument cannot be taken.
+        """
+        folder = Path(self.folder)
+        if not folder.is_dir():
             raise OSError(f"there is no folder {self.folder!r}")
-        with_token = dataclasses.replace(self, token=known_token(self.token))
-        staging = make_snapshot(Path(self.folder), with_token.token)
+        token = known_token(self.token)
+        snapshot = make_snapshot(folder, token)
         try:
-            check_opens(staging, Path(self.folder))
+            check_opens(snapshot, folder)
             if self.report is not None:
-                take_report(Path(self.report), staging, with_token.token)
-            return with_token.run_from(staging, say)
+                take_report(Path(self.report), snapshot, token)
+            return dataclasses.replace(self, token=token).push_snapshot(snapshot, log)
         finally:
-            shutil.rmtree(staging, ignore_errors=True)
+            shutil.rmtree(snapshot, ignore_errors=True)
 
-    def run_from(self, staging: Path, say: Callable[[str], None]) -> str:
-        """`run`, of a snapshot of the folder that was made, and opened, before; the token must be known."""
-        card = read_card(staging / CARD) if (staging / CARD).exists() else None
-        report = EvaluationReport.load(staging / REPORT) if (staging / REPORT).exists() else None
-        numbers = None if report is None else dataclasses.asdict(report)
-        say_once = _SayOnce(say)
+    def push_snapshot(self, snapshot: Path, log: Callable[[str], None]) -> str:
+        """Do what `run` does, with a snapshot that was made and opened before; the token must be known."""
+        return retried(lambda: self._commit(snapshot, log), self.repo_id, self.attempts, log)
 
-        def attempt() -> str:
-            get_session().timeout = self.timeout  # the client itself would wait for ever
-            return self._attempt(staging, card, numbers, say_once)
-
-        return retried(attempt, self.repo_id, self.attempts, say)
-
-    def _attempt(
-        self, staging: Path, own_card: str | None, report: dict[str, Any] | None, say: Callable[[str], None]
-    ) -> str:
-        assert self.token is not None
-        to = open_destination(self.repo_id, self.private, self.token)
-        say(f"pushing {_megabytes(staging)} to {to}")
-        if not self.private and to.private:
-            say(f"{to.repo_id} is private and stays so; its settings on the Hub can change that")
-        card, is_own = self._card(staging, own_card, report, to, say)
-        (staging / CARD).write_text(card, encoding="utf-8")
-        names = sorted(path.relative_to(staging).as_posix() for path in staging.rglob("*") if path.is_file())
+    def _commit(self, snapshot: Path, log: Callable[[str], None]) -> str:
+        to, on_hub = self.open()
+        where = _describe(to)
+        size = sum(path.stat().st_size for path in snapshot.rglob("*") if path.is_file())
+        log(f"pushing {size / 1e6:.1f} MB to {where}")
+        if to.private and not self.private:
+            log(f"{to.id} is private and stays so; its settings on the Hub can change that")
+        card = self._card(snapshot, to, self._remote_text(to, CARD) if CARD in on_hub else None, log)
+        if card is not None:
+            (snapshot / CARD).write_text(card, encoding="utf-8")
+        names = sorted(path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if path.is_file())
         parts = {name.split("/")[0] for name in names if "/" in name}
-        stale = [
-            name
-            for name in to.files
-            if name not in names and name.split("/")[0] in parts and _WEIGHT_FILES.fullmatch(name)
-        ]
-        if stale:
-            say(f"removing weights of an earlier model: {', '.join(stale)}")
-        commit = HfApi(token=self.token, library_name="ddpm_hf").create_commit(
-            to.repo_id,
-            [
-                *(CommitOperationAdd(name, staging / name) for name in names),
-                *(CommitOperationDelete(name) for name in stale),
-            ],
+        stale = [name for name in on_hub if name.split("/")[0] in parts and _WEIGHT_FILES.fullmatch(name)]
+        if stale := sorted({*stale} - {*names}):
+            log(f"removing weights of an earlier model: {', '.join(stale)}")
+        api = HfApi(token=self.token, library_name="ddpm_hf")
+        adding = [CommitOperationAdd(name, snapshot / name) for name in names if name != CARD or card is not None]
+        # One file at a time: several would be uploaded in threads, for which Python waits when it ends.
+        for file in adding:
+            if not file.path_in_repo.endswith((".json", ".md")):
+                api.preupload_lfs_files(to.id, [file], create_pr=self.create_pr, free_memory=False)
+        commit = api.create_commit(
+            to.id,
+            [*adding, *(CommitOperationDelete(name) for name in stale)],
             commit_message=self.commit_message,
-            parent_commit=to.head,  # refused if somebody committed since: then the card is looked at again
-            num_threads=2,
+            parent_commit=to.sha,  # refused if somebody committed since: then the card is looked at again
             create_pr=self.create_pr,
         )
         if self.create_pr:
-            say(f"proposed to {to}: {commit.pr_url}")
+            log(f"proposed to {where}: {commit.pr_url}")
             return str(commit.pr_url)
-        _record_card(Path(self.folder), to.repo_id, _sha256(card) if is_own else None)
-        if commit.oid == to.head:
-            say(f"{to.repo_id} already has all of it")
+        if card is not None:
+            pushed = self._pushed_cards() | {to.id: _sha256(card)}
+            with suppress(OSError):  # without it, the next push takes what is on the Hub for edited there
+                write_text(Path(self.folder) / _PUSHED_CARDS, json.dumps(pushed, indent=2) + "\n")
+        log(f"{to.id} already has all of it" if commit.oid == to.sha else f"pushed to {where}")
+        return f"{constants.ENDPOINT}/{to.id}/commit/{commit.oid}"
+
+    def open(self) -> tuple[ModelInfo, list[str]]:
+        """Return the repository, which is made if it does not exist, and the names of its files.
+
+        Raises:
+            UserError: It is public although `private=True`, or holds something else than a DDPM.
+        """
+        get_session().timeout = self.timeout  # the client itself would wait for ever
+        to = open_repository(self.repo_id, self.private, self.token)
+        on_hub = [sibling.rfilename for sibling in to.siblings or ()]
+        holds = next((name for name in on_hub if name.endswith(_WEIGHTS_OF_OTHERS)), "DDPMPipeline")
+        if INDEX in on_hub:
+            holds = json.loads(self._remote_text(to, INDEX)).get("_class_name")
+        if holds not in ("DDPMPipeline", "DDIMPipeline"):
+            raise PushError(
+                f"{to.id} holds another model ({holds}), which a push would overwrite; name another repository"
+            )
+        return to, on_hub
+
+    def _card(self, snapshot: Path, to: ModelInfo, remote: str | None, log: Callable[[str], None]) -> str | None:
+        """Return the card to publish; `None` where the one on the Hub stays, because it was edited there."""
+        own = read_card(snapshot / CARD) if (snapshot / CARD).exists() else ""
+        facts = generated_facts(own) if own else CardFacts("")
+        form = _ONLY_LICENSE.fullmatch(remote or "")
+        if facts is None:
+            log(f"{CARD} was edited, so it is published as it is: without new numbers, snippets or license")
+            card = own
         else:
-            say(f"pushed to {to}")
-        return f"{constants.ENDPOINT}/{to.repo_id}/commit/{commit.oid}"
+            samples = sorted(path.name for path in snapshot.glob("samples*"))
+            report = EvaluationReport.load(snapshot / REPORT) if (snapshot / REPORT).exists() else None
+            facts = dataclasses.replace(
+                facts,
+                name=to.id,
+                report=None if report is None else dataclasses.asdict(report),
+                sample=SAMPLES if SAMPLES in samples else next(reversed(samples), None),
+                license=self.license or facts.license or (form and form[1]),
+            )
+            card = make_card(ModelFacts.read(snapshot), facts)
+        if remote is None or remote == card or form or generated_facts(remote) is not None:
+            return card
+        if _sha256(remote) == self._pushed_cards().get(to.id):  # edited here, not there
+            return card
+        log(f"{CARD} was edited on the Hub and stays as it is there; yours stays here")
+        return None
 
-    def _card(
-        self,
-        staging: Path,
-        own: str | None,
-        report: dict[str, Any] | None,
-        to: Destination,
-        say: Callable[[str], None],
-    ) -> tuple[str, bool]:
-        """The card to publish, and whether it is the folder's own, rather than one that was edited on the Hub."""
-        samples = sorted(path.name for path in staging.glob("samples*"))
-        sample = SAMPLES if SAMPLES in samples else next(reversed(samples), None)
-        facts = CardFacts(to.repo_id, report=report, sample=sample, license=self.license)
-        card = make_card(ModelFacts.read(staging), facts)
-        if own is not None:  # which knows of the training; the folder no longer does
-            known = {"use": True, "license": True, "evaluation": report, "samples": sample}
-            card, kept = merge_cards(own, card, [name for name, value in known.items() if value], self.license)
-            if kept:
-                say(f"left as edited in {CARD}: {', '.join(kept)}")
-        if CARD not in to.files:
-            return card, True
-        remote = _remote_text(to, CARD, self.token)
-        if _sha256(remote) == _pushed_card(Path(self.folder), to.repo_id):
-            return card, True
-        merged, kept = merge_cards(remote, card, license=self.license)
-        if kept:
-            say(f"left as edited on the Hub, in {CARD}: {', '.join(kept)}")
-        same = text_outside(merged) == text_outside(card)
-        if not same:
-            say(f"left the text of {CARD} on the Hub as it is, beside the generated sections; yours stays here")
-        return merged, same and not kept
+    def _remote_text(self, to: ModelInfo, name: str) -> str:
+        """Return a file of the repository, kept out of the cache: there it would make half of a model."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = HfApi(token=self.token).hf_hub_download(to.id, name, revision=to.sha, local_dir=folder)
+            return Path(path).read_text(encoding="utf-8")
 
-
-def push(folder: str | Path, repo_id: str, say: Callable[[str], None] = print, **options: Any) -> str:
-    """Publish a model's folder on the Hub, in one commit.
-
-    The card is renewed on the way: its snippets name the repository, its numbers are those of `evaluation.json`. An
-    edit that a person made to the card, here or on the Hub, is kept.
-
-    Args:
-        folder, repo_id, options: See `Push`.
-        say: Takes lines for the user.
-
-    Returns:
-        The commit's address.
-
-    Raises:
-        PushError: It did not happen, in one sentence; everything is still on disk.
-        OSError, ValueError: There is no DDPM in the folder that opens, or an argument cannot be taken.
-    """
-    return Push(str(folder), repo_id, **options).run(say)
-
-
-class _SayOnce:
-    """Says every line once, however often it is tried."""
-
-    def __init__(self, say: Callable[[str], None]):
-        self.say, self.said = say, set[str]()
-
-    def __call__(self, line: str) -> None:
-        if line not in self.said:
-            self.said.add(line)
-            self.say(line)
-
-
-def retried(attempt: Callable[[], str], repo_id: str, attempts: int, say: Callable[[str], None]) -> str:
-    """What `attempt` returns, after failures of the network and the server were waited out.
-
-    Raises:
-        PushError: It failed for another reason, or too often.
-    """
-    for number in range(1, attempts + 1):
+    def _pushed_cards(self) -> dict[str, str]:
         try:
-            return attempt()
-        except PushError:
-            raise
-        except Exception as error:  # whatever the client's libraries raise
-            why = _why(error, repo_id)
-            if not is_passing(error):
-                raise PushError(f"could not push to {repo_id}: {why}") from error
-            if number == attempts:
-                raise PushError(f"could not push to {repo_id}, tried {attempts} times: {why}") from error
-            say(f"{why}; trying again in {2 ** (number - 1)} s")
-            time.sleep(2 ** (number - 1))
-    raise UserError(f"attempts must be at least 1, got {attempts}")
+            return dict(json.loads((Path(self.folder) / _PUSHED_CARDS).read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            return {}
 
 
-def _remote_text(to: Destination, name: str, token: str | None) -> str:
-    """A file of the repository, kept out of the cache: there it would make half of a model."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = hf_hub_download(to.repo_id, name, revision=to.head, token=token, local_dir=folder)
-        return Path(path).read_text(encoding="utf-8")
+def _describe(to: ModelInfo) -> str:
+    return f"{constants.ENDPOINT}/{to.id} ({'private' if to.private else 'public'})"
 
 
 def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _pushed_card(folder: Path, repo_id: str) -> str | None:
+def check_repo_id(repo_id: str) -> None:
+    """Check a repository's name as the Hub does.
+
+    Raises:
+        ValueError: The Hub takes no such name.
+    """
     try:
-        return json.loads((folder / _RECORD).read_text(encoding="utf-8")).get(repo_id)
-    except (OSError, ValueError, AttributeError):
-        return None
+        validate_repo_id(repo_id)
+    except HFValidationError:
+        raise UserError(
+            f"{repo_id!r} is no repository name; write org/name, of letters, digits, '-', '_', '.'"
+        ) from None
 
 
-def _record_card(folder: Path, repo_id: str, digest: str | None) -> None:
+def known_token(token: str | None) -> str:
+    """Return the token that was given, or the one that `hf auth login` or HF_TOKEN left.
+
+    Raises:
+        PushError: There is none, or the network is switched off.
+    """
+    if constants.HF_HUB_OFFLINE:
+        raise PushError("nothing can be pushed while HF_HUB_OFFLINE is set")
+    if not (token := token or get_token()):
+        raise PushError("pushing needs a token with write access: 'hf auth login', or set HF_TOKEN")
+    return token
+
+
+def check_destination(push: Push, log: Callable[[str], None] = print) -> Push:
+    """Check before a long run that its pushes will be possible; the repository is made if it does not exist.
+
+    Returns:
+        The push, with its token and the repository's full name.
+
+    Raises:
+        UserError: They will not be. A Hub that does not answer now is no such reason.
+    """
+    push = dataclasses.replace(push, token=known_token(push.token))
     try:
-        have = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        have = {}
-    with suppress(OSError):  # without it, the next push takes what is on the Hub for edited there
-        write_text(folder / _RECORD, json.dumps({**have, repo_id: digest}, indent=2) + "\n")
+        to, _ = hub_errors.retried(push.open, push.repo_id, waits=())
+    except OSError as error:
+        if not is_passing(error):
+            raise PushError(f"cannot push to {push.repo_id}: {error}") from error
+        log(f"cannot reach {push.repo_id} ({error}); training starts, and pushes when the Hub answers")
+        return push
+    log(f"will push to {_describe(to)}")
+    return dataclasses.replace(push, repo_id=to.id)
 
 
-def _megabytes(folder: Path) -> str:
-    return f"{sum(path.stat().st_size for path in folder.rglob('*') if path.is_file()) / 1e6:.1f} MB"
+def retried(attempt: Callable[[], str], repo_id: str, attempts: int, log: Callable[[str], None]) -> str:
+    """Return what `attempt` returns, after failures of the network and the Hub were waited out: 1, 2, 4, ... s.
 
-
-# -------------------------------------------------------------------- on behalf of a training run
+    Raises:
+        PushError: It failed for another reason, or too often.
+    """
+    try:
+        return hub_errors.retried(attempt, repo_id, [2**number for number in range(attempts - 1)], log)
+    except OSError as error:
+        tried = f", tried {attempts} times" if is_passing(error) else ""
+        raise PushError(f"could not push to {repo_id}{tried}: {error}") from error
 
 
 def quiet_client() -> None:
-    """No bars and no warnings of the client's own, whose addresses may be signed."""
+    """Switch off the client's own progress bars and warnings, whose addresses may be signed."""
     disable_progress_bars()
     hub_logging.set_verbosity_error()
-
-
-def main() -> int:
-    """Push a snapshot as the job on standard input says; the answer is one JSON object on standard output."""
-    job = json.loads(sys.stdin.read())
-    staging = Path(job.pop("staging"))
-    quiet_client()
-    lines: list[str] = []
-    try:
-        Push(**job).run_from(staging, lines.append)
-        answer = {"pushed": True, "lines": lines}
-    except (ValueError, OSError) as error:
-        answer = {"pushed": False, "lines": lines, "why": " ".join(str(error).split())}
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-    print(json.dumps(answer))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

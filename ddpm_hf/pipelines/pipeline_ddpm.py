@@ -21,7 +21,7 @@ from ..data.class_labels import Classes, ClassLabels
 from ..diffusion.scheduling_ddpm import DDPMScheduler
 from ..models.unet_2d import PortableConfigMixin, UNet2DModel, check_size, check_weights
 from ..utils.errors import NotFiniteError, UserError
-from ..utils.hub_errors import check_pipeline, patiently
+from ..utils.hub_errors import PrivateByDefault, check_pipeline, retried
 from ..utils.randomness import NOISE_OF_SEEDS, Generators, standard_normal
 from .denoising import Denoiser, DenoisingStep, check_repaint, repaint
 from .inputs import KnownPixels, count_and_generators, images_in_model_range, mask_of, one_per_image
@@ -31,7 +31,7 @@ from .schedulers import checked_eta, checked_steps, set_timesteps
 _OURS = {("diffusers", "UNet2DModel"), ("diffusers", "DDPMScheduler")}
 
 
-class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
+class DDPMPipeline(PortableConfigMixin, PrivateByDefault, StockDDPMPipeline):
     """Samples images from a DDPM (Algorithm 2).
 
     Repositories written by `save_pretrained` are stock's: library `diffusers`, the same files and keys.
@@ -101,11 +101,7 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
         kwargs["use_safetensors"] = True  # for None, diffusers would fall back to pickles
         check_pipeline(pretrained_model_name_or_path, **kwargs)
         load = super().from_pretrained
-        return patiently(
-            lambda: load(pretrained_model_name_or_path, **kwargs),
-            pretrained_model_name_or_path,
-            kwargs.get("revision"),
-        )
+        return retried(lambda: load(pretrained_model_name_or_path, **kwargs), pretrained_model_name_or_path)
 
     @classmethod
     def from_pipe(cls, pipeline: Any, **kwargs: Any) -> DDPMPipeline:
@@ -143,41 +139,16 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
         names = ("repo_id", "commit_message", "private", "token", "create_pr")
         options = {name: kwargs.pop(name) for name in names if name in kwargs} if push_to_hub else {}
         if push_to_hub:
-            _check_published_form(safe_serialization, variant)
+            _check_published_weights(safe_serialization, variant)
         super().save_pretrained(save_directory, safe_serialization, variant, max_shard_size, **kwargs)
         if push_to_hub:
             _push(save_directory, options.pop("repo_id", None) or Path(save_directory).resolve().name, **options)
 
-    def push_to_hub(
-        self,
-        repo_id: str,
-        commit_message: str | None = None,
-        private: bool | None = None,
-        token: str | None = None,
-        create_pr: bool = False,
-        safe_serialization: bool = True,
-        variant: str | None = None,
-    ) -> str:
-        """Publish the pipeline on the Hub with a card, as `ddpm-hf push` does.
-
-        Args:
-            repo_id: `namespace/name`, or a name in the token's own namespace; made if it does not exist.
-            commit_message: What the commit is called.
-            private: Only `False` makes a new repository public, or publishes in a public one.
-            token: Instead of the one that `hf auth login` or HF_TOKEN left.
-            create_pr: Propose the commit as a pull request instead of making it.
-            safe_serialization, variant: Stock's; pickles are not published, nor a variant without the whole model.
-
-        Returns:
-            The commit's (or the pull request's) address.
-
-        Raises:
-            UserError: It did not happen; the sentence says why.
-        """
-        _check_published_form(safe_serialization, variant)
+    def _push_to_hub(self, repo_id: str, variant: str | None, options: dict[str, Any]) -> str:
+        _check_published_weights(variant=variant)
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
-            return _push(folder, repo_id, commit_message, private, token, create_pr)
+            return _push(folder, repo_id, **options)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -479,8 +450,8 @@ class DDPMPipeline(PortableConfigMixin, StockDDPMPipeline):
             )
 
 
-def _check_published_form(safe_serialization: bool, variant: str | None) -> None:
-    """Safetensors under their usual names are published, and nothing else.
+def _check_published_weights(safe_serialization: bool = True, variant: str | None = None) -> None:
+    """Check that weights are published as safetensors under their usual names.
 
     Raises:
         UserError: Something else was asked for.
@@ -494,19 +465,12 @@ def _check_published_form(safe_serialization: bool, variant: str | None) -> None
         )
 
 
-def _push(
-    folder: Any,
-    repo_id: str,
-    commit_message: str | None = None,
-    private: bool | None = None,
-    token: str | None = None,
-    create_pr: bool = False,
-) -> str:
-    """See `DDPMPipeline.push_to_hub`."""
+def _push(folder: Any, repo_id: str, private: bool | None = None, **options: Any) -> str:
+    """Push a folder as `ddpm-hf push` does; `options` are those of `hub.publish.Push`, where `None` is its default."""
     # By its name: `hub` stands above this module, and only those who push need it.
     hub = importlib.import_module("ddpm_hf.hub.publish")
-    options: dict[str, Any] = {} if commit_message is None else {"commit_message": commit_message}
-    return hub.push(folder, repo_id, private=private is not False, token=token, create_pr=create_pr, **options)
+    options = {name: value for name, value in options.items() if value is not None}
+    return hub.Push(str(folder), repo_id, private=private is not False, **options).run()
 
 
 @contextmanager

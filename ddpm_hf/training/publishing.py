@@ -156,7 +156,7 @@ class Publisher:
         folder, config = self.run.output_dir, self.run.config
         on_hub = config.images_given().get("dataset_name")
         pictures = sorted(folder.glob("samples*.png"), key=lambda path: path.stat().st_mtime_ns)
-        kept = write_card(
+        written = write_card(
             folder,
             CardFacts(
                 name=folder.resolve().name,
@@ -168,8 +168,8 @@ class Publisher:
                 license=config.license,
             ),
         )
-        if kept:
-            say(f"left as edited in {folder / CARD}: {', '.join(kept)}")
+        if not written:
+            say(f"{folder / CARD} was edited, so it stays as it is")
 
     def pipeline(self, ema_weights: dict[str, Tensor]) -> DDPMPipeline:
         """Return the EMA weights in a float32 pipeline of their own, apart from the network in training."""

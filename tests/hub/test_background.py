@@ -4,12 +4,18 @@ import json
 import shutil
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from conftest import FIXTURES
 from hub.server import Fault, HubServer
+from huggingface_hub import HfApi
 from test_publish import DRIVERS, TOKEN, environment, push_all, tree, variant
+
+from ddpm_hf.hub.background import BackgroundPush
+from ddpm_hf.hub.publish import Push
 
 MODEL = FIXTURES / "digits_model"
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -64,11 +70,34 @@ def test_a_failure_is_one_line_with_the_command_that_finishes_it(hub, tmp_path):
     assert hub.read("models", "org/run", WEIGHTS) == (MODEL / WEIGHTS).read_bytes()
 
 
-def test_a_push_that_crashes_is_told_too(hub, tmp_path):
-    (tmp_path / "broken" / "huggingface_hub").mkdir(parents=True)
-    (tmp_path / "broken" / "huggingface_hub" / "__init__.py").write_text("raise SystemError('the client crashed')")
-    answer = background(hub, tmp_path / "run", MODEL, PYTHONPATH_OF_PUSHES=str(tmp_path / "broken"))
-    assert not answer["pushed"]
+def test_a_push_that_crashes_is_told_too(tmp_path, monkeypatch):
+    def crash(*arguments, **options):
+        raise SystemError("the client crashed")
+
+    monkeypatch.setattr(HfApi, "model_info", crash)
+    monkeypatch.setattr("ddpm_hf.hub.background.quiet_client", lambda: None)  # for the whole process
+    run, lines = tmp_path / "run", []
+    shutil.copytree(MODEL, run)
+    pushes = BackgroundPush(Push(str(run), "org/run", token=TOKEN), lines.append)
+    pushes.offer("version 0")
+    assert not pushes.finish()
+    assert "not pushed (SystemError: the client crashed); nothing is lost" in lines[-1]
+    assert not list(run.glob(".push-*"))
+
+
+def test_a_push_that_hangs_does_not_hold_up_the_end(hub, tmp_path):
+    """With more than one file in it, which the Hub's client would upload in threads that Python waits for."""
+    version, reached = tmp_path / "version", tmp_path / "reached"
+    variant(version, 1)
+    (version / "samples.png").write_bytes(b"a picture")
+    hub.faults.append(Fault("^PUT", times=2, delay=60))
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(background, hub, tmp_path / "run", version, ABANDON_AFTER=str(reached))
+        while not hub.faults[0].happened and not answer.done():
+            time.sleep(0.02)
+        reached.touch()
+        started = time.monotonic()
+        answer = answer.result()
+    assert time.monotonic() - started < 30
+    assert "not pushed (the run ended first); nothing is lost, and this finishes it" in answer["lines"][-1]
     assert answer["left"] == []
-    assert "not pushed (SystemError: the client crashed); nothing is lost" in answer["lines"][-1]
-    shutil.rmtree(tmp_path / "broken")

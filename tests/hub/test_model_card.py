@@ -1,4 +1,4 @@
-"""The card: what it says, and that renewing it leaves alone what a person wrote."""
+"""The card: what it says, and that a card which a person has edited is never overwritten."""
 
 import dataclasses
 import json
@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from ddpm_hf import EvaluationReport
 from ddpm_hf.hub.files import write_card
-from ddpm_hf.hub.model_card import CardFacts, ModelFacts, front_matter, make_card, merge_cards, text_outside
+from ddpm_hf.hub.model_card import CardFacts, ModelFacts, front_matter, generated_facts, make_card
 from ddpm_hf.utils.text import public_name
 
 MODEL = FIXTURES / "digits_model"
@@ -124,66 +124,49 @@ def test_facts_of_a_folder(tmp_path):
     assert facts == ModelFacts((1, 8, 8), sum(w.numel() for w in weights.values()), 1000, "epsilon", None)
 
 
-def test_renewing_an_untouched_card_gives_the_new_one():
-    assert merge_cards(card(report=None), card()) == (card(), [])
-    assert merge_cards(card(), card()) == (card(), [])
+def test_a_generated_card_is_told_from_an_edited_one_and_knows_the_training():
+    told = CardFacts("", "cifar10", "uoft-cs/cifar10", {"updates": "800000 of 128 images"}, license="apache-2.0")
+    assert generated_facts(card()) == told
+    assert generated_facts(card().replace("\n", "\r\n")) == told  # as Git on Windows has it
+    assert (
+        generated_facts(make_card(FACTS, CardFacts("m", recipe={"a": "x --> y\n\n## z"})))
+        .recipe["a"]
+        .startswith("x -->")
+    )
 
 
-def test_what_a_person_wrote_stays():
-    mine = card(report=None).replace("# ddpm-cifar10", "# My model\n\nThanks, Ada.")
-    mine = mine.replace("research and teaching", "fun")  # inside a generated section
-    mine = mine.replace("license: apache-2.0", "license: mit\nco2: 3").replace("- ddpm\n", "- mine\n")
-    start, end = mine.index("## Citation"), mine.index("<!-- /ddpm_hf:citation -->")
-    mine = mine[:start] + mine[end + len("<!-- /ddpm_hf:citation -->") :]  # a section that was taken out
-    merged, kept = merge_cards(mine, card())
-    assert kept == ["limits"]
-    assert "Thanks, Ada." in merged
-    assert "fun" in merged
-    assert "ho2020ddpm" not in merged
-    assert "**3.751**" in merged
-    assert text_outside(merged) == text_outside(mine)
-    data = ModelCard(merged).data.to_dict()
-    assert (data["license"], data["co2"], data["library_name"]) == ("mit", 3, "diffusers")
-    assert set(data["tags"]) == {"mine", "ddpm", "diffusion", "ddpm_hf"}
-    assert "## License\n\n<!-- ddpm_hf:license" in merged
-    assert "\nmit\n<!-- /ddpm_hf:license" in merged
-    assert ModelCard(merge_cards(mine, card(), license="cc0-1.0")[0]).data.license == "cc0-1.0"
+def add_a_result(text: str) -> str:
+    front = yaml.safe_load(text.split("---\n")[1])
+    theirs = {"task": {"type": "x"}, "dataset": {"name": "d", "type": "d"}, "metrics": [{"type": "human", "value": 7}]}
+    front["model-index"][0]["results"].append(theirs)
+    return f"---\n{yaml.safe_dump(front)}---\n" + text.split("---\n", 2)[2]
 
 
-def test_results_of_other_metrics_stay_and_ours_are_replaced():
-    mine = yaml.safe_load(card().split("---\n")[1])
-    theirs = {
-        "task": {"type": "unconditional-image-generation"},
-        "dataset": {"name": "cifar10", "type": "cifar10", "split": "test"},
-        "metrics": [{"type": "human_rating", "value": 7}],
-    }
-    mine["model-index"][0]["results"].append(theirs)
-    new = report()
-    new["values"]["bits_per_dim"]["value"] = 3.5
-    assert merge_cards(card(), card(report=None))[0] == card(report=None)  # a new model that was not measured yet
-    merged, _ = merge_cards(f"---\n{yaml.safe_dump(mine)}---\n", card(report=new))
-    results = yaml.safe_load(merged.split("---\n")[1])["model-index"][0]["results"]
-    values = sorted((metric["type"], metric["value"]) for result in results for metric in result["metrics"])
-    ours = [("bits_per_dim", 3.5), ("fid", 3.1711), ("inception_score", 9.46), ("prior_bpd", 1.2345e-5)]
-    assert values == sorted([*ours, ("human_rating", 7)])
-
-
-def test_cards_that_are_somebody_elses_or_broken():
-    foreign = "# A card without front matter\n\nText.\n"
-    merged, _ = merge_cards(foreign, card())
-    assert merged.endswith(foreign)
-    assert ModelCard(merged).data.library_name == "diffusers"
-    empty, _ = merge_cards("---\nlicense: mit\n---\n", card())  # as the Hub's own form makes one
-    assert text_outside(empty) == text_outside(card())
-    assert ModelCard(empty).data.license == "mit"
-    broken = "---\ntags: [a\n---\nText.\n"
-    assert merge_cards(broken, card()) == (broken, ["front matter"])
-    odd = "---\nmodel-index: soon\n---\nText.\n"
-    assert merge_cards(odd, card()) == (odd, ["front matter"])
-    half = card().replace("<!-- /ddpm_hf:evaluation -->", "")  # a person removed an end
-    assert "**3.751**" in merge_cards(half, card(report=None))[0]
-    windows = card(report=None).replace("\n", "\r\n")
-    assert merge_cards(windows, card()) == (card(), [])
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda text: text.replace("# ddpm-cifar10", "# My model\n\nThanks, Ada."),
+        lambda text: text.replace("research and teaching", "fun"),
+        lambda text: text.replace("**3.751**", "**3.750**"),
+        lambda text: text.replace("license: apache-2.0", "license: mit\nco2: 3"),
+        lambda text: text.replace('"license": "apache-2.0"', '"license": "mit"'),
+        lambda text: text[: text.index("## Citation")],
+        lambda text: text + "Text after the last line.\n",
+        add_a_result,
+        lambda text: "# A card without front matter\n\nText.\n",
+        lambda text: "---\ntags: [a\n---\nText.\n",
+        lambda text: "---\nmodel-index: soon\n---\nText.\n",
+        lambda text: "",
+    ],
+)
+def test_an_edited_card_is_never_overwritten(tmp_path, edit):
+    shutil.copytree(MODEL, tmp_path / "m")
+    path = tmp_path / "m" / "README.md"
+    path.write_text(edit(card()), encoding="utf-8")
+    before = path.read_bytes()
+    assert before != card().encode()
+    assert not write_card(tmp_path / "m", CardFacts("m", "digits"))
+    assert path.read_bytes() == before
 
 
 @pytest.mark.parametrize(
@@ -202,13 +185,12 @@ def test_public_names(name, shown):
     assert public_name(name) == shown
 
 
-def test_writing_a_card_again_keeps_edits(tmp_path):
+def test_an_untouched_card_is_written_again(tmp_path):
     shutil.copytree(MODEL, tmp_path / "m")
-    assert write_card(tmp_path / "m", CardFacts("m", "digits")) == []
+    assert write_card(tmp_path / "m", CardFacts("m", "digits"))
     path = tmp_path / "m" / "README.md"
-    path.write_text(path.read_text().replace("# m", "# Edited").replace("research", "fun"))
-    kept = write_card(tmp_path / "m", CardFacts("m", "digits", report=report()))
-    assert kept == ["limits"]
-    assert "# Edited" in path.read_text()
+    assert "None yet." in path.read_text()
+    assert write_card(tmp_path / "m", CardFacts("m", "digits", report=report()))
+    assert path.read_text() == make_card(ModelFacts.read(tmp_path / "m"), CardFacts("m", "digits", report=report()))
     assert "**3.751**" in path.read_text()
     assert json.dumps(sorted(p.name for p in path.parent.iterdir())).count(".partial") == 0

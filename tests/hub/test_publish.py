@@ -226,14 +226,13 @@ def test_a_kill_between_the_renames_of_a_part_gives_the_old_one_back(tmp_path, m
 def test_cards_are_utf_8_wherever_they_are_written(run_folder):
     """In a locale whose own encoding is ASCII."""
     code = "import sys; from pathlib import Path; from ddpm_hf.hub.files import write_card; "
-    code += "from ddpm_hf.hub.model_card import CardFacts; write_card(Path(sys.argv[1]), CardFacts('run', 'digits'))"
+    code += "from ddpm_hf.hub.model_card import CardFacts; write_card(Path(sys.argv[1]), CardFacts('run', 'Zo\\xe9'))"
     card = run_folder / "README.md"
-    card.write_text(card.read_text(encoding="utf-8") + "\nMerci, Zoé.\n", encoding="utf-8")
     env = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     command = [sys.executable, "-c", code, str(run_folder)]
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
-    assert "Merci, Zoé." in card.read_text(encoding="utf-8")
+    assert "trained on **Zoé**" in card.read_text(encoding="utf-8")
 
 
 def test_a_card_in_another_encoding_is_named(run_folder):
@@ -517,7 +516,7 @@ def test_nothing_becomes_public_by_accident(hub, run_folder, tmp_path):
     assert not hub.info("models", "tester/named-by-me")["private"]
     assert "holds another model (StableDiffusionPipeline)" in other["error"]
     assert "holds another model (model.safetensors)" in llm["error"]
-    assert "may not write to 'org/read-only'" in read_only["error"]
+    assert "the Hub answered 403 for 'org/read-only': Forbidden: you must use a write token" in read_only["error"]
     for name in ("careful", "other", "llm", "read-only"):
         assert "README.md" not in hub.files("models", f"org/{name}")
     (wrong,) = push_all(hub, tmp_path / "home", {"folder": folder, "repo_id": "org/m", "token": "hf_wrong"})
@@ -551,8 +550,8 @@ def test_edits_of_the_card_survive_pushes(hub, run_folder, tmp_path):
 
     local = run_folder / "README.md"
     local.write_text(local.read_text().replace("# run", "# run\n\nWritten here."))
-    push()
-    assert "Written here." in card()
+    assert "README.md was edited, so it is published as it is: without new numbers, snippets or license" in push()
+    assert card() == local.read_text()
     local.write_text(local.read_text().replace("Written here.", "Written here, twice."))
     push()  # what is on the Hub is what was pushed from here, so the new text is no conflict
     assert "Written here, twice." in card()
@@ -562,21 +561,32 @@ def test_edits_of_the_card_survive_pushes(hub, run_folder, tmp_path):
     hub.commit("models", "org/m", "edit", {"README.md": edited.encode()})
     numbers(3.25)
     lines = push()
-    after = card()
-    assert "Written on the Hub." in after
-    assert "fun" in after
-    assert "research and teaching" not in after
-    assert "**3.250**" in after
-    assert "4.444" not in after
-    data = ModelCard(after).data
-    assert (data.license, data.to_dict()["extra"], data.eval_results[0].metric_value) == ("mit", 1, 3.25)
-    assert any("limits" in line for line in lines)
-    assert any("yours stays here" in line for line in lines)
+    assert card() == edited
+    assert json.loads(hub.read("models", "org/m", "evaluation.json"))["values"]["bits_per_dim"]["value"] == 3.25
+    assert "README.md was edited on the Hub and stays as it is there; yours stays here" in lines
     assert "Written here, twice." in local.read_text()
     numbers(3.0)
     push()
-    assert "Written on the Hub." in card()
-    assert "**3.000**" in card()
+    assert card() == edited
+    # without an edit anywhere the card is generated anew
+    local.unlink()
+    hub.commit("models", "org/m", "remove", {}, ("README.md",))
+    for value, text in ((3.0, "**3.000**"), (2.5, "**2.500**")):
+        numbers(value)
+        push()
+        assert text in card()
+
+
+def test_a_card_of_nothing_but_a_license_is_filled(hub, run_folder, tmp_path):
+    """As the Hub's page makes one with a new repository."""
+    put(hub, "org/m", {"README.md": b"---\nlicense: mit\n---\n"}, private=True)
+    put(hub, "org/mine", {"README.md": b"---\nlicense: mit\n---\n# Mine\n"}, private=True)
+    jobs = [{"folder": str(run_folder), "repo_id": f"org/{name}"} for name in ("m", "mine")]
+    push_all(hub, tmp_path / "home", *jobs)
+    card = ModelCard(hub.read("models", "org/m", "README.md").decode())
+    assert card.data.license == "mit"
+    assert "updates: 10 of 64 images" in card.text
+    assert hub.read("models", "org/mine", "README.md") == b"---\nlicense: mit\n---\n# Mine\n"
 
 
 def test_an_edit_on_the_hub_during_a_push_is_not_lost(hub, run_folder, tmp_path):
@@ -584,7 +594,7 @@ def test_an_edit_on_the_hub_during_a_push_is_not_lost(hub, run_folder, tmp_path)
     push_all(hub, tmp_path / "home", job)
     (run_folder / "evaluation.json").unlink()
     (run_folder / "samples.png").write_bytes(b"another picture")
-    text = hub.read("models", "org/m", "README.md").decode().replace("# run", "# Renamed")
+    text = hub.read("models", "org/m", "README.md").decode().replace("# m\n", "# Renamed\n")
     hub.before["POST .*/commit/main"] = lambda: hub.commit("models", "org/m", "edit", {"README.md": text.encode()})
     (done,) = push_all(hub, tmp_path / "home", job)
     assert "url" in done
@@ -769,11 +779,11 @@ def test_loading_by_name(hub, tmp_path):
     expected = [
         weights_hash(second),
         weights_hash(first),
-        "'org/m' has no revision 'v9'",
+        "the Hub answered 404 for 'org/m': Invalid rev id: v9",
         "no repository of that name on the Hub",
         "no repository of that name on the Hub",
         weights_hash(MODEL),
-        "'org/gated' is gated: ask for access",
+        "the Hub answered 403 for 'org/gated': Access to model org/gated is restricted",
         "'org/text' holds a StableDiffusionPipeline (unet: UNet2DConditionModel, vae: AutoencoderKL), not a DDPM",
         "'org/no-pipeline' holds no diffusers pipeline: there is no model_index.json",
         "'org/no-weights' has no safetensors weights",
@@ -857,7 +867,7 @@ def test_training_from_the_hub_and_to_the_hub(hub, tmp_path):
     assert "updates: 6 of 8 images" in card.text
 
     command = f"ddpm-hf push {tmp_path / 'failing'} --repo_id tester/failing"
-    assert "may not write to 'tester/failing'" in output["failing"]
+    assert "the Hub answered 403 for 'tester/failing'" in output["failing"]
     assert f"nothing is lost, and this finishes it: {command}" in output["failing"]
     assert TOKEN not in (tmp_path / "failing" / "training_config.yaml").read_text()
     assert not list((tmp_path / "failing").glob(".push-*"))

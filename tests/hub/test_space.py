@@ -68,7 +68,8 @@ def test_requirements_are_those_of_the_package():
 
 def test_a_space_is_whole(space, run_folder):
     files = {path.relative_to(space).as_posix() for path in space.rglob("*") if path.is_file()}
-    package = {path.relative_to(ROOT).as_posix() for path in (ROOT / "ddpm_hf").rglob("*.py")}
+    sources = (path for path in (ROOT / "ddpm_hf").rglob("*") if path.suffix in (".py", ".md"))
+    package = {path.relative_to(ROOT).as_posix() for path in sources}
     model = {"model/README.md", "model/model_index.json", "model/scheduler/scheduler_config.json"} | {
         "model/unet/config.json",
         "model/unet/diffusion_pytorch_model.safetensors",

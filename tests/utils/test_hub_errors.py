@@ -48,15 +48,15 @@ def test_passing_failures_are_waited_out_and_others_are_not(monkeypatch):
 
         return call
 
-    assert hub_errors.patiently(failing(answered(503), httpx2.ReadTimeout("slow")), "org/m") == "done"
+    assert hub_errors.retried(failing(answered(503), httpx2.ReadTimeout("slow")), "org/m") == "done"
     assert waited == [1, 2]
     for error in (answered(403), httpx2.ConnectError("refused"), LocalEntryNotFoundError("not here")):
         with pytest.raises(OSError, match=r"org/m|no answer"):
-            hub_errors.patiently(failing(error), "org/m")
+            hub_errors.retried(failing(error), "org/m")
     with pytest.raises(OSError, match="the Hub answered 503"):
-        hub_errors.patiently(failing(*[answered(503)] * 3), "org/m")
+        hub_errors.retried(failing(*[answered(503)] * 3), "org/m")
     with pytest.raises(KeyError):  # a bug is no matter of the network
-        hub_errors.patiently(failing(KeyError("bug")), "org/m")
+        hub_errors.retried(failing(KeyError("bug")), "org/m")
     assert waited == [1, 2, 1, 2]
 
 
