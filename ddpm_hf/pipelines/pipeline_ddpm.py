@@ -93,7 +93,7 @@ class DDPMPipeline(PortableConfigMixin, PrivateByDefault, StockDDPMPipeline):
             kwargs: As in diffusers: `revision`, `cache_dir`, `token`, `local_files_only`, `dtype`, ...
 
         Raises:
-            OSError: It is not there, may not be read, or broke off.
+            OSError: It is not there, may not be read, or the download was interrupted.
             ValueError: It is no DDPM, or `use_safetensors=False` was asked for.
         """
         if kwargs.get("use_safetensors") is False:
