@@ -5,11 +5,15 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 from .files import check_opens, make_snapshot
 from .publish import Push, quiet_client
+
+# Seconds that the end of a run waits for its last push; one that hangs for longer is given up.
+MOST_WAIT = 1800.0
 
 
 class BackgroundPush:
@@ -73,10 +77,13 @@ class BackgroundPush:
             errors.append(kind + " ".join(str(error).split()))
 
     def finish(self) -> bool:
-        """Wait for what is still to be pushed, and return whether the last push succeeded."""
+        """Wait for what is still to be pushed, up to `MOST_WAIT`, and return whether the last push succeeded."""
+        end = time.monotonic() + MOST_WAIT
         while self._thread is not None:
             self.log(f"waiting for the push to {self.push.repo_id}")
-            self._thread.join()
+            self._thread.join(max(0.0, end - time.monotonic()))
+            if self._thread.is_alive():
+                self.stop()
             self.poll()
         return not self._failed
 

@@ -1,5 +1,7 @@
 """Which class a label means: one rule for names and numbers, in every place where a class is asked for."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from ddpm_hf.data.class_labels import Classes, ClassIndex, sorted_names
 from ddpm_hf.data.datasets import ImageDataset, load_digits
 from ddpm_hf.evaluation.run import EvaluationOptions, evaluate_likelihood
 from ddpm_hf.hub.model_card import CardFacts, ModelFacts, make_card
-from ddpm_hf.hub.space_demo import Demo
+from ddpm_hf.hub.space_app import Demo
 from ddpm_hf.pipelines.figures import progressive_generation
 from ddpm_hf.sampling.generation import class_sequence, generate, write_samples
 
@@ -126,9 +128,11 @@ def test_every_way_to_ask_for_a_class_gives_the_same_images(numbered, tmp_path):
         figure = progressive_generation(numbered, [0], class_labels=label)
         assert torch.allclose(figure.x_t[:, -1].clamp(-1, 1), one * 2 - 1, atol=1e-4)
     numbered.save_pretrained(tmp_path / "model")
-    demo = Demo([str(tmp_path / "model")])
-    (*_, last) = demo.sample(str(tmp_path / "model"), "0", 10, "ddpm", "1")
-    assert np.array_equal(np.asarray(last.images[0]), pixels[0, 0].numpy())
+    demo = Demo(str(tmp_path / "model"))
+    (*_, (_, _, images, _)) = demo.sample(
+        str(tmp_path / "model"), "0", 10, "ddpm", "1", 1, SimpleNamespace(session_hash=None)
+    )
+    assert np.array_equal(np.asarray(images[0]), pixels[0, 0].numpy())
     assert "class_labels='1'" in make_card(ModelFacts.read(tmp_path / "model"), CardFacts("m"))
 
 

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -101,3 +102,18 @@ def test_a_push_that_hangs_does_not_hold_up_the_end(hub, tmp_path):
     assert time.monotonic() - started < 30
     assert "not pushed (the run ended first); nothing is lost, and this finishes it" in answer["lines"][-1]
     assert answer["left"] == []
+
+
+def test_the_end_of_a_run_waits_for_a_hanging_push_for_a_while_only(tmp_path, monkeypatch):
+    hanging = threading.Event()
+    monkeypatch.setattr(HfApi, "model_info", lambda *arguments, **options: hanging.wait())
+    monkeypatch.setattr("ddpm_hf.hub.background.quiet_client", lambda: None)  # for the whole process
+    monkeypatch.setattr("ddpm_hf.hub.background.MOST_WAIT", 0.05)
+    run, lines = tmp_path / "run", []
+    shutil.copytree(MODEL, run)
+    pushes = BackgroundPush(Push(str(run), "org/run", token=TOKEN), lines.append)
+    pushes.offer("version 0")
+    assert not pushes.finish()
+    assert "not pushed (the run ended first); nothing is lost, and this finishes it" in lines[-1]
+    assert not list(run.glob(".push-*"))
+    hanging.set()
