@@ -93,7 +93,7 @@ class DDPMPipeline(PortableConfigMixin, PrivateByDefault, StockDDPMPipeline):
             kwargs: As in diffusers: `revision`, `cache_dir`, `token`, `local_files_only`, `dtype`, ...
 
         Raises:
-            OSError: It is not there, may not be read, or the download was interrupted.
+            OSError: It is not there, may not be read, or broke off.
             ValueError: It is no DDPM, or `use_safetensors=False` was asked for.
         """
         if kwargs.get("use_safetensors") is False:
@@ -229,7 +229,7 @@ class DDPMPipeline(PortableConfigMixin, PrivateByDefault, StockDDPMPipeline):
                 `mask_image`.
             strength: With `image`: the share of the chain to go back, so that t = strength T; 0 keeps the image, 1
                 keeps next to nothing of it.
-            mask_image: With `image`: new pixels where it is white, keep the image where it is black (RePaint, Lugmayr
+            mask_image: With `image`: draw anew where it is white, keep the image where it is black (RePaint, Lugmayr
                 et al. 2022). A PIL image, or an array or tensor `[H, W]` (or one per image).
             resample_length, resample_times: RePaint's j and r: every j steps the chain goes back j steps, so that
                 each stretch is taken r times and the two parts fit together. `resample_times=1` never goes back.

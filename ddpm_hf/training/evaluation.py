@@ -170,7 +170,7 @@ class TrainingEvaluation:
         except UserError:
             best = None
         if best is not None and not _comparable(best, report, name):
-            say(f"{folder} was chosen by another number than {name} as it is measured now, and is chosen again")
+            say(f"{folder} was chosen by another number than {name} as it is measured now, and is chosen anew")
             best = None
         if math.isnan(value):
             return

@@ -121,7 +121,7 @@ def start_accelerator(config: TrainingConfig) -> Accelerator:
             project_dir=str(Path(config.output_dir) / config.logging_dir),
         )
     except (ValueError, ImportError) as error:  # also a second precision in one process, which it has one of
-        raise UserError(f"accelerate cannot be set up as configured: {' '.join(str(error).split())}") from error
+        raise UserError(f"accelerate cannot be set up as asked for: {' '.join(str(error).split())}") from error
     _check_engine(accelerator, config)
     reduce_in_float32(accelerator)
     if accelerator.device.type == "cpu":
