@@ -27,7 +27,8 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
 from ddpm_hf import DDPMPipeline, DDPMScheduler, Trainer, TrainingConfig, UNet2DModel
-from ddpm_hf.data.datasets import load_images, to_model_range
+from ddpm_hf.data.datasets import load_images
+from ddpm_hf.data.tensors import to_model_range
 from ddpm_hf.diffusion.likelihood import bits_per_dim, stratified_bits_per_dim
 from ddpm_hf.pipelines.inference import optimize_for_inference
 from ddpm_hf.presets import get_preset

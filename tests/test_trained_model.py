@@ -12,7 +12,8 @@ from sklearn.datasets import load_digits as sklearn_digits
 from sklearn.svm import SVC
 
 from ddpm_hf import DDPMPipeline, bits_per_dim, stratified_bits_per_dim
-from ddpm_hf.data.datasets import load_digits, to_model_range
+from ddpm_hf.data.datasets import load_digits
+from ddpm_hf.data.tensors import to_model_range
 from ddpm_hf.sampling.generation import generate, with_sampler
 
 

@@ -35,11 +35,21 @@ _KINDS: dict[Any, tuple[str, str, Callable[[str], Any]]] = {
 
 
 def _add_flag(
-    group: Any, names: str, kind: type, default: Any, help: str, limit: Limit | None = None, **more: Any
+    group: Any,
+    names: str,
+    kind: type,
+    default: Any,
+    help: str,
+    limit: Limit | None = None,
+    *,
+    may_be_null: bool = False,
+    **more: Any,
 ) -> None:
     placeholder, takes, read = _KINDS[kind]
 
     def convert(text: str) -> Any:
+        if may_be_null and text == "null":
+            return None
         try:
             value = read(text)
         except (ValueError, KeyError):
@@ -108,7 +118,8 @@ def add_config_flags(parser: Parser, config_class: type) -> None:
         kind = [kind for kind in typing.get_args(hint) or (hint,) if kind is not NoneType][-1]
         several = {"nargs": "+"} if typing.get_origin(kind) is list else {}
         kind = typing.get_args(kind)[0] if several else kind
-        flag(f"--{field.name}", kind, field.default, field.metadata["help"], **several)
+        null = field.default is None  # which takes the place of what a file says
+        flag(f"--{field.name}", kind, field.default, field.metadata["help"], may_be_null=null, **several)
 
 
 def parse_configs(parser: Parser, arguments: Sequence[str], *config_classes: type) -> list[Any]:
@@ -141,16 +152,16 @@ def _arguments_of_file(parser: Parser, path: str) -> list[str]:
         several = isinstance(value, list)
         if (value is None and flags[key].default is not None) or (several and flags[key].nargs != "+"):
             raise UserError(f"--config {path}: {key} takes one value, got {value!r}")
+        takes_text = flags[key].metavar == _KINDS[str][0]
+        if value is False and takes_text:
+            value = "no"  # as in `mixed_precision: no`
+        elif takes_text and isinstance(value, (bool, int, float)):  # YAML reads 007 as 7, and 1.50 as 1.5
+            raise UserError(f"--config {path}: {key} takes text, got {value!r}; put it between quotes")
         if several:  # with a space before it, -1e-05 is a value, and no flag
-            arguments += [f"--{key}", *(f" {_text(part)}" for part in value)]
-        elif value is not None:
-            arguments.append(f"--{key}={_text(value)}")
+            arguments += [f"--{key}", *(f" {part}" for part in value)]
+        else:
+            arguments.append(f"--{key}={'null' if value is None else value}")
     return arguments
-
-
-def _text(value: Any) -> str:
-    """Return a value of a YAML file as it is typed: what is `no` there arrives here as `False`."""
-    return ("yes" if value else "no") if isinstance(value, bool) else str(value)
 
 
 def given(values: Any, *names: str) -> dict[str, Any]:

@@ -22,7 +22,7 @@ def reproduction_parser(prog: str | None = None) -> Parser:
 
 def _parser(prog: str | None, description: str, *config_classes: type) -> Parser:
     parser = Parser(prog, description)
-    text = "a YAML file of these flags, without the dashes; the command line wins"
+    text = "a YAML file of these flags, without the dashes; the command line wins; null is a flag left out"
     parser.group("configuration")("--config", str, None, text, action="append")
     for config_class in config_classes:
         add_config_flags(parser, config_class)

@@ -32,19 +32,11 @@ def class_number(name: str) -> int | None:
 def sorted_names(names: Iterable[str]) -> list[str]:
     """Sort class names: numbers as numbers (1, 2, 10), and before words."""
 
-    def key(name: str) -> tuple[bool, int, str]:
-        number = class_number(name)
-        return number is None, number or 0, name
-
-    return sorted(names, key=key)
+    return sorted(names, key=lambda name: (class_number(name) is None, class_number(name) or 0, name))
 
 
 def number_labels(values: Sequence[Any], where: str) -> tuple[torch.Tensor, list[str]]:
-    """Return `[N]` int64 class indices 0, 1, ... of whole numbers or strings, and the classes' names in their order.
-
-    Raises:
-        UserError: A missing label, something else than numbers and strings, or both of them.
-    """
+    """Return `[N]` int64 class indices of whole numbers or strings, and the classes' names; a UserError for others."""
     kinds = {type(value) for value in values}
     if not kinds <= {int} and not kinds <= {str}:
         strange = next((repr(value) for value in values if type(value) not in (int, str)), "both")
@@ -55,7 +47,7 @@ def number_labels(values: Sequence[Any], where: str) -> tuple[torch.Tensor, list
 
 
 def as_list(labels: ClassLabels) -> list[Any]:
-    """Return class labels, which may be one or many, in an array or a tensor, as a list."""
+    """Return one class label or many, in an array or a tensor too, as a list."""
     if isinstance(labels, torch.Tensor | np.ndarray):
         return labels.reshape(-1).tolist()
     if isinstance(labels, str | bytes) or not isinstance(labels, Iterable):
@@ -97,8 +89,7 @@ class Classes:
     def index(self, label: Any) -> ClassIndex:
         """Return the index of a class, given by its exact name or its number (also as text), or `None` for "no class".
 
-        Raises:
-            UserError: There is no such class, the number could be two of them, or it is no whole number.
+        Raises a UserError if there is no such class, the number could be two of them, or it is no whole number.
         """
         if isinstance(label, torch.Tensor | np.generic | np.ndarray) and label.ndim == 0:
             label = label.item()
@@ -126,15 +117,13 @@ class Classes:
     def checked(self, labels: ClassLabels, guidance_scale: float, batch_size: int) -> torch.Tensor | None:
         """Return `[B]` class indices, or `None` for an unconditional network; numbers or vectors with an `embedding`.
 
-        `labels` is one for all images, or one per image; by name or number (see `index`), "no class" for `None`.
-
-        Raises:
-            UserError: Classes or guidance that the network does not have, or another number of labels.
+        `labels` is one for all images, or one per image, as `index` takes them. Raises a UserError for classes or
+        guidance that the network does not have, or another number of labels.
         """
         if not math.isfinite(guidance_scale):
             raise UserError(f"guidance_scale must be a finite number, got {guidance_scale}")
         if self.embedding is not None:
-            return _one_per_image(self._numbers(labels, guidance_scale), batch_size)
+            return one_per_image(self._numbers(labels, guidance_scale), batch_size, "class_labels")
         if self.count is None:
             if labels is not None or guidance_scale != 1:
                 raise UserError("class_labels and guidance_scale are for class-conditional networks; this one is not")
@@ -144,12 +133,11 @@ class Classes:
         if labels is None and self.null is None:
             raise UserError(f"this network is class-conditional: give class_labels; its classes are {self.known()}")
         indices = torch.tensor([self.index(label) for label in as_list(labels)], dtype=torch.long)
-        return _one_per_image(indices, batch_size)
+        return one_per_image(indices, batch_size, "class_labels")
 
     def _numbers(self, labels: Any, guidance_scale: float) -> torch.Tensor:
         """Return what a network with an `embedding` takes: numbers `[n]`, or vectors `[n, D]`."""
-        vectors = self.embedding == "identity"
-        wanted = "a vector" if vectors else "a number"
+        wanted = "a vector" if (vectors := self.embedding == "identity") else "a number"
         if labels is None or guidance_scale != 1:
             network = f"this network (class_embed_type={self.embedding!r})"
             raise UserError(f"{network} takes {wanted} per image as class_labels, and no guidance_scale")
@@ -163,13 +151,10 @@ class Classes:
             raise UserError(f"class_labels must be {wanted} per image for this network, got {labels!r}") from None
 
     def of_names(self, names: list[str] | None) -> list[ClassIndex]:
-        """Return where a dataset's classes are among the network's, by their names.
+        """Return where a dataset's classes are among the network's: by name, if the network has names.
 
-        A network without names has numbers: a dataset's classes that are all called by numbers are those, others are
-        taken in their order, and must be as many.
-
-        Raises:
-            UserError: A class that the network does not know.
+        Otherwise classes that are all called by numbers are those numbers, and others are taken in their order. Raises
+        a UserError for a class that the network does not know.
         """
         own = self._indices()
         if self.names:
@@ -181,10 +166,8 @@ class Classes:
         elif all(class_number(name) is not None for name in names):
             found = [int(name) for name in names]
         elif len(names) < len(own):
-            network = f"the network has the classes {self.known()} without names"
-            raise UserError(
-                f"{network}, and the images have {len(names)}: {', '.join(names)}; call these by its numbers"
-            )
+            images = f"the images have {len(names)}: {', '.join(names)}; call these by its numbers"
+            raise UserError(f"the network has the classes {self.known()} without names, and {images}")
         else:
             found = list(range(len(names)))
         if outside := [i for i in found if i not in own]:
@@ -192,12 +175,9 @@ class Classes:
         return [ClassIndex(i) for i in found]
 
     def of_dataset(self, data: Any) -> torch.Tensor | None:
-        """Return a dataset's (`data.load_images`) labels as this network numbers them, `[N]`; `None` if unconditional.
+        """Return a dataset's labels as this network numbers them, `[N]`; `None` if it is unconditional.
 
-        Images without labels have "no class" where the network knows it.
-
-        Raises:
-            ValueError: A class that the network does not know, or no labels where it needs them.
+        Images without labels have "no class". Raises a UserError if the network does not know them.
         """
         if self.embedding is not None:
             raise UserError(f"this network (class_embed_type={self.embedding!r}) knows no classes of a dataset")
@@ -213,8 +193,9 @@ class Classes:
         return table[data.labels]
 
 
-def _one_per_image(values: torch.Tensor, batch_size: int) -> torch.Tensor:
-    """Repeat one value for all images; values that are as many as the images stay."""
+def one_per_image(values: torch.Tensor, batch_size: int, name: str) -> torch.Tensor:
+    """Repeat one value for all images; raises a UserError if values are neither one nor as many as the images."""
     if len(values) not in (1, batch_size):
-        raise UserError(f"got {len(values)} class_labels for {batch_size} images; give one, or one per image")
+        got = f"{len(values)} {name if name.endswith('s') else f'of {name}'}"
+        raise UserError(f"got {got} for {batch_size} images; give one, or one per image")
     return values.expand(batch_size, *values.shape[1:])

@@ -1,11 +1,8 @@
-"""Images in, uint8 tensors out: the entry point `load_images`, and what it gives.
+"""Images in, uint8 tensors out: the entry point `load_images`.
 
-Three kinds of datasets, all giving `[n, C, H, W]` uint8 and `[n]` int64 labels (or `None`):
-
-- `ImageDataset`: decoded once, in memory. What fits into `memory_limit_bytes` becomes this.
-- `LazyImageDataset`: decodes the images of a batch when it is asked for, in threads. What does not fit, and everything
-  that is cropped at random, because a random crop needs the whole image again every time.
-- `StreamedImages`: for datasets larger than the disk; read from beginning to end, shuffled in a buffer.
+It gives `[n, C, H, W]` uint8 and `[n]` int64 labels (or `None`), in one of three kinds: an `ImageDataset` is decoded
+once, in memory; a `LazyImageDataset`, for what does not fit into `memory_limit_bytes` or is cropped at random, batch
+by batch, in threads; `StreamedImages`, larger than the disk, are read from beginning to end and shuffled in a buffer.
 
 Where images come from is in `folders.py` and `tables.py`, what becomes of each in `decoding.py`.
 """
@@ -30,24 +27,9 @@ from .decoding import DecodeOptions, decode_all, leave_out_bad
 from .folders import open_folder
 from .streams import StreamedImages
 from .tables import TableOptions, open_rows
-from .tensors import ImageDataset, LazyImageDataset, Source, crop_seeds, flip_images, to_model_range, to_uint8
+from .tensors import ImageDataset, LazyImageDataset, Source
 
-__all__ = [
-    "ImageDataset",
-    "Images",
-    "LazyImageDataset",
-    "StreamedImages",
-    "crop_seeds",
-    "flip_images",
-    "load_digits",
-    "load_images",
-    "to_model_range",
-    "to_uint8",
-]
-
-_DIGITS_FILE = Path(__file__).with_name("digits.safetensors")
-# So many images are read, then decoded in parallel, while a dataset is decoded once and for all.
-_CHUNK = 512
+_CHUNK = 512  # so many images are read, then decoded in parallel, while a dataset is decoded once and for all
 
 Images = ImageDataset | LazyImageDataset | StreamedImages
 
@@ -67,17 +49,13 @@ def load_images(
     Args:
         dataset: A built-in dataset: `digits`.
         dataset_name: Hub id or local path for `datasets`.
-        train_data_dir: A folder of image files, of `.npy`/`.npz` arrays or of parquet files, or one array or parquet
-            file.
+        train_data_dir: A folder of images, of `.npy`/`.npz` arrays or of parquet files, or one array or parquet file.
         split: `train`, or `validation` for what is held out of training; with `dataset_name` also one of the dataset's
             own, such as `test`, or `validation` where nothing is held out.
         validation_split: Share (0..1) of `train` to hold out, chosen before anything is decoded; of a stream by the
             content of each image, so that it is about this share.
-        streaming: Read a dataset of `dataset_name` or parquet files from end to end without keeping it:
-            [`StreamedImages`].
-        options: Those of [`TableOptions`] (`config_name`, `cache_dir`, `image_column`, `label_column`) and of
-            [`DecodeOptions`] (`channels`, `resolution`, `background`, `value_range`, `array_layout`, `crop`,
-            `on_bad_image`, `memory_limit_bytes`, `num_workers`, `shuffle_buffer`, `report`).
+        streaming: Read a dataset of `dataset_name` or parquet files without keeping it: `StreamedImages`.
+        options: The fields of `TableOptions` and of `DecodeOptions`.
 
     Raises:
         UserError: None or several of the three given, or the images cannot be loaded or do not fit.
@@ -109,13 +87,14 @@ def load_images(
     own = dataset_name is not None and split != "train" and not (split == "validation" and validation_split)
     if not own and split not in ("train", "validation"):
         raise UserError(f"split must be train or validation, got {split!r}{nearest(split, ('train', 'validation'))}")
+    name, split_read = given[0], split if own else "train"
     found = None if train_data_dir is None else open_folder(Path(train_data_dir), decode)
     if found is not None and streaming:
         raise UserError("streaming is for --dataset_name and for parquet files; others are read as needed without it")
     share, held_out = (0.0, False) if own else (validation_split, split == "validation")
     if streaming:
-        return StreamedImages(given[0], split if own else "train", table, decode, share, held_out)
-    source = found or open_rows(given[0], split if own else "train", table, decode)
+        return StreamedImages(name, split_read, table, decode, share, held_out)
+    source = found or open_rows(name, split_read, table, decode)
     order = torch.randperm(source.count, generator=derived_generator(0, "validation split"))
     count = round(share * source.count)
     return _load(source, (order[:count] if held_out else order[count:]).sort().values, decode)
@@ -124,15 +103,11 @@ def load_images(
 def load_digits(split: str = "train") -> ImageDataset:
     """Load handwritten digits of this package, 8x8 grey (UCI optical recognition test set, 1,797 images, CC BY 4.0).
 
-    Every sixth image of each class is held out (`validation`, 296), the other 1,501 are for training. The values 0..16
-    of the original are scaled to 0..255.
-
-    Raises:
-        UserError: The split is not `train`, `validation` or `all`.
+    Every sixth image of each class is held out (`validation`, 296; `train` 1,501; `all`). 0..16 are scaled to 0..255.
     """
     if split not in ("train", "validation", "all"):
         raise UserError(f"digits has the splits train, validation and all, not {split!r}")
-    file = load_file(_DIGITS_FILE)
+    file = load_file(Path(__file__).with_name("digits.safetensors"))
     labels = file["labels"].long()
     whole = ImageDataset(file["images"], labels, "digits", [str(digit) for digit in range(10)])
     if split == "all":
@@ -140,15 +115,11 @@ def load_digits(split: str = "train") -> ImageDataset:
     held_out = torch.zeros(len(whole), dtype=torch.bool)
     for label in range(10):
         held_out[(labels == label).nonzero().flatten()[5::6]] = True
-    return whole.subset((held_out if split == "validation" else ~held_out).nonzero().flatten())
+    return whole.subset((held_out == (split == "validation")).nonzero().flatten())
 
 
 def _load(source: Source, rows: Tensor, options: DecodeOptions) -> ImageDataset | LazyImageDataset:
-    """Load the images at `rows` of a source: into memory if they fit, to be decoded as needed if they do not.
-
-    Raises:
-        UserError: Images that cannot be read, of different sizes, or none.
-    """
+    """Load the images at `rows` of a source: into memory if they fit, to be decoded as needed if they do not."""
     limit, resolution = options.memory_limit_bytes, options.resolution
     if resolution is not None and len(rows) * options.channels * resolution[0] * resolution[1] > limit:
         return LazyImageDataset(source, rows, options)

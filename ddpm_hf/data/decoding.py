@@ -35,11 +35,7 @@ def _warn(message: str) -> None:
 
 @dataclass(frozen=True)
 class DecodeOptions:
-    """How the images of a dataset are decoded.
-
-    Raises:
-        UserError: A setting that has no meaning; says which values have one.
-    """
+    """How the images of a dataset are decoded; a setting that has no meaning raises a UserError."""
 
     channels: int = 3  # 1 (grey) or 3 (RGB) for image files; any number for arrays, which must have just as many
     resolution: tuple[int, int] | None = None  # (height, width), or `None` to keep each image's own
@@ -83,9 +79,8 @@ Encoded = Path | bytes | str | dict[str, Any] | None
 def read_bytes(source: Encoded) -> bytes:
     """Read an image file; URLs may also be those that `datasets` makes, such as `zip://a.png::b.zip`.
 
-    Raises:
-        ConnectionError: The server of a URL cannot be reached.
-        Exception: It cannot be read: OSError, or whatever else `fsspec` raises, which knows many kinds of URLs.
+    Raises a ConnectionError if a server cannot be reached; else OSError, or what `fsspec` raises for its kinds of
+    URLs.
     """
     if isinstance(source, dict):
         return read_bytes(source["path"] if source["bytes"] is None else source["bytes"])
@@ -110,8 +105,8 @@ def read_bytes(source: Encoded) -> bytes:
 
 def _download(url: str) -> bytes:
     """Read a file on the web: one that is not there is an OSError, a server that fails a ConnectionError."""
-    # Characters that may not be in a URL, such as spaces, are quoted as browsers do it.
-    request = Request(quote(url, safe="!#$%&'()*+,/:;=?@[]~"), headers={"User-Agent": "ddpm_hf"})
+    quoted = quote(url, safe="!#$%&'()*+,/:;=?@[]~")  # spaces and the like, as browsers do it
+    request = Request(quoted, headers={"User-Agent": "ddpm_hf"})
     try:
         with urlopen(request, timeout=_URL_TIMEOUT_SECONDS) as response:
             return response.read()
@@ -129,9 +124,7 @@ def _download(url: str) -> bytes:
 def read_image(source: Encoded | Image.Image, options: DecodeOptions, crop_seed: int | None = None) -> np.ndarray:
     """Decode an image file (see `read_bytes`) or an open image as uint8 `[C, H, W]`; for `crop_seed` see `crop_box`.
 
-    Raises:
-        UserError: It cannot be read, or not be made into that; the reason, without the file's name.
-        ConnectionError: The server of a URL cannot be reached.
+    Raises a UserError with the reason, without the file's name; a ConnectionError where a server cannot be reached.
     """
     content = b""
     try:
@@ -191,19 +184,14 @@ def crop_box(
 ) -> tuple[int, int, int, int]:
     """Return the largest box of the target's shape, in whole pixels, as `(left, top, right, bottom)`.
 
-    Cropping comes before resizing, so that an image which only has to be cropped keeps its pixels as they are.
-    `crop_seed` chooses one of all places with equal probability; it is the centre for `None`.
+    It is in the centre, or `crop_seed` chooses one of all places. Cropped first, images that fit keep their pixels.
     """
     target_height, target_width = resolution
-    box_height, box_width = height, width
-    if width * target_height > height * target_width:
-        box_width = max(1, round(height * target_width / target_height))
-    else:
-        box_height = max(1, round(width * target_height / target_width))
+    box_height = min(height, max(1, round(width * target_height / target_width)))
+    box_width = min(width, max(1, round(height * target_width / target_height)))
     slack_y, slack_x = height - box_height, width - box_width
-    if crop_seed is None:
-        top, left = slack_y // 2, slack_x // 2
-    else:
+    top, left = slack_y // 2, slack_x // 2
+    if crop_seed is not None:
         # A hash and not a library's generator: the same place on every machine and in every version.
         digest = hashlib.blake2b(str(crop_seed).encode(), digest_size=8).digest()
         top = int.from_bytes(digest[:4], "little") * (slack_y + 1) >> 32
@@ -220,11 +208,7 @@ def _crop_and_resize(image: Image.Image, resolution: tuple[int, int] | None, cro
 
 
 def scale_to_uint8(values: np.ndarray, value_range: tuple[float, float]) -> np.ndarray:
-    """Scale values of a stated range to uint8: its lower end becomes 0, its upper end 255, rounded in between.
-
-    Raises:
-        UserError: A value that would have to be clipped (it rounds to a value outside 0..255), or is not a number.
-    """
+    """Scale `value_range` to 0..255, rounded; a UserError for NaN, and for a value that would have to be clipped."""
     low, high = value_range
     scaled = np.rint((np.asarray(values, dtype=np.float64) - low) / (high - low) * 255)
     outside = ~((scaled >= 0) & (scaled <= 255))  # true for NaN as well
@@ -234,11 +218,7 @@ def scale_to_uint8(values: np.ndarray, value_range: tuple[float, float]) -> np.n
 
 
 def read_array(array: np.ndarray, options: DecodeOptions, crop_seed: int | None = None) -> np.ndarray:
-    """Convert one image of numbers `[C, H, W]` to uint8 `[C, H, W]`; see [`read_image`].
-
-    Raises:
-        UserError: Numbers without a stated range, or outside it.
-    """
+    """Convert one array `[C, H, W]` to uint8; raises a UserError for numbers outside their range, or without one."""
     if options.value_range is not None:
         pixels = scale_to_uint8(array, options.value_range)
     elif array.dtype == np.uint8:
@@ -260,8 +240,7 @@ def decode_all(
 ) -> list[np.ndarray | ValueError]:
     """Decode images (for `read_image` or `read_array`) in threads: Pillow releases the interpreter's lock.
 
-    Returns:
-        uint8 `[C, H, W]` for each image, or the error: every unreadable image has to be named, not only the first.
+    Returns uint8 `[C, H, W]` for each image, or its error: every unreadable image has to be named, not only the first.
     """
     seeds = crop_seeds if crop_seeds is not None and options.crop == "random" else [None] * len(sources)
 
@@ -281,11 +260,7 @@ def decode_all(
 
 
 def refuse_bad(bad: Mapping[str, ValueError], total: int, options: DecodeOptions, what: str = "images") -> None:
-    """Raise if some of `total` images are unreadable and not to be skipped; `bad` says why, by what they are called.
-
-    Raises:
-        UserError: Names every bad image; where they are many, in a warning each.
-    """
+    """Raise a UserError that names the unreadable ones (`bad`: name to reason) of `total`, unless they are skipped."""
     if not bad or options.on_bad_image == "skip":
         return
     named = [f"{where} ({error})" for where, error in bad.items()]

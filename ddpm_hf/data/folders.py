@@ -1,6 +1,6 @@
 """Folders of image files or arrays, and single array files; links are followed, labels come from folders or files.
 
-`open_folder` finds out what a folder holds, and refuses what is not read with a sentence that says what to do.
+`open_folder` finds out what a folder holds. What is not read raises a `UserError` that says what to do.
 """
 
 from __future__ import annotations
@@ -23,10 +23,8 @@ from .decoding import DecodeOptions, leave_out_bad
 from .tensors import Source
 
 ARRAY_SUFFIXES = (".npy", ".npz")
-# What `datasets` reads columns from in a folder of images.
-METADATA = ("metadata.csv", "metadata.jsonl")
-# What StyleGAN's and EDM's tools write labels to.
-_LABEL_FILE = "dataset.json"
+METADATA = ("metadata.csv", "metadata.jsonl")  # what `datasets` reads columns from in a folder of images
+_LABEL_FILE = "dataset.json"  # what StyleGAN's and EDM's tools write labels to
 _ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".7z", ".rar", ".zst")
 _SPLIT_NAMES = {"train", "training", "test", "testing", "val", "valid", "validation", "dev"}
 # Names of the images and of their labels in .npz files: the plain ones, and those that numpy.savez makes up.
@@ -46,11 +44,7 @@ class Listing:
 
 
 def list_folder(folder: Path) -> Listing:
-    """List all files of a folder and its subfolders, through links, but those in hidden folders (`.name`, `__MACOSX`).
-
-    Raises:
-        UserError: A folder cannot be listed.
-    """
+    """List all files of a folder and its subfolders, through links, but not in hidden ones (`.name`, `__MACOSX`)."""
     _list_into(found := Listing(), folder, [folder.resolve()])
     found.files.sort()
     return found
@@ -102,12 +96,7 @@ def image_suffixes() -> set[str]:
 
 
 def open_folder(folder: Path, options: DecodeOptions) -> Source | None:
-    """Open a folder or an array file; return `None` for what `datasets` reads: parquet, and what `save_to_disk` wrote.
-
-    Raises:
-        UserError: There is no such folder, no images are in it or several kinds of files, it is of a kind that is not
-            read, or its arrays cannot be read.
-    """
+    """Open a folder or an array file; `None` for what `datasets` reads: parquet, and what `save_to_disk` wrote."""
     shown = repr(str(folder))
     if folder.is_file():
         kinds = _by_kind([folder])
@@ -136,6 +125,7 @@ def open_folder(folder: Path, options: DecodeOptions) -> Source | None:
     if kinds["parquet"]:
         return None
     files, name = kinds["images"] or kinds["arrays"], folder.resolve().name
+    paths = files  # the file of each image
     first = sorted({path.relative_to(folder).parts[0] for path in files if path.parent != folder})
     if labels is None and len(first) > 1 and {part.lower() for part in first} <= _SPLIT_NAMES:
         example = min(first, key=lambda part: "train" not in part.lower())
@@ -143,17 +133,15 @@ def open_folder(folder: Path, options: DecodeOptions) -> Source | None:
         raise UserError(f"{named} look like splits, not classes; name one, for example {str(folder / example)!r}")
     if kinds["images"]:
         source = Source(name, len(files), lambda rows: [files[row] for row in rows], lambda row: str(files[row]))
-        paths = files
     else:
         source, paths = _open_arrays(name, files, options)
     if labels is not None:
         _label_by_file(source, folder, paths, labels, files, options)
-    elif source.labels is None:  # labels in array files say more than the folders that these are in
-        classes = first_folders(folder, paths, options)
-        if classes is not None and len(set(classes)) > 1:
-            source.labels, source.class_names = number_labels(classes, shown)
-            if empty := sorted(set(listing.folders) - set(classes)):
-                options.report(f"no images are in {', '.join(empty)} in {shown}, so these are no classes")
+    # labels in array files say more than the folders that these are in
+    elif source.labels is None and len(set(classes := first_folders(folder, paths, options) or [])) > 1:
+        source.labels, source.class_names = number_labels(classes, shown)
+        if empty := sorted(set(listing.folders) - set(classes)):
+            options.report(f"no images are in {', '.join(empty)} in {shown}, so these are no classes")
     return source
 
 
@@ -165,9 +153,8 @@ def _dangling_images(folder: Path, dangling: list[Path], options: DecodeOptions)
         what = f"{len(dangling)} link(s) in {str(folder)!r} lead to nothing: {named}{more}"
         raise UserError(f"{what}; fix or remove them, or leave them out with --on_bad_image skip")
     images = [path for path in dangling if path.suffix.lower() in {*image_suffixes(), *ARRAY_SUFFIXES}]
-    for path in dangling:
-        if path not in images:
-            options.report(f"left out {path}: a link to {path.readlink()}, which is not there")
+    for path in (path for path in dangling if path not in images):
+        options.report(f"left out {path}: a link to {path.readlink()}, which is not there")
     return images
 
 
@@ -212,11 +199,11 @@ def _report_left_out(folder: Path, others: list[Path], listing: Listing, options
 
 def first_folders(folder: Path, paths: list[Path], options: DecodeOptions) -> list[str] | None:
     """Return the first-level folder of each image; `None` if an image is in none, with a warning if others are."""
-    parts = [path.relative_to(folder).parts for path in paths]
     outside = [path for path in paths if path.parent == folder]
+    first = [path.relative_to(folder).parts[0] for path in paths if path.parent != folder]
     if not outside:
-        return [its_parts[0] for its_parts in parts]
-    if len({its_parts[0] for its_parts in parts if len(its_parts) > 1}) > 1:
+        return first
+    if len(set(first)) > 1:
         where = f"{len(outside)} of {len(paths)} images in {str(folder)!r} are in no folder ({few(outside, folder)})"
         options.report(f"{where}, so none of them has a class here")
     return None
@@ -225,11 +212,8 @@ def first_folders(folder: Path, paths: list[Path], options: DecodeOptions) -> li
 def read_label_file(folder: Path) -> dict[str, int | str] | None:
     """Read `dataset.json` as StyleGAN and EDM have it: `{"labels": [["00000/img00000000.png", 6], ...]}`.
 
-    Returns:
-        Labels by the images' paths in the folder, empty where it has none; `None` for no file, or one of another kind.
-
-    Raises:
-        UserError: It cannot be read, or has labels that are not whole numbers or strings, or two for one image.
+    Returns labels by the images' paths in the folder, empty where it has none; `None` for no file, or one of another
+    kind.
     """
     path = folder / _LABEL_FILE
     shown = repr(str(path))
@@ -255,21 +239,12 @@ def read_label_file(folder: Path) -> dict[str, int | str] | None:
 
 
 def _label_by_file(
-    source: Source,
-    folder: Path,
-    paths: list[Path],
-    labels: dict[str, int | str],
-    files: list[Path],
-    options: DecodeOptions,
+    source: Source, folder: Path, paths: list[Path], labels: dict[str, Any], files: list[Path], options: DecodeOptions
 ) -> None:
-    """Give a source the labels of `dataset.json`: `paths` has the file of each image, `files` all that are there.
-
-    Raises:
-        UserError: Labels of files that are not there, or of several images in one file.
-    """
-    where = repr(str(folder / _LABEL_FILE))
+    """Give a source the labels of `dataset.json`: `paths` has the file of each image, `files` all that are there."""
     if not labels:
         return
+    where = repr(str(folder / _LABEL_FILE))
     names = [path.relative_to(folder).as_posix() for path in paths]
     if gone := sorted(set(labels) - {path.relative_to(folder).as_posix() for path in files}):
         more = " ..." if len(gone) > 3 else ""
@@ -319,13 +294,8 @@ def _open_arrays(
 def open_arrays(path: Path, options: DecodeOptions, stack_only: bool = False) -> tuple[np.ndarray, np.ndarray | None]:
     """Open the images of a `.npy` or `.npz` file as `[N, C, H, W]`, and their labels `[N]` if the file has them.
 
-    One image (`HW`, `HWC`, `CHW`) is a stack of one. A `.npy` file is mapped into memory, not read. Pickles never are.
-
-    In a `.npz` file the images are called `images` or `arr_0`, or are all there is; labels `labels` or `arr_1`. With
-    `stack_only` two-dimensional arrays are refused, which in a file of many images can only be flattened ones.
-
-    Raises:
-        UserError: It cannot be read, or its shape or type has no meaning here; the reason, without the file's name.
+    One image (`HW`, `HWC`, `CHW`) is a stack of one, two-dimensional arrays not with `stack_only`. A `.npy` file is
+    mapped into memory. Pickles are never read. A UserError gives the reason without the file's name.
     """
     labels = None
     try:

@@ -23,20 +23,12 @@ class StreamedImages(DecodedOnDemand):
 
     Epoch e is the stream in an order drawn from (seed, e): its files shuffled, then its images in a buffer of
     `shuffle_buffer`. Update `step` of a run takes the positions step * total to (step + 1) * total of all epochs in a
-    row, so it sees the same images after a restart. Resuming at a later step reads past the images before it in their
-    epoch without decoding them; the first epoch is read, too, if its length is not known yet.
+    row, so it sees the same images after a restart. Resuming reads past the images before it without decoding them.
 
     Args:
-        name, split, table, options: The dataset, as for `open_rows`.
+        name, split, table, options: The dataset, as for `open_rows`, which says what a UserError is raised for.
         held_out_share: Share (0..1) of the images that is held out: a hash of their bytes decides which.
         held_out: Stream the held-out images instead of the others.
-
-    Attributes:
-        num_images: Images in one epoch, known (not `None`) after it was read once.
-
-    Raises:
-        UserError: The dataset cannot be loaded, has no images or no such columns, or a label column that does not say
-            which classes there are; or no size is chosen.
     """
 
     most_replacements = 100
@@ -66,11 +58,11 @@ class StreamedImages(DecodedOnDemand):
         super().__init__(name, class_names, options)
         self._image, self._label = image, None if class_names is None else label
         self._labels_needed = table.label_column is not None
+        self._where = lambda position: f"image {position} of the shuffled stream {name}"
         stream = stream.select_columns([image] if self._label is None else [image, self._label])
         self._stream = stream.cast_column(image, datasets.Image(decode=False))
-        self._held_out_share, self._held_out = held_out_share, held_out
-        self._unlabelled_reported = False
-        self.num_images: int | None = None
+        self._held_out_share, self._held_out, self._unlabelled_reported = held_out_share, held_out, False
+        self.num_images: int | None = None  # in one epoch, known after it was read once
         # The order that is read, what is left of it, and the rows ahead, from `_position` on, that are still needed.
         self._seed: int | None = None
         self._iterator: Iterator[dict[str, Any]] = iter(())
@@ -80,14 +72,9 @@ class StreamedImages(DecodedOnDemand):
     def batch_at(self, step: int, rows: range, total: int, seed: int) -> tuple[Tensor, Tensor | None]:
         """Decode images of update `step` of the run with this seed: `rows` of the `total` that all processes see.
 
-        Returns:
-            Images `[len(rows), C, H, W]` uint8 and their labels `[len(rows)]` int64; `None` for labels where there are
-            none, or one of these images has none and no label column was asked for.
-
-        Raises:
-            UserError: Images that cannot be read, each of them named, or without a label in the column that was asked
-                for, or a stream without images.
-            ConnectionError: A server from which images come cannot be reached.
+        Returns images `[n, C, H, W]` uint8 and labels `[n]` int64, or `None` where one has none and no column was
+        asked for. Raises a UserError that names images which cannot be read, or for a missing label; a ConnectionError
+        for a server.
         """
         positions = [step * total + row for row in rows]
         if not positions:
@@ -97,12 +84,7 @@ class StreamedImages(DecodedOnDemand):
         return images, self._labels_of([self._ahead[position - self._position] for position in used])
 
     def take(self, n: int) -> ImageDataset:
-        """Return the first `n` images in the stream's own order, in memory: held-out images to evaluate on.
-
-        Raises:
-            UserError: Images that cannot be read, if they are not to be skipped; or without a label, see `batch_at`.
-            ConnectionError: A server from which images come cannot be reached.
-        """
+        """Return the first `n` images in the stream's own order, in memory; raises as `batch_at`."""
         images: list[np.ndarray] = []
         used: list[dict[str, Any]] = []
         for number, row in enumerate(self._of_this_split(self._stream)):
@@ -124,11 +106,8 @@ class StreamedImages(DecodedOnDemand):
             self._ahead.append(next(self._iterator))
         return [self._ahead[position - self._position][self._image] for position in positions]
 
-    def _where(self, position: int) -> str:
-        return f"image {position} of the shuffled stream {self.name}"
-
     def _labels_of(self, rows: list[dict[str, Any]]) -> Tensor | None:
-        """Return `[n]`. Nobody may need labels that were not asked for, so a missing one of those stops nothing."""
+        """Return `[n]`; nobody may need labels that were not asked for, so a missing one stops nothing."""
         if self._label is None:
             return None
         labels = [row[self._label] for row in rows]
@@ -151,20 +130,18 @@ class StreamedImages(DecodedOnDemand):
             self._seed, self._position = seed, epoch * length
             self._ahead.clear()
             self._iterator = self._epochs(seed, epoch)
-        while self._position + len(self._ahead) < stop:
-            self._ahead.append(next(self._iterator))
+        while self._position < start or self._position + len(self._ahead) < stop:
+            if self._position + len(self._ahead) < stop:
+                self._ahead.append(next(self._iterator))
             if self._position < start:
                 self._ahead.popleft()
                 self._position += 1
-        while self._position < start:
-            self._ahead.popleft()
-            self._position += 1
 
     def _epochs(self, seed: int, epoch: int) -> Iterator[dict[str, Any]]:
         """Give the rows of all epochs from one on: the files in random order, their images mixed in a buffer.
 
-        Not by the stream's own `shuffle`, whose order is that of one version of `datasets`, and which in 5.2 waits for
-        five seconds at the end of every epoch over several files.
+        The stream's own `shuffle` depends on the version of `datasets`, and in 5.2 waits five seconds at an epoch's
+        end.
         """
         num_files = self._stream.num_shards
         while True:

@@ -31,9 +31,7 @@ class TableOptions:
 def open_rows(name: str, split: str, table: TableOptions, options: DecodeOptions) -> Source:
     """Open the images and labels of one split of a dataset.
 
-    Raises:
-        UserError: The dataset cannot be loaded, has no images or no such columns, or images without a label in the
-            column that was asked for.
+    Raises a UserError if it cannot be loaded, has no images or no such columns, or an image lacks a label asked for.
     """
     import datasets
 
@@ -64,8 +62,7 @@ def open_rows(name: str, split: str, table: TableOptions, options: DecodeOptions
 def open_table(name: str, split: str, table: TableOptions, streaming: bool = False) -> Any:
     """Open one split of a dataset of the Hub, of local files or of `save_to_disk`, as `datasets` gives it.
 
-    Raises:
-        UserError: It cannot be loaded, for whatever reason, or `datasets` would leave out a part of a folder.
+    Raises a UserError if it cannot be loaded, or `datasets` would leave out a part of a folder.
     """
     import datasets
 
@@ -125,10 +122,7 @@ def choose_columns(
 ) -> tuple[str, str | None, list[str] | None]:
     """Return the image column, the label column if there is one, and its class names if it is of type `ClassLabel`.
 
-    They are those asked for, or the first that will do.
-
-    Raises:
-        UserError: A column that is asked for is not there or of another type, or there are no images.
+    They are those asked for, which a UserError refuses if they will not do, or the first that will.
     """
     import datasets
 
@@ -142,9 +136,8 @@ def choose_columns(
     def choose(flag: str, wanted: str | None, likely: list[str], possible: list[str], what: str) -> str | None:
         if wanted is None:
             if len(likely) > 1:
-                options.report(
-                    f"{name!r} has several columns of {what}: {', '.join(likely)}; took {likely[0]} ({flag})"
-                )
+                several = f"{name!r} has several columns of {what}: {', '.join(likely)}"
+                options.report(f"{several}; took {likely[0]} ({flag})")
             return likely[0] if likely else None
         if wanted not in features:
             near = nearest(wanted, features)

@@ -59,10 +59,7 @@ class ImageDataset:
         return self.images[indices], None if self.labels is None else self.labels[indices]
 
     def on(self, device: torch.device) -> ImageDataset:
-        """Move the images to a device, where batches of them are gathered without the host.
-
-        Those that would take more than a quarter of an NVIDIA GPU's free memory stay where they are.
-        """
+        """Move the images to a device, unless they would take more than a quarter of an NVIDIA GPU's free memory."""
         if device.type == "cuda" and self.images.nbytes > torch.cuda.mem_get_info(device)[0] // 4:
             return self
         labels = None if self.labels is None else self.labels.to(device)
@@ -88,11 +85,13 @@ class Source:
 class DecodedOnDemand:
     """Images that are decoded when a batch of them is asked for.
 
-    An image that turns out to be unreadable raises, or (`on_bad_image="skip"`) is reported once and replaced by the
-    next readable one, so that a batch depends on nothing but its positions.
+    An unreadable image raises, or (`on_bad_image="skip"`) is reported once and replaced by the next readable one, so
+    that a batch depends on nothing but its positions.
     """
 
     most_replacements: int  # so many unreadable images in a row, and it gives up
+    _fetch: Callable[[list[int]], list[Any]]  # what `decode_all` takes, for each of some positions
+    _where: Callable[[int], str]  # what to call an image in a message
 
     def __init__(self, name: str, class_names: list[str] | None, options: DecodeOptions):
         if options.resolution is None:
@@ -100,12 +99,6 @@ class DecodedOnDemand:
         self.name, self.class_names, self._options = name, class_names, options
         self.image_shape = (options.channels, *options.resolution)
         self._reported: set[str] = set()
-
-    def _fetch(self, positions: list[int]) -> list[Any]:
-        raise NotImplementedError
-
-    def _where(self, position: int) -> str:
-        raise NotImplementedError
 
     def _decode(self, positions: list[int], crop_seeds: Sequence[int] | None) -> tuple[Tensor, list[int]]:
         """Return images `[n, C, H, W]`, and the positions that they come from in the end."""
@@ -135,26 +128,17 @@ class LazyImageDataset(DecodedOnDemand):
         super().__init__(source.name, source.class_names, options)
         self.labels = None if source.labels is None else source.labels[rows]
         self._source, self._rows, self.most_replacements = source, rows, len(rows)
+        self._fetch = lambda positions: source.fetch([int(rows[position % len(rows)]) for position in positions])
+        self._where = lambda position: source.where(int(rows[position % len(rows)]))
 
     def __len__(self) -> int:
         return len(self._rows)
 
-    def _fetch(self, positions: list[int]) -> list[Any]:
-        return self._source.fetch([self._row(position) for position in positions])
-
-    def _where(self, position: int) -> str:
-        return self._source.where(self._row(position))
-
-    def _row(self, position: int) -> int:
-        return int(self._rows[position % len(self)])
-
     def batch(self, indices: Tensor, crop_seeds: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Decode the images `[n, C, H, W]` at `indices` (`[n]`), and return them with their labels `[n]`.
 
-        Where to crop at random, `crop_seeds` says (`[n]` int64, see the function of that name); the centre for `None`.
-
-        Raises:
-            UserError: Images that cannot be read, each of them named.
+        `crop_seeds` (`[n]` int64, see the function) say where to crop at random; the centre for `None`. Raises a
+        UserError that names all images which cannot be read.
         """
         images, used = self._decode(indices.tolist(), None if crop_seeds is None else crop_seeds.tolist())
         return images, None if self.labels is None else self.labels[[position % len(self) for position in used]]

@@ -1,13 +1,13 @@
 """Images to feature vectors: Inception (torch-fidelity), DINOv2, CLIP and others (transformers), or the pixels.
 
-A number that compares features can be compared only with numbers of the same features, so each extractor has a name
-for reports and a hash of its weights and preprocessing.
+Numbers can be compared only where features are the same, so reports have an extractor's name and a hash of all it
+uses.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from huggingface_hub import constants
@@ -20,17 +20,6 @@ from ..utils.text import recorded_name
 from ..utils.weight_files import read_weights
 
 _MOST_VALUES = 4096  # images of more have no covariance that is worth computing (or fits into memory)
-
-
-class FeatureExtractor(Protocol):
-    """Computes `features` `[B, D]` float32, and a classifier's `logits`, of pixel values 0..255 `[B, C, H, W]`."""
-
-    name: str  # in the names of numbers: `inception`, `pixels`, `dinov2-base`
-    description: str  # in reports: which network and layer, which preprocessing
-    fingerprint: str  # a hash of all that the features depend on, weights and preprocessing
-    takes_floats: bool  # whether it can tell pixel values between whole numbers
-
-    def __call__(self, images: Tensor) -> Rows: ...
 
 
 class Pixels:
@@ -50,9 +39,8 @@ class Pixels:
 class Inception:
     """The Inception-v3 network of 2015 that FID, IS and KID are defined with, as torch-fidelity rebuilt it.
 
-    The same numbers as torch-fidelity's for uint8, and also for floats, which it refuses and the official code of the
-    paper takes. `weights` is a file of torch-fidelity's, `.pth` or safetensors; its usual place, or a download, if
-    `None`.
+    It takes floats too, as the official code of the paper does. `weights` is a file of torch-fidelity's, `.pth` or
+    safetensors; its usual place or a download for `None`.
     """
 
     name, takes_floats = "inception", True
@@ -112,8 +100,8 @@ def _usual_inception_file(url: str) -> Path:
 class VisionModel:
     """A vision network from transformers: DINOv2, CLIP and others, with the image processor that belongs to it.
 
-    The processor resizes images, rounds them to whole pixel values and scales them, so floats are not taken. The
-    features are what the network pools: the class token of DINOv2, the projected embedding of CLIP.
+    The processor rounds images to whole pixel values, so floats are not taken. The features are what the network
+    pools: the class token of DINOv2, the projected embedding of CLIP.
     """
 
     takes_floats = False
@@ -151,14 +139,16 @@ class VisionModel:
         return {"features": pooled.flatten(1).float()}
 
 
+# Computes `features` [B, D] float32, and a classifier's `logits`, of pixel values 0..255 [B, C, H, W]. Has a `name` in
+# the names of numbers, a `description` for reports, a `fingerprint` of weights and preprocessing, and `takes_floats`,
+# whether it can tell pixel values between whole numbers.
+FeatureExtractor = Pixels | Inception | VisionModel
+
+
 def make_extractor(
     name: str, image_shape: tuple[int, ...], inception_weights: str | Path | None = None, device: Any = "cpu"
 ) -> FeatureExtractor:
-    """Make an extractor for images `(C, H, W)`: `inception`, `pixels`, or a vision model by Hub id or folder.
-
-    Raises:
-        UserError: It cannot be made; says why and what to do.
-    """
+    """Make an extractor for images `(C, H, W)`; a UserError says why it cannot be made, and what to do."""
     if name == "pixels":
         return Pixels(image_shape)
     if name == "inception":

@@ -29,11 +29,8 @@ def evaluate_likelihood(
 ) -> EvaluationReport:
     """Compute bits/dim of all images of a split under the model (the variational bound, Eq. 5).
 
-    With `rate_distortion` also rate, distortion, L_T and the progressive lossy code (Section 4.3, Table 4, Figure 5).
-    Under `accelerate launch` every process evaluates a share of the images, and all return the same report.
-
-    Raises:
-        UserError: As `likelihood_rows`, or rate and distortion from an estimate.
+    With `rate_distortion` also rate, distortion, L_T and the progressive lossy code (Section 4.3, Table 4, Figure 5),
+    from the full sum only. Under `accelerate launch` every process evaluates a share, and all return the same report.
     """
     if rate_distortion and options.num_evaluations is not None:
         raise UserError("rate_distortion needs every term of the bound; leave out --num_evaluations")
@@ -62,11 +59,9 @@ def evaluate_likelihood(
 def likelihood_rows(pipe: DDPMPipeline, data: ImageDataset, options: EvaluationOptions) -> Rows:
     """Compute the bound of each of N images and its parts, in the images' order, whatever the number of processes.
 
-    Returns:
-        `total`, `prior` and `sampling_variance` `[N]` float64; for the full sum also `terms` and `mse` `[N, T]`.
+    Returns `total`, `prior` and `sampling_variance` `[N]` float64; for the full sum also `terms` and `mse` `[N, T]`.
 
-    Raises:
-        UserError: The model has no likelihood; no images, or of another shape; labels that the network does not know.
+    Raises a UserError for a model without a likelihood, no images or images of another shape, or unknown labels.
     """
     if not isinstance(pipe.scheduler, DDPMScheduler):
         raise UserError(f"the model was saved with a {type(pipe.scheduler).__name__}, which has no likelihood")

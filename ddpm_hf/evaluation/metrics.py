@@ -1,10 +1,9 @@
 """From features of images to the numbers of the paper's tables: float64 mathematics, whatever made the features.
 
 Features `[N, D]` -> statistics (mean and a factor of the covariance) -> Frechet distance; features -> KID, precision
-and recall, neighbours; class logits -> Inception score. torch-fidelity computes KID and distances in float32 and the
-root of the covariances' product by eigenvalues, which loses digits where they are singular, so all of it is done here;
-its protocols (subsets, seeds, parts, neighbourhoods) are kept. Features of different sizes, that are not finite, or of
-too few images raise a UserError.
+and recall, neighbours; class logits -> Inception score. torch-fidelity computes distances in float32, and loses digits
+where covariances are singular; its protocols (subsets, seeds, parts, neighbourhoods) are kept. Features of different
+sizes, that are not finite, or of too few images raise a UserError.
 """
 
 from __future__ import annotations
@@ -20,10 +19,8 @@ from torch import Tensor
 
 from ..utils.errors import UserError
 
-# Rows whose distances are in memory at a time: 1024 x 50,000 in float64 take 0.4 GB.
-_ROWS = 1024
-# How far a squared distance from a matrix product may be off, as a share of the two squared norms.
-_ROUNDING = 1e-12
+_ROWS = 1024  # whose distances are in memory at a time: 1024 x 50,000 in float64 take 0.4 GB
+_ROUNDING = 1e-12  # how far a squared distance from a matrix product may be off, as a share of the squared norms
 
 
 class Estimate(NamedTuple):
@@ -95,9 +92,9 @@ def leaving_out(features: Tensor, groups: int = 10) -> Iterator[Tensor]:
 
 
 def jackknife(values: Sequence[float]) -> tuple[Estimate, float]:
-    """Estimate a number's error, and its bias of order 1/N, from leaving out each part of the images once.
+    """Estimate a number's error, and its bias of order 1/N; both are NaN without parts.
 
-    `values` is the number from all images, then without each of the equal parts. Error and bias are NaN without parts.
+    `values` is the number from all images, then without each of the equal parts (see `leaving_out`).
     """
     value, parts, g = values[0], torch.tensor(values[1:], dtype=torch.float64), len(values) - 1
     if not g:
@@ -110,9 +107,7 @@ def inception_score(logits: Tensor, splits: int = 10) -> tuple[Estimate, float]:
     """Compute exp of the mean KL(p(y|x) || p(y)) (Salimans et al. 2016), averaged over `splits` parts of the samples.
 
     As in the official code: `logits` `[N, classes]` without biases, and (unlike torch-fidelity) without shuffling.
-
-    Returns:
-        The score, and the standard deviation over the parts, which is what papers print after +-.
+    Returns the score, and the standard deviation over the parts, which is what papers print after +-.
     """
     x = _checked(logits, splits, "the Inception score")
     log_p = x.log_softmax(1)
@@ -133,10 +128,8 @@ def kernel_distance(
     """Compute the unbiased squared MMD of the kernel (x.y / D + 1)^3; on Inception features the KID.
 
     Binkowski et al. 2018; the mean over random subsets of `samples` `[N, D]` and `real` `[M, D]`, drawn as
-    torch-fidelity draws them: of the usual 1000 images, or half of the smaller set where that is less.
-
-    Returns:
-        The distance with its standard error over other samples and real images, and the size of the subsets.
+    torch-fidelity draws them: of 1000 images, or half of the smaller set if that is less. Returns the distance, and
+    the subsets' size.
     """
     samples, real = _checked(samples, 4, "KID"), _checked(real, 4, "KID")
     _check_same_size(samples, real)
@@ -195,8 +188,7 @@ def _radii(features: Tensor, k: int) -> Tensor:
 def _within_radius(points: Tensor, centres: Tensor, radii: Tensor) -> Estimate:
     """Return the share of points that lie in the ball around any of the centres, with its binomial error.
 
-    `<=` and not `<`, as in Eq. 1 and the code (precision_recall.py) of Kynkaanniemi et al.: where images are there
-    several times, radii of 0 are right, and a copy of such an image is inside.
+    `<=` as in Eq. 1 and the code of Kynkaanniemi et al.: a copy of an image that is there several times is inside.
     """
     origin = centres.mean(0)  # distances are the same, and lose fewer digits
     others = centres - origin
@@ -218,11 +210,7 @@ def _within_radius(points: Tensor, centres: Tensor, radii: Tensor) -> Estimate:
 
 
 def nearest_neighbours(queries: Tensor, candidates: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
-    """Find the k <= M nearest of `candidates` `[M, D]` to each of `queries` `[N, D]`.
-
-    Returns:
-        Euclidean distances `[N, k]` float64, nearest first, and indices `[N, k]`.
-    """
+    """Return distances (float64, ascending) and indices `[N, k]` of each query's nearest `candidates`."""
     queries, candidates = _checked(queries, 1, "neighbours"), _checked(candidates, k, "neighbours")
     _check_same_size(queries, candidates)
     found = [_squared_distances(part, candidates).topk(k, largest=False) for part in queries.split(_ROWS)]

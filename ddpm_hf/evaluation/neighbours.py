@@ -100,11 +100,7 @@ def add_neighbours(report: EvaluationReport, found: list[Neighbours], train: Rea
 def save_neighbours(
     samples: Samples, train: RealImages, found: list[Neighbours], output: Path, split: str | None
 ) -> list[str]:
-    """Draw a grid of the first samples and their neighbours, and a plot of distances, for every space.
-
-    Returns:
-        The names of the files.
-    """
+    """Draw the first samples and their neighbours, and a plot of distances, per space; return the files' names."""
     figures = {}
     for near in found:
         indices = near.indices[:8]

@@ -15,22 +15,11 @@ from .options import EvaluationOptions
 
 
 def prediction_error(pipe: DDPMPipeline, data: ImageDataset, **options: Any) -> Tensor:
-    """Measure how far the network's predicted x_0 is off at every t, for `DDPMScheduler.set_prediction_error`.
+    """Measure E (x_0 - predicted x_0)^2 per pixel at every t, `[T]` float64, for `DDPMScheduler.set_prediction_error`.
 
-    Bao et al. estimate E||eps||^2 and infer this error from it, which holds for a perfect network. Measured directly
-    it is right for the network at hand and for a clipped x_0, and its own error is smaller where eps is nearly known.
-    It costs T network evaluations per image. Under `accelerate launch` every process takes a share of the images.
-
-    Args:
-        pipe: The model; its scheduler is a `DDPMScheduler`.
-        data: Images that the model was trained on or for; about a hundred are enough.
-        options: `batch_size`, `seed`, `progress`.
-
-    Returns:
-        `[T]` float64: E (x_0 - predicted x_0)^2 per pixel, in the [-1, 1] scale; the same in every process.
-
-    Raises:
-        UserError: See `likelihood_rows`.
+    Bao et al. infer this error from E||eps||^2, which holds for a perfect network. Measured directly it is right for
+    the network at hand and a clipped x_0. It costs T network evaluations per image; about a hundred images are enough.
+    `options` are `batch_size`, `seed`, `progress`; processes and errors as in `likelihood_rows`.
     """
     return likelihood_rows(pipe, data, EvaluationOptions(**options))["mse"].double().mean(0)
 

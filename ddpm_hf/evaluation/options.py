@@ -44,11 +44,7 @@ class EvaluationOptions:
 
 
 def parse_metrics(text: str, known: Sequence[str] = METRICS, flag: str = "--metrics") -> list[str]:
-    """Read `"nll,fid"` as `["nll", "fid"]`.
-
-    Raises:
-        UserError: It names no metric, or one that is not among `known`.
-    """
+    """Read `"nll,fid"` as `["nll", "fid"]`; raises a UserError for none, or one that is not among `known`."""
     names = [part.strip() for part in text.split(",") if part.strip()]
     for name in names:
         if name not in known:

@@ -50,7 +50,7 @@ def rate_distortion_figure(rate: Tensor, rmse: Tensor, title: str) -> Any:
 
 
 def neighbours_figure(samples: Tensor, neighbours: Tensor, distances: Tensor, title: str) -> Any:
-    """Draw Figures 12 and 15: each row a sample, and the training images that are nearest to it, nearest first.
+    """Draw Figures 12 and 15: each row a sample, and its nearest training images, nearest first.
 
     `samples` `[n, C, H, W]` and `neighbours` `[n, k, C, H, W]` are uint8; `distances` `[n, k]` are written below.
     """

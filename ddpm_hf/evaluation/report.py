@@ -18,8 +18,7 @@ from ..utils.errors import NotFiniteError, UserError
 from ..utils.files import write_text
 from ..utils.text import finite, number, table
 
-# Settings that may differ between two runs whose numbers are the same.
-_INCIDENTAL = ("seconds", "batch_size")
+_INCIDENTAL = ("seconds", "batch_size")  # settings that may differ between two runs whose numbers are the same
 
 
 def library_versions() -> dict[str, str]:
@@ -59,8 +58,8 @@ class EvaluationReport:
     def add(self, name: str, value: float, standard_error: float, settings: dict[str, Any], **more: float) -> None:
         """Add a number with its error, how it was made (`estimator` in words, ...), and what else is known of it.
 
-        Raises:
-            NotFiniteError: It is NaN or infinite. Its error, and `more`, may be NaN: not known, as from one image.
+        Raises a NotFiniteError for NaN and infinities. Its error, and `more`, may be NaN: not known, as from one
+        image.
         """
         if not math.isfinite(value):
             raise NotFiniteError(f"{name} is {value}, which is no result; check the model and the images")
@@ -73,10 +72,9 @@ class EvaluationReport:
 
     @classmethod
     def load(cls, path: str | Path) -> EvaluationReport:
-        """Read a report that `save` wrote; a folder's `report.json` for a folder. Errors that it lacks are NaN.
+        """Read a report that `save` wrote, by its file or folder; errors that it lacks are NaN.
 
-        Raises:
-            UserError: There is none, or the file is something else.
+        Raises a UserError if there is none, or the file is something else.
         """
         file = report_file(path)
         try:

@@ -32,34 +32,27 @@ from .samples import add_sample_metrics, draw_samples, real_images, sample_metri
 
 
 def load_splits(
-    splits: Sequence[str] | None,
-    for_samples: bool,
-    *,
-    dataset: str | None = None,
-    dataset_name: str | None = None,
-    train_data_dir: str | None = None,
-    validation_split: float = 0.0,
-    **options: Any,
+    splits: Sequence[str] | None, for_samples: bool, *, validation_split: float = 0.0, **options: Any
 ) -> dict[str, Images]:
     """Load the images of an evaluation by split, as `data.load_images` does.
 
     By default the held-out images, and `for_samples` the training images too. Held out is what `validation_split`
     says, `validation` of built-in datasets, `test` of others that have it; the training images where nothing is.
     """
-    source = {"dataset": dataset, "dataset_name": dataset_name, "train_data_dir": train_data_dir}
-    given: dict[str, Any] = {name: value for name, value in source.items() if value is not None}
+    sources = ("dataset", "dataset_name", "train_data_dir")
+    given = [name for name in sources if options.get(name) is not None]
 
     def load(split: str) -> Images:
         if split == "validation" and not validation_split and "train_data_dir" in given:
             raise UserError("a folder has no validation images of its own; say with --validation_split how many")
-        return load_images(**given, split=split, validation_split=validation_split, **options)
+        return load_images(split=split, validation_split=validation_split, **options)
 
     if splits is not None:
         return {split: load(split) for split in splits}
     held_out: dict[str, Images] = {}
-    if dataset is not None or validation_split:
+    if "dataset" in given or validation_split:
         held_out = {"validation": load("validation")}
-    elif list(given) == ["dataset_name"]:
+    elif given == ["dataset_name"]:
         try:
             held_out = {"test": load("test")}
         except UserError as error:
@@ -175,11 +168,7 @@ def _evaluate_samples(
 def check_evaluation(
     pipe: DDPMPipeline, sets: dict[str, Images], metrics: Sequence[str], options: EvaluationOptions
 ) -> tuple[DDPMPipeline, list[FeatureExtractor]]:
-    """Check that `evaluate` can compute metrics of samples: before hours of work, also before a training.
-
-    Returns:
-        The pipeline that draws samples, and what computes their features.
-    """
+    """Check all that `evaluate` needs, before hours of work; return what draws samples and what computes features."""
     if not sets:
         raise UserError("no images to evaluate on")
     if options.seed < 0:

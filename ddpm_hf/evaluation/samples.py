@@ -1,7 +1,7 @@
 """Samples of a model beside real images: their features, then FID, IS, KID, precision and recall.
 
-Samples and real images are turned into features batch by batch, in any number of processes. Only the first samples are
-kept as images. Every finished batch is on disk, so an interrupted evaluation resumes, and real images are read once.
+Features are computed batch by batch, in any number of processes; every finished batch is on disk, so an interrupted
+evaluation resumes. Only the first samples are kept as images.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..data.class_labels import ClassIndex
 from ..pipelines.pipeline_ddpm import DDPMPipeline, without_bar
+from ..pipelines.schedulers import checked_eta, checked_steps
 from ..sampling.shards import Rows, all_rows, read_tensors, write_tensors
 from ..utils.digests import digest, images_digest, weights_digest
 from ..utils.errors import UserError
@@ -56,11 +57,9 @@ class Samples:
     settings: dict[str, Any]  # how they were drawn
 
 
+@torch.no_grad()
 def real_images(split: str, images: Any, extractors: list[FeatureExtractor], options: EvaluationOptions) -> RealImages:
-    """Compute features of real images, or read them from the cache.
-
-    The cache's key is a hash of the pixels, the preprocessing and the weights, so that nothing stale is found.
-    """
+    """Compute features of real images, or read them from the cache by a hash of pixels, preprocessing and weights."""
     with together():
         content = images_digest(images) if processes().is_main_process else ""
     content = from_first(content)
@@ -71,15 +70,14 @@ def real_images(split: str, images: Any, extractors: list[FeatureExtractor], opt
         def features_of(ids: list[int], extractor: FeatureExtractor = extractor) -> Rows:
             return {"features": extractor(images.batch(torch.tensor(ids))[0])["features"]}
 
-        with torch.no_grad():
-            rows = all_rows(
-                len(images),
-                features_of,
-                batch_size=options.batch_size,
-                folder=options.cache_dir / "features" / key,
-                desc=f"{extractor.name} features, {split}",
-                progress=options.progress,
-            )
+        rows = all_rows(
+            len(images),
+            features_of,
+            batch_size=options.batch_size,
+            folder=options.cache_dir / "features" / key,
+            desc=f"{extractor.name} features, {split}",
+            progress=options.progress,
+        )
         real.features[extractor.name], real.fingerprints[extractor.name] = rows["features"], key
     return real
 
@@ -110,33 +108,22 @@ def _labels_of_samples(classes: Any, options: EvaluationOptions, train: Any) -> 
     return [ClassIndex(i % classes.count) for i in ids], f"in turn, 0..{classes.count - 1}"
 
 
-def _features_of_both(extractors: list[FeatureExtractor], whole: Tensor, pixels: Tensor) -> Rows:
-    """Return features and logits of images in uint8 and in floats by `<extractor>/<uint8 or float>/<what>`."""
-    found: Rows = {}
-    for extractor in extractors:
-        for kind, images in (("uint8", whole), ("float", pixels)):
-            if kind == "uint8" or extractor.takes_floats:
-                found |= {f"{extractor.name}/{kind}/{what}": rows for what, rows in extractor(images).items()}
-    return found
-
-
+@torch.no_grad()
 def draw_samples(
     pipe: DDPMPipeline, extractors: list[FeatureExtractor], options: EvaluationOptions, train: Any = None
 ) -> Samples:
     """Draw samples and keep their features, of the floats that the sampler gives and of whole pixel values.
 
-    A class-conditional network is sampled with the class frequencies of the `train` images.
-
-    Raises:
-        UserError: A count or number of steps out of range; classes that the network does not know.
+    A class-conditional network is sampled with the class frequencies of the `train` images. Raises a UserError for a
+    count or number of steps out of range, or classes that the network does not know.
     """
-    count, seed, steps = options.num_samples, options.seed, pipe.checked_steps(options.num_inference_steps)
+    count, seed, steps = options.num_samples, options.seed, checked_steps(pipe.scheduler, options.num_inference_steps)
     if count < 1:
         raise UserError(f"num_samples must be at least 1, got {count}")
     sampling: dict[str, Any] = {
         "sampler": type(pipe.scheduler).__name__,
         "num_inference_steps": steps,
-        "eta": pipe.checked_eta(options.eta),
+        "eta": checked_eta(pipe.scheduler, options.eta),
         "guidance_scale": options.guidance_scale,
         "seed": seed,
         **describe_pipeline(pipe),
@@ -162,22 +149,25 @@ def draw_samples(
                 return_dict=False,
             )
         pixels = drawn.float() * 255
-        whole = pixels.round().to(torch.uint8)
-        return ({} if start else {"images": whole}) | _features_of_both(extractors, whole, pixels)
+        both = {"uint8": pixels.round().to(torch.uint8), "float": pixels}
+        found: Rows = {} if start else {"images": both["uint8"]}
+        for extractor in extractors:
+            for kind, images in both.items():
+                if kind == "uint8" or extractor.takes_floats:
+                    found |= {f"{extractor.name}/{kind}/{what}": values for what, values in extractor(images).items()}
+        return found
 
-    parts = []
-    for name, start, stop in (("first", 0, min(count, KEPT_SAMPLES)), ("rest", KEPT_SAMPLES, count)):
-        with torch.no_grad():
-            part = all_rows(
-                max(0, stop - start),
-                partial(rows_of, start),
-                batch_size=options.batch_size,
-                folder=None if options.work_dir is None else options.work_dir / "samples" / key[:16] / name,
-                desc=f"sampling, {steps} steps",
-                progress=options.progress,
-            )
-        parts.append(part)
-    first, rest = parts
+    first, rest = (
+        all_rows(
+            max(0, stop - start),
+            partial(rows_of, start),
+            batch_size=options.batch_size,
+            folder=None if options.work_dir is None else options.work_dir / "samples" / key[:16] / name,
+            desc=f"sampling, {steps} steps",
+            progress=options.progress,
+        )
+        for name, start, stop in (("first", 0, min(count, KEPT_SAMPLES)), ("rest", KEPT_SAMPLES, count))
+    )
     images = first.pop("images")
     samples = Samples(count, images, {}, {}, {**sampling, "num_samples": count, "seeds": f"{seed}-{seed + count - 1}"})
     for row_name in sorted(first):

@@ -27,6 +27,7 @@ from ..diffusion.scheduling_ddpm import DDPMScheduler
 from ..models.unet_2d import check_weights, parameter_count
 from ..pipelines.figures import interpolate
 from ..pipelines.pipeline_ddpm import DDPMPipeline
+from ..pipelines.schedulers import checked_steps
 from ..sampling.generation import SAMPLERS, parse_seeds, with_sampler
 from ..utils.errors import UserError
 from ..utils.visualize import image_grid
@@ -108,7 +109,7 @@ class Demo:
         """Return a pipeline with a scheduler of its own, which remembers how far a chain has come, and its options."""
         pipe = with_sampler(self.pipes[model], sampler)
         pipe = DDPMPipeline(pipe.unet, type(pipe.scheduler).from_config(pipe.scheduler.config))
-        steps = pipe.checked_steps(steps)
+        steps = checked_steps(pipe.scheduler, steps)
         return pipe, {"num_inference_steps": steps, "class_labels": label or None, "guidance_scale": guidance}
 
     def start(self, request: gr.Request) -> str:

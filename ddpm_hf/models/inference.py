@@ -155,7 +155,9 @@ class InferenceNetwork:
             while len(self._graphs) >= _MOST_GRAPHS:  # each keeps memory for a batch
                 del self._graphs[next(iter(self._graphs))]
             try:
-                self._graphs[key] = make()
+                # Tensors of inference mode could not be written to by a later call outside of it.
+                with torch.inference_mode(False), torch.no_grad():
+                    self._graphs[key] = make()
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
@@ -192,13 +194,12 @@ class CapturedNetwork:
 
     def __init__(self, network: InferenceNetwork, *inputs: Tensor | None):
         self._inputs = [None if x is None else x.clone() for x in inputs]
-        cuda = network.device.type == "cuda"
 
         def run() -> None:
             self._output = network.compute(*self._inputs)  # type: ignore[arg-type]
 
-        warm_up(run, cuda)
-        self._graph = record(run, cuda)
+        warm_up(run, network.device)
+        self._graph = record(run, network.device)
 
     def __call__(self, *inputs: Tensor | None) -> Tensor:
         for place, x in zip(self._inputs, inputs, strict=True):

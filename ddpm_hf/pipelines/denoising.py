@@ -18,42 +18,25 @@ from ..models.inference import InferenceNetwork, fill
 from ..utils.cuda_graphs import record, warm_up
 from ..utils.errors import UserError
 from ..utils.randomness import Generators, SeededNoise, normal_noise, standard_normal
-from .inputs import KnownPixels
 from .schedulers import feasible_etas, step_options
 
 
 @dataclass
 class DenoisingStep:
-    """One step down the chain.
+    """One step down the chain."""
 
-    Attributes:
-        index: Its place in `scheduler.timesteps`.
-        timestep: t, from T-1 to 0.
-        sample: x_t, `[B, C, H, W]`, in the [-1, 1] scale.
-        pred_original_sample: The x_0 predicted from it (Eq. 15), or `None` where the scheduler does not return it.
-        prev_sample: x_{t-1}; the next step starts from what stands here.
-    """
-
-    index: int
-    timestep: int
-    sample: Tensor
-    pred_original_sample: Tensor | None
-    prev_sample: Tensor
+    index: int  # its place in `scheduler.timesteps`
+    timestep: int  # t, from T-1 to 0
+    sample: Tensor  # x_t, [B, C, H, W], in the [-1, 1] scale
+    pred_original_sample: Tensor | None  # x_0 predicted from it (Eq. 15); `None` where the scheduler gives none
+    prev_sample: Tensor  # x_{t-1}; the next step starts from what stands here
 
 
 class Denoiser:
     """Take steps down a chain whose timesteps are set.
 
-    Args:
-        network: Called as `network(x_t, t, class_labels=...)`; its `config` is a `UNet2DModel`'s.
-        scheduler: A sampler of diffusers or of this package.
-        generator: What noise is drawn from, see `randomness.standard_normal`.
-        labels: `[B]` classes, on the device, or `None`.
-        guidance_scale: Classifier-free guidance; 1 is none.
-        eta: DDIM's share of noise; the scheduler's default for `None`.
-
-    Raises:
-        UserError: An eta outside [0, 1], or for a scheduler that has none.
+    `network` is called as `network(x_t, t, class_labels=...)`; its `config` is a `UNet2DModel`'s. `labels` are `[B]`
+    classes on the device; `guidance_scale` 1 is no guidance. For `eta` see `checked_eta`.
     """
 
     def __init__(
@@ -70,9 +53,8 @@ class Denoiser:
         self.dtype = network.dtype  # looked up once: it is searched for in all of the parameters
         # A learned variance is for the ancestral samplers only.
         learned = "learned" in (scheduler.config.get("variance_type") or "")
-        self._ancestral = isinstance(scheduler, DDPMScheduler) or (
-            learned and isinstance(scheduler, DDPMParallelScheduler)
-        )
+        ancestral = isinstance(scheduler, DDPMParallelScheduler) and learned
+        self._ancestral = ancestral or isinstance(scheduler, DDPMScheduler)
         self._options = step_options(scheduler, generator, eta)
         self._etas = feasible_etas(scheduler, eta) if eta and isinstance(scheduler, DDIMScheduler) else None
 
@@ -99,8 +81,7 @@ class Denoiser:
 
     def predict(self, x_t: Tensor, t: Tensor) -> Tensor:
         """Return the network's output at x_t and one t, guided where that is asked for; float32, infinities as NaN."""
-        output = self._guided(x_t.to(self.dtype), t)
-        output = infinite_to_nan(output.float())
+        output = infinite_to_nan(self._guided(x_t.to(self.dtype), t).float())
         return output if self._ancestral else output[:, : x_t.shape[1]]
 
     def _guided(self, x_t: Tensor, t: Tensor) -> Tensor:
@@ -143,14 +124,14 @@ class Denoiser:
 class CapturedSteps:
     """One step of a chain as a CUDA graph: guidance and network, x_0, posterior, and the noise of seeds.
 
-    What changes from step to step lies in tensors that keep their place: x_t, the index of the timestep, the number of
-    the draw. Noise of generators is drawn outside, as these have their own order.
+    What changes lies in tensors that keep their place. Noise of generators, which have their own order, is drawn
+    outside.
     """
 
     def __init__(self, denoiser: Denoiser, network: InferenceNetwork, x_t: Tensor, timesteps: Tensor):
         self._scheduler = scheduler = copy.deepcopy(denoiser.scheduler)  # the graph reads its tables
         self._size = network.batch_size(len(x_t))
-        device, cuda = x_t.device, x_t.device.type == "cuda"
+        device = x_t.device
         self._x_t = fill(x_t, self._size).clone()
         self._noise = torch.zeros_like(self._x_t)
         self._labels = None if denoiser.labels is None else fill(denoiser.labels, self._size).clone()
@@ -159,7 +140,8 @@ class CapturedSteps:
         seeded = isinstance(denoiser.generator, SeededNoise)
         inside = Denoiser(network.uncaptured(), scheduler, None, self._labels, denoiser.guidance_scale)
         # One kernel, where there is a compiler, instead of about a hundred.
-        normal = torch.compile(normal_noise, dynamic=False) if network.options.compiled and cuda else normal_noise
+        compiled = network.options.compiled and device.type == "cuda"
+        normal = torch.compile(normal_noise, dynamic=False) if compiled else normal_noise
         timesteps = timesteps.clone()
 
         def run() -> None:
@@ -168,8 +150,8 @@ class CapturedSteps:
                 self._noise.copy_(normal(self._seeds, self._draws[None], x_t[0].numel()).view_as(self._noise))
             self._made = scheduler.step(inside.predict(self._x_t, t), t, self._x_t, _Given(self._noise))
 
-        warm_up(run, cuda)
-        self._graph = record(run, cuda)
+        warm_up(run, device)
+        self._graph = record(run, device)
 
     def __call__(self, index: int, x_t: Tensor, labels: Tensor | None, generator: Generators) -> tuple[Tensor, Tensor]:
         """Return x_{t-1} and the predicted x_0 of the chain's step `index`."""
@@ -202,11 +184,7 @@ class _Given(SeededNoise):
 
 
 def check_repaint(scheduler: Any, length: int, times: int) -> None:
-    """Check what inpainting is asked for.
-
-    Raises:
-        UserError: A scheduler that has no q(x_{t-1}|x_0) of its own, or numbers below 1.
-    """
+    """Raise a UserError for a scheduler that has no q(x_{t-1}|x_0) of its own, or numbers below 1."""
     if not isinstance(scheduler, (DDPMScheduler, DDIMScheduler, DDIMParallelScheduler)):
         raise UserError(f"mask_image works with the ddpm and ddim samplers, not {type(scheduler).__name__}")
     if length < 1 or times < 1:
@@ -214,9 +192,9 @@ def check_repaint(scheduler: Any, length: int, times: int) -> None:
 
 
 def repaint(
-    denoiser: Denoiser, x_t: Tensor, known: KnownPixels, start: int, length: int, times: int
+    denoiser: Denoiser, x_t: Tensor, x_0: Tensor, mask: Tensor, start: int, length: int, times: int
 ) -> Iterator[DenoisingStep]:
-    """Take all steps from `start`; known pixels come from q(x_{t-1}|x_0), the others from p.
+    """Take all steps from `start`: from p where the mask (`[B, 1, H, W]`) is true, from q(x_{t-1}|x_0) elsewhere.
 
     RePaint (Lugmayr et al. 2022, Algorithm 1): each stretch of `length` steps is taken `times` times.
     """
@@ -235,8 +213,8 @@ def repaint(
         for again in reversed(range(times)):
             for step in denoiser.steps(x_t, first, last):
                 signal = alpha_bar[step.index + 1]
-                image = noisy(known.image, signal) if signal < 1 else known.image
-                step.prev_sample = torch.where(known.draw, step.prev_sample, image)
+                known = noisy(x_0, signal) if signal < 1 else x_0
+                step.prev_sample = torch.where(mask, step.prev_sample, known)
                 yield step
                 x_t = step.prev_sample
             if again:

@@ -1,11 +1,10 @@
 """The paper's figures of what a model has learned: progressive generation (Figs. 6, 10 and 14), shared latents
 (Fig. 7), interpolation (Fig. 8) and coarse-to-fine interpolation (Fig. 9).
 
-Each function samples and returns its images, in the [-1, 1] scale and on the CPU; `draw()` of what it returns makes
-the labelled picture. `t` counts diffusion steps as in the paper: T is pure noise and 0 the data, so t = 500 is 499 in
-`scheduler.timesteps`. Where the chain has fewer steps, t becomes the nearest one that it has, and the label says so.
-All noise comes from seeds, so a figure is the same again on the same device, whatever the batch size. An argument
-outside its range, or numbers of seeds, images and labels that disagree, raise a `ValueError` before sampling starts.
+Each function returns its images, in the [-1, 1] scale and on the CPU, with a `draw()` that makes the labelled picture.
+`t` counts diffusion steps as in the paper, from 0, the data, to T, pure noise. Where the chain has fewer steps, the
+nearest one counts, and the label says so. All noise comes from seeds, so a figure is the same again on the same
+device, whatever the batch size. Arguments outside their range, or counts that disagree, raise a `UserError` at once.
 """
 
 from __future__ import annotations
@@ -28,8 +27,8 @@ from ..utils.randomness import SeededNoise, derive_seed
 from ..utils.visualize import labelled_grid
 from .inputs import images_in_model_range
 from .pipeline_ddpm import DDPMPipeline
+from .schedulers import checked_steps
 
-FIGURES = ("progressive", "shared_latents", "interpolation", "coarse_to_fine")
 LAMBDAS = tuple(i / 10 for i in range(11))
 
 
@@ -49,7 +48,7 @@ class _Chain:
         if self.batch_size < 1:
             raise UserError(f"batch_size must be at least 1, got {self.batch_size}")
         scheduler = self.pipe.scheduler
-        scheduler.set_timesteps(self.pipe.checked_steps(self.num_inference_steps))
+        scheduler.set_timesteps(checked_steps(scheduler, self.num_inference_steps))
         self.T: int = scheduler.config.num_train_timesteps
         self.ts = [int(timestep) + 1 for timestep in scheduler.timesteps] + [0]  # before each step, and the data
         # The delay keeps a bar away from the sentence about a class that the network does not have.
@@ -148,12 +147,11 @@ def progressive_generation(
     """Draw images and keep x_t and the predicted x_0 on the way (Section 4.3, Figs. 6, 10 and 14).
 
     Args:
-        pipe: Network and sampler.
+        pipe: Network and sampler; the sampler has to return its predicted x_0, as `ddpm` and `ddim` do.
         seeds: One per image; the images are those of `pipe(seeds=seeds)`.
         points: How many points of the chain to keep beside the image, evenly spaced; all if it has fewer steps.
         options: `num_inference_steps` (T), `batch_size` (64), `class_labels` (one, or one per seed), `guidance_scale`
-            (1.0), `eta` (the scheduler's own), `progress` (False). The sampler has to return its predicted x_0, as
-            `ddpm` and `ddim` do.
+            (1.0), `eta` (the scheduler's own), `progress` (False).
     """
     if not (seeds := list(seeds)):
         raise UserError("progressive generation needs at least 1 seed, got 0")
@@ -207,10 +205,10 @@ def shared_latents(
     """Draw several x_0 ~ p(x_0|x_t) for each of some x_t of one chain (Section 4.3, Fig. 7).
 
     Args:
-        pipe: Network and sampler.
+        pipe: Network and sampler, which has to be random: `ddpm`, or `ddim` with an eta above 0.
         seeds: The first one draws the chain that all x_t are from, each of the others one column of samples.
         ts: Where on the chain; T, 3/4 T, 1/2 T and 1/4 T by default, in the paper 1000, 750, 500 and 250.
-        options: See `progressive_generation`. The sampler has to be random: `ddpm`, or `ddim` with an eta above 0.
+        options: See `progressive_generation`.
     """
     if len(seeds := list(seeds)) < 2:
         raise UserError(f"a figure of shared latents needs at least 2 seeds, got {len(seeds)}")
@@ -356,10 +354,8 @@ def _interpolations(
     a, b = images_in_model_range(image_a, shape), images_in_model_range(image_b, shape)
     seeds = list(range(len(a)) if seeds is None else seeds)
     if not len(a) == len(b) == len(seeds) > 0:
-        raise UserError(
-            "interpolation needs at least one pair of images and one seed per pair, got "
-            f"{len(a)} first and {len(b)} second images and {len(seeds)} seed{'s'[: len(seeds) != 1]}"
-        )
+        got = f"{len(a)} first and {len(b)} second images and {len(seeds)} seed{'s'[: len(seeds) != 1]}"
+        raise UserError(f"interpolation needs at least one pair of images and one seed per pair, got {got}")
     lambdas = [float(x) for x in lambdas]
     if not lambdas or not all(0 <= x <= 1 for x in lambdas):
         raise UserError(f"lambdas must be numbers from 0 to 1, at least one, got {lambdas}")

@@ -17,20 +17,17 @@ def optimize_for_inference(
 ) -> InferenceOptions:
     """Compute a pipeline's network in the way that is fast on its device: `pipe.network` afterwards.
 
-    In fp32 images differ from the plain network's by rounding only, at most one level of uint8.
-    `pipe.network = pipe.unet` goes back.
+    In fp32 images differ from the plain network's by rounding only, at most one level of uint8. `pipe.network =
+    pipe.unet` goes back.
 
     Args:
         pipe: The pipeline; its `unet` stays as it is.
-        precision: `fp32`, `bf16` or `fp16`; that of the weights by default.
+        precision: `fp32`, `bf16` or `fp16`; that of the weights by default. Another one raises a UserError.
         compile: `torch.compile` as well, which takes up to minutes, and a C++ compiler on CPUs.
         options: These, instead of what is chosen for the device.
 
     Returns:
         What is in force.
-
-    Raises:
-        UserError: An unknown precision, or no compiler.
     """
     if options is None:
         own = {dtype: name for name, dtype in PRECISIONS.items()}.get(pipe.unet.dtype, "fp32")

@@ -24,7 +24,7 @@ from ..utils.errors import NotFiniteError, UserError
 from ..utils.hub_errors import PrivateByDefault, check_pipeline, retried
 from ..utils.randomness import NOISE_OF_SEEDS, Generators, standard_normal
 from .denoising import Denoiser, DenoisingStep, check_repaint, repaint
-from .inputs import KnownPixels, count_and_generators, images_in_model_range, mask_of, one_per_image
+from .inputs import count_and_generators, images_in_model_range, mask_of, one_per_image
 from .schedulers import checked_eta, checked_steps, set_timesteps
 
 # What stock repositories name, and our class of the same name that opens it.
@@ -72,10 +72,9 @@ class DDPMPipeline(PortableConfigMixin, PrivateByDefault, StockDDPMPipeline):
 
     @classmethod
     def load_config(cls, *args: Any, **kwargs: Any) -> Any:
-        """The pipeline's configuration, with stock's class names pointed at this package's classes of the same name.
+        """Return the configuration, with stock's class names pointed at this package's classes of the same name.
 
-        diffusers looks up a component's class, and the base classes that say how to load it, as attributes of the
-        module named there; this module has both.
+        diffusers looks up components and their base classes as attributes of the module named there: of this one.
         """
         loaded = super().load_config(*args, **kwargs)
         config = loaded[0] if isinstance(loaded, tuple) else loaded
@@ -86,34 +85,25 @@ class DDPMPipeline(PortableConfigMixin, PrivateByDefault, StockDDPMPipeline):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> DDPMPipeline:
-        """As `diffusers.DiffusionPipeline.from_pretrained`, from safetensors only.
+        """Load a folder or a repository on the Hub, from safetensors only; what is in the cache needs no network.
 
-        Args:
-            pretrained_model_name_or_path: A folder, or a repository on the Hub; what is in the cache needs no network.
-            kwargs: As in diffusers: `revision`, `cache_dir`, `token`, `local_files_only`, `dtype`, ...
-
-        Raises:
-            OSError: It is not there, may not be read, or broke off.
-            ValueError: It is no DDPM, or `use_safetensors=False` was asked for.
+        `kwargs` are those of `diffusers.DiffusionPipeline.from_pretrained`: `revision`, `cache_dir`, `token`, ...
+        Raises an OSError if it is not there, may not be read or broke off, and a UserError for what is no DDPM, or a
+        pickle.
         """
         if kwargs.get("use_safetensors") is False:
             raise UserError("use_safetensors=False would read a pickle; convert the repository to safetensors first")
         kwargs["use_safetensors"] = True  # for None, diffusers would fall back to pickles
-        check_pipeline(pretrained_model_name_or_path, **kwargs)
-        load = super().from_pretrained
-        return retried(lambda: load(pretrained_model_name_or_path, **kwargs), pretrained_model_name_or_path)
+        name, load = pretrained_model_name_or_path, super().from_pretrained
+        check_pipeline(name, **kwargs)
+        return retried(lambda: load(name, **kwargs), name)
 
     @classmethod
     def from_pipe(cls, pipeline: Any, **kwargs: Any) -> DDPMPipeline:
-        """This pipeline around another one's network and scheduler, stock's too; both pipelines share them.
+        """Make this pipeline around the `unet` and `scheduler` of another one, stock's too; both pipelines share them.
 
-        Args:
-            pipeline: Any diffusers pipeline of a `unet` and a `scheduler`.
-            kwargs: `unet=` or `scheduler=` instead of its own; `dtype=` (or `torch_dtype=`), which converts the shared
-                network.
-
-        Raises:
-            ValueError: It has other components than these two.
+        `kwargs` are `unet=` or `scheduler=` instead of its own, and `dtype=` (or `torch_dtype=`), which converts the
+        shared network. Raises a UserError if the other one has more components.
         """
         dtype = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None)
         parts = {**pipeline.components, **kwargs}
@@ -131,15 +121,12 @@ class DDPMPipeline(PortableConfigMixin, PrivateByDefault, StockDDPMPipeline):
         push_to_hub: bool = False,
         **kwargs: Any,
     ) -> None:
-        """As stock's; `push_to_hub=True` also publishes the folder, as `push_to_hub` does, and takes its arguments.
-
-        Raises:
-            UserError: What is to be published cannot be.
-        """
-        names = ("repo_id", "commit_message", "private", "token", "create_pr")
-        options = {name: kwargs.pop(name) for name in names if name in kwargs} if push_to_hub else {}
+        """Save as stock does; `push_to_hub=True` also publishes the folder, with the arguments of `push_to_hub`."""
+        options = {}
         if push_to_hub:
             _check_published_weights(safe_serialization, variant)
+            names = ("repo_id", "commit_message", "private", "token", "create_pr")
+            options = {name: kwargs.pop(name) for name in names if name in kwargs}
         super().save_pretrained(save_directory, safe_serialization, variant, max_shard_size, **kwargs)
         if push_to_hub:
             _push(save_directory, options.pop("repo_id", None) or Path(save_directory).resolve().name, **options)
@@ -168,21 +155,13 @@ class DDPMPipeline(PortableConfigMixin, PrivateByDefault, StockDDPMPipeline):
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of the images.
-
-        Raises:
-            ValueError: The network has no `sample_size`, or one that it cannot halve often enough.
-        """
+        """Channels, height and width of the images; a UserError if `sample_size` is missing or cannot be halved."""
         size = self.unet.config.sample_size
         if size is None:
             raise UserError("the network's configuration has no sample_size; set it to the images' size")
         height, width = size if isinstance(size, (tuple, list)) else (size, size)
         check_size(self.unet, height, width)
         return self.unet.config.in_channels, height, width
-
-    def checked_steps(self, num_inference_steps: int | None) -> int:
-        """Return the number of sampler steps, see `schedulers.checked_steps`."""
-        return checked_steps(self.scheduler, num_inference_steps)
 
     @torch.no_grad()
     def __call__(
@@ -212,8 +191,7 @@ class DDPMPipeline(PortableConfigMixin, PrivateByDefault, StockDDPMPipeline):
             batch_size: How many images; 1 by default, or as many as there are seeds or given images. 0 gives none.
             generator: One generator for all, or one per image; draws as in stock.
             num_inference_steps: Steps of the chain; the scheduler's T by default (1000 in the paper).
-            output_type: `pil`, `np` (also `numpy` or `None`; `[B, H, W, C]` in [0, 1]) or `pt` (`[B, C, H, W]` in
-                [0, 1]).
+            output_type: `pil`, or in [0, 1] `np` (`[B, H, W, C]`; also `numpy` or `None`) or `pt` (`[B, C, H, W]`).
             return_dict: `False` gives a tuple.
             seeds: One seed per image, instead of `generator`: image i depends on its own seed only, on every device
                 (`randomness.SeededNoise`).
@@ -241,11 +219,10 @@ class DDPMPipeline(PortableConfigMixin, PrivateByDefault, StockDDPMPipeline):
             `.images`.
 
         Raises:
-            ValueError: An argument is outside its range, or `seeds` is given with `generator`, or counts disagree.
+            UserError: An argument is outside its range, or `seeds` is given with `generator`, or counts disagree.
             NotFiniteError: The network made NaN or infinities, which are no pixel values.
         """
-        if output_type in ("numpy", None):
-            output_type = "np"
+        output_type = "np" if output_type in ("numpy", None) else output_type
         if output_type not in ("pil", "np", "pt"):
             raise UserError(f"output_type must be 'pil', 'np' or 'pt', got {output_type!r}")
         if output_type == "pil" and self.image_shape[0] not in (1, 3):
@@ -255,29 +232,31 @@ class DDPMPipeline(PortableConfigMixin, PrivateByDefault, StockDDPMPipeline):
             if name not in self._callback_tensor_inputs:
                 names = ", ".join(self._callback_tensor_inputs)
                 raise UserError(f"callback_on_step_end_tensor_inputs knows {names}, got {name!r}")
-        num_inference_steps = self.checked_steps(num_inference_steps)
+        num_inference_steps = checked_steps(self.scheduler, num_inference_steps)
         given = None if image is None else images_in_model_range(image, self.image_shape)
         if seeds is None and batch_size is None and given is not None:
             batch_size = len(given)
         device = self._execution_device
         batch_size, source = count_and_generators(batch_size, generator, seeds, device)
         set_timesteps(self.scheduler, num_inference_steps)
-        start, known = 0, None
+        start, mask = 0, None
         if given is not None:
             given = one_per_image(given, batch_size, "image").to(device)
             start = self._start_of(strength, mask_image is not None)
             if mask_image is not None:
                 check_repaint(self.scheduler, resample_length, resample_times)
-                known = KnownPixels(given, mask_of(mask_image, self.image_shape, batch_size).to(device))
+                mask = mask_of(mask_image, self.image_shape, batch_size).to(device)
         elif strength is not None or mask_image is not None:
             raise UserError("strength and mask_image go with an image; pass image=")
         denoiser = self._denoiser(source, batch_size, class_labels, guidance_scale, eta)
         if batch_size:
-            x_t = self._noisy_start(source, batch_size, None if known and start == 0 else given, start)
-            steps = denoiser.steps(x_t, start)
-            if known is not None:
-                steps = repaint(denoiser, x_t, known, start, resample_length, resample_times)
-            x_t = self._last_of(steps, x_t, start, resample_times if known else 1, callback_on_step_end, inputs)
+            noise_only = mask is not None and start == 0
+            x_t = self._noisy_start(source, batch_size, None if noise_only else given, start)
+            steps, total = denoiser.steps(x_t, start), len(self.scheduler.timesteps) - start
+            if given is not None and mask is not None:
+                steps = repaint(denoiser, x_t, given, mask, start, resample_length, resample_times)
+                total *= resample_times
+            x_t = self._last_of(steps, x_t, total, callback_on_step_end, inputs)
         else:
             x_t = torch.empty(0, *self.image_shape)
         images = self.as_output(x_t, output_type)
@@ -285,17 +264,10 @@ class DDPMPipeline(PortableConfigMixin, PrivateByDefault, StockDDPMPipeline):
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def _last_of(
-        self,
-        steps: Iterator[DenoisingStep],
-        x_t: Tensor,
-        start: int,
-        times: int,
-        callback: Callable[..., dict[str, Any] | None] | None,
-        inputs: Sequence[str],
+        self, steps: Iterator[DenoisingStep], x_t: Tensor, total: int, callback: Any, inputs: Sequence[str]
     ) -> Tensor:
         """Take the steps, with a bar and the user's callback after each, and return x_0."""
         self._interrupt = False
-        total = times * (len(self.scheduler.timesteps) - start)
         with evaluating(self.unet), self.progress_bar(total=total) as bar:
             for step in steps:
                 if callback is not None:
@@ -309,11 +281,7 @@ class DDPMPipeline(PortableConfigMixin, PrivateByDefault, StockDDPMPipeline):
         return x_t
 
     def as_output(self, x_0: Tensor, output_type: str) -> Any:
-        """`[B, C, H, W]` in the [-1, 1] scale as `pil`, `np` or `pt`, see `__call__`.
-
-        Raises:
-            NotFiniteError: They hold NaN or infinities.
-        """
+        """Return images `[B, C, H, W]` in the [-1, 1] scale as `pil`, `np` or `pt`; see `check_finite`."""
         self.check_finite(x_0)
         images = (x_0 / 2 + 0.5).clamp(0, 1)
         if output_type == "pt":
@@ -322,23 +290,17 @@ class DDPMPipeline(PortableConfigMixin, PrivateByDefault, StockDDPMPipeline):
         return array if output_type == "np" else self.numpy_to_pil(array) if len(array) else []
 
     def check_finite(self, x_0: Tensor) -> None:
-        """Images at the end of the chain are numbers: NaN and infinities would become black and white pixels.
-
-        Raises:
-            NotFiniteError: They are not; names the weight that is to blame, if one is.
-        """
+        """Raise a NotFiniteError for NaN and infinities; it names the weight that is to blame, if one is."""
         if bool(x_0.isfinite().all()):
             return
         check_weights(self.unet)
         dtype = str(self.network.dtype).removeprefix("torch.")
         hints = {"float16": "; float16 ends at 65504, use bfloat16 or float32", "float32": ""}
-        raise NotFiniteError(
-            f"the images are not finite: the network, in {dtype}, or {type(self.scheduler).__name__} made NaN or "
-            f"infinities on the way{hints.get(dtype, '; try float32')}"
-        )
+        what = f"the network, in {dtype}, or {type(self.scheduler).__name__} made NaN or infinities on the way"
+        raise NotFiniteError(f"the images are not finite: {what}{hints.get(dtype, '; try float32')}")
 
     def _start_of(self, strength: float | None, inpainting: bool) -> int:
-        """Where in the chain to enter with a given image."""
+        """Return where in the chain to enter with a given image."""
         if strength is None:
             if not inpainting:
                 raise UserError("image needs strength (the share of the chain to go back, 0 to 1) or a mask_image")
@@ -348,7 +310,7 @@ class DDPMPipeline(PortableConfigMixin, PrivateByDefault, StockDDPMPipeline):
         steps = len(self.scheduler.timesteps)
         return steps - min(round(steps * strength), steps)
 
-    def _noisy_start(self, source: Generators, batch_size: int, image: Tensor | None, start: int) -> Tensor:
+    def _noisy_start(self, source: Generators, batch_size: int, image: Tensor | None = None, start: int = 0) -> Tensor:
         """Return x_T; where an image is given, that image with the noise of the chain's timestep number `start`."""
         noise = standard_normal((batch_size, *self.image_shape), source, self._execution_device, torch.float32)
         if image is None:
@@ -357,8 +319,6 @@ class DDPMPipeline(PortableConfigMixin, PrivateByDefault, StockDDPMPipeline):
         if not len(left):
             return image  # strength 0 leaves no step to take
         return self.scheduler.add_noise(image, noise, left[:1].expand(batch_size).to(noise.device))
-
-    # ------------------------------------------------------------------ the chain
 
     @torch.no_grad()
     def denoise(
@@ -373,64 +333,38 @@ class DDPMPipeline(PortableConfigMixin, PrivateByDefault, StockDDPMPipeline):
         guidance_scale: float = 1.0,
         eta: float | None = None,
     ) -> Iterator[DenoisingStep]:
-        """Take the chain's steps one by one: what `__call__` and the paper's figures are made of.
+        """Take the chain's steps `start` to `stop` (all by default): what `__call__` and the paper's figures are made
+        of.
 
-        Args:
-            x_t: `[B, C, H, W]` float32, noisy as at `scheduler.timesteps[start]`; pure noise for the whole chain.
-            generator, num_inference_steps, class_labels, guidance_scale, eta: See `__call__`.
-            start, stop: Which of the chain's steps to take, `range(start, stop)`; all by default.
-
-        Yields:
-            One `DenoisingStep` per step. Its `prev_sample` may be replaced; the next step starts from there.
-
-        Raises:
-            ValueError: As `__call__`, but with the first step.
+        It starts from x_t, `[B, C, H, W]` float32, noisy as at `scheduler.timesteps[start]`, and yields a
+        `DenoisingStep` each. Its `prev_sample` may be replaced; the next step starts from there.
         """
-        set_timesteps(self.scheduler, self.checked_steps(num_inference_steps))
+        set_timesteps(self.scheduler, checked_steps(self.scheduler, num_inference_steps))
         denoiser = self._denoiser(generator, len(x_t), class_labels, guidance_scale, eta)
         with evaluating(self.unet):
             yield from denoiser.steps(x_t, start, stop)
 
     def _denoiser(
-        self,
-        generator: Generators,
-        batch_size: int,
-        class_labels: ClassLabels = None,
-        guidance_scale: float = 1.0,
-        eta: float | None = None,
+        self, generator: Generators, count: int, class_labels: ClassLabels, guidance_scale: float, eta: float | None
     ) -> Denoiser:
         """Return what takes steps down the chain that is set, with its options checked."""
         checked_eta(self.scheduler, eta)
-        labels = self.classes.checked(class_labels, guidance_scale, batch_size)
+        labels = self.classes.checked(class_labels, guidance_scale, count)
         labels = None if labels is None else labels.to(self._execution_device)
         return Denoiser(self.network, self.scheduler, generator, labels, guidance_scale, eta)
 
     def progressive(
         self,
         batch_size: int | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: Generators = None,
         *,
         seeds: Iterable[int] | None = None,
         **options: Any,
     ) -> Iterator[DenoisingStep]:
-        """Progressive generation (Section 4.3, Figs. 6, 10 and 14): the images as they come into being.
-
-        Args:
-            batch_size, generator, seeds: See `__call__`.
-            options: See `denoise`.
-
-        Yields:
-            One `DenoisingStep` per step, with x_t and the x_0 predicted from it.
-        """
-        self.checked_steps(options.get("num_inference_steps"))
+        """Yield a `DenoisingStep` per step, from x_T on (Section 4.3); see `__call__`, and `denoise` for `options`."""
+        checked_steps(self.scheduler, options.get("num_inference_steps"))
         batch_size, source = count_and_generators(batch_size, generator, seeds, self._execution_device)
-        shape = (batch_size, *self.image_shape)
-        x_t = standard_normal(shape, source, self._execution_device, torch.float32)
-        yield from self.denoise(x_t * self.scheduler.init_noise_sigma, source, **options)
-
-    def checked_eta(self, eta: float | None) -> float:
-        """Return the eta in force, see `denoising.checked_eta`."""
-        return checked_eta(self.scheduler, eta)
+        yield from self.denoise(self._noisy_start(source, batch_size), source, **options)
 
     @property
     def classes(self) -> Classes:
@@ -438,44 +372,31 @@ class DDPMPipeline(PortableConfigMixin, PrivateByDefault, StockDDPMPipeline):
         return Classes.of(self.unet.config)
 
     def check_images_fit(self, data: Any) -> None:
-        """Images (`data.load_images`) have to be as large as the network's.
-
-        Raises:
-            ValueError: They are not.
-        """
-        if tuple(data.image_shape) != self.image_shape:
-            raise UserError(
-                f"the images of {data.name!r} are {tuple(data.image_shape)} (channels, height, width), and the model "
-                f"makes {self.image_shape}"
-            )
+        """Raise a UserError unless images (`data.load_images`) are as large as the network's."""
+        if (shape := tuple(data.image_shape)) != self.image_shape:
+            own = f"the images of {data.name!r} are {shape} (channels, height, width)"
+            raise UserError(f"{own}, and the model makes {self.image_shape}")
 
 
 def _check_published_weights(safe_serialization: bool = True, variant: str | None = None) -> None:
-    """Check that weights are published as safetensors under their usual names.
-
-    Raises:
-        UserError: Something else was asked for.
-    """
+    """Raise a UserError for anything but safetensors under their usual names."""
     if not safe_serialization:
         raise UserError("safe_serialization=False would publish a pickle; leave it out for safetensors")
     if variant:
-        raise UserError(
-            f"variant={variant!r} alone does not open with from_pretrained as the card says; push without variant, "
-            "after pipe.to(torch.float16) for smaller weights"
-        )
+        advice = "push without variant, after pipe.to(torch.float16) for smaller weights"
+        raise UserError(f"variant={variant!r} alone does not open with from_pretrained as the card says; {advice}")
 
 
 def _push(folder: Any, repo_id: str, private: bool | None = None, **options: Any) -> str:
     """Push a folder as `ddpm-hf push` does; `options` are those of `hub.publish.Push`, where `None` is its default."""
-    # By its name: `hub` stands above this module, and only those who push need it.
-    hub = importlib.import_module("ddpm_hf.hub.publish")
+    hub = importlib.import_module("ddpm_hf.hub.publish")  # by its name: `hub` stands above this module
     options = {name: value for name, value in options.items() if value is not None}
     return hub.Push(str(folder), repo_id, private=private is not False, **options).run()
 
 
 @contextmanager
 def evaluating(module: torch.nn.Module) -> Iterator[None]:
-    """The module in evaluation mode (no dropout) inside, and as it was afterwards."""
+    """Keep the module in evaluation mode (no dropout) inside, and as it was afterwards."""
     was_training = module.training
     module.eval()
     try:
@@ -486,7 +407,7 @@ def evaluating(module: torch.nn.Module) -> Iterator[None]:
 
 @contextmanager
 def without_bar(pipe: DDPMPipeline) -> Iterator[None]:
-    """The pipeline shows no progress bar inside, and does afterwards what it did before."""
+    """Show no progress bar inside, and do afterwards what the pipeline did before."""
     before = getattr(pipe, "_progress_bar_config", {})
     pipe.set_progress_bar_config(**{**before, "disable": True})
     try:

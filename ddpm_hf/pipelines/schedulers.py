@@ -20,19 +20,13 @@ logger = logging.get_logger(__name__)
 
 # Stock's schedulers whose every step is T // K timesteps long, wherever their timesteps lead.
 _FIXED_STRIDE = (DDIMScheduler, DDIMParallelScheduler, CogVideoXDDIMScheduler)
-# More than stock's DDIM loses by rounding in float32, a few units in the last place of 1. Its root, 7e-4, is a tenth
-# of a pixel value.
+# More than stock's DDIM loses by rounding in float32, near 1; its root, 7e-4, is a tenth of a pixel value.
 _ROUNDING = 2.0**-21
-
 _warned_of_a_late_start = False
 
 
 def check_is_ddpm(scheduler: Any) -> None:
-    """Check that a scheduler knows the paper's process: x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps.
-
-    Raises:
-        ValueError: It has another one (EDM, flow matching, consistency models, score SDEs, discrete diffusion, ...).
-    """
+    """Raise a UserError unless the process is x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps."""
     config = scheduler.config
     alpha_bar = getattr(scheduler, "alphas_cumprod", None)
     flow = config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction"
@@ -44,11 +38,7 @@ def check_is_ddpm(scheduler: Any) -> None:
 
 
 def check_is_sampler(scheduler: Any) -> None:
-    """Check that a scheduler takes a DDPM's network from noise to images by `step(model_output, timestep, sample)`.
-
-    Raises:
-        ValueError: It does not.
-    """
+    """Raise a UserError unless a scheduler samples from a DDPM by `step(model_output, timestep, sample)`."""
     if isinstance(scheduler, DDPMScheduler):
         return
     check_is_ddpm(scheduler)
@@ -61,45 +51,35 @@ def check_is_sampler(scheduler: Any) -> None:
 
 
 def checked_steps(scheduler: Any, num_inference_steps: int | None) -> int:
-    """Return the number of sampler steps: the chain's T for `None`.
-
-    Raises:
-        ValueError: Not between 1 and T, or a scheduler that does not sample from a DDPM.
-    """
+    """Return the number of sampler steps, T for `None`; a UserError if it is not 1 to T, or this is no sampler."""
     check_is_sampler(scheduler)
     T = scheduler.config.num_train_timesteps
     if num_inference_steps is None:
         return T
     num_inference_steps = whole_number("num_inference_steps", num_inference_steps, or_float=True)
     if not 1 <= num_inference_steps <= T:
-        raise UserError(
-            f"num_inference_steps must be between 1 and the {T} steps of the chain, got {num_inference_steps}"
-        )
+        allowed = f"between 1 and the {T} steps of the chain"
+        raise UserError(f"num_inference_steps must be {allowed}, got {num_inference_steps}")
     return num_inference_steps
 
 
 def set_timesteps(scheduler: Any, steps: int) -> None:
-    """Set the chain's timesteps. Stock's schedulers round some numbers of steps to chains that make no image.
+    """Set the chain's timesteps; a UserError refuses numbers of steps that stock rounds to chains which make no image.
 
-    Raises:
-        ValueError: A timestep comes twice, or the chain would start from pure noise where the network expects a
-            part of the image. This package's scheduler does that for few steps as stock's does, with one warning.
+    There a timestep comes twice, or pure noise starts where the network expects a part of the image. The latter, which
+    this package's scheduler does for few steps as stock's does, is one warning there.
     """
     scheduler.set_timesteps(steps)
-    timesteps, alpha_bar = scheduler.timesteps, scheduler.alphas_cumprod
-    signal, least = alpha_bar[int(timesteps[0])].item() ** 0.5, alpha_bar[-1].item() ** 0.5
-    late = signal > max(0.1, 2 * least)
-    T = scheduler.config.num_train_timesteps
+    config, timesteps, alpha_bar = scheduler.config, scheduler.timesteps, scheduler.alphas_cumprod
+    T, first, name = config.num_train_timesteps, int(timesteps[0]), type(scheduler).__name__
+    late = alpha_bar[first].item() ** 0.5 > max(0.1, 2 * alpha_bar[-1].item() ** 0.5)
     if isinstance(scheduler, DDPMScheduler):
         global _warned_of_a_late_start
         if late and not _warned_of_a_late_start:  # as stock does it, so it is not refused
             _warned_of_a_late_start = True
-            logger.warning(
-                f"{steps} steps start from pure noise at t={int(timesteps[0])}, where the network expects a part "
-                "of the image; better: timestep_spacing='trailing'"
-            )
+            where = f"at t={first}, where the network expects a part of the image"
+            logger.warning(f"{steps} steps start from pure noise {where}; better: timestep_spacing='trailing'")
         return
-    config, first = scheduler.config, int(timesteps[0])
     vanishes = alpha_bar[first] == 0 or (config.get("rescale_betas_zero_snr") and first == T - 1)
     if vanishes and config.get("prediction_type") == "epsilon":  # stock divides by 0, and clips what comes of it
         raise UserError(
@@ -107,27 +87,21 @@ def set_timesteps(scheduler: Any, steps: int) -> None:
             "'v_prediction' or 'sample' with this schedule, or timesteps that leave it out"
         )
     # PNDM and second-order solvers evaluate some timesteps twice on purpose.
-    once = getattr(scheduler, "order", 1) == 1 and "PNDM" not in type(scheduler).__name__
+    once = getattr(scheduler, "order", 1) == 1 and "PNDM" not in name
     if late or (once and len(timesteps.unique()) < len(timesteps)):
-        what = f"starts from noise at t={int(timesteps[0])}" if late else "comes to the same timestep twice"
-        raise UserError(
-            f"{type(scheduler).__name__} {what} with {steps} steps; use timestep_spacing='trailing', or "
-            "another number of steps"
-        )
+        what = f"starts from noise at t={first}" if late else "comes to the same timestep twice"
+        advice = "use timestep_spacing='trailing', or another number of steps"
+        raise UserError(f"{name} {what} with {steps} steps; {advice}")
     if isinstance(scheduler, _FIXED_STRIDE) and (timesteps.diff() != -(T // steps)).any():
         raise UserError(
-            f"stock's {type(scheduler).__name__} takes each of {steps} steps to be {T // steps} of the {T} "
-            f"timesteps long, and with {scheduler.config.timestep_spacing!r} spacing they are not; use "
-            f"'leading' or 'trailing' spacing and a number of steps that divides {T}"
+            f"stock's {name} takes each of {steps} steps to be {T // steps} of the {T} timesteps long, and with "
+            f"{config.timestep_spacing!r} spacing they are not; use 'leading' or 'trailing' spacing and a number of "
+            f"steps that divides {T}"
         )
 
 
 def checked_eta(scheduler: Any, eta: float | None) -> float:
-    """Return the eta in force: for `None` the scheduler's own default, 0 where it has none.
-
-    Raises:
-        UserError: Not between 0 and 1, or given to a scheduler that has none.
-    """
+    """Return eta, by default the scheduler's own, or 0; a UserError outside 0 to 1, or where there is none."""
     known = inspect.signature(scheduler.step).parameters.get("eta")
     if eta is None:
         return 0.0 if known is None else known.default

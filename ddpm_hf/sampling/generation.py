@@ -22,7 +22,7 @@ from ..diffusion.noise_schedule import check_choice
 from ..diffusion.scheduling_ddpm import TIMESTEP_SPACINGS, DDPMScheduler
 from ..pipelines.inputs import one_per_image
 from ..pipelines.pipeline_ddpm import DDPMPipeline, without_bar
-from ..pipelines.schedulers import check_is_ddpm
+from ..pipelines.schedulers import check_is_ddpm, checked_eta, checked_steps
 from ..utils.digests import digest, weights_digest
 from ..utils.errors import NotFiniteError, UserError
 from ..utils.files import write_text, write_whole
@@ -159,7 +159,7 @@ def generate(
         raise UserError(f"batch_size must be at least 1, got {batch_size}")
     if class_labels is not None:
         _check_labels(class_labels, seeds)
-    steps = pipe.checked_steps(options.get("num_inference_steps"))  # before a progress bar is shown
+    steps = checked_steps(pipe.scheduler, options.get("num_inference_steps"))  # before a progress bar is shown
     strength = options.get("strength")
     if strength is not None and 0 <= strength <= 1:  # the pipeline refuses others
         steps = round(steps * strength)
@@ -330,9 +330,9 @@ def _claim(folder: Path, has_images: bool, pipe: DDPMPipeline, seeds: Sequence[i
     made = {
         "weights": weights_digest(pipe.unet),
         **json.loads(json.dumps(pipe.settings)),
-        "num_inference_steps": pipe.checked_steps(options.get("num_inference_steps")),
+        "num_inference_steps": checked_steps(pipe.scheduler, options.get("num_inference_steps")),
         "guidance_scale": options.get("guidance_scale", 1.0),
-        "eta": pipe.checked_eta(options.get("eta")),
+        "eta": checked_eta(pipe.scheduler, options.get("eta")),
         "strength": options.get("strength"),
         **{name: options.get(name, default) if inpainting else None for name, default in _RESAMPLE.items()},
     }

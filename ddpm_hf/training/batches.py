@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..data.datasets import ImageDataset, Images, StreamedImages, crop_seeds
+from ..data.datasets import ImageDataset, Images, StreamedImages
+from ..data.tensors import crop_seeds
 from ..utils.machine import to_device
 from ..utils.randomness import derived_generator
 from .configuration import TrainingError

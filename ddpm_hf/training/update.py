@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..data.tensors import flip_images, to_model_range
 from ..diffusion.objectives import OBJECTIVES
 from ..diffusion.scheduling_ddpm import DDPMScheduler
+from ..utils import cuda_graphs
 from ..utils.cuda_graphs import record, warm_up
 from ..utils.machine import DelayedScalar
 from ..utils.processes import say
@@ -117,7 +118,8 @@ class CapturedUpdate(Update):
     process without loss scaling. If the capture fails, one line says so and updates are made without.
 
     A graph knows addresses, not names. So it is captured anew where weights, EMA weights, moments or gradients have
-    been replaced from Python (`ema.load_state_dict`, `adam.load_state_dict`, another parameter), or Adam's constants.
+    been replaced from Python (`ema.load_state_dict`, `adam.load_state_dict`, another parameter), Adam's constants, or
+    the state of the default generator (after a capture of samples that failed).
 
     On CPUs a replay calls the same function again, which shows that all that changes is in those tensors.
     """
@@ -180,11 +182,11 @@ class CapturedUpdate(Update):
         return [*self.unet.parameters(), *self.ema.shadow_params, *moments]
 
     def _bindings(self) -> tuple[Any, ...]:
-        """Return what graphs are bound to: addresses of the state and of lasting gradients, constants of Adam."""
+        """Return what graphs are bound to: addresses of the state and of lasting gradients, constants, generator."""
         gradients = [p.grad for p in self.unet.parameters() if p.grad is not None]
         (group,) = self.adam.param_groups
         constants = [group[name] for name in ("betas", "eps", "weight_decay")]
-        return (*(tensor.data_ptr() for tensor in (*self._state(), *gradients)), *constants)
+        return (*(tensor.data_ptr() for tensor in (*self._state(), *gradients)), *constants, cuda_graphs.renewals)
 
     def _capture(self) -> None:
         """Record the update's kernels; weights, moments and EMA weights stay as they are.
@@ -202,8 +204,8 @@ class CapturedUpdate(Update):
                 group |= {"lr": self._learning_rate, "capturable": True}
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", ".*capturable=True", UserWarning)  # of Adam's steps before a capture
-                warm_up(self._whole, cuda)  # compiling, choosing convolutions, creating Adam's moments
-            self._record_all(cuda)
+                warm_up(self._whole, self.run.device)  # compiling, choosing convolutions, creating Adam's moments
+            self._record_all()
         finally:
             group |= before
             with torch.no_grad():
@@ -211,11 +213,11 @@ class CapturedUpdate(Update):
                     tensor.copy_(kept[index]) if index < len(kept) else tensor.zero_()
             self.skipped_in_a_row.copy_(skipped)
 
-    def _record_all(self, cuda: bool) -> None:
+    def _record_all(self) -> None:
         """Record the graphs; none, and a line about it, where CUDA does not let something into them."""
         parts = [self._whole] if self._drop_gradients else [self._accumulate_inputs, self.apply]
         try:
-            self._graphs = [record(part, cuda) for part in parts]
+            self._graphs = [record(part, self.run.device) for part in parts]
         except RuntimeError as error:  # whatever CUDA, a driver or the compiler refuses; too little memory for a copy
             self._graphs, self._drop_gradients = [], True
             self.optimizer.zero_grad(set_to_none=True)

@@ -6,6 +6,7 @@ lie in tensors that keep their place. (PyTorch, "CUDA semantics", section "CUDA 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,9 @@ import torch
 
 # Calls before the recording: compiling, choosing algorithms and making workspaces may not happen inside it.
 WARM_UP = 3
+
+# How often the default generator's state was replaced: graphs recorded before that draw from the one it had.
+renewals = 0
 
 
 class Rehearsal:
@@ -22,25 +26,36 @@ class Rehearsal:
         self.replay = run
 
 
-def record(run: Callable[[], Any], cuda: bool) -> Any:
+def record(run: Callable[[], Any], device: torch.device) -> Any:
     """Return a graph of the kernels that `run` launches, or its `Rehearsal` on a CPU; call it before, to warm up.
+
+    The device may be another than PyTorch's current one: kernels are recorded on a stream of the device that they are
+    for, else the graph would be empty and a replay would do nothing.
 
     Raises:
         RuntimeError: CUDA does not let something of it into a graph; the device can be used as before.
     """
-    if not cuda:
+    if device.type != "cuda":
         return Rehearsal(run)
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-    try:
-        # Other threads (reading ahead, uploading) may allocate meanwhile.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            run()
-    except RuntimeError:
-        torch.cuda.set_stream(stream)  # the capture's own may have been left behind
-        torch.cuda.empty_cache()
-        _renew_default_generator()
-        raise
+    with torch.cuda.device(device):
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        try:
+            # Other threads (reading ahead, uploading) may allocate meanwhile.
+            own = _capture_stream(torch.cuda.current_device())
+            with torch.cuda.graph(graph, stream=own, capture_error_mode="thread_local"):
+                run()
+        except RuntimeError:
+            torch.cuda.set_stream(stream)  # the capture's own may have been left behind
+            torch.cuda.empty_cache()
+            _renew_default_generator()
+            raise
     return graph
+
+
+@functools.cache
+def _capture_stream(device: int) -> Any:
+    """Return the stream to record on: one per device, as each has cuBLAS's workspace beside it."""
+    return torch.cuda.Stream(device)
 
 
 def _renew_default_generator() -> None:
@@ -48,21 +63,24 @@ def _renew_default_generator() -> None:
 
     Before PyTorch 2.14 a capture that failed left the old one refusing to draw outside of a capture.
     """
+    global renewals
+    renewals += 1
     generator = torch.cuda.default_generators[torch.cuda.current_device()]
     fresh = torch.Generator(generator.device)
     fresh.set_state(generator.get_state())
     generator.graphsafe_set_state(fresh.graphsafe_get_state())
 
 
-def warm_up(run: Callable[[], Any], cuda: bool) -> None:
+def warm_up(run: Callable[[], Any], device: torch.device) -> None:
     """Call `run` a few times, on a stream of its own, as PyTorch asks for before a recording."""
-    if not cuda:
+    if device.type != "cuda":
         for _ in range(WARM_UP):
             run()
         return
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(WARM_UP):
-            run()
-    torch.cuda.current_stream().wait_stream(side)
+    with torch.cuda.device(device):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UP):
+                run()
+        torch.cuda.current_stream().wait_stream(side)

@@ -60,6 +60,15 @@ def test_values_of_a_file_are_those_of_flags(tmp_path):
     assert cli.parse_training_config(["--resolution", "64", "96", "--seed", "1"]).resolution == [64, 96]
 
 
+def test_null_takes_back_what_a_file_says(tmp_path):
+    path = config_file(tmp_path, "checkpoints_total_limit: 2\nrandom_flip: true\nresolution: [64, 96]\n")
+    (tmp_path / "second.yaml").write_text("random_flip: null\nresolution: ~\n")
+    config = cli.parse_training_config(["--config", path, "--checkpoints_total_limit", "null"])
+    assert (config.checkpoints_total_limit, config.random_flip) == (None, True)
+    config = cli.parse_training_config(["--config", path, "--config", str(tmp_path / "second.yaml")])
+    assert (config.checkpoints_total_limit, config.random_flip, config.resolution) == (2, None, None)
+
+
 def test_boolean_flags_stand_alone_or_take_a_value():
     assert cli.parse_training_config([]).random_flip is None
     assert cli.parse_training_config(["--random_flip"]).random_flip is True
@@ -109,6 +118,9 @@ def test_every_preset_has_a_configuration_that_changes_nothing_of_it(repository_
         (["--config", "{tmp}/type.yaml"], ["--max_train_steps", "a whole number", "'1.5'"]),
         (["--config", "{tmp}/several.yaml"], ["dataset_name takes one value, got ['a']"]),
         (["--config", "{tmp}/null.yaml"], ["seed takes one value, got None"]),
+        (["--config", "{tmp}/number.yaml"], ["output_dir takes text, got 83", "quotes"]),
+        (["--config", "{tmp}/yes.yaml"], ["report_to takes text, got True", "quotes"]),
+        (["--config", "{tmp}/true.yaml"], ["--max_train_steps", "a whole number", "'True'"]),
         (["--config", "{tmp}/date.yaml"], ["not valid YAML", "month"]),
         (["--preset", "digits", "--num_cpu_threads", "99999999999"], ["--num_cpu_threads", "4096"]),
         (["--preset", "digits", "--output_dir", "{tmp}/list.yaml"], ["is a file"]),
@@ -130,6 +142,9 @@ def test_training_mistakes(tmp_path, capsys, monkeypatch, arguments, words):
     (tmp_path / "type.yaml").write_text("preset: digits\nmax_train_steps: 1.5\n")
     (tmp_path / "several.yaml").write_text("dataset_name: [a]\n")
     (tmp_path / "null.yaml").write_text("dropout: null\nseed: null\n")
+    (tmp_path / "number.yaml").write_text("output_dir: 0123\n")
+    (tmp_path / "yes.yaml").write_text("mixed_precision: no\nreport_to: yes\n")
+    (tmp_path / "true.yaml").write_text("compile: off\ntf32: True\nmax_train_steps: true\n")
     (tmp_path / "date.yaml").write_text("output_dir: 2026-13-01\n")
     before = sorted(tmp_path.iterdir())
     arguments = [word.replace("{tmp}", str(tmp_path)) for word in arguments]

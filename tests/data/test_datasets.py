@@ -21,17 +21,8 @@ from sklearn.datasets import load_digits as sklearn_digits
 
 import ddpm_hf.data.datasets
 import ddpm_hf.data.decoding
-from ddpm_hf.data.datasets import (
-    ImageDataset,
-    LazyImageDataset,
-    StreamedImages,
-    crop_seeds,
-    flip_images,
-    load_digits,
-    load_images,
-    to_model_range,
-    to_uint8,
-)
+from ddpm_hf.data.datasets import ImageDataset, LazyImageDataset, StreamedImages, load_digits, load_images
+from ddpm_hf.data.tensors import crop_seeds, flip_images, to_model_range, to_uint8
 
 LAZY = {"memory_limit_bytes": 0}  # nothing fits
 

@@ -12,8 +12,8 @@ from oracles import GaussianData
 
 from ddpm_hf import DDPMPipeline, DDPMScheduler
 from ddpm_hf.cli import main
-from ddpm_hf.data.datasets import load_images, to_model_range
-from ddpm_hf.data.tensors import ImageDataset
+from ddpm_hf.data.datasets import load_images
+from ddpm_hf.data.tensors import ImageDataset, to_model_range
 from ddpm_hf.diffusion.likelihood import stratified_bits_per_dim
 from ddpm_hf.evaluation.optimal_variance import prediction_error
 

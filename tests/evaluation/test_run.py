@@ -12,7 +12,8 @@ from diffusers import DDIMScheduler
 from PIL import Image
 
 from ddpm_hf import DDPMPipeline, DDPMScheduler, EvaluationReport, bits_per_dim
-from ddpm_hf.data.datasets import ImageDataset, load_digits, to_model_range
+from ddpm_hf.data.datasets import ImageDataset, load_digits
+from ddpm_hf.data.tensors import to_model_range
 from ddpm_hf.evaluation import likelihoods as likelihood_evaluation
 from ddpm_hf.evaluation import run as evaluation
 from ddpm_hf.evaluation.options import EvaluationOptions

@@ -243,8 +243,19 @@ def test_stocks_samplers_take_the_captured_network(sampler):
     assert len(pipe.network._graphs) == 1
 
 
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+def test_a_chain_captured_in_inference_mode_is_used_outside_of_it(sampler):
+    pipe = quiet(with_sampler(DDPMPipeline(network(), DDPMScheduler()), sampler))
+    optimize_for_inference(pipe, options=CAPTURED)
+    call = {"seeds": [4, 5], "num_inference_steps": 5, "output_type": "pt"}
+    with torch.inference_mode():
+        inside = pipe(**call).images
+    assert torch.equal(pipe(**call).images, inside)
+    assert len(pipe.network._graphs) == 1
+
+
 def test_what_cannot_be_captured_runs_without(monkeypatch, caplog):
-    def refuse(run, cuda):
+    def refuse(run, device):
         raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
     monkeypatch.setattr("ddpm_hf.models.inference.record", refuse)

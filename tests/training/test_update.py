@@ -133,7 +133,12 @@ def change_adam(run):
     run._adam.param_groups[0]["betas"] = (0.8, 0.9)
 
 
-@pytest.mark.parametrize("replace", [replace_ema, replace_moments, replace_parameter, change_adam])
+def renew_generator(run):
+    """As a capture of samples does that failed, with versions of PyTorch before 2.14."""
+    training_update.cuda_graphs.renewals += isinstance(run.update, CapturedUpdate)
+
+
+@pytest.mark.parametrize("replace", [replace_ema, replace_moments, replace_parameter, change_adam, renew_generator])
 def test_what_is_replaced_from_python_is_captured_anew(tmp_path, monkeypatch, replace):
     plain, graph = trainer(tmp_path / "plain"), captured(trainer(tmp_path / "graph"))
     record, records = training_update.record, []
