@@ -2,7 +2,8 @@
 
 The Frechet distance (means and covariances of the pixels, levels 0..16) between samples of a digits model and the
 training images, for every sampler and number of steps, in several sets of seeds; and for each variance of the
-ancestral sampler over the whole chain once. Broken off, it goes on where it stopped. Writes table.md and results.json.
+ancestral sampler over the whole chain once. If it is interrupted, the same command
+resumes. Writes table.md and results.json.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""How does this package do on the GPU at hand, beside stock diffusers? `python benchmarks/gpu.py --output runs/gpu`
+"""How does this package do on your GPU, beside stock diffusers? `python benchmarks/gpu.py --output runs/gpu`
 
 Everything runs in one process on one card, within `--minutes` (4 by default); what matters most comes first, and every
 line is printed and written to `gpu.json` as soon as it is measured, so that a time limit loses nothing before it. Run

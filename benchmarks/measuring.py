@@ -70,7 +70,7 @@ def as_glibc_does() -> None:
 def interleaved(row: Row, stock: Callable[[], Any], ours: Callable[[], Any], rounds: int) -> Row:
     """A B A B ..., each with its own way of handing out memory; the first round warms up and is not counted.
 
-    Nor is a run right after the change from one way to the other, which takes the memory anew, where it is short.
+    Nor is a run right after the change from one way to the other, which takes the memory again, where it is short.
     """
     for round_ in range(rounds + 1):
         for run, handing_out, seconds in ((stock, as_glibc_does, row.stock), (ours, keep_freed_memory, row.ours)):

@@ -1,6 +1,6 @@
 """How fast, beside stock diffusers? `python benchmarks/speed.py --output runs/speed`
 
-Every row does the same work in two ways, in turns (A B A B ...), in one process, on the same weights and data: as
+Every row does the same work in two ways, interleaved (A B A B ...), in one process, on the same weights and data: as
 stock diffusers 0.42 does it in eager float32, and as this package does it. The ratio is of rounds beside each other.
 Where its spread is larger than the effect, the table claims nothing. Run nothing else meanwhile; it takes about twenty
 minutes.
@@ -90,7 +90,7 @@ def sampling(
     row.low_precision = precision != "fp32"
     if precision == "fp32":
         apart = (pixel_values(made["ours"]) - pixel_values(made["stock"])).abs().max().item()
-        row.check = f"images differ by {apart:.0f} level(s) at most"
+        row.check = f"images differ by {apart:.0f} pixel value(s) at most"
     pipe.network = pipe.unet
     return row
 

@@ -144,7 +144,7 @@ def _network(sample_size: int, widths: tuple[int, ...], attention_resolution: in
 def _image256(name: str, source: str, steps: int, ch: int = 128, fid: float | None = None, **more: Any) -> Preset:
     """The 256 x 256 experiments: six resolutions; run_lsun.py 'unet2d16b2c112244': ch_mult=(1, 1, 2, 2, 4, 4).
 
-    FIDs are Table 3's, by the code of StyleGAN2 (Appendix B), which takes whole grey levels.
+    FIDs are Table 3's, by the code of StyleGAN2 (Appendix B), which takes uint8 pixel values.
     """
     return Preset(
         name=name,

@@ -45,7 +45,7 @@ def test_stratified_bits_per_dim_agrees_with_the_full_sum_at_k_50(pipe, held_out
 
 def test_held_out_likelihood_is_what_was_reported(pipe, held_out):
     estimate = stratified_bits_per_dim(pipe.unet, pipe.scheduler, held_out[:64], num_evaluations=50)
-    assert 4.2 < estimate.mean < 4.7  # docs/digits.md: 4.44; an untrained network has 7.5, uniform grey levels 8
+    assert 4.2 < estimate.mean < 4.7  # docs/digits.md: 4.44; an untrained network has 7.5, uniform pixel values 8
 
 
 def test_samples_are_digits(pipe):

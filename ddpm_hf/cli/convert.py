@@ -24,9 +24,9 @@ def convert_parser(prog: str | None = None) -> Parser:
         "--preset", str, None, "one of the paper's experiments, or a released model (docs/convert.md): gives the rest"
     )
     flag("--num_heads", int, None, "attention heads (improved_diffusion, guided_diffusion); the paper: 1")
-    flag("--num_heads_upsample", int, None, "their number on the way up, where it is another")
+    flag("--num_heads_upsample", int, None, "attention heads of the up blocks, if another number")
     flag("--num_head_channels", int, None, "channels per attention head (guided_diffusion)")
-    flag("--use_new_attention_order", bool, None, "how attention is cut into heads (guided_diffusion)")
+    flag("--use_new_attention_order", bool, None, "how attention is split into heads (guided_diffusion)")
     flag = parser.group("diffusion process, where the file does not say")
     schedules = "linear, cosine, quad, const, jsd, sigmoid, warmup10 or warmup50, where the format's code has it"
     flag("--noise_schedule --beta_schedule", str, None, f"{schedules}; {paper_value('beta_schedule')}")
@@ -37,7 +37,7 @@ def convert_parser(prog: str | None = None) -> Parser:
     flag("--rescale_timesteps", bool, None, text)
     flag("--predict_xstart", bool, None, "the network predicts x_0 (improved_diffusion, guided_diffusion)")
     flag("--prediction_type", str, None, "epsilon, sample or posterior_mean (official_tf)")
-    flag("--learn_sigma", bool, None, "the variance is learned; checked only, as the file says it")
+    flag("--learn_sigma", bool, None, "the variance is learned; only compared with the file")
     flag("--variance_type --var_type", str, None, f"of the scheduler; {paper_value('variance_type')}")
     flag("--sigma_small", bool, None, "as --variance_type fixed_small (improved_diffusion)")
     text = "clip the predicted x_0; default: as the original sampler does"

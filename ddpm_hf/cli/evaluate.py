@@ -47,7 +47,7 @@ def evaluate_parser(prog: str | None = None) -> Parser:
         "what images are compared by: inception (the paper), pixels (tiny images), a vision model such as "
         "facebook/dinov2-base, or several of them: inception,pixels",
     )
-    flag("--inception_weights", str, None, "torch-fidelity's weights file; default: where it keeps them")
+    flag("--inception_weights", str, None, "Inception weights file; torch-fidelity's own if left out")
     flag = parser.group("output")
     flag("--output", str, None, "a folder for report.json, report.md and pictures; or FILE.json")
     text = "where features of real images are kept; default: $DDPM_HF_CACHE, or ~/.cache/ddpm_hf"

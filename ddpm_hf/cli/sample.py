@@ -33,7 +33,7 @@ def sample_parser(prog: str | None = None) -> Parser:
     text = "start from these files instead of from noise, repeated for all seeds; needs --strength or --mask_image"
     flag("--image", str, None, text, nargs="+")
     flag("--strength", float, None, "share of the chain to go back: 0 keeps the image, 1 next to nothing of it")
-    text = "draw anew where this file is white, keep the image where it is black; one, or one for each --image"
+    text = "draw new pixels where this file is white, keep the image where it is black; one, or one for each --image"
     flag("--mask_image", str, None, text, nargs="+")
     text = "RePaint's jump length: go back this many steps after as many; default: 10"
     flag("--resample_length", int, None, text, POSITIVE)
@@ -99,7 +99,7 @@ def _given_images(values: Any, count: int, image_shape: tuple[int, int, int]) ->
         )
     files = {"image": model.read_images("image", values.image, image_shape)}
     if values.mask_image is not None:
-        # Scaled and cropped as its image is: white pixels (> 127) are drawn anew.
+        # Scaled and cropped as its image is: white pixels (> 127) are replaced.
         files["mask_image"] = model.read_images("mask_image", values.mask_image, (1, *image_shape[1:])) > 127
     chosen = {n: f if len(f) == 1 else f[[i % len(f) for i in range(count)]] for n, f in files.items()}
     return chosen | given(values, "strength", "resample_length", "resample_times")

@@ -299,7 +299,7 @@ def _load_weights(unet: UNet2DModel, tensors: Tensors, names: Mapping[str, str],
             shapes = f"{tuple(value.shape)}, and the network asks for {tuple(target)}"
             raise UserError(f"{where} has shape {shapes} ({key})")
         if not value.is_floating_point():
-            raise UserError(f"{where} holds {value.dtype}, which no weights are")
+            raise UserError(f"{where} holds {value.dtype}, which is no type of weights")
         if not value.isfinite().all():
             raise UserError(f"{where} holds NaN or infinity; take an intact copy")
         state[key] = value.to(wanted[key].dtype)

@@ -167,7 +167,7 @@ def _to_pixels(image: Image.Image, options: DecodeOptions, crop_seed: int | None
     elif isinstance(transparent, tuple) and max(transparent) > 255:
         raise UserError(
             "16-bit colour with one transparent colour: Pillow gives only the upper 8 bits, in which that colour "
-            "cannot be told from its neighbours; save the image with an alpha channel"
+            "cannot be distinguished from its neighbours; save the image with an alpha channel"
         )
     # Pillow knows no direct way from these to all others.
     image = image.convert({"La": "LA", "LAB": "RGB"}.get(image.mode, image.mode))

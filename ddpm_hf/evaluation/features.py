@@ -127,7 +127,7 @@ class VisionModel:
 
     def __call__(self, images: Tensor) -> Rows:
         if images.is_floating_point():
-            raise UserError(f"{self.name} takes whole pixel values")
+            raise UserError(f"{self.name} takes uint8 images")
         batch = self._processor(
             images=list(_three_channels(images).cpu()), return_tensors="pt", input_data_format="channels_first"
         )

@@ -1,7 +1,7 @@
 """The model card (README.md): what it says, filled into `model_card.md`, and whether a person has edited it.
 
 The last line of a generated card is a comment, which the Hub does not show: a SHA-256 of the card, and the facts that
-only the training knew. A card whose SHA-256 still fits is generated anew when something changes. Any other card was
+only the training knew. A card whose SHA-256 still fits is generated again when something changes. Any other card was
 edited or written by a person, and stays as it is.
 """
 

@@ -167,7 +167,7 @@ def progressive_generation(
             for step in pipe.progressive(seeds=seeds[rows], **chain.options(labels[rows])):
                 if step.pred_original_sample is None:
                     name = type(pipe.scheduler).__name__
-                    raise UserError(f"{name} does not tell which x_0 it predicts; use the sampler ddpm or ddim")
+                    raise UserError(f"{name} does not return the x_0 that it predicts; use the sampler ddpm or ddim")
                 if step.index in kept:
                     pairs.append(torch.stack([step.sample, step.pred_original_sample]).cpu())
                 chain.bar.update()
@@ -194,7 +194,7 @@ class SharedLatents:
             to_uint8(torch.cat([self.x_t[:, None], self.samples], dim=1)),
             [f"t = {t}" for t in self.ts],
             ["shared x_t", *(f"seed {seed}" for seed in self.seeds[1:])],
-            f"Samples that share x_t at one t of {self.T}, and go on from it with noise of their own",
+            f"Samples that share x_t at one t of {self.T}, and continue from it with noise of their own",
         )
 
 

@@ -169,7 +169,7 @@ class TrainingConfig:
     eval_num_evaluations: int = _flag(50, "network evaluations per image for bits/dim (stratified)", EVEN)
     eval_num_samples: int = _flag(5000, "samples for fid, is, kid, prc; the paper, at the end: 50000", POSITIVE)
     eval_features: str = _flag("inception", "what fid, kid and prc compare: inception, pixels, or a vision model")
-    eval_inception_weights: str | None = _flag(None, "torch-fidelity's weights file; its own place if left out")
+    eval_inception_weights: str | None = _flag(None, "Inception weights file; torch-fidelity's own if left out")
     eval_batch_size: int | None = _flag(
         None,
         "images at a time, for evaluations and grids; changes no number; 256 (grids: 64) if left out, fewer of images "
@@ -316,7 +316,7 @@ class ReproductionConfig:
     num_inference_steps: int | None = _flag(None, "steps of their sampler; the paper, if left out: T", POSITIVE)
     num_images: int | None = _flag(None, "held-out images for bits/dim, the first ones; all if left out", POSITIVE)
     features: str = _flag("inception", "what FID compares: inception, pixels, or a vision model")
-    inception_weights: str | None = _flag(None, "torch-fidelity's weights file; its own place if left out")
+    inception_weights: str | None = _flag(None, "Inception weights file; torch-fidelity's own if left out")
     batch_size: int | None = _flag(None, "images at a time; as --eval_batch_size if left out", POSITIVE)
 
     def __post_init__(self) -> None:

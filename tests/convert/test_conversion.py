@@ -382,7 +382,7 @@ def test_weights_in_half_precision_are_said_and_broken_ones_refused(tmp_path, ca
     assert cli.main(["convert", "--from", "pesser", *arguments]) == 0
     assert "precision: float16 in the file, float32 here" in capsys.readouterr().out
     whole_numbers = saved(tmp_path, {**state, "conv_in.bias": torch.zeros(32).long()})
-    with pytest.raises(UserError, match=r"conv_in\.bias holds torch\.int64, which no weights are"):
+    with pytest.raises(UserError, match=r"conv_in\.bias holds torch\.int64, which is no type of weights"):
         load_pipeline("pesser", whole_numbers, sample_size=16)
 
 

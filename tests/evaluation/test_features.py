@@ -119,7 +119,7 @@ def test_dinov2_is_its_normalised_class_token(tmp_path):
     assert features.shape == (2, 32)
     assert torch.allclose(features, hidden[:, 0], atol=1e-6)
     assert not torch.allclose(features[0], features[1])
-    with pytest.raises(ValueError, match="whole pixel values"):
+    with pytest.raises(ValueError, match="takes uint8 images"):
         extractor(GREY.float())
 
 

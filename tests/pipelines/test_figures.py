@@ -357,7 +357,7 @@ def test_bad_arguments(small_pipeline, digits, monkeypatch, draw, message):
 
 def test_a_sampler_that_keeps_its_prediction_to_itself(small_pipeline):
     pipe = DDPMPipeline(small_pipeline.unet, diffusers.DPMSolverMultistepScheduler())
-    with pytest.raises(ValueError, match="DPMSolverMultistepScheduler does not tell"):
+    with pytest.raises(ValueError, match="DPMSolverMultistepScheduler does not return the x_0"):
         progressive_generation(pipe, [0], num_inference_steps=5)
 
 

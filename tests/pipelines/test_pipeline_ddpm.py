@@ -36,7 +36,7 @@ def test_an_image_depends_on_its_own_seed_only(small_pipeline):
     four = arrays(small_pipeline, seeds=[7, 8, 9, 10])
     for row, seed in enumerate([7, 8, 9, 10]):
         alone = arrays(small_pipeline, seeds=[seed])[0]
-        # Convolutions may round differently for another batch size, by far less than a grey level.
+        # Convolutions may round differently for another batch size, by far less than a pixel value.
         assert np.abs(four[row] - alone).max() < 1e-4
     assert np.abs(four[0] - four[1]).max() > 0.1
 
