@@ -32,9 +32,9 @@ def run_program(*command: object, environment: dict[str, str] | None = None, tim
     return _run([(command, environment or {})], timeout)[0]
 
 
-def run_ranks(*commands: list[str], timeout: float = 120) -> list[Ended]:
+def run_ranks(*commands: list[str], environment: dict[str, str] | None = None, timeout: float = 120) -> list[Ended]:
     """Run the programs as the processes of one distributed run, as torchrun would start them."""
-    place = {"WORLD_SIZE": str(len(commands)), "LOCAL_WORLD_SIZE": str(len(commands))}
+    place = {**(environment or {}), "WORLD_SIZE": str(len(commands)), "LOCAL_WORLD_SIZE": str(len(commands))}
     place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     ranks = [{**place, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(len(commands))]
     return _run(list(zip(commands, ranks, strict=True)), timeout)
