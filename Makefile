@@ -25,8 +25,9 @@ demo: setup
 	$(BIN)/ddpm-hf evaluate --model $(DEMO_DIR) $(DEMO_DATA) --metrics rate_distortion,fid,kid,prc,nn --features pixels \
 		--num_images 16 --num_samples 256 --sampler ddim --num_inference_steps 20 --output $(DEMO_DIR)/evaluation
 
+# Two processes, each with whole files; `python -m pytest` runs them in one.
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # In a real browser, which has to be there; says how to get it where it is not.
 space-test: setup

@@ -4,8 +4,8 @@ usage: driver_kill.py FOLDER random KILLS SETTINGS     kill at random moments of
        driver_kill.py FOLDER writes                    kill at every system call of a checkpoint's write
        driver_kill.py FOLDER compiled SETTINGS         kill a run whose network is compiled, a tiny one
 
-This process imports everything once and forks, since a child that starts from nothing takes ten seconds to import. It
-never computes anything itself, so that the children's PyTorch is as fresh as after a start.
+This process forks, since a child that starts from nothing takes ten seconds to import. It never computes anything
+itself, so that the children's PyTorch is as fresh as after a start.
 """
 
 import dataclasses
@@ -193,6 +193,7 @@ def kill_a_compiled_run(folder: Path) -> dict:
 
 folder, mode = Path(sys.argv[1]), sys.argv[2]
 if mode == "writes":
+    settings["max_train_steps"] = 9  # the interval before the write that is interrupted, and the one after it
     result = kills_in_writes(folder)
 else:
     settings |= json.loads(sys.argv[-1])

@@ -1,4 +1,4 @@
-"""Run by tests under `accelerate launch`: the losses of a few updates, summed over processes, as JSON.
+"""Run by tests: the losses of a few updates, summed over processes, as JSON; one entry for each run.
 
 usage: driver_losses.py OUT SETTINGS_OF_RUNS_AS_JSON
 """
@@ -18,7 +18,7 @@ digits = presets.PRESETS["digits"]
 unet = {**digits.unet, "block_out_channels": (8, 16), "dropout": 0.0}
 presets.PRESETS = {**presets.PRESETS, "digits": dataclasses.replace(digits, unet=unet)}
 
-found = []
+found = {}
 for run in settings:
     trainer = Trainer(TrainingConfig(**run))
     losses = []
@@ -30,14 +30,12 @@ for run in settings:
     rows = gather_object([losses])
     weights = torch.cat([p.flatten() for p in pipe.unet.parameters()])
     report = EvaluationReport.load(trainer.output_dir / "evaluation.json")
-    found.append(
-        {
-            "losses": [sum(column) for column in zip(*rows, strict=True)],
-            "processes": trainer.accelerator.num_processes,
-            "bits_per_dim": report.values["bits_per_dim"]["value"],
-            "weights": weights.tolist(),
-        }
-    )
+    found[trainer.output_dir.name] = {
+        "losses": [sum(column) for column in zip(*rows, strict=True)],
+        "processes": trainer.accelerator.num_processes,
+        "bits_per_dim": report.values["bits_per_dim"]["value"],
+        "weights": weights.tolist(),
+    }
 if trainer.accelerator.is_main_process:
     with open(out, "w") as file:
         json.dump(found, file)

@@ -1,6 +1,7 @@
 """The layers of the design: a package imports from packages below its own only, and importing ddpm_hf is cheap."""
 
 import ast
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -90,15 +91,45 @@ def test_every_module_says_what_it_is(path):
     assert ast.get_docstring(ast.parse(path.read_text()))
 
 
-def run_python(code: str) -> str:
-    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
+# In one new process, as importing all takes longest. Old paths are imported by `import`, by `from` and as an
+# attribute, before their modules are; reloading a module needs its own spec.
+IMPORTS = """
+import importlib, json, sys
+
+def heavy():
+    return [m for m in ("torch", "diffusers", "accelerate", "datasets", "transformers", "PIL") if m in sys.modules]
+
+import ddpm_hf
+found = {"ddpm_hf": heavy()}
+import ddpm_hf.cli
+found["ddpm_hf.cli"] = heavy()
+ddpm_hf.DDPMScheduler
+found["ddpm_hf.DDPMScheduler"] = heavy()
+
+assert not {"ddpm_hf.diffusion.likelihood", "ddpm_hf.sampling.generation"} & set(sys.modules)
+import ddpm_hf.likelihood, ddpm_hf.diffusion.likelihood as new
+from ddpm_hf.generation import with_sampler
+from ddpm_hf.data import load_images
+from ddpm_hf.evaluation import evaluate
+from ddpm_hf.convert import convert
+assert ddpm_hf.likelihood is new and new.__spec__.name == new.__name__
+importlib.reload(new)
+moved = ddpm_hf._MOVED.items()
+found["moved"] = [importlib.import_module(f"ddpm_hf.{old}").__name__ == f"ddpm_hf.{path}" for old, path in moved]
+print(json.dumps(found))
+"""
 
 
-def test_import_loads_nothing_heavy_until_a_name_is_used():
-    heavy = "[m for m in ('torch', 'diffusers', 'accelerate', 'datasets', 'transformers', 'PIL') if m in sys.modules]"
-    assert run_python(f"import sys, ddpm_hf; print({heavy})") == "[]"
-    assert run_python(f"import sys, ddpm_hf.cli; print({heavy})") == "[]"
-    assert "torch" in run_python(f"import sys, ddpm_hf; ddpm_hf.DDPMScheduler; print({heavy})")
+@pytest.fixture(scope="module")
+def imports() -> dict[str, list]:
+    done = subprocess.run([sys.executable, "-c", IMPORTS], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_import_loads_nothing_heavy_until_a_name_is_used(imports):
+    assert imports["ddpm_hf"] == imports["ddpm_hf.cli"] == []
+    assert "torch" in imports["ddpm_hf.DDPMScheduler"]
 
 
 def test_every_public_name_exists():
@@ -109,14 +140,6 @@ def test_every_public_name_exists():
         _ = ddpm_hf.no_such_name
 
 
-def test_import_paths_of_0_1_0_are_the_same_modules():
-    """In a new process, by `import`, by `from` and as an attribute; reloading a module needs its own spec."""
-    code = (
-        "import importlib, ddpm_hf.likelihood, ddpm_hf.diffusion.likelihood as new; "
-        "from ddpm_hf.generation import with_sampler; from ddpm_hf.data import load_images; import ddpm_hf; "
-        "from ddpm_hf.evaluation import evaluate; from ddpm_hf.convert import convert; "
-        "assert ddpm_hf.likelihood is new and new.__spec__.name == new.__name__; importlib.reload(new); "
-        "print([importlib.import_module(f'ddpm_hf.{old}').__name__ == f'ddpm_hf.{path}' "
-        "for old, path in ddpm_hf._MOVED.items()])"
-    )
-    assert set(run_python(code)) == set("[True, ]")
+def test_import_paths_of_0_1_0_are_the_same_modules(imports):
+    assert len(imports["moved"]) > 1
+    assert all(imports["moved"])

@@ -1,10 +1,8 @@
 """Several processes do what one does: the same images, t and noise, the same losses and numbers."""
 
 import json
-import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +14,7 @@ import torch.distributed.run
 from accelerate.commands import launch as launch_command
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils.launch import _filter_args, prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
+from programs import free_port, run_program, run_ranks
 from safetensors.torch import load_file
 
 from ddpm_hf import DDPMPipeline
@@ -37,49 +36,68 @@ SETTINGS = {
 }
 
 
-def launch(folder: Path, processes: int, *runs: dict) -> list[dict]:
-    """What runs with these settings found, one after the other in the same processes."""
-    settings = [{**SETTINGS, "output_dir": str(folder / f"run-{i}"), **run} for i, run in enumerate(runs)]
-    folder.mkdir()
-    # --multi_gpu starts the processes, GPUs or not; --cpu would start a single one (without MPI).
-    flags = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    flags += ["--multi_gpu", "--main_process_port", "0"] if processes > 1 else ["--cpu"]
-    command = [sys.executable, "-m", "accelerate.commands.launch", *flags, "--num_processes", str(processes)]
-    command += [str(DRIVER), str(folder / "out.json"), json.dumps(settings)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=DRIVER.parent.parent)
+def start(folder: Path, runs: dict[str, dict]) -> list[str]:
+    """The program that makes runs with these settings, one after the other, into folders of these names."""
+    settings = [{**SETTINGS, "output_dir": str(folder / name), **run} for name, run in runs.items()]
+    return [str(DRIVER), str(folder / "out.json"), json.dumps(settings)]
+
+
+def found(folder: Path, done) -> dict[str, dict]:
+    """What those runs found, by name."""
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads((folder / "out.json").read_text())
 
 
-def test_one_process_accumulation_and_two_processes_are_the_same_run(tmp_path):
-    whole, cut = launch(tmp_path / "one", 1, {}, {"train_batch_size": 8})
-    (two,) = launch(tmp_path / "two", 2, {})
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> dict[str, dict]:
+    """What runs of one process found."""
+    folder = tmp_path_factory.mktemp("alone")
+    six = {"max_train_steps": 6, "lr_scheduler": "cosine"}
+    runs = {"whole": {}, "accumulated": {"train_batch_size": 8}, "six": six}
+    return found(folder, run_program(*start(folder, runs)))
+
+
+def test_one_process_accumulation_and_two_processes_are_the_same_run(tmp_path, alone):
+    whole, accumulated = alone["whole"], alone["accumulated"]
+    # --multi_gpu starts the processes, GPUs or not; --cpu would start a single one (without MPI).
+    flags = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--multi_gpu"]
+    flags += ["--main_process_port", "0", "--num_processes", "2"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *flags, *start(tmp_path, {"two": {}})]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=DRIVER.parent.parent)
+    two = found(tmp_path, done)["two"]
     assert (whole["processes"], two["processes"]) == (1, 2)
     assert whole["losses"][0] - whole["losses"][-1] > 0.1  # it learns, so the trajectory is more than its start
-    for other in (cut, two):
+    for other in (accumulated, two):
         assert np.abs(np.subtract(whole["losses"], other["losses"])).max() < 1e-5
         assert np.abs(np.subtract(whole["weights"], other["weights"])).max() < 1e-3
         assert other["bits_per_dim"] == pytest.approx(whole["bits_per_dim"], abs=1e-4)
-    assert (tmp_path / "two" / "run-0" / "samples.png").is_file()
+    assert (tmp_path / "two" / "samples.png").is_file()
 
 
-def test_sharded_weights_are_saved_whole_and_resume_to_the_same_bits(tmp_path):
-    assert "started at update 0" in run_sharded(tmp_path / "whole")
+def test_sharded_weights_are_saved_whole_and_resume_to_the_same_bits(tmp_path, alone):
+    assert "started at update 0" in ranks(2, "driver_sharded.py", tmp_path / "whole")
     shutil.copytree(tmp_path / "whole" / "checkpoint-3", tmp_path / "resumed" / "checkpoint-3")
-    assert "started at update 3" in run_sharded(tmp_path / "resumed")
+    assert "started at update 3" in ranks(2, "driver_sharded.py", tmp_path / "resumed")
     assert same_end(tmp_path / "whole", tmp_path / "resumed")
     # And what was saved are whole tensors, the same as of a run without shards.
-    (plain,) = launch(tmp_path / "plain", 1, {"max_train_steps": 6, "lr_scheduler": "cosine"})
     pipe = DDPMPipeline.from_pretrained(tmp_path / "whole")
     weights = torch.cat([p.flatten() for p in pipe.unet.parameters()])
-    assert np.abs(weights.detach().numpy() - np.array(plain["weights"])).max() < 1e-4
+    assert np.abs(weights.detach().numpy() - np.array(alone["six"]["weights"])).max() < 1e-4
 
 
 def test_three_processes_resume_to_the_same_bits(tmp_path):
     """The sum of three depends on its order, so on the buckets that DDP makes after its first backward pass."""
-    torchrun(3, "driver_resumed.py", tmp_path)
+    ranks(3, "driver_resumed.py", tmp_path)
     assert same_end(tmp_path / "whole", tmp_path / "resumed")
     assert not same_end(tmp_path / "whole", tmp_path / "unsettled")
+
+
+def ranks(processes: int, driver: str, folder: Path) -> str:
+    """What the first of these processes said."""
+    ends = run_ranks(*[[str(DRIVER.with_name(driver)), str(folder)]] * processes)
+    for end in ends:
+        assert end.returncode == 0, end.stderr[-3000:]
+    return ends[0].stdout
 
 
 def same_end(one: Path, other: Path) -> bool:
@@ -91,51 +109,19 @@ def same_end(one: Path, other: Path) -> bool:
     return True
 
 
-def run_sharded(output_dir: Path) -> str:
-    return torchrun(2, "driver_sharded.py", output_dir)
-
-
-def torchrun(processes: int, driver: str, folder: Path) -> str:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
-    launcher += ["--master_addr", "127.0.0.1"]
-    command = [*launcher, "--master_port", str(free_port()), str(DRIVER.with_name(driver)), str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=DRIVER.parent.parent)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
 FLAGS = {**SETTINGS, "max_train_steps": 4, "checkpointing_steps": 2}
 
 
-def two_machines(*flags: list[str]) -> list[tuple[int, str]]:
+def two_machines(*flags: list[str]) -> list[tuple[int | None, str]]:
     """Exit codes and outputs of two processes of one run, each with its own flags."""
     driver = [str(DRIVER.with_name("driver_folders.py"))]
     driver += [text for name, value in FLAGS.items() for text in (f"--{name}", str(value))]
     return two_processes([*driver, *flags[0]], [*driver, *flags[1]])
 
 
-def two_processes(*commands: list[str]) -> list[tuple[int, str]]:
-    """Exit codes and outputs of two Python processes that belong together, without a launcher over them."""
-    port = str(free_port())
-    both = []
-    for rank in range(2):
-        place = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
-        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        command = [sys.executable, *commands[rank]]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        both.append(subprocess.Popen(command, env={**os.environ, **place}, cwd=DRIVER.parent.parent, **pipes))
-    try:
-        ends = [process.communicate(timeout=120) for process in both]
-    finally:
-        for process in both:
-            process.kill()
-    return [(process.returncode, out + err) for process, (out, err) in zip(both, ends, strict=True)]
+def two_processes(*commands: list[str]) -> list[tuple[int | None, str]]:
+    """Exit codes and outputs of two processes that belong together."""
+    return [(end.returncode, end.stdout + end.stderr) for end in run_ranks(*commands)]
 
 
 def test_machines_without_a_shared_disk_say_so_instead_of_waiting_for_each_other(tmp_path):

@@ -2,11 +2,10 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from programs import run_program
 
 DRIVER = Path(__file__).with_name("driver_kill.py")
 # More than a test run has time for: DDPM_HF_KILLS=20 python -m pytest tests/test_kill.py
@@ -14,7 +13,7 @@ KILLS = int(os.environ.get("DDPM_HF_KILLS", "6"))
 
 
 def drive(*arguments: str) -> dict:
-    done = subprocess.run([sys.executable, str(DRIVER), *arguments], capture_output=True, text=True)
+    done = run_program(DRIVER, *arguments, timeout=1000)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -37,9 +37,39 @@ np.save(out, np.stack([np.asarray(image) for image in images]))
 """
 
 
-def run(code: str, *arguments: str) -> None:
-    done = subprocess.run([sys.executable, "-c", WITHOUT_US + code, *arguments], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+# One process imports stock for all tests; each program runs in a child of its own.
+STOCK = """
+import json, os, sys, traceback
+import diffusers, numpy, torch
+for line in sys.stdin:
+    code, *sys.argv[1:] = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        try:
+            exec(code, {"__name__": "__main__"})
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(1)
+    print("ended", os.waitpid(child, 0)[1], flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Runs a program, with arguments, in a process that has stock diffusers and cannot import ddpm_hf."""
+    errors = tmp_path_factory.mktemp("stock") / "stderr.txt"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": errors.open("w"), "text": True}
+    with subprocess.Popen([sys.executable, "-c", WITHOUT_US + STOCK], **pipes) as process:
+
+        def run(code: str, *arguments: str) -> None:
+            process.stdin.write(json.dumps([code, *arguments]) + "\n")
+            process.stdin.flush()
+            assert process.stdout.readline() == "ended 0\n", errors.read_text()
+
+        yield run
+        process.stdin.close()
 
 
 def levels(images) -> np.ndarray:
@@ -52,7 +82,7 @@ def weights_file(folder):
 
 @pytest.mark.parametrize("loader", ["DDPMPipeline", "DiffusionPipeline"])
 @pytest.mark.parametrize(("variance", "steps"), [("fixed_large", 40), ("fixed_small", 1000)])
-def test_ours_opens_in_stock(tmp_path, loader, variance, steps):
+def test_ours_opens_in_stock(tmp_path, run, loader, variance, steps):
     unet = make_small_unet()
     pipe = DDPMPipeline(unet, DDPMScheduler(variance_type=variance))
     pipe.set_progress_bar_config(disable=True)
@@ -70,7 +100,7 @@ def test_ours_opens_in_stock(tmp_path, loader, variance, steps):
 
 
 @pytest.mark.parametrize("variance", ["fixed_large", "fixed_small"])
-def test_stock_opens_in_ours(tmp_path, variance):
+def test_stock_opens_in_ours(tmp_path, run, variance):
     folder, out = tmp_path / "stock", tmp_path / "images.npy"
     run(STOCK_WRITES, str(folder), str(out), json.dumps(SMALL_NETWORK), variance)
     pipe = DDPMPipeline.from_pretrained(folder)

@@ -1,10 +1,6 @@
 """`ddpm-hf evaluate` as people use it: one command, one report; interrupted, repeated, in two processes, misused."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -12,6 +8,7 @@ import torch
 from conftest import FIXTURES, make_small_unet
 from inception import save_random_inception
 from PIL import Image
+from programs import run_ranks
 
 from ddpm_hf import DDPMPipeline, DDPMScheduler, EvaluationReport, cli
 from ddpm_hf.data.datasets import load_digits
@@ -100,17 +97,11 @@ def test_batch_size_and_processes_change_nothing(tmp_path):
     flags += SMALL
     assert evaluate(*flags, "--output", str(tmp_path / "one")) == 0
     assert evaluate(*flags, "--output", str(tmp_path / "small"), "--batch_size", "7") == 0
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = str(listener.getsockname()[1])
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_addr", "127.0.0.1"]
-    command = [*torchrun, "--master_port", port, "-m", "ddpm_hf.cli", "evaluate", *MODEL, *flags]
-    environment = {**os.environ, "DDPM_HF_CACHE": str(tmp_path / "other_cache")}
-    done = subprocess.run(
-        [*command, "--output", str(tmp_path / "two")], capture_output=True, text=True, env=environment
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("bits/dim on 5 images") == 1
+    command = ["-m", "ddpm_hf.cli", "evaluate", *MODEL, *flags, "--output", str(tmp_path / "two")]
+    environment = {"DDPM_HF_CACHE": str(tmp_path / "other_cache")}
+    ends = run_ranks(command, command, environment=environment)
+    assert [end.returncode for end in ends] == [0, 0], ends[0].stderr[-3000:]
+    assert "".join(end.stdout for end in ends).count("bits/dim on 5 images") == 1
     one, small, two = (EvaluationReport.load(tmp_path / name) for name in ("one", "small", "two"))
     for other in (small, two):
         assert values_of(other) == pytest.approx(values_of(one), rel=1e-6, abs=1e-9)

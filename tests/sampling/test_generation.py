@@ -1,9 +1,5 @@
 """Seeds to files."""
 
-import socket
-import subprocess
-import sys
-
 import diffusers
 import numpy as np
 import pytest
@@ -12,6 +8,7 @@ from conftest import FIXTURES, SMALL_NETWORK, make_small_unet
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from oracles import GaussianData
 from PIL import Image
+from programs import run_ranks
 
 import ddpm_hf.sampling.generation as generation
 from ddpm_hf import DDPMPipeline, DDPMScheduler, UNet2DModel
@@ -248,15 +245,20 @@ def test_digits_are_the_same_for_every_batch_size_and_number_of_processes(tmp_pa
         batches = torch.cat([images for _, images in generate(pipe, range(16), batch_size=batch_size, **options)])
         assert torch.equal(batches, one_by_one)
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = f"-m torch.distributed.run --nproc_per_node 2 --master_addr 127.0.0.1 --master_port {port}"
-    command += f" -m ddpm_hf.cli sample --model {FIXTURES / 'digits_model'} --variance_type fixed_small"
-    command += f" --num_inference_steps 20 --seeds 0-15 --batch_size 3 --output {tmp_path / 'two.npz'}"
-    done = subprocess.run([sys.executable, *command.split()], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("wrote 16 images") == 1
+    command = [
+        "-m",
+        "ddpm_hf.cli",
+        "sample",
+        "--model",
+        str(FIXTURES / "digits_model"),
+        "--variance_type",
+        "fixed_small",
+    ]
+    command += ["--num_inference_steps", "20", "--seeds", "0-15", "--batch_size", "3"]
+    command += ["--output", str(tmp_path / "two.npz")]
+    ends = run_ranks(command, command)
+    assert [end.returncode for end in ends] == [0, 0], ends[0].stderr[-2000:]
+    assert "".join(end.stdout for end in ends).count("wrote 16 images") == 1
     two = torch.from_numpy(np.load(tmp_path / "two.npz")["arr_0"]).permute(0, 3, 1, 2)
     assert torch.equal(two, one_by_one)
 
