@@ -20,7 +20,7 @@ from ddpm_hf.evaluation import run as evaluation
 from ddpm_hf.sampling import generation
 from ddpm_hf.training.checkpointing import find_checkpoint
 from ddpm_hf.utils.errors import UserError
-from ddpm_hf.utils.processes import gather, processes, together
+from ddpm_hf.utils.processes import gather, processes, raise_on_all_ranks
 
 folder, first = Path(sys.argv[1]), os.environ["RANK"] == "0"
 SHORT = timedelta(seconds=2)
@@ -42,7 +42,7 @@ def wait_in_a_collective():
 
 if not first:
     threading.Thread(target=wait_in_a_collective).start()
-with together():
+with raise_on_all_ranks():
     if first:
         store.wait(["given up"], timedelta(seconds=100))
 found["waited"] = gather("first" if first else "second")
@@ -57,7 +57,7 @@ def outcome(action):
 
 
 def fail(error):
-    with together():
+    with raise_on_all_ranks():
         if first:
             raise error
 

@@ -71,14 +71,14 @@ def evaluate(arguments: Sequence[str], prog: str | None = None) -> int:
     from ..evaluation.run import evaluate as evaluate_model
     from ..evaluation.run import load_splits
     from ..utils.files import writable_folder
-    from ..utils.processes import processes, start_process, together
+    from ..utils.processes import processes, raise_on_all_ranks, start_process
 
     metrics = parse_metrics(values.metrics)
     if file is not None:
         writable_folder(file.parent, "--output")
     start_process()
     here = processes()
-    with together():
+    with raise_on_all_ranks():
         pipe = model.load_pipeline(values.model, values.dtype, values.tf32)
         sets = load_splits(
             None if values.split is None else _parts(values.split),

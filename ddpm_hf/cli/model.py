@@ -111,14 +111,14 @@ def inference_optimization(values: Any, evaluations: int) -> Callable[[Any], Non
     """
     from ..pipelines.inference import optimize_for_inference
     from ..utils.machine import compiler_problem
-    from ..utils.processes import processes, say
+    from ..utils.processes import log, processes
 
     device, long = processes().device, evaluations >= _LONG_RUN
     if values.optimize == "no" or (values.optimize == "auto" and device.type == "cpu" and not long):
         return None
     auto_compile = values.optimize == "auto" and device.type == "cuda" and long and not compiler_problem(device)
     compiles = values.optimize == "compile" or auto_compile
-    return lambda pipe: say(f"network: {optimize_for_inference(pipe, compile=compiles)}")
+    return lambda pipe: log(f"network: {optimize_for_inference(pipe, compile=compiles)}")
 
 
 def read_images(flag: str, names: Sequence[str], image_shape: tuple[int, int, int]) -> Any:

@@ -32,20 +32,20 @@ def optimal_variance(arguments: Sequence[str], prog: str | None = None) -> int:
     from ..data.datasets import load_images
     from ..evaluation.optimal_variance import prediction_error, save_optimal_variance
     from ..evaluation.run import first_images
-    from ..utils.processes import processes, say, start_process, together
+    from ..utils.processes import log, processes, raise_on_all_ranks, start_process
 
     if not Path(values.model).is_dir():
         raise UserError(f"--model {values.model!r} must be a folder on this machine: its scheduler is rewritten")
     start_process()
-    with together():
+    with raise_on_all_ranks():
         pipe = model.load_pipeline(values.model)
         if not values.keep_variance_type and "learned" in (pipe.scheduler.config.get("variance_type") or ""):
             raise UserError("this network predicts its own variance; add --keep_variance_type")
         data = load_images(split="train", **image_arguments(values, pipe.image_shape))
         images = first_images(data, values.num_images)
     error = prediction_error(pipe, images, batch_size=values.batch_size, seed=values.seed, progress=True)
-    with together():
+    with raise_on_all_ranks():
         if processes().is_main_process:
             save_optimal_variance(values.model, pipe, error, use=not values.keep_variance_type)
-    say(f"wrote the error on {len(images)} images into {values.model}/scheduler")
+    log(f"wrote the error on {len(images)} images into {values.model}/scheduler")
     return 0

@@ -57,12 +57,12 @@ def sample(arguments: Sequence[str], prog: str | None = None) -> int:
     if values.image is not None and values.strength is None and values.mask_image is None:
         raise UserError("--image needs --strength (the share of the chain to go back, 0 to 1) or --mask_image FILE")
     from ..sampling.generation import class_sequence, parse_seeds, write_samples
-    from ..utils.processes import say, start_process, together
+    from ..utils.processes import log, raise_on_all_ranks, start_process
 
     start_process()
     default = "0-15" if len(values.image or [0]) == 1 else f"0-{len(values.image) - 1}"
     seeds = parse_seeds(default if values.seeds is None else values.seeds)
-    with together():
+    with raise_on_all_ranks():
         pipe = model.load_sampling_pipeline(values)
         labels = class_sequence(pipe, values.class_labels, len(seeds))
         images = _given_images(values, len(seeds), pipe.image_shape)
@@ -78,7 +78,7 @@ def sample(arguments: Sequence[str], prog: str | None = None) -> int:
         **images,
     )
     already = f", {len(seeds) - drawn} were there already" if drawn < len(seeds) else ""
-    say(f"wrote {drawn} images to {values.output}{already}")
+    log(f"wrote {drawn} images to {values.output}{already}")
     return 0
 
 

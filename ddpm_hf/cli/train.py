@@ -51,7 +51,7 @@ def reproduce(arguments: Sequence[str], prog: str | None = None) -> int:
     """Run `ddpm-hf reproduce`."""
     config, options = parse_configs(reproduction_parser(prog), arguments, TrainingConfig, ReproductionConfig)
     from ..training.reproduction import reproduce as reproduce_experiment
-    from ..utils.processes import say
+    from ..utils.processes import log
 
     try:
         found = reproduce_experiment(config, options)
@@ -59,7 +59,7 @@ def reproduce(arguments: Sequence[str], prog: str | None = None) -> int:
         print("what is finished is kept: the same command resumes from there", file=sys.stderr)
         raise
     if found is None:
-        say("not finished: the same command resumes from there")
+        log("not finished: the same command resumes from there")
         return 130
-    say(f"{found.preset.name}: {found.preset.source}\n\n{found.table()}\n\nwrote {config.output_dir}/reproduction.md")
+    log(f"{found.preset.name}: {found.preset.source}\n\n{found.table()}\n\nwrote {config.output_dir}/reproduction.md")
     return 0

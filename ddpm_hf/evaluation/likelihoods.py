@@ -16,7 +16,7 @@ from ..sampling.shards import Rows, all_rows
 from ..utils.digests import digest, images_digest, weights_digest
 from ..utils.errors import UserError
 from ..utils.files import write_text
-from ..utils.processes import processes, together
+from ..utils.processes import processes, raise_on_all_ranks
 from ..utils.text import recorded_name
 from . import plots
 from .metrics import Estimate, mean_estimate
@@ -119,7 +119,7 @@ def _write_rate_distortion(report: EvaluationReport, full: LikelihoodResult, opt
     rate, distortion, terms = full.progressive_rate_bpd, full.rmse, full.terms_bpd.mean(0)  # [T] each
     name = f"rate_distortion_{report.split}"
     report.pictures.append(f"{name}.png")
-    with together():
+    with raise_on_all_ranks():
         if processes().is_main_process and options.output is not None:
             title = f"Progressive lossy code, {report.num_images} images of {report.dataset}, {report.split}"
             figure = plots.rate_distortion_figure(rate, distortion, title)

@@ -20,7 +20,7 @@ from ..sampling.generation import check_sampler, with_sampler
 from ..utils.digests import weights_digest
 from ..utils.errors import UserError
 from ..utils.files import default_cache_dir, writable_folder, write_text
-from ..utils.processes import from_first, processes, together
+from ..utils.processes import from_first, processes, raise_on_all_ranks
 from ..utils.text import recorded_name
 from ..utils.visualize import image_grid, save_picture
 from .features import FeatureExtractor, make_extractor
@@ -100,7 +100,7 @@ def evaluate(
     likelihood_splits: Sequence[str] = []
     if len(for_samples) < len(metrics):
         likelihood_splits = options.likelihood_splits or [split for split in sets if split != "train"] or list(sets)
-    with together():  # what is missing on one machine is missing for all
+    with raise_on_all_ranks():  # what is missing on one machine is missing for all
         sampling_pipe, extractors = check_evaluation(pipe, sets, for_samples, options, bool(for_samples))
         options = dataclasses.replace(options, work_dir=_work_dir(options))
     if prepare is not None:
@@ -113,7 +113,7 @@ def evaluate(
     report = EvaluationReport(recorded_name(images.name), main_split, count)
     report.model = _describe_model(pipe, options.model_name)
     for split in likelihood_splits:
-        with together():
+        with raise_on_all_ranks():
             data = first_images(sets[split], options.num_images)
         bound_pipe = with_sampler(pipe, "ddpm", options.variance_type)  # the bound is the ancestral process's
         part = evaluate_likelihood(bound_pipe, data, split, options, "rate_distortion" in metrics)
@@ -127,7 +127,7 @@ def evaluate(
     if for_samples:
         _evaluate_samples(report, sampling_pipe, sets, for_samples, extractors, options)
         report = from_first(report)
-    with together():
+    with raise_on_all_ranks():
         if options.output is not None and processes().is_main_process:
             report.save(options.output / "report.json")
             write_text(options.output / "report.md", as_markdown(report))
@@ -148,7 +148,7 @@ def _evaluate_samples(
     samples = draw_samples(pipe, extractors, options, None if train is None else train.images)
     report.settings["sampling"] = samples.settings
     report.settings["features"] = {e.name: {"description": e.description, "sha256": e.fingerprint} for e in extractors}
-    with together():
+    with raise_on_all_ranks():
         if not processes().is_main_process:
             return
         device = pipe.device if pipe.device.type == "cuda" else torch.device("cpu")  # float64 is not everywhere

@@ -23,7 +23,7 @@ from ..pipelines.schedulers import checked_eta, checked_steps
 from ..sampling.shards import Rows, all_rows, read_tensors, write_tensors
 from ..utils.digests import digest, images_digest, weights_digest
 from ..utils.errors import UserError
-from ..utils.processes import from_first, processes, together
+from ..utils.processes import from_first, processes, raise_on_all_ranks
 from ..utils.randomness import derived_generator
 from . import metrics
 from .features import FeatureExtractor
@@ -60,7 +60,7 @@ class Samples:
 @torch.no_grad()
 def real_images(split: str, images: Any, extractors: list[FeatureExtractor], options: EvaluationOptions) -> RealImages:
     """Compute features of real images, or read them from the cache by a hash of pixels, preprocessing and weights."""
-    with together():
+    with raise_on_all_ranks():
         content = images_digest(images) if processes().is_main_process else ""
     content = from_first(content)
     real = RealImages(split, images)

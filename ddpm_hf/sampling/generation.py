@@ -26,7 +26,7 @@ from ..pipelines.schedulers import check_is_ddpm, checked_eta, checked_steps
 from ..utils.digests import digest, weights_digest
 from ..utils.errors import NotFiniteError, UserError
 from ..utils.files import write_text, write_whole
-from ..utils.processes import processes, together
+from ..utils.processes import processes, raise_on_all_ranks
 from ..utils.visualize import as_picture, image_grid, save_picture
 from .shards import in_order, kept_rows, write_tensors
 
@@ -243,7 +243,7 @@ def write_samples(
     # Where finished images are kept: the folder itself, or one beside the file that is made of it in the end.
     folder = output if kind == "folder" else output.with_name(f".{output.name}.parts")
     here = processes()
-    with together():  # so all have looked at what is finished before anybody adds to it
+    with raise_on_all_ranks():  # so all have looked at what is finished before anybody adds to it
         drawn = _finished(folder, kind)
         _check_options(pipe, seeds, options)
         if here.is_main_process:
@@ -258,7 +258,7 @@ def write_samples(
         options[name] = _share(options.get(name), mine)
     options["progress"] = options.get("progress", False) and here.is_main_process
     try:
-        with together():
+        with raise_on_all_ranks():
             for part, images in generate(pipe, [seeds[i] for i in mine], batch_size=batch_size, **options):
                 if kind == "folder":
                     for seed, pixels in zip(part, images.permute(0, 2, 3, 1).numpy(), strict=True):
@@ -272,7 +272,7 @@ def write_samples(
             with suppress(OSError):
                 folder.rmdir()
         raise
-    with together():
+    with raise_on_all_ranks():
         if kind != "folder" and here.is_main_process:
             images = in_order(kept_rows(folder), seeds, folder)["images"]
             if kind == ".png":

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from ..utils.errors import NotFiniteError, UserError
 from ..utils.files import write_whole
-from ..utils.processes import gather, processes, together
+from ..utils.processes import gather, processes, raise_on_all_ranks
 
 Rows = dict[str, Tensor]
 
@@ -77,7 +77,7 @@ def all_rows(
     mine = batches[here.process_index :: here.num_processes]
     made: list[Rows] = []
     quiet = not (progress and here.is_main_process and missing)
-    with together(), tqdm(total=sum(map(len, mine)), desc=desc, unit="image", disable=quiet) as bar:
+    with raise_on_all_ranks(), tqdm(total=sum(map(len, mine)), desc=desc, unit="image", disable=quiet) as bar:
         for ids in mine:
             rows = {"ids": torch.tensor(ids), **{name: value.cpu() for name, value in make(ids).items()}}
             _check_finite(rows, desc)
@@ -88,7 +88,7 @@ def all_rows(
     if here.num_processes > 1:
         made = [rows for part in gather(made) for rows in part] if folder is None else kept_rows(folder)
         parts = []
-    with together():
+    with raise_on_all_ranks():
         return in_order([*parts, *made], range(count), folder)
 
 

@@ -39,7 +39,7 @@ from ..data.datasets import StreamedImages
 from ..hub.files import CARD, INDEX, REPORT, SAMPLES
 from ..utils.errors import UserError
 from ..utils.files import remove_directory, write_directory
-from ..utils.processes import say
+from ..utils.processes import log
 from ..utils.text import plain
 from .configuration import TrainingConfig
 from .evaluation import BEST, HISTORY
@@ -198,7 +198,7 @@ def find_checkpoint(output_dir: Path, which: str) -> tuple[Path, dict[str, dict[
         try:
             return path, *load_checkpoint(path)
         except CheckpointError as error:
-            say(f"warning: {error}; trying the one before it")
+            log(f"warning: {error}; trying the one before it")
     if checkpoints:
         raise CheckpointError(f"all {len(checkpoints)} checkpoints in {str(output_dir)!r} are damaged")
     return None
@@ -272,7 +272,7 @@ def check_checkpoint(run: Run, path: Path, state: dict[str, Any]) -> None:
             )
     for name, here in changeable_settings(run).items():
         if (was := state["recipe"].get(name, here)) != here:  # 0.1.0 did not write all of them
-            say(f"changed since {path.name}: {name} was {was} and is {here} from now on")
+            log(f"changed since {path.name}: {name} was {was} and is {here} from now on")
     later = [other.name for other in list_checkpoints(run.output_dir) if _step_of(other) > state["step"]]
     # "latest" has passed over damaged ones, which the run will write again.
     if later and run.config.resume_from_checkpoint != "latest":

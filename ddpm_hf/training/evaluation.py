@@ -31,7 +31,7 @@ from ..hub.files import REPORT
 from ..pipelines.pipeline_ddpm import DDPMPipeline
 from ..utils.errors import UserError
 from ..utils.files import write_directory, write_text
-from ..utils.processes import from_first, processes, say, together
+from ..utils.processes import from_first, log, processes, raise_on_all_ranks
 from ..utils.text import finite, nearest, number, plain
 from .configuration import TrainingConfig, due
 from .run import load_split
@@ -131,7 +131,7 @@ class TrainingEvaluation:
             report = evaluate_likelihood(pipe, data, "validation", options)
         for name, entry in report.values.items():
             what = f"bits/dim on {report.num_images} held-out images" if name == "bits_per_dim" else name
-            say(f"{what}: {number(entry['value'], entry['standard_error'])}")
+            log(f"{what}: {number(entry['value'], entry['standard_error'])}")
         return report
 
     def discard_after(self, step: int) -> None:
@@ -148,7 +148,7 @@ class TrainingEvaluation:
 
     def record(self, pipe: DDPMPipeline, report: EvaluationReport, step: int) -> None:
         """Record what was measured after update `step`, and keep the model if it is the best so far."""
-        with together():
+        with raise_on_all_ranks():
             if self.config.validation_steps is not None and processes().is_main_process:
                 if self.config.best_metric is not None:
                     self._keep_best(pipe, report, step, self.config.best_metric)
@@ -162,7 +162,7 @@ class TrainingEvaluation:
             if name in best.values and _how_made(best, name) == _how_made(report, name):
                 before = best.values[name]["value"]
             else:
-                say(f"{folder} was chosen by another number than {name} as it is measured now, and is chosen anew")
+                log(f"{folder} was chosen by another number than {name} as it is measured now, and is chosen anew")
         worse = value <= before if name.startswith(_HIGHER_IS_BETTER) else value >= before
         if math.isnan(value) or worse:
             return
@@ -173,7 +173,7 @@ class TrainingEvaluation:
             report.save(target / REPORT)
 
         write_directory(folder, fill)
-        say(f"the best model so far, {name} {number(value)} after update {step}, is in {folder}")
+        log(f"the best model so far, {name} {number(value)} after update {step}, is in {folder}")
 
     def _history(self) -> dict[str, dict[str, float | None]]:
         with suppress(OSError, ValueError, AttributeError):  # what is not there is measured again

@@ -26,7 +26,7 @@ from ..models.unet_2d import UNet2DModel
 from ..pipelines.pipeline_ddpm import DDPMPipeline
 from ..sampling.generation import generate, with_sampler
 from ..utils.errors import NotFiniteError
-from ..utils.processes import gather, say, together
+from ..utils.processes import gather, log, raise_on_all_ranks
 from ..utils.text import is_local, recorded_name
 from ..utils.visualize import image_grid, save_picture
 from .configuration import TrainingError, due
@@ -65,20 +65,20 @@ class Publisher:
 
     def open_hub(self) -> None:
         """Check where the run's pushes will go, if it has any, or raise UserError; only the main process pushes."""
-        with together():
+        with raise_on_all_ranks():
             if self._push is not None and self.accelerator.is_main_process:
-                self.pushes = BackgroundPush(check_destination(self._push, say), say)
+                self.pushes = BackgroundPush(check_destination(self._push, log), log)
 
     def push(self, ema_weights: dict[str, Tensor], step: int) -> None:
         """Put the model as it is after update `step` into the output folder, and on its way to the Hub."""
-        with together():
+        with raise_on_all_ranks():
             if self.pushes is None:
                 return
             try:
                 self._write_pipeline(self.pipeline(ema_weights))
                 self._write_card(step, None)
             except (OSError, ValueError) as error:  # a full disk, or a card that cannot be read: training continues
-                say(f"not published after update {step}: {error}")
+                log(f"not published after update {step}: {error}")
             else:
                 self.pushes.offer(f"After update {step}")
 
@@ -95,7 +95,7 @@ class Publisher:
                     self.sample_grid(pipe, f"samples-{step}.png")
                 return pipe, self.evaluation.measure(pipe) if due(step, config.validation_steps) else None
             except NotFiniteError as error:
-                say(f"nothing to show after update {step}: {error}")
+                log(f"nothing to show after update {step}: {error}")
                 return pipe, None
 
     def publish(self, ema_weights: dict[str, Tensor], step: int) -> DDPMPipeline:
@@ -106,21 +106,21 @@ class Publisher:
         """
         folder, main = self.run.output_dir, self.accelerator.is_main_process
         pipe = self._shared_pipeline(ema_weights)
-        with together():
+        with raise_on_all_ranks():
             if main:
                 self._write_pipeline(pipe)
-        say(f"wrote the pipeline to {folder}")
+        log(f"wrote the pipeline to {folder}")
         with _memory_advice(step):
             self.sample_grid(pipe, SAMPLES)
             report = self.evaluation.measure(pipe)
         if report is not None:
             self.evaluation.record(pipe, report, step)
-        with together():
+        with raise_on_all_ranks():
             if main:
                 if report is not None:
                     report.save(folder / REPORT)
                 self._write_card(step, report)
-        say(f"wrote {folder / CARD}")
+        log(f"wrote {folder / CARD}")
         if self.pushes is not None:
             self.pushes.offer(f"After update {step}, the last")
         return pipe
@@ -148,7 +148,7 @@ class Publisher:
             ),
         )
         if not written:
-            say(f"{folder / CARD} was edited, so it stays as it is")
+            log(f"{folder / CARD} was edited, so it stays as it is")
 
     def pipeline(self, ema_weights: dict[str, Tensor]) -> DDPMPipeline:
         """Return the EMA weights in a float32 pipeline of their own, apart from the network in training."""
@@ -160,7 +160,7 @@ class Publisher:
 
     def _shared_pipeline(self, ema_weights: dict[str, Tensor]) -> DDPMPipeline:
         """Return `pipeline` with the first process's weights in all, as rounding may differ between them."""
-        with together():
+        with raise_on_all_ranks():
             pipe = self.pipeline(ema_weights)
         if self.accelerator.num_processes > 1:
             broadcast(pipe.unet.state_dict())
@@ -178,14 +178,14 @@ class Publisher:
             num_inference_steps=min(config.ddpm_num_inference_steps, pipe.scheduler.config.num_train_timesteps),
             class_labels=[ClassIndex(seed % len(classes)) for seed in seeds] if classes else None,
         )
-        with together():
+        with raise_on_all_ranks():
             drawn = [(seed, image) for part, images in batches for seed, image in zip(part, images, strict=True)]
         whole = dict(pair for share in gather(drawn) for pair in share)
         path = self.run.output_dir / name
-        with together():
+        with raise_on_all_ranks():
             if a.is_main_process:
                 save_picture(image_grid(torch.stack([whole[seed] for seed in range(config.num_sample_images)])), path)
-        say(f"wrote {path}")
+        log(f"wrote {path}")
 
     def _recipe_for_card(self, step: int) -> dict[str, Any]:
         """Return what the card lists under "Training"."""

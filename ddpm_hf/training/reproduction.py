@@ -37,11 +37,11 @@ from ..utils.processes import (
     end_with_the_launcher,
     from_first,
     gather,
+    log,
     only_run_in,
     processes,
-    say,
+    raise_on_all_ranks,
     set_cpu_threads,
-    together,
 )
 from ..utils.text import finite, number, plain, public_name, table
 from .configuration import ReproductionConfig, TrainingConfig
@@ -127,11 +127,11 @@ def reproduce(config: TrainingConfig, options: ReproductionConfig) -> Reproducti
     if pipe is None:
         if not _train(config, options):
             return None
-        with together():  # what is measured is what is on disk, now and when another process resumes this
+        with raise_on_all_ranks():  # what is measured is what is on disk, now and when another process resumes this
             pipe = DDPMPipeline.from_pretrained(folder).to(processes().device)
     report, sizes = _measure(config, options, pipe)
     found = compare_with_paper(config, report, sizes)
-    with together():
+    with raise_on_all_ranks():
         if processes().is_main_process:
             write_text(folder / "reproduction.md", found.as_markdown())
             write_text(folder / "reproduction.json", found.as_json())
@@ -148,7 +148,7 @@ def _finished(folder: Path) -> dict[str, Any]:
 
 def _record(folder: Path, stage: str, content: dict[str, Any]) -> None:
     stages = {**_finished(folder), stage: content}
-    with together():
+    with raise_on_all_ranks():
         if processes().is_main_process:
             write_text(folder / FOLDER / STAGES, json.dumps(stages, indent=1) + "\n")
 
@@ -166,19 +166,22 @@ def _load_trained(config: TrainingConfig) -> DDPMPipeline | None:
     if stage is None or stage["settings"] != _training_settings(config):
         return None
     pipe = None
-    with together(), suppress(OSError, ValueError):  # what is damaged is made again, from the last checkpoint
+    with (
+        raise_on_all_ranks(),
+        suppress(OSError, ValueError),
+    ):  # what is damaged is made again, from the last checkpoint
         pipe = DDPMPipeline.from_pretrained(folder)
     if not all(gather(pipe is not None and weights_digest(pipe.unet) == stage["weights"])) or pipe is None:
         return None
     set_cpu_threads(config.num_cpu_threads, here.num_processes)
-    say(f"training is finished: {stage['updates']} updates")
+    log(f"training is finished: {stage['updates']} updates")
     return pipe.to(here.device)
 
 
 def _train(config: TrainingConfig, options: ReproductionConfig) -> bool:
     """Train to the end; return `False` where it was asked to stop."""
     trainer = Trainer(config)
-    with together():  # what can be known of the evaluation, before days of training
+    with raise_on_all_ranks():  # what can be known of the evaluation, before days of training
         pipe = DDPMPipeline(trainer.unet, DDPMScheduler(**trainer.recipe.scheduler))
         for_samples = [metric for metric in options.metrics() if metric in SAMPLE_METRICS]
         check_evaluation(pipe, _load_sets(config), for_samples, _options(config, options))
@@ -224,13 +227,13 @@ def _measure(config: TrainingConfig, options: ReproductionConfig, pipe: DDPMPipe
     settings = plain({**made_of, **dataclasses.asdict(options), "batch_size": None})
     stage = _finished(folder).get("evaluation", {})
     if stage.get("settings") == settings and from_first((folder / FOLDER / "report.json").is_file()):
-        say("the evaluation is finished")
-        with together():
+        log("the evaluation is finished")
+        with raise_on_all_ranks():
             return EvaluationReport.load(folder / FOLDER), stage["sizes"]
-    with together():
+    with raise_on_all_ranks():
         sets = _load_sets(config)
     with ExitStack() as held:
-        with together():
+        with raise_on_all_ranks():
             if processes().is_main_process:
                 held.enter_context(only_run_in(folder))
         report = evaluate(pipe, sets, options.metrics(), _options(config, options), output=folder / FOLDER)

@@ -15,7 +15,7 @@ from ..models.unet_2d import UNet2DModel, check_size
 from ..presets import Preset
 from ..utils.errors import UserError
 from ..utils.machine import choose_precision, compiler_problem, keep_freed_memory, use_tf32
-from ..utils.processes import cpu_only, end_with_the_launcher, known_trackers, reduce_in_float32, say, set_cpu_threads
+from ..utils.processes import cpu_only, end_with_the_launcher, known_trackers, log, reduce_in_float32, set_cpu_threads
 from .configuration import TrainingConfig
 
 
@@ -140,7 +140,7 @@ def choose_computation(config: TrainingConfig, accelerator: Accelerator) -> Comp
     if compiled and (problem := compiler_problem(accelerator.device)):
         if config.compile:
             raise UserError(f"--compile true is not possible here: {problem}; leave it out")
-        say(f"the network is not compiled, which is slower: {problem}")
+        log(f"the network is not compiled, which is slower: {problem}")
         compiled = False
     # Gradient checkpointing saves the generators' states, which CUDA does not allow during a capture.
     alone = accelerator.distributed_type == DistributedType.NO and accelerator.scaler is None

@@ -25,7 +25,7 @@ from ..pipelines.pipeline_ddpm import DDPMPipeline
 from ..utils.errors import UserError
 from ..utils.files import remove_leftovers, writable_folder
 from ..utils.machine import deterministic_algorithms, has_deterministic_algorithms
-from ..utils.processes import StopFlag, only_run_in, same_everywhere, say, stop_signals, together
+from ..utils.processes import StopFlag, log, only_run_in, raise_on_all_ranks, same_everywhere, stop_signals
 from ..utils.randomness import derive_seed
 from . import checkpointing
 from .batches import Batches
@@ -58,11 +58,11 @@ class Trainer:
         self.device = self.accelerator.device
         self._deterministic = has_deterministic_algorithms(self.device)
         if self.device.type == "cuda" and not self._deterministic:
-            say(
+            log(
                 "this process has used the GPU already, so this run may not end in the same bits when it is repeated "
                 "or resumed; set CUBLAS_WORKSPACE_CONFIG=:4096:8 before Python starts"
             )
-        with together():
+        with raise_on_all_ranks():
             checkpointing.check_output_is_ours(config)
             self.run = resolve(config, self.accelerator)
             self.evaluation = TrainingEvaluation(config, self.run.data)
@@ -84,7 +84,7 @@ class Trainer:
         """Return the network at its start, on the device, laid out as the run wants it."""
         torch.manual_seed(derive_seed(self.config.seed, "weights"))
         unet = UNet2DModel(**self.run.unet_config).to(self.device)
-        with together():  # can everything be measured that is to be measured on the way?
+        with raise_on_all_ranks():  # can everything be measured that is to be measured on the way?
             self.evaluation.check(DDPMPipeline(unet, DDPMScheduler(**self.recipe.scheduler)))
         if self.device.type == "cpu":
             use_plain_attention(unet)
@@ -135,9 +135,9 @@ class Trainer:
             OSError: The disk refuses; the last checkpoint is intact.
             KeyboardInterrupt: A second Ctrl-C, or one while the last push is waited for.
         """
-        say(self._introduction())
+        log(self._introduction())
         with ExitStack() as cleanup:
-            with together():
+            with raise_on_all_ranks():
                 if self.accelerator.is_main_process:
                     writable_folder(self.output_dir, "--output_dir")
                     cleanup.enter_context(only_run_in(self.output_dir))
@@ -153,7 +153,7 @@ class Trainer:
                 pipe = self._unless_stopped(stop, self.publisher.publish) if trained else None
             if pipe is None:
                 remark = "; only the published model is not complete" if trained else ""
-                say(
+                log(
                     f"stopped after update {self.step}{remark}; resume with --resume_from_checkpoint latest "
                     f"--output_dir {self.config.output_dir}"
                 )
@@ -200,7 +200,7 @@ class Trainer:
                     if self.step < last:
                         return self._log_numbers()
         made, seconds = self.step - first, time.monotonic() - started
-        say(f"trained {made} updates in {seconds:.1f} s, {made * self.plan.total / seconds:.0f} images/s")
+        log(f"trained {made} updates in {seconds:.1f} s, {made * self.plan.total / seconds:.0f} images/s")
 
     def _update(self, step: int) -> tuple[Tensor, Tensor]:
         """Make one optimizer update; return its loss and gradient norm, still on the device."""
@@ -300,7 +300,7 @@ class Trainer:
         if self.accelerator.log_with:
             given = self.config.public_values().items()
             settings = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in given if v is not None}
-            with together():
+            with raise_on_all_ranks():
                 try:
                     self.accelerator.init_trackers("ddpm_hf", config=settings)
                 except Exception as error:  # each has errors of its own, for a missing login for example
@@ -340,22 +340,22 @@ class Trainer:
             **checkpointing.fixed_settings(self.run),
             "recipe": checkpointing.changeable_settings(self.run),
         }
-        with together():  # no process continues before it is written
+        with raise_on_all_ranks():  # no process continues before it is written
             if self.accelerator.is_main_process:
                 checkpointing.save_checkpoint(self.output_dir, self.step, tensors, state, keep)
         self._saved_at = self.step
 
     def _resume(self, which: str) -> None:
-        with together():
+        with raise_on_all_ranks():
             found = checkpointing.find_checkpoint(self.output_dir, which)
         where = f"{found[0].name} ({checkpointing.fingerprint(found[0])[:12]})" if found else "no checkpoint"
         advice = "put --output_dir on a disk that all machines share, or copy the first one's folder to all of them"
         same_everywhere(where, advice)
         if found is None:
-            say(f"no checkpoint in {str(self.output_dir)!r} yet, starting from the beginning")
+            log(f"no checkpoint in {str(self.output_dir)!r} yet, starting from the beginning")
             return
         path, tensors, state = found
-        with together():
+        with raise_on_all_ranks():
             checkpointing.check_checkpoint(self.run, path, state)
         checkpointing.restore_training_state(
             self.model, self._adam, tensors["model"], tensors["optimizer"], state["optimizer"]

@@ -24,7 +24,7 @@ from ..diffusion.scheduling_ddpm import DDPMScheduler
 from ..utils import cuda_graphs
 from ..utils.cuda_graphs import record, warm_up
 from ..utils.machine import DelayedScalar
-from ..utils.processes import say
+from ..utils.processes import log
 from ..utils.randomness import derive_seed
 from .batches import Batches, MicroBatch
 from .checkpointing import gather_shards
@@ -212,7 +212,7 @@ class CapturedUpdate(Update):
             self._graphs, self._drop_gradients = [], True
             self.optimizer.zero_grad(set_to_none=True)
             why = " ".join(str(error).split("\n")[0].split()) or type(error).__name__
-            say(f"the update could not be captured as a CUDA graph ({why}); training continues without, more slowly")
+            log(f"the update could not be captured as a CUDA graph ({why}); training continues without, more slowly")
 
     def _whole(self) -> None:
         self.accumulate(self._inputs)

@@ -39,7 +39,7 @@ def processes() -> PartialState:
     return PartialState(cpu=cpu_only())
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
     """Print a line above the progress bar, from the main process only."""
     if processes().is_main_process:
         tqdm.write(text)
@@ -77,7 +77,7 @@ def from_first(own: Any) -> Any:
 
 
 @contextmanager
-def together() -> Iterator[None]:
+def raise_on_all_ranks() -> Iterator[None]:
     """Raise on all processes what one raises inside, instead of leaving the others waiting; all have to come here.
 
     They wait for the last one, however long. What other processes raise is a UserError with the sentence of the one
