@@ -4,7 +4,6 @@ Names are imported when they are first used, so `import ddpm_hf` costs next to n
 """
 
 import importlib
-import importlib.abc
 import importlib.machinery
 import sys
 from types import ModuleType
@@ -65,7 +64,7 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
-class _MovedModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+class _MovedModules:
     """Import a module of `_MOVED` by its old path: the same module object, under both names."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:

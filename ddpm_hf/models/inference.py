@@ -75,8 +75,8 @@ class InferenceOptions:
         if compile and (problem := compiler_problem(device)):
             raise UserError(f"the network cannot be compiled here: {problem}; leave compiling out")
         cuda = device.type == "cuda"
-        # oneDNN's float32 convolutions are as fast in stock's layout, its bf16 ones and Inductor's loops are not.
-        return cls(precision, channels_last=cuda or compile or precision != "fp32", compiled=compile, captured=cuda)
+        # Uncompiled, oneDNN's convolutions are as fast in stock's layout.
+        return cls(precision, channels_last=cuda or compile, compiled=compile, captured=cuda)
 
 
 class InferenceNetwork:

@@ -123,7 +123,7 @@ def test_the_choice_is_a_function_of_the_device():
     cpu, card = torch.device("cpu"), torch.device("cuda")
     choose = InferenceOptions.for_device
     assert choose(cpu, "fp32") == InferenceOptions()
-    assert choose(cpu, "bf16") == InferenceOptions("bf16", channels_last=True)
+    assert choose(cpu, "bf16") == InferenceOptions("bf16")
     assert choose(card, "fp16") == InferenceOptions("fp16", channels_last=True, captured=True)
     pipe = quiet(DDPMPipeline(network(), DDPMScheduler()))
     plain = pipe(seeds=[1, 2], num_inference_steps=10, output_type="pt").images
