@@ -122,7 +122,7 @@ class DecodedOnDemand:
 
 
 class LazyImageDataset(DecodedOnDemand):
-    """Images that do not fit into memory, or are cropped anew each time; made by `load_images`."""
+    """Images that do not fit into memory, or are cropped differently each time; made by `load_images`."""
 
     def __init__(self, source: Source, rows: Tensor, options: DecodeOptions):
         super().__init__(source.name, source.class_names, options)

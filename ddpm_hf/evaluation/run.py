@@ -44,7 +44,7 @@ def load_splits(
 
     def load(split: str) -> Images:
         if split == "validation" and not validation_split and "train_data_dir" in given:
-            raise UserError("a folder has no validation images of its own; say with --validation_split how many")
+            raise UserError("a folder has no validation images of its own; give their share with --validation_split")
         return load_images(split=split, validation_split=validation_split, **options)
 
     if splits is not None:

@@ -88,8 +88,8 @@ class DDPMPipeline(PortableConfigMixin, PrivateByDefault, StockDDPMPipeline):
         """Load a folder or a repository on the Hub, from safetensors only; what is in the cache needs no network.
 
         `kwargs` are those of `diffusers.DiffusionPipeline.from_pretrained`: `revision`, `cache_dir`, `token`, ...
-        Raises an OSError if it is not there, may not be read or broke off, and a UserError for what is no DDPM, or a
-        pickle.
+        Raises an OSError if it is not there, may not be read or is incomplete, and a UserError for what is no DDPM, or
+        a pickle.
         """
         if kwargs.get("use_safetensors") is False:
             raise UserError("use_safetensors=False would read a pickle; convert the repository to safetensors first")
@@ -207,8 +207,8 @@ class DDPMPipeline(PortableConfigMixin, PrivateByDefault, StockDDPMPipeline):
                 `mask_image`.
             strength: With `image`: the share of the chain to go back, so that t = strength T; 0 keeps the image, 1
                 keeps next to nothing of it.
-            mask_image: With `image`: draw anew where it is white, keep the image where it is black (RePaint, Lugmayr
-                et al. 2022). A PIL image, or an array or tensor `[H, W]` (or one per image).
+            mask_image: With `image`: draw new pixels where it is white, keep the image where it is black (RePaint,
+                Lugmayr et al. 2022). A PIL image, or an array or tensor `[H, W]` (or one per image).
             resample_length, resample_times: RePaint's j and r: every j steps the chain goes back j steps, so that
                 each stretch is taken r times and the two parts fit together. `resample_times=1` never goes back.
             callback_on_step_end: Called as `callback(pipe, step, timestep, tensors)` after every step; the "image"

@@ -268,7 +268,7 @@ def check_checkpoint(run: Run, path: Path, state: dict[str, Any]) -> None:
         if state.get(name) != here:
             raise UserError(
                 f"{str(path)!r} was trained with {name} {state.get(name)}, and this run has {here}; resume with "
-                "the same setting, or start anew in another folder"
+                "the same setting, or start a new run in another folder"
             )
     for name, here in changeable_settings(run).items():
         if (was := state["recipe"].get(name, here)) != here:  # 0.1.0 did not write all of them

@@ -162,7 +162,7 @@ class TrainingEvaluation:
             if name in best.values and _how_made(best, name) == _how_made(report, name):
                 before = best.values[name]["value"]
             else:
-                log(f"{folder} was chosen by another number than {name} as it is measured now, and is chosen anew")
+                log(f"{folder} was chosen by another number than {name} as it is measured now, and is chosen again")
         worse = value <= before if name.startswith(_HIGHER_IS_BETTER) else value >= before
         if math.isnan(value) or worse:
             return

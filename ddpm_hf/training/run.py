@@ -104,7 +104,7 @@ def start_accelerator(config: TrainingConfig) -> Accelerator:
     try:
         accelerator = Accelerator(cpu=cpu_only(), mixed_precision=precision, log_with=trackers, project_dir=str(logs))
     except (ValueError, ImportError) as error:  # also a second precision in one process, which it has one of
-        raise UserError(f"accelerate cannot be set up as asked for: {' '.join(str(error).split())}") from error
+        raise UserError(f"accelerate cannot be set up as configured: {' '.join(str(error).split())}") from error
     _check_engine(accelerator, config.channels_last)
     reduce_in_float32(accelerator)
     if accelerator.device.type == "cpu":

@@ -221,7 +221,7 @@ class Trainer:
     def _settle_buckets(self) -> None:
         """Make a backward pass of no effect, after which DDP adds gradients up as in the rest of the run.
 
-        It arranges its buckets of gradients anew after the first one. With three processes and more, the order of the
+        It rearranges its buckets of gradients after the first one. With three processes and more, the order of the
         sums depends on them: a resumed run's first update would differ by rounding.
         """
         if isinstance(self.model, DistributedDataParallel):

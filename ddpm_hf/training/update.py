@@ -116,7 +116,7 @@ class CapturedUpdate(Update):
     weight of the EMA. Dropout draws from the default generator, whose seed a replay reads when it starts. For one
     process without loss scaling. If the capture fails, one line says so and updates are made without.
 
-    A graph knows addresses, not names. So it is captured anew where weights, EMA weights, moments or gradients have
+    A graph knows addresses, not names. So it is captured again where weights, EMA weights, moments or gradients have
     been replaced from Python (`ema.load_state_dict`, `adam.load_state_dict`, another parameter), Adam's constants, or
     the state of the default generator (after a capture of samples that failed).
     """

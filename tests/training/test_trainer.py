@@ -914,7 +914,7 @@ def test_a_stop_signal_does_not_wait_for_the_published_samples(tmp_path, monkeyp
 def test_engines_that_pickle_are_refused(tmp_path, monkeypatch, engine):
     with monkeypatch.context() as patch:
         patch.setenv(f"ACCELERATE_USE_{engine}", "true")  # what `accelerate launch` leaves for the processes
-        with pytest.raises(UserError, match="accelerate cannot be set up as asked for"):  # it is not installed here
+        with pytest.raises(UserError, match="accelerate cannot be set up as configured"):  # it is not installed here
             trainer(tmp_path / "run")
     monkeypatch.setattr(Accelerator, "distributed_type", DistributedType[engine])
     with pytest.raises(UserError, match=f"{engine} saves its state with pickle"):
@@ -1188,7 +1188,7 @@ def test_a_best_model_of_another_run_or_another_number_does_not_count(tmp_path, 
     other = trainer(tmp_path / "run", resume_from_checkpoint="latest", eval_num_images=3, **options)
     scripted(other, monkeypatch, "bits_per_dim", {6: 2.0})
     other.train()
-    assert "is chosen anew" in capsys.readouterr().out
+    assert "is chosen again" in capsys.readouterr().out
     assert EvaluationReport.load(tmp_path / "run" / "best" / "evaluation.json").model["update"] == 6
     for checkpoint in list_checkpoints(tmp_path / "run"):
         shutil.rmtree(checkpoint)
