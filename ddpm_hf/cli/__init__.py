@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from .. import __version__
-from ..utils.errors import UserError
+from ..utils.errors import UserError, in_one_line
 from ..utils.files import default_cache_dir
 from ..utils.text import nearest
 from .command_line import Parser
@@ -108,7 +108,7 @@ _CLEAR_ERRORS = ("ddpm_hf", "huggingface_hub", "diffusers", "transformers", "dat
 
 def _sentence(error: Exception) -> str | None:
     """Return what a user is told of an error; `None` where it is a fault."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = in_one_line(error)
     if isinstance(error, UserError):
         return text
     # By its name, as importing torch takes seconds; on CPUs PyTorch has only these words.

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import yaml
 
 from ..training.configuration import Limit, TrainingConfig
-from ..utils.errors import UserError
+from ..utils.errors import UserError, in_one_line
 from ..utils.text import nearest
 
 # The flags that say which images are taken, of which exactly one is given, and all about images.
@@ -141,7 +141,7 @@ def _arguments_of_file(parser: Parser, path: str) -> list[str]:
     except OSError as error:
         raise UserError(f"cannot read --config {path}: {error.strerror}") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: another encoding, or a date that is none
-        raise UserError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"--config {path} is not valid YAML: {in_one_line(error)}") from None
     if not isinstance(content, dict):
         raise UserError(f"--config {path} must hold keys and values, such as 'preset: digits'")
     flags = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}

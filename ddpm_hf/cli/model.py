@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..training.configuration import POSITIVE, one_of, paper_value
-from ..utils.errors import UserError
+from ..utils.errors import UserError, first_line
 from .command_line import Parser, given
 
 # Network evaluations that are worth a minute of compiling on a GPU, and on a CPU a rounding that is not stock's.
@@ -83,8 +83,7 @@ def load_pipeline(model: str, dtype: str = "float32", tf32: bool = False) -> Any
         check_weights(pipe.unet)  # before hours of work, not after them
         return pipe.to(processes().device)
     except (OSError, ValueError) as error:
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"cannot load --model {model}: {first_line}") from error
+        raise UserError(f"cannot load --model {model}: {first_line(error)}") from error
 
 
 def load_sampling_pipeline(values: Any) -> Any:

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import ConcatDataset
 
-from ..utils.errors import UserError
+from ..utils.errors import UserError, in_one_line
 from .class_labels import number_labels
 from .decoding import DecodeOptions, leave_out_bad
 from .tensors import Source
@@ -222,7 +222,7 @@ def read_label_file(folder: Path) -> dict[str, int | str] | None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the labels in {shown}: {' '.join(str(error).split())}") from None
+        raise UserError(f"cannot read the labels in {shown}: {in_one_line(error)}") from None
     if not isinstance(content, dict) or "labels" not in content:
         return None
     pairs: Any = content["labels"] or []
@@ -316,7 +316,7 @@ def open_arrays(path: Path, options: DecodeOptions, stack_only: bool = False) ->
     except MemoryError:
         raise
     except Exception as error:  # damaged headers end in SyntaxError, EOFError, zlib.error, ...
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = in_one_line(error)
         if isinstance(error, zipfile.BadZipFile) or "pickled (object) data" in reason:  # what numpy takes others for
             reason = "not a .npz file, or a truncated one"
         elif "Python objects" in reason or "Object arrays" in reason:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..sampling.shards import Rows
 from ..utils.digests import digest, weights_digest
-from ..utils.errors import UserError
+from ..utils.errors import UserError, first_line
 from ..utils.text import recorded_name
 from ..utils.weight_files import read_weights
 
@@ -60,7 +60,7 @@ class Inception:
             net = fidelity.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], verbose=False)
         except (RuntimeError, AttributeError, TypeError) as error:
             what = "the weights of torch-fidelity's Inception-v3"
-            raise UserError(f"{str(file)!r} does not hold {what}: {_first_line(error)}") from None
+            raise UserError(f"{str(file)!r} does not hold {what}: {first_line(error)}") from None
         finally:
             fidelity.load_state_dict_from_url = download
         self._resize = fidelity.interpolate_bilinear_2d_like_tensorflow1x
@@ -90,7 +90,7 @@ def _usual_inception_file(url: str) -> Path:
         torch.hub.download_url_to_file(url, str(file), hash_prefix=file.stem.rsplit("-", 1)[1], progress=False)
     except (OSError, RuntimeError) as error:
         raise UserError(
-            f"the Inception weights are not at {str(file)!r} and cannot be downloaded here ({_first_line(error)}): "
+            f"the Inception weights are not at {str(file)!r} and cannot be downloaded here ({first_line(error)}): "
             f"fetch {url} on a machine with internet and give it as --inception_weights FILE (or use --features "
             "pixels, or a vision model from disk)"
         ) from None
@@ -119,7 +119,7 @@ class VisionModel:
             self._processor = AutoImageProcessor.from_pretrained(model)
             net = AutoModel.from_pretrained(model, use_safetensors=True)
         except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"cannot load --features {model}: {_first_line(error)}") from error
+            raise UserError(f"cannot load --features {model}: {first_line(error)}") from error
         self._net = net.eval().requires_grad_(False).to(device)
         self.fingerprint = digest("transformers, pooled", weights_digest(net), self._processor.to_dict())
         network, preprocessing = type(net).__name__, type(self._processor).__name__
@@ -164,7 +164,3 @@ def _three_channels(images: Tensor) -> Tensor:
     if images.shape[1] not in (1, 3):
         raise UserError(f"networks of features take images of 1 or 3 channels, got {images.shape[1]}; use pixels")
     return images if images.shape[1] == 3 else images.expand(-1, 3, -1, -1)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

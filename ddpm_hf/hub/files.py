@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..evaluation.report import EvaluationReport, report_file
-from ..utils.errors import UserError
+from ..utils.errors import UserError, first_line
 from ..utils.files import write_directory, write_text
 from ..utils.hub_errors import INDEX, check_pipeline
 from ..utils.text import public_name
@@ -141,7 +141,7 @@ def check_opens(snapshot: Path, folder: Path) -> None:
             except MemoryError:
                 raise
             except Exception as error:  # damaged files end in the errors of several libraries
-                why = (str(error).strip() or type(error).__name__).splitlines()[0].replace(str(snapshot), str(folder))
+                why = first_line(error).replace(str(snapshot), str(folder))
                 raise UserError(f"{how} does not open {str(folder)!r}, so it is not published: {why}") from error
             finally:
                 if bars:

@@ -29,7 +29,7 @@ from ..pipelines.figures import interpolate
 from ..pipelines.pipeline_ddpm import DDPMPipeline
 from ..pipelines.schedulers import checked_steps
 from ..sampling.generation import SAMPLERS, parse_seeds, with_sampler
-from ..utils.errors import UserError
+from ..utils.errors import UserError, in_one_line
 from ..utils.visualize import image_grid
 
 _CSS = ".pixels img { image-rendering: pixelated; object-fit: contain }"  # small images as squares, not blurred
@@ -285,7 +285,7 @@ def serve(app: str, models: str, max_images: int, max_steps: int, max_waiting: i
     try:
         demo = Demo(os.environ.get("DDPM_HF_SPACE_MODELS") or models, Path(app).parent, max_images, max_steps)
     except (UserError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {in_one_line(error)}", file=sys.stderr)
         sys.exit(2)
     # Fonts of the visitor's system instead of Google's; server-side rendering would need Node.js.
     theme = gr.themes.Base(font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace"))

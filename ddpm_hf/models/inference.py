@@ -19,7 +19,7 @@ from diffusers.utils import logging
 from torch import Tensor, nn
 
 from ..utils.cuda_graphs import record, warm_up
-from ..utils.errors import UserError
+from ..utils.errors import UserError, first_line
 from ..utils.machine import compiler_problem, keep_freed_memory
 from .unet_2d import UNet2DModel, use_plain_attention
 
@@ -162,7 +162,7 @@ class InferenceNetwork:
                 raise
             except RuntimeError as error:
                 self._graphs[key] = None
-                reason = " ".join(str(error).split("\n")[0].split())
+                reason = first_line(error)
                 logger.warning(f"sampling could not be captured as a CUDA graph ({reason}); it is slower without")
         return self._graphs[key]
 

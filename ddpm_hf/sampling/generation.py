@@ -24,7 +24,7 @@ from ..pipelines.inputs import one_per_image
 from ..pipelines.pipeline_ddpm import DDPMPipeline, without_bar
 from ..pipelines.schedulers import check_is_ddpm, checked_eta, checked_steps
 from ..utils.digests import digest, weights_digest
-from ..utils.errors import NotFiniteError, UserError
+from ..utils.errors import NotFiniteError, UserError, in_one_line
 from ..utils.files import write_text, write_whole
 from ..utils.processes import processes, raise_on_all_ranks
 from ..utils.visualize import as_picture, image_grid, save_picture
@@ -124,7 +124,7 @@ def check_sampler(pipe: DDPMPipeline, **options: Any) -> None:
     except UserError:
         raise
     except ValueError as error:  # stock's samplers refuse settings in words of their own
-        raise UserError(f"{type(pipe.scheduler).__name__}: {' '.join(str(error).split())}") from error
+        raise UserError(f"{type(pipe.scheduler).__name__}: {in_one_line(error)}") from error
     if isinstance(pipe.scheduler, DDPMScheduler):
         pipe.scheduler.check_variance()
 

@@ -13,7 +13,7 @@ from accelerate.utils import DistributedType
 from ..data.datasets import Images, StreamedImages, load_images
 from ..models.unet_2d import UNet2DModel, check_size
 from ..presets import Preset
-from ..utils.errors import UserError
+from ..utils.errors import UserError, in_one_line
 from ..utils.machine import choose_precision, compiler_problem, keep_freed_memory, use_tf32
 from ..utils.processes import cpu_only, end_with_the_launcher, known_trackers, log, reduce_in_float32, set_cpu_threads
 from .configuration import TrainingConfig
@@ -104,7 +104,7 @@ def start_accelerator(config: TrainingConfig) -> Accelerator:
     try:
         accelerator = Accelerator(cpu=cpu_only(), mixed_precision=precision, log_with=trackers, project_dir=str(logs))
     except (ValueError, ImportError) as error:  # also a second precision in one process, which it has one of
-        raise UserError(f"accelerate cannot be set up as configured: {' '.join(str(error).split())}") from error
+        raise UserError(f"accelerate cannot be set up as configured: {in_one_line(error)}") from error
     _check_engine(accelerator, config.channels_last)
     reduce_in_float32(accelerator)
     if accelerator.device.type == "cpu":

@@ -23,6 +23,7 @@ from ..diffusion.objectives import OBJECTIVES
 from ..diffusion.scheduling_ddpm import DDPMScheduler
 from ..utils import cuda_graphs
 from ..utils.cuda_graphs import record, warm_up
+from ..utils.errors import first_line
 from ..utils.machine import DelayedScalar
 from ..utils.processes import log
 from ..utils.randomness import derive_seed
@@ -211,7 +212,7 @@ class CapturedUpdate(Update):
         except RuntimeError as error:  # whatever CUDA, a driver or the compiler refuses; too little memory for a copy
             self._graphs, self._drop_gradients = [], True
             self.optimizer.zero_grad(set_to_none=True)
-            why = " ".join(str(error).split("\n")[0].split()) or type(error).__name__
+            why = first_line(error)
             log(f"the update could not be captured as a CUDA graph ({why}); training continues without, more slowly")
 
     def _whole(self) -> None:

@@ -21,7 +21,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
-from .errors import UserError
+from .errors import UserError, in_one_line
 
 T = TypeVar("T")
 
@@ -157,7 +157,7 @@ def sentence(error: BaseException, name: str) -> str | None:
         return f"the Hub answered {answer.response.status_code} for {name!r}" + (f": {message}" if message else "")
     for cause in causes:  # the first one: what is behind it only repeats it in other libraries' words
         if is_passing(cause):
-            return f"no answer from the Hub ({' '.join(str(cause).split()) or type(cause).__name__})"
+            return f"no answer from the Hub ({in_one_line(cause)})"
     if find(LocalEntryNotFoundError, OfflineModeIsEnabled):
         how = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "local_files_only=True"
         return f"there is no folder {name!r} here, nor is it in the cache, and the network is switched off ({how})"

@@ -71,19 +71,25 @@ def test_a_failure_is_one_line_with_the_command_that_finishes_it(hub, tmp_path):
     assert hub.read("models", "org/run", WEIGHTS) == (MODEL / WEIGHTS).read_bytes()
 
 
-def test_a_push_that_crashes_is_told_too(tmp_path, monkeypatch):
-    def crash(*arguments, **options):
-        raise SystemError("the client crashed")
-
-    monkeypatch.setattr(HfApi, "model_info", crash)
+def last_line_of(folder, monkeypatch, model_info) -> str:
+    """What is logged last where the Hub's client does this; the push has failed, and its snapshot is gone."""
+    monkeypatch.setattr(HfApi, "model_info", model_info)
     monkeypatch.setattr("ddpm_hf.hub.background.quiet_client", lambda: None)  # for the whole process
-    run, lines = tmp_path / "run", []
+    run, lines = folder / "run", []
     shutil.copytree(MODEL, run)
     pushes = BackgroundPush(Push(str(run), "org/run", token=TOKEN), lines.append)
     pushes.offer("version 0")
     assert not pushes.finish()
-    assert "not pushed (SystemError: the client crashed); nothing is lost" in lines[-1]
     assert not list(run.glob(".push-*"))
+    return lines[-1]
+
+
+def test_a_push_that_crashes_is_told_too(tmp_path, monkeypatch):
+    def crash(*arguments, **options):
+        raise SystemError("the client crashed")
+
+    last = last_line_of(tmp_path, monkeypatch, crash)
+    assert "not pushed (SystemError: the client crashed); nothing is lost" in last
 
 
 def test_a_push_that_hangs_does_not_hold_up_the_end(hub, tmp_path):
@@ -105,15 +111,8 @@ def test_a_push_that_hangs_does_not_hold_up_the_end(hub, tmp_path):
 
 
 def test_the_end_of_a_run_waits_for_a_hanging_push_for_a_while_only(tmp_path, monkeypatch):
-    hanging = threading.Event()
-    monkeypatch.setattr(HfApi, "model_info", lambda *arguments, **options: hanging.wait())
-    monkeypatch.setattr("ddpm_hf.hub.background.quiet_client", lambda: None)  # for the whole process
     monkeypatch.setattr("ddpm_hf.hub.background.MOST_WAIT", 0.05)
-    run, lines = tmp_path / "run", []
-    shutil.copytree(MODEL, run)
-    pushes = BackgroundPush(Push(str(run), "org/run", token=TOKEN), lines.append)
-    pushes.offer("version 0")
-    assert not pushes.finish()
-    assert "not pushed (the run ended first); nothing is lost, and this finishes it" in lines[-1]
-    assert not list(run.glob(".push-*"))
+    hanging = threading.Event()
+    last = last_line_of(tmp_path, monkeypatch, lambda *arguments, **options: hanging.wait())
+    assert "not pushed (the run ended first); nothing is lost, and this finishes it" in last
     hanging.set()
