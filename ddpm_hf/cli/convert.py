@@ -18,11 +18,8 @@ def convert_parser(prog: str | None = None) -> Parser:
     flag("--output", str, None, "the folder to make", required=True)
     flag("--no_ema", bool, False, "take the raw weights instead of the EMA weights")
     flag = parser.group("model, where the file does not say")
-    size = paper_value("sample_size")
-    flag("--sample_size --image_size --img_size", int, None, f"height and width of the images; {size}")
-    flag(
-        "--preset", str, None, "one of the paper's experiments, or a released model (docs/convert.md): gives the rest"
-    )
+    flag("--sample_size --image_size --img_size", int, None, f"height and width; {paper_value('sample_size')}")
+    flag("--preset", str, None, "one of the paper's experiments or released models (docs/convert.md): gives the rest")
     flag("--num_heads", int, None, "attention heads (improved_diffusion, guided_diffusion); the paper: 1")
     flag("--num_heads_upsample", int, None, "attention heads of the up blocks, if another number")
     flag("--num_head_channels", int, None, "channels per attention head (guided_diffusion)")
@@ -33,15 +30,13 @@ def convert_parser(prog: str | None = None) -> Parser:
     flag("--diffusion_steps --T", int, None, f"timesteps of the training; {paper_value('num_train_timesteps')}")
     flag("--beta_start --beta_1", float, None, f"the first beta; {paper_value('beta_start')}")
     flag("--beta_end --beta_T", float, None, f"the last beta; {paper_value('beta_end')}")
-    text = "the network saw t * 1000 / T; default for improved_diffusion: true"
-    flag("--rescale_timesteps", bool, None, text)
+    flag("--rescale_timesteps", bool, None, "the network saw t * 1000 / T; improved_diffusion's default: true")
     flag("--predict_xstart", bool, None, "the network predicts x_0 (improved_diffusion, guided_diffusion)")
     flag("--prediction_type", str, None, "epsilon, sample or posterior_mean (official_tf)")
     flag("--learn_sigma", bool, None, "the variance is learned; only compared with the file")
     flag("--variance_type --var_type", str, None, f"of the scheduler; {paper_value('variance_type')}")
     flag("--sigma_small", bool, None, "as --variance_type fixed_small (improved_diffusion)")
-    text = "clip the predicted x_0; default: as the original sampler does"
-    flag("--clip_sample --clip_denoised", bool, None, text)
+    flag("--clip_sample --clip_denoised", bool, None, "clip the predicted x_0; default: as the original sampler does")
     return parser
 
 
@@ -51,6 +46,5 @@ def convert(arguments: Sequence[str], prog: str | None = None) -> int:
     source, checkpoint, output, no_ema = (values.pop(name) for name in ("from", "checkpoint", "output", "no_ema"))
     from ..convert import convert as write_converted
 
-    options = {name: value for name, value in values.items() if value is not None}
-    write_converted(source, checkpoint, output, tell=print, ema=not no_ema, **options)
+    write_converted(source, checkpoint, output, tell=print, ema=not no_ema, **values)
     return 0

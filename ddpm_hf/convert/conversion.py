@@ -6,12 +6,11 @@ What a file does not say is an option, or a default of its training script that 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from diffusers import DDPMPipeline as StockPipeline
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
 from ..diffusion.noise_schedule import make_betas
@@ -22,6 +21,7 @@ from ..pipelines.pipeline_ddpm import DDPMPipeline
 from ..presets import PAPER_PROCESS
 from ..utils.errors import UserError
 from ..utils.files import write_directory, write_text
+from ..utils.hub_errors import check_pipeline
 from ..utils.weight_files import read_weights
 from .formats import FORMATS, RELEASED, Format, KnownModel, find_model
 from .names import Tensors, infer_architecture, shortened, split_attention, translate
@@ -29,11 +29,7 @@ from .readers import state_dict
 
 
 def convert(
-    from_format: str,
-    checkpoint: str | Path,
-    output: str | Path,
-    tell: Callable[[str], Any] = lambda line: None,
-    **options: Any,
+    from_format: str, checkpoint: str | Path, output: str | Path, tell: Callable[[str], Any] = str, **options: Any
 ) -> DDPMPipeline:
     """Write a stock-readable repository from another implementation's checkpoint, completely or not at all.
 
@@ -42,8 +38,7 @@ def convert(
         output: The folder to make; it must not exist, or be empty.
         tell: Gets what was read, assumed and written, line by line. The folder's card says it too.
 
-    Raises:
-        ValueError: See `load_pipeline`, or `output` is in use.
+    Raises a ValueError as `load_pipeline`, or if `output` is in use.
     """
     output = Path(output)
     if output.is_file() or (output.is_dir() and any(output.iterdir())):
@@ -58,10 +53,9 @@ def convert(
     write_directory(output, fill)
     for name, text in facts.items():
         tell(f"{name}: {text}")
-    unet, process = pipe.unet.config, pipe.scheduler.config
-    height, width = np.broadcast_to(unet.sample_size, 2)
+    process = pipe.scheduler.config
     tell(
-        f"wrote {output}: {parameter_count(pipe.unet):,} parameters, {unet.in_channels} x {height} x {width} pixels, "
+        f"wrote {output}: {parameter_count(pipe.unet):,} parameters, {' x '.join(map(str, pipe.image_shape))} pixels, "
         f"T = {process.num_train_timesteps}, prediction {process.prediction_type}, variance {process.variance_type}, "
         f"x_0 {'clipped' if process.clip_sample else 'not clipped'}"
     )
@@ -80,18 +74,18 @@ def load_pipeline(from_format: str, checkpoint: str | Path, **options: Any) -> t
         options: What the file does not say, by the names of `ddpm-hf convert`'s flags (docs/convert.md), of which each
             format takes some; `None` is not said. `ema=False` takes the raw weights.
 
-    Raises:
-        ValueError: The file is missing, damaged, of another format or does not fit; an unknown format or preset; an
-            option that is needed, that the format does not take, or that contradicts the file.
+    Raises a ValueError for a file that is missing, damaged, of another format or does not fit, an unknown format or
+    preset, and an option that is needed, that the format does not take, or that contradicts the file.
     """
     path = Path(checkpoint)
     options = {name: value for name, value in options.items() if value is not None and (name, value) != ("ema", True)}
-    if from_format == "diffusers" and options:
-        raise UserError(f"--from diffusers takes no {_flags(options)}: the repository says it; leave it out")
+    if from_format not in (*FORMATS, "diffusers"):
+        raise UserError(f"unknown format {from_format!r}; it must be one of {', '.join((*FORMATS, 'diffusers'))}")
+    known = FORMATS[from_format].options if from_format in FORMATS else ()
+    if refused := ["--no_ema" if name == "ema" else f"--{name}" for name in options if name not in known]:
+        raise UserError(f"--from {from_format} takes no {', '.join(refused)}; leave it out")
     if from_format == "diffusers":
         return _load_diffusers(path)
-    if from_format not in FORMATS:
-        raise UserError(f"unknown format {from_format!r}; it must be one of {', '.join((*FORMATS, 'diffusers'))}")
     format = FORMATS[from_format]
     options, model = _resolve(from_format, path, options)
     source = format.read(path, options.get("ema", True))
@@ -107,11 +101,13 @@ def load_pipeline(from_format: str, checkpoint: str | Path, **options: Any) -> t
     head_channels = _head_channels(from_format, tensors, options, assumed)
     tensors = split_attention(tensors, head_channels, options.get("use_new_attention_order", False))
     network = {**infer_architecture(tensors, format.network), "attention_head_dim": head_channels}
-    _check_network(path, from_format, network, model)
-    if model is not None:
-        network["dropout"] = model.network.get("dropout", 0.0)
+    network |= {"sample_size": options["sample_size"], "dropout": model.dropout if model else 0.0}
+    _check_network(path, from_format, network)
+    unet = UNet2DModel(**network)
+    if model and (count := parameter_count(unet)) != model.parameters:
+        what = f"a network of {count:,} parameters, and that of --preset {options['preset']} has {model.parameters:,}"
+        raise UserError(f"{str(path)!r} holds {what}")
     process = _process(format, options, network["out_channels"] == 2 * network["in_channels"], assumed)
-    unet = UNet2DModel(**network, sample_size=options["sample_size"])
     check_size(unet, *np.broadcast_to(unet.config.sample_size, 2).tolist())
     _load_weights(unet, tensors, names, path)
 
@@ -129,25 +125,12 @@ def load_pipeline(from_format: str, checkpoint: str | Path, **options: Any) -> t
     return DDPMPipeline(unet.eval(), DDPMScheduler(**process)), facts
 
 
-def _flags(names: Iterable[str]) -> str:
-    return ", ".join("--no_ema" if name == "ema" else f"--{name}" for name in names)
-
-
 def _resolve(from_format: str, path: Path, options: dict[str, Any]) -> tuple[dict[str, Any], KnownModel | None]:
     """Return the options in the names of `DDPMScheduler`, with those of the preset among them, and the preset."""
     format, options = FORMATS[from_format], dict(options)
-    if refused := [name for name in options if name not in format.options]:
-        one_head = format.naming != "openai" and any("head" in name for name in refused)
-        reason = "its attention has one head" if one_head else "its code has no such setting"
-        raise UserError(f"--from {from_format} takes no {_flags(refused)}: {reason}; leave it out")
     for name in ("sample_size", "num_heads", "num_heads_upsample", "num_head_channels", "diffusion_steps"):
         if name in options and np.min(options[name]) < 1:
             raise UserError(f"{name} must be at least 1, got {options[name]}")
-    if (schedule := options.get("noise_schedule", "linear")) not in format.schedules:
-        known = ", ".join(format.schedules)
-        raise UserError(f"--noise_schedule of {from_format} must be one of {known}, got {schedule!r}")
-    if "num_heads" in options and "num_head_channels" in options:
-        raise UserError("give --num_heads or --num_head_channels: with the second, the original ignores the first")
     if "predict_xstart" in options:
         options["prediction_type"] = "sample" if options.pop("predict_xstart") else "epsilon"
     if options.pop("sigma_small", False):
@@ -158,16 +141,15 @@ def _resolve(from_format: str, path: Path, options: dict[str, Any]) -> tuple[dic
     preset, released = options.get("preset"), f"{from_format}_{path.stem}"
     model = None if preset is None else find_model(preset, from_format)
     if model is None and released in RELEASED and not {"noise_schedule", "diffusion_steps"} <= options.keys():
-        raise UserError(
-            f"{path.name} is the name of a released model: give --preset {released}, or --noise_schedule and "
-            "--diffusion_steps if it is another"
-        )
+        otherwise = "--noise_schedule and --diffusion_steps if it is another"
+        raise UserError(f"{path.name} is the name of a released model: give --preset {released}, or {otherwise}")
     for name, value in (model.options if model else {}).items():
         # Sampling may use another variance than the preset's; everything else is a matter of the training.
         if options.setdefault(name, value) != value and name != "variance_type":
             raise UserError(f"--preset {preset} says {name}={value}, and the flags say {options[name]}")
-    if (predicted := options.get("prediction_type", "epsilon")) not in format.predictions:
-        raise UserError(f"the code of {from_format} trains no network that predicts {predicted!r} (flag or preset)")
+    for name, known in (("noise_schedule", format.schedules), ("prediction_type", format.predictions)):
+        if (value := options.get(name, known[0])) not in known:
+            raise UserError(f"{name} of {from_format} must be one of {', '.join(known)}, got {value!r}")
     return options, model
 
 
@@ -179,53 +161,35 @@ def _head_channels(from_format: str, tensors: Tensors, options: dict[str, Any], 
     guided = from_format == "guided_diffusion"
     heads, size, upsample = map(options.get, ("num_heads", "num_head_channels", "num_heads_upsample"))
     parts = heads or size
-    if parts is None:
-        raise UserError(
-            f"--num_heads{' or --num_head_channels' if guided else ''} is needed: a file of {from_format} does not "
-            "say how its attention is cut into heads (--num_heads 4 is the default of its training script)"
-        )
+    if parts is None or (heads and size):
+        flags = f"--num_heads (4 in its training script){' or --num_head_channels' if guided else ''}"
+        raise UserError(f"give {flags}: a file of {from_format} does not say how its attention is cut into heads")
     if odd := sorted(width for width in widths if width % parts):
-        asked = "num_heads" if heads else "num_head_channels"
-        raise UserError(f"{asked}={parts} does not divide the {odd[0]} channels of an attention block")
+        raise UserError(
+            f"{parts} heads or channels per head do not divide the {odd[0]} channels of an attention block"
+        )
     if upsample not in (None, heads):
-        why = f"differs from --num_heads {heads}" if heads else "has no effect beside --num_head_channels"
-        raise UserError(f"--num_heads_upsample {upsample} {why}; UNet2DModel has one head size for all")
+        raise UserError(f"--num_heads_upsample {upsample} is not --num_heads; UNet2DModel has one head size for all")
     if heads is not None and upsample is None and options.get("preset") not in RELEASED:
         assumed["num_heads_upsample"] = heads
     if heads == 1 or widths == {size}:
         return None
     if heads is not None and len(widths) > 1:
-        raise UserError(
-            f"{heads} heads over attention widths {sorted(widths)} need a head size per level, and UNet2DModel has "
-            "one for all, so this network cannot be converted"
-        )
+        raise UserError(f"{heads} heads over attention widths {sorted(widths)}: UNet2DModel has one head size for all")
     if guided and "use_new_attention_order" not in options:
-        raise UserError(
-            "--use_new_attention_order is needed, true or false as in training (false is the default of its script): "
-            "a file of guided_diffusion does not say it"
-        )
+        raise UserError("give --use_new_attention_order, true or false as in training: the file does not say it")
     return size or widths.pop() // parts
 
 
-def _check_network(path: Path, from_format: str, network: dict[str, Any], model: KnownModel | None) -> None:
-    """Check that the network makes images out of noise alone, and is the preset's if there is one."""
+def _check_network(path: Path, from_format: str, network: dict[str, Any]) -> None:
+    """Check that the network makes images out of noise alone, and is of this format."""
     channels, outputs = network["in_channels"], network["out_channels"]
     if outputs not in (channels, 2 * channels) or (FORMATS[from_format].naming == "openai" and channels == 6):
-        raise UserError(
-            f"{str(path)!r} holds a network from {channels} channels to {outputs}, as for super-resolution; a DDPM "
-            "gives as many channels as it takes, or twice as many with a learned variance"
-        )
+        what = f"a network from {channels} channels to {outputs}, as for super-resolution"
+        raise UserError(f"{str(path)!r} holds {what}; a DDPM gives as many as it takes, or twice as many")
     if from_format == "improved_diffusion" and "downsample_type" in network:
-        raise UserError(
-            f"{str(path)!r} holds a network of guided-diffusion (resblock_updown); give --from guided_diffusion"
-        )
-    if model is None:
-        return
-    plain = {"in_channels": 3, "out_channels": 3, "num_class_embeds": None, "resnet_time_scale_shift": "default"}
-    found, expected = plain | network, {**plain, **model.network}
-    for name in (*plain, "block_out_channels", "layers_per_block", "down_block_types"):
-        if found[name] != expected[name]:
-            raise UserError(f"{str(path)!r} has {name}={found[name]}, and the preset has {expected[name]}")
+        what = "a network of guided-diffusion (resblock_updown); give --from guided_diffusion"
+        raise UserError(f"{str(path)!r} holds {what}")
 
 
 def _process(format: Format, options: dict[str, Any], learned: bool, assumed: dict[str, Any]) -> dict[str, Any]:
@@ -260,16 +224,15 @@ def _process(format: Format, options: dict[str, Any], learned: bool, assumed: di
 
     asked, sigma = options.get("variance_type"), options.get("learn_sigma", learned)
     if sigma != learned or (asked is not None and learned != (asked in LEARNED_VARIANCES)):
-        channels = "has" if learned else "has no"
         flag = f"learn_sigma={sigma}" if asked is None else f"variance_type={asked}"
+        channels = "has" if learned else "has no"
         raise UserError(f"the network {channels} channels for a learned variance, and the flags say {flag}")
     if learned:
         process["variance_type"] = asked or ("learned_range" if format.naming == "openai" else "learned")
     else:
         small = np.min(options["sample_size"]) >= format.small_variance_from
         process["variance_type"] = option("variance_type", "fixed_small" if small else "fixed_large")
-    process["clip_sample"] = options.get("clip_sample", format.clip_sample)
-    return process
+    return {**process, "clip_sample": options.get("clip_sample", format.clip_sample)}
 
 
 def _rescaled(betas: Mapping[str, Any], T: int) -> dict[str, Any]:
@@ -278,9 +241,9 @@ def _rescaled(betas: Mapping[str, Any], T: int) -> dict[str, Any]:
     OpenAI's sampler does the same with `--timestep_respacing ddim1000`.
     """
     if T % 1000:
+        advice = "if it was trained without, give --rescale_timesteps false"
         raise UserError(
-            f"with rescale_timesteps the network saw t * 1000 / {T}, and stock schedulers hand it t = 0, 1, 2, ...: "
-            "only a multiple of 1000 timesteps can be converted (if it was trained without: --rescale_timesteps false)"
+            f"with rescale_timesteps only a multiple of 1000 timesteps can be converted, not {T}; {advice}"
         )
     alpha_bar = np.cumprod(1 - make_betas(num_train_timesteps=T, **betas))[:: T // 1000]
     chain = 1 - alpha_bar / np.append(1.0, alpha_bar[:-1])
@@ -298,10 +261,10 @@ def _load_weights(unet: UNet2DModel, tensors: Tensors, names: Mapping[str, str],
         if value.shape != target:
             shapes = f"{tuple(value.shape)}, and the network asks for {tuple(target)}"
             raise UserError(f"{where} has shape {shapes} ({key})")
-        if not value.is_floating_point():
-            raise UserError(f"{where} holds {value.dtype}, which is no type of weights")
-        if not value.isfinite().all():
-            raise UserError(f"{where} holds NaN or infinity; take an intact copy")
+        if not (value.is_floating_point() and value.isfinite().all()):
+            raise UserError(
+                f"{where} ({value.dtype}) holds NaN, infinity or no floating-point numbers; take an intact copy"
+            )
         state[key] = value.to(wanted[key].dtype)
     if lost := [names.get(key, key) for key in tensors if key not in wanted]:
         raise UserError(f"{str(file)!r}: no place for {shortened(lost)} in the network that the others describe")
@@ -310,47 +273,32 @@ def _load_weights(unet: UNet2DModel, tensors: Tensors, names: Mapping[str, str],
     unet.load_state_dict(state)
 
 
+# Older versions called the layers of attention differently.
 _CURRENT = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 _LEGACY = r"(\.attentions\.\d+\.)(query|key|value|proj_attn)\."
-
-
-def _read_config(kind: Any, folder: Path, **where: str) -> dict[str, Any]:
-    config: Any = kind.load_config(folder, **where)
-    if not isinstance(config, dict):
-        raise UserError(f"the {kind.config_name} of {str(folder)!r} holds a {type(config).__name__}, no configuration")
-    return config
 
 
 def _load_diffusers(folder: Path) -> tuple[DDPMPipeline, dict[str, str]]:
     """Read a stock repository: components in subfolders or in one, current or legacy keys, safetensors or `.bin`."""
     if not folder.is_dir():
         raise UserError(f"there is no folder {str(folder)!r}")
-    parts = _read_config(StockPipeline, folder) if (folder / "model_index.json").is_file() else {}
-    parts = {name: part for name, part in parts.items() if isinstance(part, list) and part[0]}
-    if others := parts.keys() - {"unet", "scheduler"}:
-        raise UserError(f"{str(folder)!r} has more than a network and a scheduler: {', '.join(sorted(others))}")
-    config = _read_config(UNet2DModel, folder, subfolder="unet")  # or in the folder itself
-    if config.get("_class_name") not in (None, "UNet2DModel"):
-        raise UserError(f"{str(folder)!r} holds a {config['_class_name']}, which is no DDPM network")
-    process = _read_config(DDPMScheduler, folder, subfolder="scheduler")
-    kind = process.get("_class_name", "DDPMScheduler")
-    if kind not in DDPMScheduler._compatibles:
-        raise UserError(f"the scheduler of {str(folder)!r} is a {kind}, whose process is no DDPM's")
+    check_pipeline(folder)
+    config: Any = UNet2DModel.load_config(folder, subfolder="unet")  # or in the folder itself
+    process: Any = DDPMScheduler.load_config(folder, subfolder="scheduler")
+    if not (isinstance(config, dict) and isinstance(process, dict)):
+        raise UserError(f"a configuration in {str(folder)!r} is not a JSON object; download or save it again")
     unet, scheduler = UNet2DModel.from_config(config), DDPMScheduler.from_config(process)
-    variance = scheduler.config.variance_type
-    if unet.config.out_channels != unet.config.in_channels * (2 if variance in LEARNED_VARIANCES else 1):
-        raise UserError(
-            f"{str(folder)!r} holds a network from {unet.config.in_channels} channels to {unet.config.out_channels} "
-            f"with variance_type={variance!r}, which no DDPM samples with"
-        )
+    channels, outputs, variance = unet.config.in_channels, unet.config.out_channels, scheduler.config.variance_type
+    if outputs != channels * (2 if variance in LEARNED_VARIANCES else 1):
+        what = f"a network from {channels} channels to {outputs} with variance_type={variance!r}"
+        raise UserError(f"{str(folder)!r} holds {what}, which no DDPM samples with")
     file_names = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
     files = [part / name for name in file_names for part in (folder / "unet", folder)]
     file = next((file for file in files if file.is_file()), files[0])
     weights = state_dict(file, read_weights(file))
-    # Older versions called the layers of attention query, key, value and proj_attn.
     names = {re.sub(_LEGACY, lambda m: f"{m[1]}{_CURRENT[m[2]]}.", name): name for name in weights}
     _load_weights(unet, {key: weights[name] for key, name in names.items()}, names, file)
     facts = {"converted from": f"{folder.name} (diffusers)"}
-    if kind != "DDPMScheduler":
+    if (kind := process.get("_class_name", "DDPMScheduler")) != "DDPMScheduler":
         facts["scheduler"] = f"its {kind} as a DDPMScheduler over the same betas"
     return DDPMPipeline(unet.eval(), scheduler), facts

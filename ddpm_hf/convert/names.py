@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -78,15 +78,12 @@ def _pytorch_ddpm_blocks(names: Collection[str]) -> dict[str, str]:
 def _openai_blocks(names: Collection[str]) -> dict[str, str]:
     """`input_blocks.3.0`, `middle_block.1`, `output_blocks.3.1`: numbered through all levels, attention after `.0`.
 
-    On the way down, the step to the next resolution has a number of its own; on the way up, it is the last part of a
-    level's last block. It is a convolution, or (guided-diffusion's `resblock_updown`) a residual block.
+    The step to the next resolution (a convolution, or with `resblock_updown` a residual block) has a number of its own
+    on the way down, and is the last part of a level's last block on the way up.
     """
     inputs, outputs = (_numbers(names, rf"{side}_blocks\.(\d+)\.") for side in ("input", "output"))
     if inputs != list(range(len(inputs))):
-        raise UserError(
-            "this network was trained with conv_resample=False (pooling between resolutions), which a UNet2DModel of "
-            "this family does not have"
-        )
+        raise UserError("the network was trained with conv_resample=False (pooling), which UNet2DModel does not have")
     blocks = {"middle_block.0": "mid_block.resnets.0", "middle_block.2": "mid_block.resnets.1"}
     blocks["middle_block.1"] = "mid_block.attentions.0"
     steps = [m for name in names if (m := re.match(r"output_blocks\.(\d+)\.[12](?=\.(conv|in_layers\.2)\.)", name))]
@@ -104,18 +101,13 @@ def _openai_blocks(names: Collection[str]) -> dict[str, str]:
     return blocks | {m[0]: f"up_blocks.{int(m[1]) // (per_level + 1)}.upsamplers.0" for m in steps}
 
 
-_BLOCKS: Mapping[str, Callable[[Collection[str]], dict[str, str]]] = {
-    "official": _official_blocks,
-    "pytorch_ddpm": _pytorch_ddpm_blocks,
-    "openai": _openai_blocks,
-}
+_BLOCKS = {"official": _official_blocks, "pytorch_ddpm": _pytorch_ddpm_blocks, "openai": _openai_blocks}
 
 
 def translate(names: Collection[str], naming: str) -> dict[str, str]:
     """Return `{key of UNet2DModel: name}` for the names of a state dict; `naming` is a column of `_LAYERS`.
 
-    Raises:
-        UserError: Names that this implementation does not have.
+    Raises a UserError for names that this implementation does not have.
     """
     head, *rows = (line.split() for line in _LAYERS.splitlines() if line)
     layers = {row[head.index(naming)]: row[0] for row in rows}
@@ -135,8 +127,7 @@ def shortened(names: list[str]) -> str:
 def infer_architecture(tensors: Tensors, family: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of `UNet2DModel` (all but `sample_size`): those of its `family`, and what its weights say.
 
-    Raises:
-        UserError: A tensor is missing whose name and shape are needed for that.
+    Raises a UserError if a tensor is missing whose name and shape are needed for that.
     """
     outputs = {key.removesuffix(".weight"): value.shape[0] for key, value in tensors.items() if value.ndim}
     levels = range(1 + max(_numbers(tensors, r"down_blocks\.(\d+)\."), default=0))
@@ -156,18 +147,16 @@ def infer_architecture(tensors: Tensors, family: Mapping[str, Any]) -> dict[str,
             "num_class_embeds": outputs.get("class_embedding"),
         }
         if outputs["mid_block.resnets.0.time_emb_proj"] == 2 * arguments["block_out_channels"][-1]:
-            groups = family["norm_num_groups"]
-            arguments |= {"resnet_time_scale_shift": "scale_shift", "attn_norm_num_groups": groups}
+            arguments |= {"resnet_time_scale_shift": "scale_shift", "attn_norm_num_groups": family["norm_num_groups"]}
     except KeyError as error:
         raise UserError(f"nothing found for {error.args[0]}; is the format right?") from None
     return arguments | ({"downsample_type": "resnet", "upsample_type": "resnet"} if resnets else {})
 
 
 def split_attention(tensors: Tensors, head_channels: int | None, new_order: bool) -> Tensors:
-    """Return the weights with OpenAI's joint `to_qkv` as `to_q`, `to_k` and `to_v`.
+    """Return the weights with OpenAI's joint `to_qkv` as `to_q`, `to_k` and `to_v`; `None` is one head over all.
 
-    In the new order, its rows are q of all heads, then k, then v; in the other one q, k and v of the first head, then
-    those of the second. `head_channels` is `None` for one head over all channels.
+    In the new order, its rows are q of all heads, then k, then v; in the other one q, k and v of the first head, ...
     """
     out = {key: value for key, value in tensors.items() if ".to_qkv." not in key}
     for key in tensors.keys() - out.keys():

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..utils.errors import UserError
+from ..utils.errors import UserError, first_line
 from ..utils.weight_files import read_weights
 from .names import Tensors
 
@@ -35,15 +35,14 @@ class Checkpoint:
     tensors: Tensors  # the weights by the implementation's names, in PyTorch's layout
     weights: str  # which ones they are (raw or EMA), and how that is known
     diffusion_steps: int | None = None  # T, where the file says it
-    sample_size: int | tuple[int, int] | None = None  # height and width of the images, where the file says them
+    sample_size: int | None = None  # height and width of the images, where the file says them
     remark: str | None = None  # what else a person should know
 
 
 def _which_weights(path: Path, ema: bool, holds_ema: Collection[bool], why: str = "") -> str:
     """Return which weights are taken (EMA ones if `ema`), and how that is known; refuse a file without them.
 
-    `holds_ema` has `True` if the file is known to hold EMA weights and `False` if raw ones; it is empty if nothing is
-    known.
+    `holds_ema`: of those that the file is known to hold, `True` for EMA and `False` for raw weights.
     """
     kinds = {True: "EMA weights", False: "raw weights"}
     if not holds_ema:
@@ -57,16 +56,12 @@ def _which_weights(path: Path, ema: bool, holds_ema: Collection[bool], why: str 
 def state_dict(path: Path, content: Any) -> Tensors:
     """Return a file's tensors without the prefixes of DataParallel (`module.`) and torch.compile (`_orig_mod.`).
 
-    Raises:
-        UserError: The file holds something else; says what.
+    Raises a UserError if the file holds something else, which it names.
     """
     if not isinstance(content, dict) or not content or not all(isinstance(v, Tensor) for v in content.values()):
-        is_dict = isinstance(content, dict)
-        holds = f"entries {', '.join(map(repr, content))}"[:120] if is_dict else f"a {type(content).__name__}"
-        raise UserError(
-            f"{str(path)!r} holds no state dict of named tensors, but {holds}; if the weights are one of its entries, "
-            "save them alone, as in torch.save(torch.load(FILE)[ENTRY], 'weights.pt')"
-        )
+        entries = f"entries {', '.join(map(repr, content))}"[:120] if isinstance(content, dict) else ""
+        holds = f"holds no state dict of named tensors, but {entries or f'a {type(content).__name__}'}"
+        raise UserError(f"{str(path)!r} {holds}; if the weights are one of its entries, save them alone by torch.save")
     tensors: Tensors = {}
     for full, value in content.items():
         name = re.sub(r"^(module\.)+", "", str(full).replace("_orig_mod.", ""))
@@ -87,33 +82,26 @@ def read_official_tf(path: Path, ema: bool) -> Checkpoint:
     """Read a TensorFlow checkpoint of hojonathanho/diffusion, given without its ending, or a folder's last one."""
     path = Path(str(path).removesuffix(".index"))
     if not (any(path.glob("*.index")) if path.is_dir() else Path(f"{path}.index").is_file()):
-        raise UserError(
-            f"there is no TensorFlow checkpoint at {str(path)!r}; give the path without ending, as in "
-            "model.ckpt-790000, beside which lie .index and .data files"
-        )
+        where = f"{str(path)!r}, as there is no .index file; give the path without ending, as in model.ckpt-790000"
+        raise UserError(f"there is no TensorFlow checkpoint at {where}")
     try:
         import tensorflow as tf
 
         reader = tf.train.load_checkpoint(str(path))
         names = [n for n in reader.get_variable_to_shape_map() if n.startswith("model/") and "Adam" not in n]
         is_ema = {name: name.endswith(_EMA_SUFFIX) for name in names}
-        weights = _which_weights(path, ema, is_ema.values(), "by the names of the variables")
         variables = {name: torch.tensor(reader.get_tensor(name)) for name in names if is_ema[name] == ema}
-    except UserError:
-        raise
     except ImportError:
         raise UserError("TensorFlow checkpoints need TensorFlow: pip install 'ddpm-hf[convert]'") from None
     except Exception as error:  # TensorFlow has errors of its own for damaged files
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
-        raise UserError(f"{str(path)!r} is not a TensorFlow checkpoint, or is damaged ({reason})") from None
-    tensors: Tensors = {}
-    for name, value in variables.items():
-        if value.ndim == 4:  # a convolution, [H, W, in, out] to [out, in, H, W]
-            value = value.permute(3, 2, 0, 1)
-        elif value.ndim == 2:  # a matrix, [in, out] to [out, in]
-            value = value.T
-        tensors[official_name(name)] = value.contiguous()
-    return Checkpoint(tensors, weights)
+        raise UserError(f"{str(path)!r} is no TensorFlow checkpoint, or damaged ({first_line(error)[:120]})") from None
+    weights = _which_weights(path, ema, is_ema.values(), "by the names of the variables")
+    # Convolutions are [H, W, in, out] and become [out, in, H, W], matrices [in, out] and become [out, in].
+    axes = {4: (3, 2, 0, 1), 2: (1, 0)}
+    permuted = {
+        official_name(n): v.permute(axes.get(v.ndim, tuple(range(v.ndim)))).contiguous() for n, v in variables.items()
+    }
+    return Checkpoint(permuted, weights)
 
 
 def read_pesser(path: Path, ema: bool) -> Checkpoint:
@@ -144,10 +132,8 @@ def read_pytorch_ddpm(path: Path, ema: bool) -> Checkpoint:
     found = [kind for kind, key in models.items() if isinstance(content, dict) and key in content]
     weights = _which_weights(path, ema, found, "by its name in the file")
     if found:
-        noise = content.get("x_T")  # of its sample grids, [N, 3, H, W]
-        if isinstance(noise, Tensor) and noise.ndim == 4:
-            height, width = noise.shape[2:]
-            size = height if height == width else (height, width)
+        noise = content.get("x_T")  # of its sample grids, [N, 3, size, size]
+        size = noise.shape[-1] if isinstance(noise, Tensor) and noise.ndim == 4 else None
         content = content[models[ema]]
     tensors = state_dict(path, content)
     if (table := tensors.pop(_PYTORCH_DDPM_TABLE, None)) is not None:
@@ -156,10 +142,8 @@ def read_pytorch_ddpm(path: Path, ema: bool) -> Checkpoint:
         angles = torch.arange(steps, dtype=torch.float64)[:, None] * frequencies
         expected = torch.stack([angles.sin(), angles.cos()], dim=-1).reshape(steps, channels)
         if not (table.double() - expected).abs().max() < 0.01:  # half precision keeps no more
-            raise UserError(
-                f"{_PYTORCH_DDPM_TABLE} does not hold the sines and cosines of t = 0..{steps - 1}, which a "
-                "UNet2DModel computes"
-            )
+            table_name = f"{_PYTORCH_DDPM_TABLE}, which a UNet2DModel computes,"
+            raise UserError(f"{table_name} does not hold the sines and cosines of t = 0..{steps - 1}")
     first = "time_embedding.timembedding.1.weight"
     if first in tensors:  # its sines and cosines alternate; ours are all sines, then all cosines
         tensors[first] = torch.cat([tensors[first][:, 0::2], tensors[first][:, 1::2]], dim=1)
