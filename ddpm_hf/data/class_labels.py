@@ -31,14 +31,12 @@ def class_number(name: str) -> int | None:
 
 def sorted_names(names: Iterable[str]) -> list[str]:
     """Sort class names: numbers as numbers (1, 2, 10), and before words."""
-
     return sorted(names, key=lambda name: (class_number(name) is None, class_number(name) or 0, name))
 
 
 def number_labels(values: Sequence[Any], where: str) -> tuple[torch.Tensor, list[str]]:
     """Return `[N]` int64 class indices of whole numbers or strings, and the classes' names; a UserError for others."""
-    kinds = {type(value) for value in values}
-    if not kinds <= {int} and not kinds <= {str}:
+    if len(kinds := {type(value) for value in values}) > 1 or not kinds <= {int, str}:
         strange = next((repr(value) for value in values if type(value) not in (int, str)), "both")
         raise UserError(f"labels are whole numbers or strings, and {where} has {strange}")
     names = sorted_names({str(value) for value in values})
@@ -50,9 +48,7 @@ def as_list(labels: ClassLabels) -> list[Any]:
     """Return one class label or many, in an array or a tensor too, as a list."""
     if isinstance(labels, torch.Tensor | np.ndarray):
         return labels.reshape(-1).tolist()
-    if isinstance(labels, str | bytes) or not isinstance(labels, Iterable):
-        return [labels]
-    return list(labels)
+    return list(labels) if isinstance(labels, Iterable) and not isinstance(labels, str | bytes) else [labels]
 
 
 @dataclass(frozen=True)
@@ -62,19 +58,18 @@ class Classes:
     count: int | None  # how many, that of "no class" included; `None` for an unconditional network
     names: tuple[str, ...] = ()  # those that it was trained with; none for stock's networks
     null: int | None = None  # stands for "no class" (classifier-free guidance); `None` without class dropout
-    # `timestep` or `identity` for stock's networks that take a number or a vector per image instead of a class
-    embedding: str | None = None
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Classes:
-        """Read them from a `UNet2DModel`'s configuration."""
+        """Read them from a `UNet2DModel`'s configuration; a UserError for stock's networks with other conditions."""
         if (embedding := config.get("class_embed_type")) in ("timestep", "identity"):
-            return cls(None, embedding=embedding)
+            what = f"class_embed_type={embedding!r} takes a number or vector per image instead of a class"
+            raise UserError(f"a network with {what}, which no pipeline passes to it; call the network itself")
         return cls(config.get("num_class_embeds"), tuple(config.get("_class_names") or ()), config.get("_null_class"))
 
     def all_names(self) -> list[str]:
         """Return one name per class; its number where it has none."""
-        return [self.names[i] if i < len(self.names) else str(i) for i in range(self.count or 0)]
+        return [*self.names, *map(str, range(len(self.names), self.count or 0))]
 
     def _indices(self) -> list[int]:
         return [i for i in range(self.count or 0) if i != self.null]
@@ -117,15 +112,13 @@ class Classes:
         return ClassIndex(found[0])
 
     def checked(self, labels: ClassLabels, guidance_scale: float, batch_size: int) -> torch.Tensor | None:
-        """Return `[B]` class indices, or `None` for an unconditional network; numbers or vectors with an `embedding`.
+        """Return `[B]` class indices, or `None` for an unconditional network.
 
         `labels` is one for all images, or one per image, as `index` takes them. Raises a UserError for classes or
         guidance that the network does not have, or another number of labels.
         """
         if not math.isfinite(guidance_scale):
             raise UserError(f"guidance_scale must be a finite number, got {guidance_scale}")
-        if self.embedding is not None:
-            return one_per_image(self._numbers(labels, guidance_scale), batch_size, "class_labels")
         if self.count is None:
             if labels is not None or guidance_scale != 1:
                 raise UserError("class_labels and guidance_scale are for class-conditional networks; this one is not")
@@ -137,26 +130,10 @@ class Classes:
         indices = torch.tensor([self.index(label) for label in as_list(labels)], dtype=torch.long)
         return one_per_image(indices, batch_size, "class_labels")
 
-    def _numbers(self, labels: Any, guidance_scale: float) -> torch.Tensor:
-        """Return what a network with an `embedding` takes: numbers `[n]`, or vectors `[n, D]`."""
-        wanted = "a vector" if (vectors := self.embedding == "identity") else "a number"
-        if labels is None or guidance_scale != 1:
-            network = f"this network (class_embed_type={self.embedding!r})"
-            raise UserError(f"{network} takes {wanted} per image as class_labels, and no guidance_scale")
-        try:
-            if not isinstance(labels, (torch.Tensor, np.ndarray)):
-                labels = [float(labels)] if isinstance(labels, (str, int, float)) else list(labels)
-                labels = [float(one) if isinstance(one, str) else one for one in labels]
-            values = torch.as_tensor(labels)
-            return values.reshape(-1, values.shape[-1]) if vectors and values.ndim else values.reshape(-1)
-        except (TypeError, ValueError):
-            raise UserError(f"class_labels must be {wanted} per image for this network, got {labels!r}") from None
-
     def of_names(self, names: list[str] | None) -> list[ClassIndex]:
         """Return where a dataset's classes are among the network's: by name, if the network has names.
 
-        Otherwise classes that are all called by numbers are those numbers, and others are taken in their order. Raises
-        a UserError for a class that the network does not know.
+        Else classes that are all called by numbers are these, and others are taken in order. A UserError for others.
         """
         own = self._indices()
         if self.names:
@@ -181,8 +158,6 @@ class Classes:
 
         Images without labels have "no class". Raises a UserError if the network does not know them.
         """
-        if self.embedding is not None:
-            raise UserError(f"this network (class_embed_type={self.embedding!r}) knows no classes of a dataset")
         if self.count is None:
             return None
         if data.labels is None:
@@ -198,6 +173,5 @@ class Classes:
 def one_per_image(values: torch.Tensor, batch_size: int, name: str) -> torch.Tensor:
     """Repeat one value for all images; raises a UserError if values are neither one nor as many as the images."""
     if len(values) not in (1, batch_size):
-        got = f"{len(values)} {name if name.endswith('s') else f'of {name}'}"
-        raise UserError(f"got {got} for {batch_size} images; give one, or one per image")
+        raise UserError(f"{name}: got {len(values)} for {batch_size} images; give one, or one per image")
     return values.expand(batch_size, *values.shape[1:])

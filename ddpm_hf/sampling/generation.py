@@ -117,8 +117,7 @@ def check_sampler(pipe: DDPMPipeline, **options: Any) -> None:
     Raises:
         ValueError: One of them does not go with the others, the network or the sampler.
     """
-    unconditional = pipe.classes.count is None and pipe.classes.embedding is None
-    options.setdefault("class_labels", None if unconditional else [])
+    options.setdefault("class_labels", None if pipe.classes.count is None else [])
     try:
         pipe(seeds=[], output_type="pt", **options)
     except UserError:

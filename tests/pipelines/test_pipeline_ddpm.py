@@ -92,7 +92,7 @@ def test_a_bf16_network_keeps_a_float32_chain(small_pipeline):
         ({"guidance_scale": float("inf")}, "guidance_scale must be a finite number, got inf"),
         ({"image": "cat.png", "strength": 0.5}, "got str"),
         ({"image": [], "strength": 0.5}, "empty list"),
-        ({"image": np.zeros((3, 8, 8, 1)), "strength": 0.5, "seeds": [1, 2]}, "got 3 of image for 2"),
+        ({"image": np.zeros((3, 8, 8, 1)), "strength": 0.5, "seeds": [1, 2]}, "image: got 3 for 2 images"),
         ({"image": np.zeros((8, 8, 1)), "mask_image": np.ones((4, 4))}, "mask_image has shape"),
         ({"image": np.zeros((8, 8, 1)), "mask_image": np.ones((8, 8)), "resample_times": 0}, "at least 1"),
         ({"callback_on_step_end_tensor_inputs": ["latents"]}, "got 'latents'"),

@@ -288,7 +288,7 @@ def test_each_seed_keeps_its_own_image_when_a_run_resumes(tmp_path, small_pipeli
         expected = pipe(seeds=[seed], image=digits[seed], mask_image=masks[seed], **options).images[0]
         found = np.asarray(Image.open(tmp_path / "out" / "00000" / f"{seed:08d}.png"))
         assert np.array_equal(found, np.asarray(expected))
-    with pytest.raises(ValueError, match="got 3 of image for 4 images"):
+    with pytest.raises(ValueError, match="image: got 3 for 4 images"):
         write_samples(pipe, range(4), tmp_path / "other", image=digits[:3], strength=0.5)
     assert not (tmp_path / "other").exists()
 
