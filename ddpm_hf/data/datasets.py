@@ -1,10 +1,7 @@
 """Images in, uint8 tensors out: the entry point `load_images`.
 
-It gives `[n, C, H, W]` uint8 and `[n]` int64 labels (or `None`), in one of three kinds: an `ImageDataset` is decoded
-once, in memory; a `LazyImageDataset`, for what does not fit into `memory_limit_bytes` or is cropped at random, batch
-by batch, in threads; `StreamedImages`, larger than the disk, are read from beginning to end and shuffled in a buffer.
-
-Where images come from is in `folders.py` and `tables.py`, what becomes of each in `decoding.py`.
+`[n, C, H, W]` and `[n]` int64 labels (or `None`) come in one of three kinds: an `ImageDataset` in memory,
+`StreamedImages`, or a `LazyImageDataset`, decoded batch by batch (what does not fit, or is cropped at random).
 """
 
 from __future__ import annotations
@@ -57,38 +54,35 @@ def load_images(
         streaming: Read a dataset of `dataset_name` or parquet files without keeping it: `StreamedImages`.
         options: The fields of `TableOptions` and of `DecodeOptions`.
 
-    Raises:
-        UserError: None or several of the three given, or the images cannot be loaded or do not fit.
+    Raises a UserError for none or several of the three, and if the images cannot be loaded or do not fit.
     """
     given = [name for name in (dataset, dataset_name, train_data_dir) if name is not None]
     if len(given) != 1:
-        names = "--dataset (built in: digits), --dataset_name (Hub id or local path) and --train_data_dir (a folder)"
-        raise UserError(f"give the images as exactly one of {names}, got {len(given)}")
+        raise UserError(f"give exactly one of --dataset, --dataset_name and --train_data_dir, got {len(given)}")
     if not 0 <= validation_split < 1:
         raise UserError(f"validation_split must be at least 0 and less than 1, got {validation_split}")
     of_tables = {field.name for field in dataclasses.fields(TableOptions)} & set(options)
     table = TableOptions(**{name: options.pop(name) for name in of_tables})
     decode = DecodeOptions(**options)
+    found: Source | None = None
     if dataset is not None:
         if dataset != "digits":
             near = nearest(dataset, ["digits"])
             raise UserError(f"unknown built-in dataset {dataset!r}{near}; for one from the Hub use --dataset_name")
-        if streaming:
-            raise UserError("streaming is for --dataset_name and for parquet files, and digits is small")
         digits = load_digits(split)
-        if decode.channels == 1 and decode.resolution in (None, (8, 8)):
+        if decode.channels == 1 and decode.resolution in (None, (8, 8)) and not streaming:
             return digits
         grey = digits.images[:, 0].numpy()
-        source = Source("digits", len(digits), lambda rows: [Image.fromarray(grey[row]) for row in rows], str)
-        source.labels, source.class_names = digits.labels, digits.class_names
-        return _load(source, torch.arange(len(digits)), decode)
-
+        found = Source("digits", len(digits), lambda rows: [Image.fromarray(grey[row]) for row in rows], str)
+        found.labels, found.class_names = digits.labels, digits.class_names
+        split, validation_split = "train", 0.0  # of what was just taken
     # Of `train` a share may be held out, which is then the split `validation`; other splits are the dataset's own.
     own = dataset_name is not None and split != "train" and not (split == "validation" and validation_split)
     if not own and split not in ("train", "validation"):
         raise UserError(f"split must be train or validation, got {split!r}{nearest(split, ('train', 'validation'))}")
     name, split_read = given[0], split if own else "train"
-    found = None if train_data_dir is None else open_folder(Path(train_data_dir), decode)
+    if train_data_dir is not None:
+        found = open_folder(Path(train_data_dir), decode)
     if found is not None and streaming:
         raise UserError("streaming is for --dataset_name and for parquet files; others are read as needed without it")
     share, held_out = (0.0, False) if own else (validation_split, split == "validation")
@@ -119,13 +113,11 @@ def load_digits(split: str = "train") -> ImageDataset:
 
 
 def _load(source: Source, rows: Tensor, options: DecodeOptions) -> ImageDataset | LazyImageDataset:
-    """Load the images at `rows` of a source: into memory if they fit, to be decoded as needed if they do not."""
-    limit, resolution = options.memory_limit_bytes, options.resolution
-    if resolution is not None and len(rows) * options.channels * resolution[0] * resolution[1] > limit:
+    """Load the images at `rows` of a source: into memory, or as needed if they do not fit or are cropped at random."""
+    limit, size, random = options.memory_limit_bytes, options.resolution, options.crop == "random"
+    if (random and not size) or (size and len(rows) * options.channels * size[0] * size[1] > limit):
         return LazyImageDataset(source, rows, options)
-    if resolution is None and options.crop == "random":
-        raise UserError("crop 'random' needs to know the size to crop to; choose one with --resolution")
-    images = np.empty((0, options.channels, *(resolution or (0, 0))), dtype=np.uint8)
+    images = np.empty((0, options.channels, *(size or (0, 0))), dtype=np.uint8)
     good: list[int] = []
     bad: dict[str, ValueError] = {}
     # The bar appears only where there is something to wait for.
@@ -136,7 +128,7 @@ def _load(source: Source, rows: Tensor, options: DecodeOptions) -> ImageDataset 
                     bad[source.where(row)] = pixels
                     continue
                 good.append(row)
-                if options.crop == "random":
+                if random:
                     continue  # decoded all the same: what cannot be read is better known before training than in it
                 height, width = pixels.shape[1:]
                 if len(good) == 1:
@@ -150,7 +142,7 @@ def _load(source: Source, rows: Tensor, options: DecodeOptions) -> ImageDataset 
                 images[len(good) - 1] = pixels
             bar.update(len(chunk))
     leave_out_bad(bad, len(rows), options)
-    if options.crop == "random":
+    if random:
         return LazyImageDataset(source, torch.tensor(good, dtype=torch.long), options)
     labels = None if source.labels is None else source.labels[good]
     return ImageDataset(torch.from_numpy(images[: len(good)]), labels, source.name, source.class_names)

@@ -22,15 +22,10 @@ from urllib.request import Request, urlopen
 import numpy as np
 from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
 
-from ..utils.errors import UserError
+from ..utils.errors import UserError, in_one_line
 from ..utils.text import nearest
 
 _URL_TIMEOUT_SECONDS = 60  # without a byte from the server
-_MOST_NAMED = 20  # unreadable images in one message
-
-
-def _warn(message: str) -> None:
-    warnings.warn(message, stacklevel=2)
 
 
 @dataclass(frozen=True)
@@ -48,7 +43,7 @@ class DecodeOptions:
     memory_limit_bytes: int = 4 * 2**30  # images that take more as uint8 are decoded when a batch asks for them
     num_workers: int = 4  # threads that decode
     shuffle_buffer: int = 4096  # how many images of a stream are mixed at any time
-    report: Callable[[str], None] = _warn  # is called with each warning
+    report: Callable[[str], object] = warnings.warn  # is called with each warning
 
     def __post_init__(self) -> None:
         for name, least in (("channels", 1), ("memory_limit_bytes", 0), ("num_workers", 0), ("shuffle_buffer", 1)):
@@ -62,11 +57,9 @@ class DecodeOptions:
         if self.resolution is not None and (len(self.resolution) != 2 or min(self.resolution) < 1):
             raise UserError(f"resolution must be (height, width), both positive, got {self.resolution}")
         try:
-            opaque = len(ImageColor.getrgb(self.background)) == 3
-        except ValueError:
-            opaque = False
-        if not opaque:
-            raise UserError(f"background must be a colour such as white or #808080, got {self.background!r}")
+            _red, _green, _blue = tuple(ImageColor.getrgb(self.background))
+        except ValueError:  # it is no colour, or has an alpha
+            raise UserError(f"background must be a colour such as white or #808080, got {self.background!r}") from None
         low, high = self.value_range or (0, 1)
         if not -math.inf < low < high < math.inf:
             raise UserError(f"value_range must be two numbers, the lower one first, such as 0 1, got {low} {high}")
@@ -74,51 +67,39 @@ class DecodeOptions:
 
 # A file, its bytes, its URL, or what `datasets` has for an image that it has not decoded: {"bytes", "path"} or None.
 Encoded = Path | bytes | str | dict[str, Any] | None
+Decoded = np.ndarray | ValueError  # an image `[C, H, W]`, or why there is none
 
 
 def read_bytes(source: Encoded) -> bytes:
     """Read an image file; URLs may also be those that `datasets` makes, such as `zip://a.png::b.zip`.
 
-    Raises a ConnectionError if a server cannot be reached; else OSError, or what `fsspec` raises for its kinds of
-    URLs.
+    Raises a ConnectionError if a server cannot be reached or fails; else OSError, or what `fsspec` raises.
     """
     if isinstance(source, dict):
         return read_bytes(source["path"] if source["bytes"] is None else source["bytes"])
-    if source is None:
-        return b""  # a missing image: read_image says that it is empty
-    if isinstance(source, bytes):
-        return source
+    if source is None or isinstance(source, bytes):
+        return source or b""  # of a missing image, read_image says that it is empty
     if isinstance(source, Path) or "://" not in source:
         return Path(source).read_bytes()
-    if source.lower().startswith(("http://", "https://")):
-        return _download(source)
-    from datasets.utils.file_utils import xopen
-
+    on_the_web = source.lower().startswith(("http://", "https://"))
     try:
-        with xopen(source, "rb") as file:
-            return file.read()
-    except ConnectionError as error:
-        raise ConnectionError(f"cannot read {source}: {error}") from error
+        if not on_the_web:
+            from datasets.utils.file_utils import xopen
+
+            with xopen(source, "rb") as file:
+                return file.read()
+        url = quote(source, safe="!#$%&'()*+,/:;=?@[]~")  # spaces and the like, as browsers do it
+        with urlopen(Request(url, headers={"User-Agent": "ddpm_hf"}), timeout=_URL_TIMEOUT_SECONDS) as response:
+            return response.read()
     except FileNotFoundError:  # whose text in fsspec may be a part of the name, or nothing
         raise FileNotFoundError(f"there is no {source}") from None
-
-
-def _download(url: str) -> bytes:
-    """Read a file on the web: one that is not there is an OSError, a server that fails a ConnectionError."""
-    quoted = quote(url, safe="!#$%&'()*+,/:;=?@[]~")  # spaces and the like, as browsers do it
-    request = Request(quoted, headers={"User-Agent": "ddpm_hf"})
-    try:
-        with urlopen(request, timeout=_URL_TIMEOUT_SECONDS) as response:
-            return response.read()
     except HTTPError as error:
         error.close()
-        if error.code in (404, 410):
-            raise FileNotFoundError(f"there is no {url}") from None
         kind = ConnectionError if error.code >= 500 or error.code in (408, 429) else OSError
-        raise kind(f"cannot read {url}: the server answers {error.code} {error.reason}") from None
+        raise kind(f"cannot read {source}: {error}") from None
     except (OSError, HTTPException) as error:
-        reason = " ".join(str(getattr(error, "reason", error)).split()) or type(error).__name__
-        raise ConnectionError(f"cannot read {url}: {reason}") from error
+        kind = ConnectionError if on_the_web or isinstance(error, ConnectionError) else OSError
+        raise kind(f"cannot read {source}: {in_one_line(error)}") from error
 
 
 def read_image(source: Encoded | Image.Image, options: DecodeOptions, crop_seed: int | None = None) -> np.ndarray:
@@ -136,13 +117,11 @@ def read_image(source: Encoded | Image.Image, options: DecodeOptions, crop_seed:
     except (MemoryError, ConnectionError):
         raise  # the fault of the machine or of the network, not the file's
     except UnidentifiedImageError:
-        if not content:
-            raise UserError("the file is empty (0 bytes)") from None
-        raise UserError(f"not an image of a known format; it begins with {content[:12]!r}") from None
+        what = f"not an image of a known format; it begins with {content[:12]!r}"
+        raise UserError(what if content else "the file is empty (0 bytes)") from None
     except Exception as error:
         # Pillow's decoders raise nearly anything for damaged bytes: OSError, SyntaxError, struct.error, ...
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise UserError(" ".join(reason.split()) or type(error).__name__) from error
+        raise UserError(getattr(error, "strerror", None) or in_one_line(error)) from error
 
 
 def _to_pixels(image: Image.Image, options: DecodeOptions, crop_seed: int | None) -> np.ndarray:
@@ -165,10 +144,7 @@ def _to_pixels(image: Image.Image, options: DecodeOptions, crop_seed: int | None
             alpha = Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8))
             image = Image.merge("LA", (image, alpha))
     elif isinstance(transparent, tuple) and max(transparent) > 255:
-        raise UserError(
-            "16-bit colour with one transparent colour: Pillow gives only the upper 8 bits, in which that colour "
-            "cannot be distinguished from its neighbours; save the image with an alpha channel"
-        )
+        raise UserError("one transparent colour of 16 bits, of which Pillow gives 8; save it with an alpha channel")
     # Pillow knows no direct way from these to all others.
     image = image.convert({"La": "LA", "LAB": "RGB"}.get(image.mode, image.mode))
     if image.has_transparency_data:
@@ -202,9 +178,8 @@ def crop_box(
 def _crop_and_resize(image: Image.Image, resolution: tuple[int, int] | None, crop_seed: int | None) -> Image.Image:
     if resolution is None or (image.height, image.width) == resolution:
         return image
-    image = image.crop(crop_box(image.height, image.width, resolution, crop_seed))
-    height, width = resolution
-    return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.LANCZOS)
+    image, size = image.crop(crop_box(image.height, image.width, resolution, crop_seed)), resolution[::-1]
+    return image if image.size == size else image.resize(size, Image.Resampling.LANCZOS)
 
 
 def scale_to_uint8(values: np.ndarray, value_range: tuple[float, float]) -> np.ndarray:
@@ -226,10 +201,8 @@ def read_array(array: np.ndarray, options: DecodeOptions, crop_seed: int | None 
     elif array.dtype == np.bool_:
         pixels = array.astype(np.uint8) * 255
     else:
-        example = "for example --value_range 0 1, --value_range -1 1 or --value_range 0 255"
-        raise UserError(
-            f"{array.dtype} values have no range of their own; state what becomes black and white, {example}"
-        )
+        advice = "state what becomes black and white, for example --value_range 0 1 or --value_range 0 255"
+        raise UserError(f"{array.dtype} values have no range of their own; {advice}")
     if options.resolution is None or pixels.shape[1:] == options.resolution:
         return pixels
     return np.stack([np.asarray(_crop_and_resize(Image.fromarray(x), options.resolution, crop_seed)) for x in pixels])
@@ -237,21 +210,18 @@ def read_array(array: np.ndarray, options: DecodeOptions, crop_seed: int | None 
 
 def decode_all(
     sources: Sequence[Any], options: DecodeOptions, crop_seeds: Sequence[int] | None = None
-) -> list[np.ndarray | ValueError]:
-    """Decode images (for `read_image` or `read_array`) in threads: Pillow releases the interpreter's lock.
-
-    Returns uint8 `[C, H, W]` for each image, or its error: every unreadable image has to be named, not only the first.
-    """
+) -> list[Decoded]:
+    """Decode images (for `read_image` or `read_array`) in threads; errors are returned, so that all can be named."""
     seeds = crop_seeds if crop_seeds is not None and options.crop == "random" else [None] * len(sources)
 
-    def decode(i: int) -> np.ndarray | ValueError:
+    def decode(i: int) -> Decoded:
         try:
             return (read_array if isinstance(sources[i], np.ndarray) else read_image)(sources[i], options, seeds[i])
         except ValueError as error:
             return error
 
-    threads = max(1, min(options.num_workers, len(sources)))
-    if threads == 1:
+    threads = min(options.num_workers, len(sources))
+    if threads <= 1:
         return [decode(i) for i in range(len(sources))]
     # Each thread takes every `threads`-th image: to hand out small ones singly costs more than to decode them.
     with ThreadPoolExecutor(threads) as pool:
@@ -261,15 +231,10 @@ def decode_all(
 
 def refuse_bad(bad: Mapping[str, ValueError], total: int, options: DecodeOptions, what: str = "images") -> None:
     """Raise a UserError that names the unreadable ones (`bad`: name to reason) of `total`, unless they are skipped."""
-    if not bad or options.on_bad_image == "skip":
-        return
-    named = [f"{where} ({error})" for where, error in bad.items()]
-    for one in named[_MOST_NAMED:]:
-        options.report(f"cannot read {one}")
-    more = f"; and {len(bad) - _MOST_NAMED} more, named above" if len(bad) > _MOST_NAMED else ""
-    reasons = "; ".join(named[:_MOST_NAMED]) + more
-    advice = "fix or remove them, or leave them out with --on_bad_image skip"
-    raise UserError(f"cannot read {len(bad)} of {total} {what}: {reasons}; {advice}")
+    if bad and options.on_bad_image == "error":
+        reasons = "; ".join(f"{where} ({error})" for where, error in list(bad.items())[:20])
+        advice = "fix or remove them, or leave them out with --on_bad_image skip, which names all"
+        raise UserError(f"cannot read {len(bad)} of {total} {what}: {reasons}{' ...' * (len(bad) > 20)}; {advice}")
 
 
 def leave_out_bad(bad: Mapping[str, ValueError], total: int, options: DecodeOptions, what: str = "images") -> None:

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import zipfile
 from bisect import bisect_right
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -22,60 +23,56 @@ from .class_labels import number_labels
 from .decoding import DecodeOptions, leave_out_bad
 from .tensors import Source
 
-ARRAY_SUFFIXES = (".npy", ".npz")
-METADATA = ("metadata.csv", "metadata.jsonl")  # what `datasets` reads columns from in a folder of images
 _LABEL_FILE = "dataset.json"  # what StyleGAN's and EDM's tools write labels to
-_ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".7z", ".rar", ".zst")
 _SPLIT_NAMES = {"train", "training", "test", "testing", "val", "valid", "validation", "dev"}
 # Names of the images and of their labels in .npz files: the plain ones, and those that numpy.savez makes up.
 _IMAGE_KEYS, _LABEL_KEYS = ("images", "arr_0"), ("labels", "arr_1")
+# Names of files that are known, and not read, and what to do with them.
+_REFUSED = {
+    r"\.(zip|tar|tgz|gz|bz2|xz|7z|rar|zst)": "an archive; unpack it first, and name the folder",
+    r"data\.mdb": "an LMDB database, as LSUN comes; write its values into files (docs/images.md says how)",
+    r"(data|test)_batch(_\d)?": "CIFAR-10 as pickles, and those are never read; take it from the Hub (--dataset_name)",
+}
 
 
-@dataclass
-class Listing:
+class Listing(NamedTuple):
     """The entries of a folder and its subfolders."""
 
-    files: list[Path] = field(default_factory=list)  # all but hidden ones, in the order of their paths
-    folders: list[str] = field(default_factory=list)  # the names of the first-level folders
-    linked: list[Path] = field(default_factory=list)  # links to folders, which were entered
-    loops: list[Path] = field(default_factory=list)  # links to a folder that they are in, which were not
-    dangling: list[Path] = field(default_factory=list)  # links to nothing
-    hidden: list[Path] = field(default_factory=list)  # files whose name begins with a dot
+    files: list[Path]
+    linked: list[Path]  # links to folders, which were entered
+    loops: list[Path]  # links to a folder that they are in, which were not
+    dangling: list[Path]  # links to nothing
 
 
 def list_folder(folder: Path) -> Listing:
-    """List all files of a folder and its subfolders, through links, but not in hidden ones (`.name`, `__MACOSX`)."""
-    _list_into(found := Listing(), folder, [folder.resolve()])
-    found.files.sort()
-    return found
-
-
-def _list_into(found: Listing, folder: Path, above: list[Path]) -> None:
-    """List one folder; `above` are the real paths of the folders that it is in and of itself."""
-    try:
-        with os.scandir(folder) as entries:
-            listed = sorted(entries, key=lambda entry: entry.name)
-    except OSError as error:
-        raise UserError(f"cannot list the image folder {str(folder)!r}: {error.strerror}") from None
-    for entry in listed:
-        path, linked = folder / entry.name, entry.is_symlink()
-        if entry.name.startswith(".") or entry.name == "__MACOSX":
-            if path.is_file():
-                found.hidden.append(path)
-        elif linked and not os.path.exists(path):
-            found.dangling.append(path)
-        elif entry.is_dir():
-            real = path.resolve() if linked else above[-1] / entry.name
-            if linked and any(real == other or real in other.parents for other in above):
-                found.loops.append(path)
+    """List all files of a folder and its subfolders, through links, but nothing hidden (`.name`, `__MACOSX`)."""
+    found, folders = Listing([], [], [], []), [folder]
+    while folders:
+        here = folders.pop()
+        try:
+            entries = list(os.scandir(here))
+        except OSError as error:
+            raise UserError(f"cannot list the image folder {str(here)!r}: {error.strerror}") from None
+        for entry in entries:
+            path, linked = here / entry.name, entry.is_symlink()
+            if entry.name.startswith(".") or entry.name == "__MACOSX":
                 continue
-            if linked:
-                found.linked.append(path)
-            if len(above) == 1:
-                found.folders.append(entry.name)
-            _list_into(found, path, [*above, real])
-        elif entry.is_file():
-            found.files.append(path)
+            if linked and not os.path.exists(path):
+                found.dangling.append(path)
+            elif not entry.is_dir():
+                found.files.append(path)
+            elif linked and _leads_back(path):
+                found.loops.append(path)
+            else:
+                folders.append(path)
+                found.linked.extend([path] * linked)
+    return Listing(*map(sorted, found))
+
+
+def _leads_back(link: Path) -> bool:
+    """Return whether a link leads to a folder that it is in, perhaps through other links."""
+    real, above = link.resolve(), [folder.resolve() for folder in link.parents]
+    return any(real == folder or real in folder.parents for folder in above)
 
 
 def few(paths: list[Path], folder: Path) -> str:
@@ -97,116 +94,66 @@ def image_suffixes() -> set[str]:
 
 def open_folder(folder: Path, options: DecodeOptions) -> Source | None:
     """Open a folder or an array file; `None` for what `datasets` reads: parquet, and what `save_to_disk` wrote."""
-    shown = repr(str(folder))
-    if folder.is_file():
-        kinds = _by_kind([folder])
-        if kinds["arrays"]:
-            return _open_arrays(folder.stem, [folder], options, stack_only=True)[0]
-        if kinds["parquet"]:
-            return None
-        if folder.suffix.lower() in _ARCHIVES:
-            raise UserError(f"{shown} is an archive; unpack it first, and name the folder")
-        raise UserError(f"{shown} is a file of a kind that is not read; name a folder of images, or an array file")
-    if not folder.is_dir():
+    shown, one_file = repr(str(folder)), folder.is_file()
+    if not folder.exists():
         raise UserError(f"the image folder {shown} does not exist")
     if is_saved_table(folder):
         return None
-    listing = list_folder(folder)
-    kinds = _by_kind(sorted([*listing.files, *_dangling_images(folder, listing.dangling, options)]))
-    others = kinds.pop("others")
-    if len(examples := [str(paths[0].relative_to(folder)) for paths in kinds.values() if paths]) > 1:
-        raise UserError(f"{shown} holds several kinds of files ({', '.join(examples)}); keep one kind in the folder")
-    if not examples:
-        archive = next((path.name for path in others if path.suffix.lower() in _ARCHIVES), None)
-        what = f"holds the archive {archive}: unpack it first" if archive else "should hold files such as .png or .jpg"
-        raise UserError(f"no images in {shown}; it {what}")
-    labels = None if kinds["parquet"] else read_label_file(folder)
-    _report_left_out(folder, [p for p in others if labels is None or p != folder / _LABEL_FILE], listing, options)
-    if kinds["parquet"]:
+    listing = Listing([folder], [], [], []) if one_file else list_folder(folder)
+    if listing.dangling and options.on_bad_image == "error":
+        what = f"{len(listing.dangling)} link(s) in {shown} lead to nothing: {few(listing.dangling, folder)}"
+        raise UserError(f"{what}; fix or remove them, or leave them out with --on_bad_image skip")
+    kinds: dict[str, list[Path]] = {"images": [], "arrays": [], "parquet": [], "others": []}
+    of_suffix = dict.fromkeys(image_suffixes(), "images") | {".npy": "arrays", ".npz": "arrays", ".parquet": "parquet"}
+    for path in sorted([*listing.files, *listing.dangling]):  # these are left out when they are read
+        kinds[of_suffix.get(path.suffix.lower(), "others")].append(path)
+    others = kinds.pop("others") + listing.loops
+    found = {kind: paths for kind, paths in kinds.items() if paths}
+    if not found or (one_file and "images" in found):
+        for path in others:
+            for name, advice in _REFUSED.items():
+                if re.search(f"{name}$", path.name.lower()):
+                    raise UserError(f"{str(path)!r} is {advice}")
+        raise UserError(f"{shown} is neither a folder that holds images, such as .png or .jpg, nor an array file")
+    if len(found) > 1:
+        examples = ", ".join(str(paths[0].relative_to(folder)) for paths in found.values())
+        raise UserError(f"{shown} holds several kinds of files ({examples}); keep one kind in the folder")
+    labels = read_label_file(folder) if "images" in found else None
+    if others := [path for path in others if labels is None or path != folder / _LABEL_FILE]:
+        why = "they are no images by their ending, or lead back to a folder above them"
+        options.report(f"{len(others)} file(s) or link(s) in {shown} were left out, as {why}: {few(others, folder)}")
+    if "parquet" in found:
         return None
-    files, name = kinds["images"] or kinds["arrays"], folder.resolve().name
-    paths = files  # the file of each image
-    first = sorted({path.relative_to(folder).parts[0] for path in files if path.parent != folder})
-    if labels is None and len(first) > 1 and {part.lower() for part in first} <= _SPLIT_NAMES:
-        example = min(first, key=lambda part: "train" not in part.lower())
-        named = f"the folders {', '.join(first)} in {shown}"
-        raise UserError(f"{named} look like splits, not classes; name one, for example {str(folder / example)!r}")
-    if kinds["images"]:
-        source = Source(name, len(files), lambda rows: [files[row] for row in rows], lambda row: str(files[row]))
+    if "arrays" in found:
+        source, files = _open_arrays(folder, found["arrays"], options)
     else:
-        source, paths = _open_arrays(name, files, options)
-    if labels is not None:
-        _label_by_file(source, folder, paths, labels, files, options)
-    # labels in array files say more than the folders that these are in
-    elif source.labels is None and len(set(classes := first_folders(folder, paths, options) or [])) > 1:
-        source.labels, source.class_names = number_labels(classes, shown)
-        if empty := sorted(set(listing.folders) - set(classes)):
-            options.report(f"no images are in {', '.join(empty)} in {shown}, so these are no classes")
+        files = found["images"]
+        source = Source("", len(files), lambda rows: [files[row] for row in rows], lambda row: str(files[row]))
+    source.name = folder.stem if one_file else folder.resolve().name
+    parts = [path.relative_to(folder).parts for path in files]
+    names = sorted({path[0] for path in parts if path[1:]})
+    if labels is None and len(names) > 1 and {name.lower() for name in names} <= _SPLIT_NAMES:
+        example = str(folder / min(names, key=lambda name: "train" not in name.lower()))
+        named = f"the folders {', '.join(names)} in {shown}"
+        raise UserError(f"{named} look like splits, not classes; name one, for example {example!r}")
+    if labels:
+        paths = ["/".join(path) for path in parts]
+        if (gone := sorted(set(labels) - set(paths))) and options.on_bad_image == "error":
+            what = f"{_LABEL_FILE} in {shown} has labels of {len(gone)} file(s) that are not there, such as {gone[0]}"
+            raise UserError(f"{what}; fix it, or leave them out with --on_bad_image skip")
+        label_images(source, [labels.get(path) for path in paths], f"{_LABEL_FILE} of {shown}", options)
+    elif labels is None and source.labels is None and len(names) > 1:
+        # Labels in array files say more than the folders that these are in.
+        label_images(source, [path[0] if path[1:] else None for path in parts], f"the folders of {shown}", options)
     return source
 
 
-def _dangling_images(folder: Path, dangling: list[Path], options: DecodeOptions) -> list[Path]:
-    """Return the links to nothing that would be images: with `skip` they are left out when they are read."""
-    if dangling and options.on_bad_image == "error":
-        named = ", ".join(f"{path.relative_to(folder)} -> {path.readlink()}" for path in dangling[:20])
-        more = f" and {len(dangling) - 20} more" if len(dangling) > 20 else ""
-        what = f"{len(dangling)} link(s) in {str(folder)!r} lead to nothing: {named}{more}"
-        raise UserError(f"{what}; fix or remove them, or leave them out with --on_bad_image skip")
-    images = [path for path in dangling if path.suffix.lower() in {*image_suffixes(), *ARRAY_SUFFIXES}]
-    for path in (path for path in dangling if path not in images):
-        options.report(f"left out {path}: a link to {path.readlink()}, which is not there")
-    return images
-
-
-def _by_kind(paths: list[Path]) -> dict[str, list[Path]]:
-    """Sort files by their endings into `images`, `arrays`, `parquet` and `others`; raise where one never is read."""
-    kinds: dict[str, list[Path]] = {"images": [], "arrays": [], "parquet": [], "others": []}
-    of_suffix = {".parquet": "parquet", **dict.fromkeys(ARRAY_SUFFIXES, "arrays")}
-    of_suffix |= dict.fromkeys(image_suffixes(), "images")
-    for path in paths:
-        kind = of_suffix.get(path.suffix.lower(), "others")
-        if path.name == "data.mdb":
-            raise UserError(
-                f"{str(path)!r} is an LMDB database, as LSUN comes; export it to a folder, its values are image "
-                "files: for key, value in lmdb.open(DB, readonly=True, lock=False).begin().cursor(): "
-                "(folder / (key.decode() + '.jpg')).write_bytes(value)"
-            )
-        if path.name.startswith(("data_batch_", "test_batch")) and kind == "others":
-            raise UserError(
-                f"{str(path)!r} looks like CIFAR-10's Python version, whose files are pickles, and those are never "
-                "read; take the dataset from the Hub (--dataset_name), or as image files or .npy arrays"
-            )
-        kinds[kind].append(path)
-    return kinds
-
-
-def _report_left_out(folder: Path, others: list[Path], listing: Listing, options: DecodeOptions) -> None:
-    """Report what in a folder is not read, and why."""
-    shown, suffixes = repr(str(folder)), image_suffixes()
-    tables = [path for path in others if path.name in METADATA]
-    others = [path for path in others if path.name not in METADATA]
-    if tables:
-        options.report(f"{few(tables, folder)} in {shown} is not read; --dataset_name {shown} takes columns from it")
-    hidden = [p for p in listing.hidden if p.suffix.lower() in suffixes and not p.name.startswith("._")]
-    for paths, before, after in (
-        (others, "file(s)", "are not images by their ending, and were left out"),
-        (hidden, "hidden image(s)", "were left out"),
-        (listing.loops, "link(s)", "lead back to a folder above them, and were not followed"),
-    ):
-        if paths:
-            options.report(f"{len(paths)} {before} in {shown} {after}: {few(paths, folder)}")
-
-
-def first_folders(folder: Path, paths: list[Path], options: DecodeOptions) -> list[str] | None:
-    """Return the first-level folder of each image; `None` if an image is in none, with a warning if others are."""
-    outside = [path for path in paths if path.parent == folder]
-    first = [path.relative_to(folder).parts[0] for path in paths if path.parent != folder]
-    if not outside:
-        return first
-    if len(set(first)) > 1:
-        where = f"{len(outside)} of {len(paths)} images in {str(folder)!r} are in no folder ({few(outside, folder)})"
-        options.report(f"{where}, so none of them has a class here")
-    return None
+def label_images(source: Source, labels: Sequence[Any], where: str, options: DecodeOptions) -> None:
+    """Give a source labels, one per image, unless some are `None`, which is reported."""
+    if not (missing := sum(label is None for label in labels)):
+        source.labels, source.class_names = number_labels(labels, where)
+    elif missing < len(labels):
+        options.report(f"{missing} of {len(labels)} images have no label in {where}, so none of them has one here")
 
 
 def read_label_file(folder: Path) -> dict[str, int | str] | None:
@@ -216,60 +163,35 @@ def read_label_file(folder: Path) -> dict[str, int | str] | None:
     kind.
     """
     path = folder / _LABEL_FILE
-    shown = repr(str(path))
     if not path.is_file():
         return None
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the labels in {shown}: {in_one_line(error)}") from None
+        raise UserError(f"cannot read the labels in {str(path)!r}: {in_one_line(error)}") from None
     if not isinstance(content, dict) or "labels" not in content:
         return None
     pairs: Any = content["labels"] or []
     labels: dict[str, int | str] = {}
     for pair in pairs.items() if isinstance(pairs, dict) else pairs if isinstance(pairs, list) else [pairs]:
-        if not isinstance(pair, list | tuple) or len(pair) != 2 or not isinstance(pair[0], str):
-            raise UserError(f"the labels in {shown} must be pairs of a file and its label, got {str(pair)[:80]}")
-        name, label = PurePosixPath(pair[0].replace("\\", "/")).as_posix(), pair[1]
-        if isinstance(label, bool) or not isinstance(label, int | str):
-            raise UserError(f"labels are whole numbers or strings, and {shown} has {str(label)[:80]} for {pair[0]!r}")
-        if labels.setdefault(name, label) != label:
-            raise UserError(f"{shown} has two labels for {pair[0]!r}: {labels[name]} and {label}")
+        match pair:
+            case (str(name), int(label) | str(label)) if not isinstance(label, bool):
+                name = PurePosixPath(name.replace("\\", "/")).as_posix()
+                if labels.setdefault(name, label) != label:
+                    raise UserError(f"{str(path)!r} has two labels for {name!r}: {labels[name]} and {label}")
+            case _:
+                wanted = "pairs of a file and its label, a whole number or a string"
+                raise UserError(f"the labels in {str(path)!r} must be {wanted}, got {str(pair)[:80]}")
     return labels
 
 
-def _label_by_file(
-    source: Source, folder: Path, paths: list[Path], labels: dict[str, Any], files: list[Path], options: DecodeOptions
-) -> None:
-    """Give a source the labels of `dataset.json`: `paths` has the file of each image, `files` all that are there."""
-    if not labels:
-        return
-    where = repr(str(folder / _LABEL_FILE))
-    names = [path.relative_to(folder).as_posix() for path in paths]
-    if gone := sorted(set(labels) - {path.relative_to(folder).as_posix() for path in files}):
-        more = " ..." if len(gone) > 3 else ""
-        message = f"{where} has labels of {len(gone)} file(s) that are not there: {', '.join(gone[:3])}{more}"
-        if options.on_bad_image == "error":
-            raise UserError(f"{message}; fix it, or leave them out with --on_bad_image skip")
-        options.report(f"left out: {message}")
-    if len(set(names)) < len(names):
-        raise UserError(f"{where} has one label per file, and some files of arrays hold several images")
-    if bare := [path for path, name in zip(paths, names, strict=True) if name not in labels]:
-        what = f"{len(bare)} of {len(paths)} images have no label in {where} ({few(bare, folder)})"
-        options.report(f"{what}, so none has one here")
-    else:
-        source.labels, source.class_names = number_labels([labels[name] for name in names], where)
-
-
-def _open_arrays(
-    name: str, paths: list[Path], options: DecodeOptions, stack_only: bool = False
-) -> tuple[Source, list[Path]]:
+def _open_arrays(folder: Path, paths: list[Path], options: DecodeOptions) -> tuple[Source, list[Path]]:
     """Return the images of array files, one file after the other, and the file of each image."""
     opened: list[tuple[Path, np.ndarray, np.ndarray | None]] = []
     bad: dict[str, ValueError] = {}
     for path in paths:
         try:
-            opened.append((path, *open_arrays(path, options, stack_only)))
+            opened.append((path, *open_arrays(path, options, stack_only=folder.is_file())))
         except ValueError as error:
             bad[str(path)] = error
     leave_out_bad(bad, len(paths), options, "array files")
@@ -281,13 +203,9 @@ def _open_arrays(
         path, stack, _ = opened[file]
         return f"image {row + len(stack) - images.cumulative_sizes[file]} of {path}" if len(stack) > 1 else str(path)
 
-    source = Source(name, len(images), lambda rows: [images[row] for row in rows], where)
-    labels = [labels for _, _, labels in opened if labels is not None]
-    if len(labels) == len(opened):
-        source.labels, source.class_names = number_labels(np.concatenate(labels).tolist(), name)
-    elif labels:
-        bare = len(opened) - len(labels)
-        options.report(f"{bare} of {len(opened)} array files of {name} have no labels, so none has here")
+    source = Source("", len(images), lambda rows: [images[row] for row in rows], where)
+    labels = [[None] * len(stack) if labels is None else labels.tolist() for _, stack, labels in opened]
+    label_images(source, [label for part in labels for label in part], f"the array files of {str(folder)!r}", options)
     return source, [path for path, stack, _ in opened for _ in stack]
 
 
@@ -300,6 +218,8 @@ def open_arrays(path: Path, options: DecodeOptions, stack_only: bool = False) ->
     labels = None
     try:
         if path.suffix.lower() == ".npz":
+            if not zipfile.is_zipfile(path):  # numpy takes it for a pickle
+                raise UserError("not a .npz file, or a truncated one")
             with np.load(path, allow_pickle=False) as members:
                 keys = [key for key in _IMAGE_KEYS if key in members] or [k for k in members if k not in _LABEL_KEYS]
                 if len(keys) != 1 and keys[:1] != ["images"]:
@@ -308,20 +228,11 @@ def open_arrays(path: Path, options: DecodeOptions, stack_only: bool = False) ->
                 images = members[keys[0]]
                 labels = next((members[key] for key in _LABEL_KEYS if key in members), None)
         else:
-            with path.open("rb") as file:
-                start = file.read(6)
-            if start != b"\x93NUMPY":
-                raise UserError(f"not a .npy file; it begins with {start!r}" if start else "the file is empty")
-            images = np.load(path, mmap_mode="r", allow_pickle=False)
+            images = np.lib.format.open_memmap(path, mode="r")
     except MemoryError:
         raise
     except Exception as error:  # damaged headers end in SyntaxError, EOFError, zlib.error, ...
-        reason = in_one_line(error)
-        if isinstance(error, zipfile.BadZipFile) or "pickled (object) data" in reason:  # what numpy takes others for
-            reason = "not a .npz file, or a truncated one"
-        elif "Python objects" in reason or "Object arrays" in reason:
-            reason = "it holds Python objects (a pickle), which are never read; save it as an array of numbers"
-        raise UserError(reason) from None
+        raise UserError(in_one_line(error)) from None
     if images.dtype.kind not in "buif":
         raise UserError(f"its values are of type {images.dtype}, not numbers")
     images = _as_nchw(images, options, stack_only)
@@ -336,20 +247,17 @@ def _as_nchw(images: np.ndarray, options: DecodeOptions, stack_only: bool) -> np
     shape, channels = images.shape, options.channels
     if 0 in shape:
         raise UserError(f"its shape {shape} holds no pixels")
-    if images.ndim == 2 and channels == 1 and not stack_only:
-        return images[None, None]
-    if images.ndim in (3, 4):
-        first, last = shape[-3] == channels, shape[-1] == channels
-        if images.ndim == 3 and channels == 1 and not (first or last):
-            return images[:, None]  # N, H, W
-        if first and last:
-            if options.array_layout is None:
-                both = f"its shape {shape} has {channels} at either place for channels"
-                raise UserError(f"{both}; say which it is with --array_layout CHW or HWC")
-            first = options.array_layout == "CHW"
-        if first or last:
-            stack = images if images.ndim == 4 else images[None]
-            return stack if first else stack.transpose(0, 3, 1, 2)
+    first, last = (images.ndim in (3, 4) and shape[axis] == channels for axis in (-3, -1))
+    if first and last:
+        if options.array_layout is None:
+            both = f"its shape {shape} has {channels} at either place for channels"
+            raise UserError(f"{both}; say which it is with --array_layout CHW or HWC")
+        first = options.array_layout == "CHW"
+    if first or last:
+        stack = images if images.ndim == 4 else images[None]
+        return stack if first else stack.transpose(0, 3, 1, 2)
+    if channels == 1 and images.ndim in ((3,) if stack_only else (2, 3)):  # N, H, W, or H, W
+        return images.reshape(-1, 1, *shape[-2:])
     fits = f"[N, H, W, {channels}], [N, {channels}, H, W]" + (", [N, H, W]" if channels == 1 else "")
     one = "" if stack_only else ", or the same without N for one image"
     raise UserError(f"its shape {shape} does not fit in_channels={channels}; what does: {fits}{one}")

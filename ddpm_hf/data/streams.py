@@ -17,6 +17,8 @@ from .decoding import DecodeOptions, decode_all, read_bytes, refuse_bad
 from .tables import TableOptions, choose_columns, open_table
 from .tensors import DecodedOnDemand, ImageDataset, crop_seeds
 
+Row = dict[str, Any]  # of a table: values by column
+
 
 class StreamedImages(DecodedOnDemand):
     """Images that are read from beginning to end and never kept, for datasets larger than the disk.
@@ -27,21 +29,13 @@ class StreamedImages(DecodedOnDemand):
 
     Args:
         name, split, table, options: The dataset, as for `open_rows`, which says what a UserError is raised for.
-        held_out_share: Share (0..1) of the images that is held out: a hash of their bytes decides which.
-        held_out: Stream the held-out images instead of the others.
+        share: Share (0..1) of the images that is held out: a hash of their bytes decides which.
+        held: Stream the held-out images instead of the others.
     """
 
     most_replacements = 100
 
-    def __init__(
-        self,
-        name: str,
-        split: str,
-        table: TableOptions,
-        options: DecodeOptions,
-        held_out_share: float = 0.0,
-        held_out: bool = False,
-    ):
+    def __init__(self, name: str, split: str, table: TableOptions, options: DecodeOptions, share: float, held: bool):
         import datasets
 
         stream = open_table(name, split, table, streaming=True)
@@ -51,22 +45,20 @@ class StreamedImages(DecodedOnDemand):
             raise UserError(f"the dataset {name!r} has no images in split {split!r}")
         image, label, class_names = choose_columns(name, stream.features, table, options)
         if class_names is None and table.label_column is not None:
-            raise UserError(
-                f"the column {label!r} of {name!r} does not say which classes there are, and a stream cannot be read "
-                "through beforehand; load it without --streaming, or give the column the type ClassLabel"
-            )
+            advice = "load it without --streaming, or give the column the type ClassLabel"
+            raise UserError(f"the column {label!r} of {name!r} does not say which classes there are; {advice}")
         super().__init__(name, class_names, options)
         self._image, self._label = image, None if class_names is None else label
         self._labels_needed = table.label_column is not None
         self._where = lambda position: f"image {position} of the shuffled stream {name}"
         stream = stream.select_columns([image] if self._label is None else [image, self._label])
         self._stream = stream.cast_column(image, datasets.Image(decode=False))
-        self._held_out_share, self._held_out, self._unlabelled_reported = held_out_share, held_out, False
+        self._share, self._held = share, held
         self.num_images: int | None = None  # in one epoch, known after it was read once
         # The order that is read, what is left of it, and the rows ahead, from `_position` on, that are still needed.
         self._seed: int | None = None
-        self._iterator: Iterator[dict[str, Any]] = iter(())
-        self._ahead: deque[dict[str, Any]] = deque()
+        self._iterator: Iterator[Row] = iter(())
+        self._ahead: deque[Row] = deque()
         self._position = 0
 
     def batch_at(self, step: int, rows: range, total: int, seed: int) -> tuple[Tensor, Tensor | None]:
@@ -76,17 +68,16 @@ class StreamedImages(DecodedOnDemand):
         asked for. Raises a UserError that names images which cannot be read, or for a missing label; a ConnectionError
         for a server.
         """
-        positions = [step * total + row for row in rows]
-        if not positions:
+        if not (positions := [step * total + row for row in rows]):
             return torch.empty(0, *self.image_shape, dtype=torch.uint8), None
-        self._read_until(min(positions), max(positions) + 1, seed)
+        self._skip_to(min(positions), seed)
         images, used = self._decode(positions, crop_seeds(seed, torch.tensor(positions)).tolist())
         return images, self._labels_of([self._ahead[position - self._position] for position in used])
 
     def take(self, n: int) -> ImageDataset:
         """Return the first `n` images in the stream's own order, in memory; raises as `batch_at`."""
         images: list[np.ndarray] = []
-        used: list[dict[str, Any]] = []
+        used: list[Row] = []
         for number, row in enumerate(self._of_this_split(self._stream)):
             if len(images) == n:
                 break
@@ -98,55 +89,47 @@ class StreamedImages(DecodedOnDemand):
             else:
                 images.append(pixels)
                 used.append(row)
-        stack = np.stack(images) if images else np.empty((0, *self.image_shape), dtype=np.uint8)
-        return ImageDataset(torch.from_numpy(stack), self._labels_of(used), self.name, self.class_names)
+        stack = np.array(images, dtype=np.uint8).reshape(-1, *self.image_shape)
+        if (labels := self._labels_of(used)) is None and self._label is not None:
+            self._options.report(f"some images of the stream {self.name} have no label, so none of them has one here")
+        return ImageDataset(torch.from_numpy(stack), labels, self.name, self.class_names)
 
     def _fetch(self, positions: list[int]) -> list[Any]:
-        while self._position + len(self._ahead) <= max(positions):  # beyond the update's, where those are replaced
+        while self._position + len(self._ahead) <= max(positions):
             self._ahead.append(next(self._iterator))
         return [self._ahead[position - self._position][self._image] for position in positions]
 
-    def _labels_of(self, rows: list[dict[str, Any]]) -> Tensor | None:
-        """Return `[n]`; nobody may need labels that were not asked for, so a missing one stops nothing."""
+    def _labels_of(self, rows: list[Row]) -> Tensor | None:
+        """Return `[n]`, or `None` if one has none and no column was asked for: training may not need them."""
         if self._label is None:
             return None
         labels = [row[self._label] for row in rows]
         unlabelled = sum(label is None or label < 0 for label in labels)  # -1 is what datasets writes for unknown
-        if not unlabelled:
-            return torch.tensor(labels, dtype=torch.long)
-        message = f"{unlabelled} of {len(rows)} images of the stream {self.name} have no label in {self._label!r}"
-        if self._labels_needed:
-            raise UserError(f"{message}; remove them, or name another column with --label_column, or none")
-        if not self._unlabelled_reported:
-            self._unlabelled_reported = True
-            self._options.report(f"{message}, so none of these has one here, and the same where it happens again")
-        return None
+        if unlabelled and self._labels_needed:
+            what = f"{unlabelled} of {len(rows)} images of the stream {self.name} have no label in {self._label!r}"
+            raise UserError(f"{what}; remove them, or name another column with --label_column, or none")
+        return None if unlabelled else torch.tensor(labels, dtype=torch.long)
 
-    def _read_until(self, start: int, stop: int, seed: int) -> None:
-        """Have the rows of positions `start` to `stop` in `_ahead`, and none before."""
+    def _skip_to(self, start: int, seed: int) -> None:
+        """Read on, or again from an epoch's beginning, so that `_ahead` begins with position `start`."""
         length = self.num_images or 0  # 0: not known, and reading begins with the first epoch
         epoch = start // length if length else 0
         if seed != self._seed or start < self._position or (length and epoch > self._position // length):
             self._seed, self._position = seed, epoch * length
             self._ahead.clear()
             self._iterator = self._epochs(seed, epoch)
-        while self._position < start or self._position + len(self._ahead) < stop:
-            if self._position + len(self._ahead) < stop:
-                self._ahead.append(next(self._iterator))
-            if self._position < start:
-                self._ahead.popleft()
-                self._position += 1
+        while self._position < start:
+            self._fetch([self._position])
+            self._ahead.popleft()
+            self._position += 1
 
-    def _epochs(self, seed: int, epoch: int) -> Iterator[dict[str, Any]]:
-        """Give the rows of all epochs from one on: the files in random order, their images mixed in a buffer.
-
-        The stream's own `shuffle` depends on the version of `datasets`, and in 5.2 waits five seconds at an epoch's
-        end.
-        """
+    def _epochs(self, seed: int, epoch: int) -> Iterator[Row]:
+        """Give the rows of all epochs from one on: the files in random order, their images mixed in a buffer."""
+        # The stream's own `shuffle` depends on the version of `datasets`.
         num_files = self._stream.num_shards
         while True:
             generator = derived_generator(seed, "stream", epoch)
-            buffer: list[dict[str, Any]] = []
+            buffer: list[Row] = []
             count = 0
             for file in torch.randperm(num_files, generator=generator).tolist():
                 for row in self._of_this_split(self._stream.shard(num_shards=num_files, index=file)):
@@ -164,10 +147,10 @@ class StreamedImages(DecodedOnDemand):
             self.num_images = count
             epoch += 1
 
-    def _of_this_split(self, stream: Any) -> Iterator[dict[str, Any]]:
+    def _of_this_split(self, stream: Any) -> Iterator[Row]:
         """Give the rows that belong to this split, by a hash of their bytes: whatever the order and the place."""
         for row in stream:
-            if self._held_out_share or self._held_out:
+            if self._share or self._held:
                 try:
                     content = read_bytes(row[self._image])
                     row = {**row, self._image: {"bytes": content, "path": None}}  # not to be fetched twice
@@ -176,6 +159,6 @@ class StreamedImages(DecodedOnDemand):
                 except Exception:  # whatever fsspec and archives come up with; decoding will say it
                     content = b""
                 number = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
-                if (number < self._held_out_share * 2**64) != self._held_out:
+                if (number < self._share * 2**64) != self._held:
                     continue
             yield row

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from ..utils.errors import UserError
+from ..utils.errors import UserError, first_line
 from ..utils.text import nearest
-from .class_labels import number_labels
 from .decoding import DecodeOptions
-from .folders import METADATA, few, first_folders, image_suffixes, is_saved_table, list_folder
+from .folders import few, image_suffixes, is_saved_table, label_images, list_folder
 from .tensors import Source
 
+_METADATA = ("metadata.csv", "metadata.jsonl")  # what `datasets` reads columns from in a folder of images
 _LABEL_COLUMNS = ("label", "labels", "class", "category")
 
 
@@ -40,22 +40,23 @@ def open_rows(name: str, split: str, table: TableOptions, options: DecodeOptions
     if not len(data):
         raise UserError(f"the dataset {name!r} has no images in split {split!r}")
     if Path(name).is_dir() and not is_saved_table(Path(name)):
-        _report_image_folder(Path(name), len(data), label is not None, options)
+        images = [path for path in list_folder(Path(name)).files if path.suffix.lower() in image_suffixes()]
+        metadata = next((file for file in _METADATA if (Path(name) / file).is_file()), None)
+        if metadata and len(data) < len(images):
+            missing = len(images) - len(data)
+            options.report(f"{missing} of {len(images)} images in {name!r} are not in {metadata}: left out")
     # Bytes instead of decoded images: what datasets would decode has lost 16-bit values and alpha by then.
     encoded = data.select_columns([image]).cast_column(image, datasets.Image(decode=False))
     source = Source(name, len(data), lambda rows: encoded[rows][image], lambda row: f"image {row} of {name}")
     if label is None:
         return source
     labels = data.select_columns([label])[:][label]
-    unlabelled = sum(value is None or (isinstance(value, int) and value < 0) for value in labels)
-    if unlabelled and table.label_column is not None:
-        raise UserError(f"{unlabelled} of {len(labels)} images of {name!r} have no label in {label!r}")
-    if unlabelled:
-        options.report(f"{unlabelled} of {len(labels)} images of {name!r} have no label, so none of them has one here")
-    elif class_names is not None:
+    labels = [None if isinstance(value, int) and value < 0 else value for value in labels]  # -1: unknown
+    if table.label_column is not None and None in labels:
+        raise UserError(f"{labels.count(None)} of {len(labels)} images of {name!r} have no label in {label!r}")
+    label_images(source, labels, f"the column {label!r} of {name!r}", options)
+    if class_names is not None and source.labels is not None:
         source.labels, source.class_names = torch.tensor(labels, dtype=torch.long), class_names
-    else:
-        source.labels, source.class_names = number_labels(labels, f"the column {label!r}")
     return source
 
 
@@ -86,35 +87,18 @@ def open_table(name: str, split: str, table: TableOptions, streaming: bool = Fal
     except UserError:
         raise
     except Exception as error:  # whatever the loading script, the network or the file format came up with
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"cannot load the dataset {name!r} (split {split!r}): {reason}") from error
+        raise UserError(f"cannot load the dataset {name!r} (split {split!r}): {first_line(error)}") from error
 
 
 def _check_folder(folder: Path) -> None:
-    """Raise if `datasets` would leave out a part of a folder, such as linked folders."""
+    """Raise if `datasets` would leave out a part of a folder."""
     listing = list_folder(folder)
-    linked = [link for link in listing.linked if any(link in path.parents for path in listing.files)]
-    capitals = [p for p in listing.files if p.suffix.lower() == ".parquet" and p.suffix != ".parquet"]
-    for paths, what, advice in (
-        (linked, "link(s) to folders", "use --train_data_dir for a folder of images, or put the files there"),
-        (listing.dangling, "link(s) to nothing", "fix or remove them"),
-        (capitals, "file(s) with an ending in capitals", "rename them to .parquet"),
-    ):
-        if paths:
-            left_out = f"{len(paths)} {what}, which datasets would leave out: {few(paths, folder)}"
-            raise UserError(f"{str(folder)!r} holds {left_out}; {advice}")
-
-
-def _report_image_folder(folder: Path, num_rows: int, labelled: bool, options: DecodeOptions) -> None:
-    """Report what `datasets` leaves out of a folder of image files: files without a row, classes if some have none."""
-    suffixes = image_suffixes()
-    images = [path for path in list_folder(folder).files if path.suffix.lower() in suffixes]
-    table = next((name for name in METADATA if (folder / name).is_file()), None)
-    if table is not None and num_rows < len(images):
-        missing = len(images) - num_rows
-        options.report(f"{missing} of {len(images)} images in {str(folder)!r} are not in {table}: left out")
-    if table is None and not labelled:
-        first_folders(folder, images, options)
+    left_out = [link for link in listing.linked if any(link in path.parents for path in listing.files)]
+    left_out += [path for path in listing.files if path.suffix.lower() == ".parquet" != path.suffix]
+    if left_out := left_out + listing.dangling:
+        what = "links to folders, links to nothing or files with an ending in capitals"
+        advice = "put the files there, or use --train_data_dir for a folder of images"
+        raise UserError(f"datasets would leave out {what} in {str(folder)!r}: {few(left_out, folder)}; {advice}")
 
 
 def choose_columns(
@@ -134,25 +118,19 @@ def choose_columns(
         return [key for key, f in features.items() if isinstance(f, datasets.Value) and f.dtype.startswith(dtypes)]
 
     def choose(flag: str, wanted: str | None, likely: list[str], possible: list[str], what: str) -> str | None:
-        if wanted is None:
-            if len(likely) > 1:
-                several = f"{name!r} has several columns of {what}: {', '.join(likely)}"
-                options.report(f"{several}; took {likely[0]} ({flag})")
-            return likely[0] if likely else None
-        if wanted not in features:
-            near = nearest(wanted, features)
-            raise UserError(f"{flag} {wanted!r}: no such column in {name!r}{near}; its columns are {columns}")
-        if wanted not in possible:
-            raise UserError(f"the column {wanted!r} of {name!r} holds {features[wanted]}, not {what}")
-        return wanted
+        if wanted is not None and wanted not in possible:
+            known = f"{name!r}{nearest(wanted, possible)}: {', '.join(possible) or 'none'}"
+            raise UserError(f"{flag} {wanted!r} is no column of {what} in {known}")
+        if wanted is None and len(likely) > 1:
+            options.report(f"{name!r} has several columns of {what}: {', '.join(likely)}; took {likely[0]} ({flag})")
+        return wanted or next(iter(likely), None)
 
-    columns = ", ".join(features)
     images = [key for key, feature in features.items() if is_image(feature)]
     encoded = of_type("binary", "large_binary", "string", "large_string")  # bytes, file names or URLs of images
     image = choose("--image_column", table.image_column, images, images + encoded, "images")
     if image is None:
-        advice = "one of file names or URLs is read where --image_column names it"
-        raise UserError(f"no column of the dataset {name!r} holds images; its columns are {columns}; {advice}")
+        columns = f"its columns are {', '.join(features)}; name one of file names or URLs with --image_column"
+        raise UserError(f"no column of the dataset {name!r} holds images; {columns}")
     classes = [key for key, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
     labels = classes + of_type("int", "uint", "string", "large_string")
     likely = classes or [key for key in _LABEL_COLUMNS if key in labels]

@@ -83,15 +83,14 @@ class Source:
 
 
 class DecodedOnDemand:
-    """Images that are decoded when a batch of them is asked for.
+    """Images that are decoded when a batch of them is asked for, which depends on nothing but their positions.
 
-    An unreadable image raises, or (`on_bad_image="skip"`) is reported once and replaced by the next readable one, so
-    that a batch depends on nothing but its positions.
+    An unreadable image raises, or (`on_bad_image="skip"`) is reported once and replaced by the next readable one.
     """
 
     most_replacements: int  # so many unreadable images in a row, and it gives up
-    _fetch: Callable[[list[int]], list[Any]]  # what `decode_all` takes, for each of some positions
-    _where: Callable[[int], str]  # what to call an image in a message
+    _fetch: Callable[[list[int]], list[Any]]  # as `Source.fetch`, by positions
+    _where: Callable[[int], str]
 
     def __init__(self, name: str, class_names: list[str] | None, options: DecodeOptions):
         if options.resolution is None:
@@ -114,8 +113,7 @@ class DecodedOnDemand:
                 position += 1
                 if (tried := position - positions[i]) >= self.most_replacements:
                     raise UserError(f"{tried} images of {self.name} in a row cannot be read: {pixels}")
-                seeds = None if crop_seeds is None else crop_seeds[i : i + 1]
-                pixels = decode_all(self._fetch([position]), self._options, seeds)[0]
+                pixels = decode_all(self._fetch([position]), self._options, crop_seeds and crop_seeds[i : i + 1])[0]
             images[i] = pixels
             used.append(position)
         return torch.from_numpy(images), used
@@ -137,8 +135,7 @@ class LazyImageDataset(DecodedOnDemand):
     def batch(self, indices: Tensor, crop_seeds: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Decode the images `[n, C, H, W]` at `indices` (`[n]`), and return them with their labels `[n]`.
 
-        `crop_seeds` (`[n]` int64, see the function) say where to crop at random; the centre for `None`. Raises a
-        UserError that names all images which cannot be read.
+        `crop_seeds` (`[n]` int64) say where to crop, `None` in the centre. A UserError names what cannot be read.
         """
         images, used = self._decode(indices.tolist(), None if crop_seeds is None else crop_seeds.tolist())
         return images, None if self.labels is None else self.labels[[position % len(self) for position in used]]

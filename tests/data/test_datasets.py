@@ -118,7 +118,7 @@ def test_no_labels_where_they_would_say_nothing(folder):
     said = []
     assert load_folder(folder, report=said.append).labels is None
     assert len(said) == 1
-    assert re.search(r"1 of 4 images in .* are in no folder \(outside.png\), so none of them has a class", said[0])
+    assert re.search(r"1 of 4 images have no label in the folders of .*, so none of them has one here", said[0])
     write_png(folder.parent / "one" / "only" / "a.png", 5)
     assert load_folder(folder.parent / "one").labels is None  # a single class
 
@@ -141,13 +141,6 @@ def test_classes_called_by_numbers_are_in_their_order(tmp_path):
         3: "3",
         10: "10",
     }
-
-
-def test_folders_without_images_are_no_classes(folder):
-    (folder / "owl" / "deep").mkdir(parents=True)
-    said = []
-    assert load_folder(folder, report=said.append).class_names == ["cat", "dog"]
-    assert said == [f"no images are in owl in {str(folder)!r}, so these are no classes"]
 
 
 def test_links_are_followed(folder, tmp_path):
@@ -182,33 +175,26 @@ def test_links_that_lead_back_are_not_followed(folder):
         *[("dog", 30), ("dog", 10), ("dog", 20)],
     ]
     assert len(said) == 1
-    assert said[0].startswith("5 link(s) in ")
-    assert "lead back to a folder above them, and were not followed: cat/other/other, cat/up, dog/" in said[0]
+    assert said[0].startswith("5 file(s) or link(s) in ")
+    assert "or lead back to a folder above them: cat/other/other, cat/up, dog/" in said[0]
 
 
 def test_links_to_nothing_are_named(folder):
     (folder / "cat" / "gone.png").symlink_to("nowhere.png")
     (folder / "eel").symlink_to("/nowhere/eel")
     (folder / "self").symlink_to("self")
-    with pytest.raises(
-        ValueError, match=r"3 link\(s\) in .* lead to nothing: cat/gone.png -> nowhere.png, eel -> /now"
-    ):
+    with pytest.raises(ValueError, match=r"3 link\(s\) in .* lead to nothing: cat/gone.png, eel, self"):
         load_folder(folder)
     said = []
     data = load_folder(folder, channels=1, on_bad_image="skip", report=said.append)
     assert levels(data.images) == [10, 20, 30]
     assert data.class_names == ["cat", "dog"]
-    assert [line.split(":")[0] for line in said] == [
-        f"left out {folder / name}" for name in ("eel", "self", "cat/gone.png")
-    ]
+    assert said[0].startswith("2 file(s) or link(s) in ")
+    assert said[0].endswith(": eel, self")
+    assert said[1].startswith(f"left out {folder / 'cat' / 'gone.png'}: No such file")
 
 
-def test_hidden_images_and_unreadable_folders_are_named(folder, monkeypatch):
-    write_png(folder / "cat" / ".d.png", 40)
-    (folder / "cat" / "._b.jpg").write_bytes(b"what macOS writes beside a file")
-    said = []
-    load_folder(folder, report=said.append)
-    assert said == [f"1 hidden image(s) in {str(folder)!r} were left out: cat/.d.png"]
+def test_folders_that_cannot_be_listed_are_named(folder, monkeypatch):
     scandir = os.scandir
 
     def closed(path):
@@ -257,15 +243,15 @@ def test_labels_of_stylegan_and_edm(shards_with_labels, labels, expected, names)
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        ([[name, [0.0, 1.0]] for name in NAMES], r"whole numbers or strings, and .* has \[0.0, 1.0\] for '00000/img0"),
-        ([[name, 1.0] for name in NAMES], "has 1.0 for"),
-        ([[name, True] for name in NAMES], "has True for"),
+        ([[name, [0.0, 1.0]] for name in NAMES], r"a whole number or a string, got \['00000/img.*', \[0.0, 1.0\]\]"),
+        ([[name, 1.0] for name in NAMES], r"got \['00000/img.*', 1.0\]"),
+        ([[name, True] for name in NAMES], r"got \['00000/img.*', True\]"),
         (
             [*[[name, 1] for name in NAMES], ["00009/a.png", 1]],
-            r"labels of 1 file\(s\) that are not there: 00009/a.png;",
+            r"labels of 1 file\(s\) that are not there, such as 00009/a.png;",
         ),
         ([[NAMES[0], 1], [NAMES[0], 2]], "has two labels for '00000/img00000000.png': 1 and 2"),
-        ([1, 2], "must be pairs of a file and its label, got 1"),
+        ([1, 2], "must be pairs of a file and its label, .* got 1"),
         ("{", "cannot read the labels in '.*dataset.json': Expecting"),
     ],
 )
@@ -278,28 +264,24 @@ def test_labels_of_stylegan_that_do_not_fit_the_files(shards_with_labels):
     said = []
     folder = shards_with_labels({"labels": [[name, 1] for name in NAMES[:3]]})
     assert load_folder(folder, report=said.append).labels is None
-    assert re.fullmatch(rf"1 of 4 images have no label in .* \({NAMES[3]}\), so none has one here", said[0])
+    assert re.fullmatch(r"1 of 4 images have no label in dataset.json of .*, so none of them has one here", said[0])
     said.clear()
     folder = shards_with_labels({"labels": [[name, 1] for name in [*NAMES, "gone.png"]]})
     assert load_folder(folder, on_bad_image="skip", report=said.append).labels.tolist() == [0] * 4
-    assert "left out: " in said[0]
-    assert "1 file(s) that are not there: gone.png" in said[0]
-    said.clear()
     folder = shards_with_labels({"info": "of another kind"})
     assert load_folder(folder, report=said.append).class_names == ["00000", "00001"]
     assert "1 file(s)" in said[0]
 
 
-def test_columns_beside_images_are_pointed_to(folder):
+def test_columns_beside_images_are_named(folder):
     (folder / "metadata.csv").write_text("file_name,label\ncat/a.png,x\n")
     said = []
     load_folder(folder, report=said.append)
     table = load_images(dataset_name=str(folder), channels=1, report=said.append)  # lists one of the three images
     assert table.class_names == ["x"]
     assert said.pop() == f"2 of 3 images in {str(folder)!r} are not in metadata.csv: left out"
-    assert said == [
-        f"metadata.csv in {str(folder)!r} is not read; --dataset_name {str(folder)!r} takes columns from it"
-    ]
+    assert len(said) == 1
+    assert said[0].endswith(": metadata.csv")
 
 
 def test_other_files_are_reported(folder):
@@ -319,16 +301,15 @@ def test_every_bad_file_is_named(folder, options):
         load_folder(folder, resolution=(8, 8), **options).batch(torch.arange(5))
 
 
-def test_many_bad_files_are_all_named(tmp_path):
+def test_many_bad_files_are_all_named_where_they_are_left_out(tmp_path):
     for number in range(30):
         (tmp_path / f"{number:02d}.png").write_text("hello")
     said = []
-    with pytest.raises(ValueError, match="cannot read 30 of 30") as raised:
+    with pytest.raises(ValueError, match=r"cannot read 30 of 30 images: .*00\.png.*19\.png .* \.\.\.; fix"):
         load_folder(tmp_path, report=said.append)
-    everything = str(raised.value) + " ".join(said)
-    assert all(f"{number:02d}.png" in everything for number in range(30))
     with pytest.raises(ValueError, match="none of the 30 images"):
         load_folder(tmp_path, on_bad_image="skip", report=said.append)
+    assert all(f"{number:02d}.png" in " ".join(said) for number in range(30))
 
 
 @pytest.mark.parametrize("crop", ["center", "random"])
@@ -372,11 +353,13 @@ def test_mixed_sizes_need_a_resolution(folder):
 def test_missing_and_empty_folders(tmp_path):
     with pytest.raises(ValueError, match="does not exist"):
         load_folder(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="no images"):
-        load_folder(tmp_path)
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="is a file"):
-        load_folder(tmp_path / "file")
+    for named in (tmp_path, tmp_path / "file"):
+        with pytest.raises(ValueError, match=r"is neither a folder that holds images, such as .*, nor an array file"):
+            load_folder(named)
+    write_png(tmp_path / "a.png", 0)
+    with pytest.raises(ValueError, match=r"a.png' is neither a folder"):
+        load_folder(tmp_path / "a.png")
 
 
 @pytest.mark.parametrize(
@@ -384,12 +367,12 @@ def test_missing_and_empty_folders(tmp_path):
     [
         ("images.zip", "images.zip", "is an archive; unpack it first"),
         ("images.tar.gz", "images.tar.gz", "is an archive; unpack it first"),
-        ("images.zip", "", "holds the archive images.zip: unpack it first"),
-        ("bedroom_train_lmdb/data.mdb", "", r"LMDB database, as LSUN comes; export it.*write_bytes"),
-        ("data.mdb", "data.mdb", "export"),
-        ("cifar-10-batches-py/data_batch_1", "", "pickles, and those are never read; take the dataset from the Hub"),
+        ("images.zip", "", "is an archive; unpack it first"),
+        ("bedroom_train_lmdb/data.mdb", "", "LMDB database, as LSUN comes; write its values into files"),
+        ("data.mdb", "data.mdb", "LMDB"),
+        ("cifar-10-batches-py/data_batch_1", "", "pickles, and those are never read; take it from the Hub"),
         ("test_batch", "", "pickles"),
-        ("a.pkl", "a.pkl", "is a file of a kind that is not read"),
+        ("a.pkl", "a.pkl", "is neither a folder"),
     ],
 )
 def test_sources_that_are_refused(tmp_path, file, named, message):
@@ -446,7 +429,7 @@ def test_bad_arrays_are_named_with_their_values(tmp_path):
     with pytest.raises(ValueError, match="state what becomes black and white"):
         load_folder(tmp_path, channels=1)
     (tmp_path / "b.npy").write_text("hello")
-    with pytest.raises(ValueError, match=r"1 of 2 array files: .*b\.npy \(not a \.npy file"):
+    with pytest.raises(ValueError, match=r"1 of 2 array files: .*b\.npy \(EOF: reading magic string"):
         load_folder(tmp_path, channels=1, value_range=(0, 1))
     said = []
     data = load_folder(tmp_path, channels=1, value_range=(0, 1), on_bad_image="skip", report=said.append)
@@ -609,15 +592,17 @@ def test_what_datasets_would_leave_out_of_a_folder_is_refused(tmp_path):
     write_parquet(tmp_path / "near", [png_bytes(2)])
     (tmp_path / "near" / "more").symlink_to("../far")
     for given in ("dataset_name", "train_data_dir"):
-        with pytest.raises(ValueError, match=r"holds 1 link\(s\) to folders, which datasets would leave out: more; "):
+        with pytest.raises(
+            ValueError, match=r"datasets would leave out links to folders, .*near': more; put the files there"
+        ):
             load_images(**{given: str(tmp_path / "near")})
     (tmp_path / "near" / "more").unlink()
     (tmp_path / "near" / "gone.parquet").symlink_to("nowhere")
-    with pytest.raises(ValueError, match=r"1 link\(s\) to nothing, .*: gone.parquet; fix or remove"):
+    with pytest.raises(ValueError, match=r"links to nothing .*near': gone.parquet; "):
         load_images(dataset_name=str(tmp_path / "near"))
     (tmp_path / "near" / "gone.parquet").unlink()
     shutil.copy(next((tmp_path / "far").glob("*.parquet")), tmp_path / "near" / "B.PARQUET")
-    with pytest.raises(ValueError, match=r"1 file\(s\) with an ending in capitals, .*: B.PARQUET; rename"):
+    with pytest.raises(ValueError, match=r"ending in capitals in .*near': B.PARQUET; "):
         load_images(train_data_dir=str(tmp_path / "near"))
 
 
@@ -715,9 +700,12 @@ def test_columns_to_choose_from(tmp_path):
     assert ["small, large" in said[0], "fine, coarse" in said[1]] == [True, True]
     assert levels(load_images(**common, image_column="large").images) == [2]
     for options, message in (
-        ({"image_column": "lage"}, r"--image_column 'lage': no such column.*did you mean 'large'"),
-        ({"label_column": "finest"}, "--label_column 'finest': no such column"),
-        ({"image_column": "score"}, "not images"),
+        (
+            {"image_column": "lage"},
+            r"--image_column 'lage' is no column of images.*did you mean 'large'.*: small, large",
+        ),
+        ({"label_column": "finest"}, "--label_column 'finest' is no column of labels"),
+        ({"image_column": "score"}, "'score' is no column of images"),
         ({"label_column": "score"}, r"holds Value\(.*float32.*not labels \(whole numbers or strings"),
         ({"label_column": "coarse"}, "1 of 1 images .* have no label in 'coarse'"),
     ):
@@ -892,8 +880,7 @@ def test_a_stream_in_which_labels_are_missing(tmp_path, missing):
     assert data.take(4).labels is None
     assert data.take(2).labels.tolist() == [0, 1]
     assert len(said) == 1
-    assert "1 of 4 images of the stream" in said[0]
-    assert "have no label in 'label'" in said[0]
+    assert "have no label, so none of them has one here" in said[0]
     asked = stream(tmp_path / "set", label_column="label")
     with pytest.raises(ValueError, match=r"1 of 4 images of the stream .* have no label in 'label'.*--label_column"):
         asked.batch_at(0, range(4), 4, 0)
@@ -962,7 +949,7 @@ def test_streams_that_are_refused(shards, folder):
         stream(shards, resolution=None)
     with pytest.raises(ValueError, match="streaming is for --dataset_name"):
         load_images(train_data_dir=str(folder), streaming=True)
-    with pytest.raises(ValueError, match="digits is small"):
+    with pytest.raises(ValueError, match="streaming is for --dataset_name"):
         load_images(dataset="digits", streaming=True)
     with pytest.raises(ValueError, match="shuffle_buffer must be at least 1"):
         stream(shards, shuffle_buffer=0)
@@ -1038,7 +1025,7 @@ def test_labels_that_only_some_array_files_have(tmp_path):
     data = load_images(train_data_dir=str(tmp_path), channels=1, report=said.append)
     assert data.labels is None
     assert len(said) == 1
-    assert "1 of 2 array files" in said[0]
+    assert "2 of 4 images have no label in the array files of" in said[0]
 
 
 def test_labels_in_array_files_are_not_replaced_by_their_folders(tmp_path):
