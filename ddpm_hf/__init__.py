@@ -4,8 +4,8 @@ Names are imported when they are first used, so `import ddpm_hf` costs next to n
 """
 
 import importlib
-import importlib.machinery
 import sys
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -27,17 +27,11 @@ _WHERE = {
 }
 
 # Import paths of 0.1.0 that the documentation names: `import ddpm_hf.likelihood` still works.
-_MOVED = {
-    "figures": "pipelines.figures",
-    "generation": "sampling.generation",
-    "inference": "pipelines.inference",
-    "likelihood": "diffusion.likelihood",
-    "objectives": "diffusion.objectives",
-    "pipeline_ddpm": "pipelines.pipeline_ddpm",
-    "scheduling_ddpm": "diffusion.scheduling_ddpm",
-    "unet_2d": "models.unet_2d",
-    "visualize": "utils.visualize",
-}
+_MOVED_TO = (
+    "diffusion.likelihood diffusion.objectives diffusion.scheduling_ddpm models.unet_2d pipelines.figures "
+    "pipelines.inference pipelines.pipeline_ddpm sampling.generation utils.visualize"
+)
+_MOVED = {path.rpartition(".")[2]: path for path in _MOVED_TO.split()}
 
 __all__ = ["__version__", *_WHERE]
 
@@ -67,12 +61,12 @@ def __dir__() -> list[str]:
 class _MovedModules:
     """Import a module of `_MOVED` by its old path: the same module object, under both names."""
 
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         new = _MOVED.get(name.removeprefix(f"{__name__}."))
         # A loader by what it does: importing `importlib.abc`, its base class, takes 10 ms.
-        return importlib.machinery.ModuleSpec(name, self, origin=new) if new else None  # type: ignore[arg-type]
+        return ModuleSpec(name, self, origin=new) if new else None  # type: ignore[arg-type]
 
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
         module = importlib.import_module(f".{spec.origin}", __name__)
         spec.loader_state = module.__spec__
         return module

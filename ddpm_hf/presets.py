@@ -1,28 +1,8 @@
-"""The paper's recipes as data: one frozen, validated dataclass per experiment.
+"""The paper's recipes as data: one frozen dataclass per experiment.
 
-Every value stands beside the sentence or table of Ho et al. 2020 (arXiv 2006.11239), or the line of the official code
-(hojonathanho/diffusion), that it comes from. Where the two disagree, the comment says so and says which is taken.
-
-The paper's words behind the values that all experiments share (Section 4 and Appendix B):
-
-| value | the paper |
-|---|---|
-| T = 1000 | "We set T = 1000 for all experiments" |
-| beta linear | "constants increasing linearly from beta_1 = 10^-4 to beta_T = 0.02" |
-| blocks | "two convolutional residual blocks per resolution level and self-attention blocks at [...] 16 x 16" |
-| levels | "Our 32 x 32 models use four feature map resolutions [...], and our 256 x 256 models use six" |
-| Adam | "We left the hyperparameters to their standard values" |
-| lr | "2 x 10^-4 without any sweeping, and we lowered it to 2 x 10^-5 for the 256 x 256 images" |
-| batch | "128 for CIFAR10 and 64 for larger images" |
-| EMA | "EMA on model parameters with a decay factor of 0.9999" |
-| dropout | "on CIFAR10 to 0.1 by sweeping"; "on the other datasets to zero without sweeping" |
-| flips | "for CIFAR10"; "for all other datasets except LSUN Bedroom" |
-
-Only the code says: 5,000 warm-up updates, gradient clip 1, the output variance (`fixedlarge` for CIFAR-10 in
-`run_cifar.py`; the 256 x 256 scripts sample with the posterior variance, `fixedsmall`), GroupNorm epsilon 1e-6.
+Every value stands beside the sentence or table of Ho et al. 2020 (arXiv 2006.11239; Section 4 and Appendix B), or the
+line of the official code (hojonathanho/diffusion), that it comes from. Where the two disagree, the comment says so.
 """
-
-from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -42,65 +22,31 @@ CHOICES = {
 
 @dataclass(frozen=True)
 class Preset:
-    """One experiment: network, diffusion process and training recipe.
+    """One experiment: network, diffusion process and training recipe; Adam(0.9, 0.999) without weight decay."""
 
-    Attributes:
-        name: What `from_preset` and `--preset` take.
-        source: Where in the paper the experiment is.
-        unet: Keyword arguments of `UNet2DModel` (stock's names, written out in full where stock's default differs).
-        scheduler: Keyword arguments of `DDPMScheduler`.
-        total_batch_size: Images per optimizer update, over all processes and accumulation steps.
-        learning_rate: Peak learning rate of Adam(0.9, 0.999) without weight decay.
-        lr_warmup_steps: Updates of linear warm-up from 0.
-        lr_scheduler: `constant` after the warm-up (the paper), or `cosine` or `linear` to 0 (short runs).
-        max_train_steps: Optimizer updates.
-        max_grad_norm: Global gradient norm above which gradients are scaled down.
-        ema_decay: Decay of the exponential moving average of the weights.
-        ema_warmup: `False`: `ema_decay` from the first update (the paper). `True`: `min(ema_decay, (1+n)/(10+n))`
-            after n updates, which short runs need.
-        random_flip: Horizontal flips with probability 1/2.
-        timestep_sampling: `uniform` (Algorithm 1) or `stratified`: one t from each of B equal parts of 0..T-1, which
-            has the same expectation and less variance.
-        loss: `simple` (Eq. 14), `vlb` (Eq. 12 weights) or `hybrid` (Nichol & Dhariwal 2021).
-        dataset: What `--dataset` means by default, or `None` where the data must be named.
-        paper: What the paper measured, by the names of an evaluation's numbers: `(value,)`, and for Inception scores
-            `(mean, standard deviation over ten parts)`. Bits/dim are upper bounds.
-
-    Raises:
-        ValueError: A value is outside its range.
-    """
-
-    name: str
-    source: str
-    unet: Mapping[str, Any]
-    scheduler: Mapping[str, Any]
-    total_batch_size: int
-    learning_rate: float
-    max_train_steps: int
-    lr_warmup_steps: int = 5000  # run_cifar.py, run_lsun.py: warmup=5000
-    lr_scheduler: str = "constant"
-    max_grad_norm: float = 1.0  # run_cifar.py, run_lsun.py: grad_clip=1.
-    ema_decay: float = 0.9999
+    name: str  # what `from_preset` and `--preset` take
+    source: str  # where in the paper the experiment is
+    unet: Mapping[str, Any]  # of `UNet2DModel`, written out in full where stock's default differs
+    scheduler: Mapping[str, Any]  # of `DDPMScheduler`
+    total_batch_size: int  # images per optimizer update, over all processes and accumulation steps
+    learning_rate: float  # its peak
+    max_train_steps: int  # optimizer updates
+    lr_warmup_steps: int = 5000  # updates of linear warm-up from 0; run_cifar.py, run_lsun.py: warmup=5000
+    lr_scheduler: str = "constant"  # after the warm-up, or `cosine` or `linear` to 0 (short runs)
+    max_grad_norm: float = 1.0  # global norm, above which gradients are scaled down; only the code: grad_clip=1.
+    ema_decay: float = 0.9999  # "EMA on model parameters with a decay factor of 0.9999"
+    # `True`: min(ema_decay, (1 + n) / (10 + n)) after n updates, which short runs need
     ema_warmup: bool = False
-    random_flip: bool = True
+    random_flip: bool = True  # with probability 1/2: "for CIFAR10"; "for all other datasets except LSUN Bedroom"
+    # Algorithm 1, or `stratified`: one t from each of B equal parts of 0..T-1 (the same expectation, less variance)
     timestep_sampling: str = "uniform"
-    loss: str = "simple"
-    dataset: str | None = None
+    loss: str = "simple"  # Eq. 14; or `vlb` (Eq. 12 weights), or `hybrid` (Nichol & Dhariwal 2021)
+    dataset: str | None = None  # what `--dataset` means by default; `None` where the data must be named
+    # What the paper measured, by the names of an evaluation's numbers: `(value,)`, and for Inception scores
+    # `(mean, standard deviation over ten parts)`. Bits/dim are upper bounds.
     paper: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("total_batch_size", "learning_rate", "max_train_steps", "max_grad_norm"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"preset {self.name!r}: {name} must be positive, got {getattr(self, name)!r}")
-        if self.lr_warmup_steps < 0:
-            raise UserError(f"preset {self.name!r}: lr_warmup_steps must be 0 or more, got {self.lr_warmup_steps!r}")
-        if not 0 <= self.ema_decay < 1:
-            raise UserError(f"preset {self.name!r}: ema_decay must be in [0, 1), got {self.ema_decay!r}")
-        for name, known in CHOICES.items():
-            if getattr(self, name) not in known:
-                raise UserError(
-                    f"preset {self.name!r}: {name} must be one of {', '.join(known)}, got {getattr(self, name)!r}"
-                )
         for name in ("unet", "scheduler", "paper"):
             object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
 
@@ -114,10 +60,10 @@ OFFICIAL_NETWORK: dict[str, Any] = {
     "freq_shift": 1,  # and its frequencies divide by (dim/2 - 1); stock: 4.4 %
     "norm_eps": 1e-6,  # tf.contrib group_norm's default; stock: 8e-5
     "norm_num_groups": 32,  # as in stock
-    "layers_per_block": 2,  # as in stock
+    "layers_per_block": 2,  # "two convolutional residual blocks per resolution level", as in stock
 }
 
-# "We set T = 1000"; "beta_1 = 10^-4 to beta_T = 0.02". Written out, not left to defaults.
+# "We set T = 1000 for all experiments"; "constants increasing linearly from beta_1 = 10^-4 to beta_T = 0.02".
 PAPER_PROCESS: dict[str, Any] = {
     "num_train_timesteps": 1000,
     "beta_start": 1e-4,
@@ -129,7 +75,7 @@ PAPER_PROCESS: dict[str, Any] = {
 
 
 def _network(sample_size: int, widths: tuple[int, ...], attention_resolution: int, **more: Any) -> dict[str, Any]:
-    """UNet2DModel arguments with self-attention at one resolution, on the way down and up."""
+    """Return UNet2DModel arguments with "self-attention blocks at [...] 16 x 16", or at another resolution."""
     attends = [sample_size >> level == attention_resolution for level in range(len(widths))]
     return {
         **OFFICIAL_NETWORK,
@@ -142,18 +88,17 @@ def _network(sample_size: int, widths: tuple[int, ...], attention_resolution: in
 
 
 def _image256(name: str, source: str, steps: int, ch: int = 128, fid: float | None = None, **more: Any) -> Preset:
-    """The 256 x 256 experiments: six resolutions; run_lsun.py 'unet2d16b2c112244': ch_mult=(1, 1, 2, 2, 4, 4).
-
-    FIDs are Table 3's, by the code of StyleGAN2 (Appendix B), which takes uint8 pixel values.
-    """
+    """Return a 256 x 256 experiment; run_lsun.py 'unet2d16b2c112244': six resolutions, ch_mult=(1, 1, 2, 2, 4, 4)."""
     return Preset(
-        name=name,
-        source=source,
-        unet=_network(256, (ch, ch, 2 * ch, 2 * ch, 4 * ch, 4 * ch), 16, dropout=0.0),
-        scheduler={**PAPER_PROCESS, "variance_type": "fixed_small"},
-        total_batch_size=64,
-        learning_rate=2e-5,
+        name,
+        source,
+        # dropout: "on the other datasets to zero without sweeping"
+        _network(256, (ch, ch, 2 * ch, 2 * ch, 4 * ch, 4 * ch), 16, dropout=0.0),
+        {**PAPER_PROCESS, "variance_type": "fixed_small"},  # the scripts sample with the posterior variance
+        total_batch_size=64,  # "64 for larger images"
+        learning_rate=2e-5,  # "we lowered it to 2 x 10^-5 for the 256 x 256 images"
         max_train_steps=steps,
+        # Table 3, by the code of StyleGAN2 (Appendix B), which takes uint8 pixel values
         paper={} if fid is None else {"fid_inception_train_uint8": (fid,)},
         **more,
     )
@@ -163,24 +108,23 @@ def _cifar10(
     name: str,
     source: str,
     paper: Mapping[str, tuple[float, ...]],
-    *,
-    loss: str = "simple",
     prediction_type: str = "epsilon",
+    loss: str = "simple",
     variance_type: str = "fixed_large",  # run_cifar.py: model_var_type='fixedlarge'
 ) -> Preset:
-    """The CIFAR-10 experiments, which differ in what is predicted, in the loss and in the reverse variance.
+    """Return a CIFAR-10 experiment; they differ in what is predicted, in the loss and in the reverse variance.
 
-    run_cifar.py 'unet2d16b2': ch=128, ch_mult=(1, 2, 2, 2), attn_resolutions=(16,); "35.7 million parameters". A
-    learned variance ("L, learned diagonal") has an output of its own for every value, its logarithm.
+    run_cifar.py 'unet2d16b2': ch=128, ch_mult=(1, 2, 2, 2), attn_resolutions=(16,); "35.7 million parameters".
     """
+    # A learned variance ("L, learned diagonal") has an output of its own for every value, its logarithm.
     outputs = {"out_channels": 6} if variance_type == "learned" else {}
     return Preset(
-        name=name,
-        source=source,
-        unet=_network(32, (128, 256, 256, 256), 16, dropout=0.1, **outputs),
-        scheduler={**PAPER_PROCESS, "prediction_type": prediction_type, "variance_type": variance_type},
-        total_batch_size=128,
-        learning_rate=2e-4,
+        name,
+        source,
+        _network(32, (128, 256, 256, 256), 16, dropout=0.1, **outputs),  # "on CIFAR10 to 0.1 by sweeping"
+        {**PAPER_PROCESS, "prediction_type": prediction_type, "variance_type": variance_type},
+        total_batch_size=128,  # "128 for CIFAR10"
+        learning_rate=2e-4,  # "2 x 10^-4 without any sweeping"
         max_train_steps=800_000,  # Section 4 / Appendix B: "800k steps"
         loss=loss,
         dataset="cifar10",
@@ -188,23 +132,26 @@ def _cifar10(
     )
 
 
+def _ablation(name: str, prediction_type: str, loss: str, variance_type: str, *numbers: tuple[float, ...]) -> Preset:
+    """Return a row of Table 2, from its numbers; where there are none, training was unstable."""
+    names = ("is_inception_float", "fid_inception_train_float", "bits_per_dim", "bits_per_dim_train")
+    predicted = "mu_tilde" if prediction_type == "posterior_mean" else prediction_type
+    bound = "L, learned diagonal variance" if variance_type == "learned" else "L, fixed isotropic variance"
+    source = f"{predicted} prediction, {bound if loss == 'vlb' else 'unweighted squared error'}"
+    source += "" if numbers else "; without numbers, because training was unstable"
+    source = f"{'Tables 1 and 2' if len(numbers) == 4 else 'Table 2'}: {source}"
+    paper = dict(zip(names, numbers, strict=False))
+    return _cifar10(f"cifar10_ablation_{name}", source, paper, prediction_type, loss, variance_type)
+
+
 _ALL = (
     Preset(
-        name="digits",
-        source="not in the paper: the smallest real task, for a first look and for tests",
+        "digits",
+        "not in the paper: the smallest real task, for a first look and for tests",
         # 8x8 grey images. Every value was chosen by measuring what two to three minutes on two cores can do
         # (docs/digits.md); attention is in the middle block only.
-        unet=_network(
-            8,
-            (48, 48),
-            attention_resolution=0,
-            in_channels=1,
-            out_channels=1,
-            layers_per_block=1,
-            norm_num_groups=8,
-            dropout=0.0,
-        ),
-        scheduler={**PAPER_PROCESS, "variance_type": "fixed_large"},
+        _network(8, (48, 48), 0, in_channels=1, out_channels=1, layers_per_block=1, norm_num_groups=8, dropout=0.0),
+        {**PAPER_PROCESS, "variance_type": "fixed_large"},
         total_batch_size=64,
         learning_rate=3e-3,
         lr_warmup_steps=100,
@@ -233,46 +180,13 @@ _ALL = (
             "prior_bpd": (1e-5,),
         },
     ),
-    # Table 2: what is predicted, the loss, the reverse variance. Its last row is `cifar10`.
-    _cifar10(
-        "cifar10_ablation_mu_learned",
-        "Table 2: mu_tilde prediction, L, learned diagonal variance",
-        {"is_inception_float": (7.28,), "fid_inception_train_float": (23.69,)},
-        prediction_type="posterior_mean",
-        loss="vlb",
-        variance_type="learned",
-    ),
-    _cifar10(
-        "cifar10_ablation_mu_fixed",
-        "Table 2: mu_tilde prediction, L, fixed isotropic variance",
-        {"is_inception_float": (8.06,), "fid_inception_train_float": (13.22,)},
-        prediction_type="posterior_mean",
-        loss="vlb",
-    ),
-    _cifar10(
-        "cifar10_ablation_mu_mse",
-        "Table 2: mu_tilde prediction, unweighted squared error; without numbers, because training was unstable",
-        {},
-        prediction_type="posterior_mean",
-    ),
-    _cifar10(
-        "cifar10_ablation_epsilon_learned",
-        "Table 2: epsilon prediction, L, learned diagonal variance; without numbers, because training was unstable",
-        {},
-        loss="vlb",
-        variance_type="learned",
-    ),
-    _cifar10(
-        "cifar10_ablation_epsilon_fixed",
-        "Tables 1 and 2: epsilon prediction, L, fixed isotropic variance",
-        {
-            "is_inception_float": (7.67, 0.13),
-            "fid_inception_train_float": (13.51,),
-            "bits_per_dim": (3.70,),
-            "bits_per_dim_train": (3.69,),
-        },
-        loss="vlb",
-    ),
+    # Table 2, whose last row is `cifar10`: what is predicted, the loss, the reverse variance; Inception score, FID.
+    _ablation("mu_learned", "posterior_mean", "vlb", "learned", (7.28,), (23.69,)),
+    _ablation("mu_fixed", "posterior_mean", "vlb", "fixed_large", (8.06,), (13.22,)),
+    _ablation("mu_mse", "posterior_mean", "simple", "fixed_large"),
+    _ablation("epsilon_learned", "epsilon", "vlb", "learned"),
+    # and bits/dim of the test and training sets: Table 1
+    _ablation("epsilon_fixed", "epsilon", "vlb", "fixed_large", (7.67, 0.13), (13.51,), (3.70,), (3.69,)),
     # Update counts from Appendix B; 114 million parameters each.
     _image256("celebahq256", "Figure 1, Appendix B", 500_000),
     # Flips: paper and code disagree (run_lsun.py flips bedrooms by default and has --randflip 0 in its cat command).
@@ -290,14 +204,9 @@ PRESETS: Mapping[str, Preset] = MappingProxyType({preset.name: preset for preset
 
 
 def get_preset(name: str) -> Preset:
-    """The preset called `name`.
-
-    Raises:
-        ValueError: There is no such preset; the message lists those there are.
-    """
+    """Return the preset called `name`; raise a `ValueError` that lists all presets where there is none."""
     try:
         return PRESETS[name]
     except (KeyError, TypeError):  # TypeError: not hashable
-        raise UserError(
-            f"unknown preset {name!r}{nearest(name, PRESETS)}; the presets are {', '.join(PRESETS)}"
-        ) from None
+        known = f"the presets are {', '.join(PRESETS)}"
+        raise UserError(f"unknown preset {name!r}{nearest(name, PRESETS)}; {known}") from None

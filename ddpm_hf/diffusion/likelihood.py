@@ -1,9 +1,7 @@
 """The variational bound on -log p(x_0) in bits/dim: L_T, L_{t-1}, L_0 (Eq. 5), in full or from few evaluations."""
 
-from __future__ import annotations
-
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,8 +39,7 @@ class LikelihoodResult:
     def progressive_rate_bpd(self) -> Tensor:
         """`[T]`: the mean rate of a code that has sent x_t only, L_T + L_{T-1} + ... down to what x_t costs.
 
-        Column t goes with `rmse[t]`, the error of decoding from that x_t: the curve of Figure 5 and Table 4, whose
-        row of k reverse steps is column T - k.
+        Beside `rmse[t]`, the curve of Figure 5 and Table 4, whose row of k reverse steps is column T - k.
         """
         later = self.terms_bpd.mean(0)[1:].flip(0).cumsum(0).flip(0)
         return self.prior_bpd.mean() + torch.cat([later, later.new_zeros(1)])
@@ -104,61 +101,64 @@ def vb_terms_bpd(
         clip_denoised: Clip the predicted x_0 (evaluation does, training does not).
         cdf: `tanh` (the official code's) or `exact`, for L_0.
     """
-    q_mean, _, q_log_variance = scheduler.q_posterior(x_0, x_t, t)
-    p_mean, _, p_log_variance, _ = scheduler.p_mean_variance(model_output, t, x_t, clip_denoised=clip_denoised)
-    t = torch.as_tensor(t, device=x_0.device)
-    return bound_term(x_0, t, q_mean, q_log_variance, p_mean, p_log_variance, cdf)
+    return _term_and_x_0(scheduler, model_output, x_0, x_t, t, clip_denoised, cdf)[0]
 
 
-def _evaluate(
-    unet: Any,
-    scheduler: DDPMScheduler,
-    x_0: Tensor,
-    t: Tensor,
-    noise: Tensor,
-    clip: bool,
-    cdf: str,
-    model_kwargs: dict[str, Any],
+def _term_and_x_0(
+    scheduler: DDPMScheduler, output: Tensor, x_0: Tensor, x_t: Tensor, t: int | Tensor, clip: bool, cdf: str
 ) -> tuple[Tensor, Tensor]:
-    """Return the bound's terms `[B]` and the squared errors `[B]` of the predicted x_0, for one draw of x_t."""
-    x_t = scheduler.add_noise(x_0, noise.to(x_0), t)
-    dtype = getattr(unet, "dtype", x_t.dtype)  # a network in bf16; the bound's own arithmetic is x_0's
-    output = infinite_to_nan(unet(x_t.to(dtype), t, **model_kwargs).sample.to(x_0.dtype))
+    """Return the bound's term `[B]` and the predicted x_0."""
     q_mean, _, q_log_variance = scheduler.q_posterior(x_0, x_t, t)
     p_mean, _, p_log_variance, pred_x_0 = scheduler.p_mean_variance(output, t, x_t, clip_denoised=clip)
-    term = bound_term(x_0, t, q_mean, q_log_variance, p_mean, p_log_variance, cdf)
-    if not (finite := term.isfinite()).all():
-        hint = ", float16 ends at 65504: use bfloat16 or float32" if dtype == torch.float16 else ""
-        raise NotFiniteError(
-            f"the bound's term at t={int(t.expand_as(term)[~finite][0])} is not finite: the network's output there, "
-            f"or one of its weights, is NaN or infinite{hint}"
-        )
-    return term, mean_flat((pred_x_0 - x_0).square())
+    t = torch.as_tensor(t, device=x_0.device)
+    return bound_term(x_0, t, q_mean, q_log_variance, p_mean, p_log_variance, cdf), pred_x_0
 
 
-def _rows_of(model_kwargs: dict[str, Any], rows: Tensor, n: int) -> dict[str, Any]:
-    """Select the rows of keyword arguments with one value per image (class labels)."""
-    return {
-        name: value[rows.to(value.device)] if isinstance(value, Tensor) and value.ndim and len(value) == n else value
-        for name, value in model_kwargs.items()
-    }
+class _Bound:
+    """The bound's terms of images `x_0`, each of which has a stream of random numbers of its own."""
 
+    def __init__(self, unet: Any, scheduler: DDPMScheduler, x_0: Tensor, seed: int, options: dict[str, Any]):
+        if x_0.ndim < 2 or not len(x_0):
+            raise UserError(f"x_0 must hold at least one image, [N, C, H, W], got shape {tuple(x_0.shape)}")
+        if not x_0.is_floating_point() or not x_0.abs().amax() <= 1 + 1e-4:
+            got = f"{x_0.dtype} from {x_0.amin().item()} to {x_0.amax().item()}; for uint8 use x / 127.5 - 1"
+            raise UserError(f"x_0 must be floating-point pixel values scaled to [-1, 1], got {got}")
+        ids: Sequence[int] | None = options.pop("image_ids", None)
+        self._ids = range(len(x_0)) if ids is None else ids
+        if len(self._ids) != len(x_0):
+            raise UserError(f"got {len(self._ids)} image_ids for {len(x_0)} images")
+        self._unet, self._scheduler, self._x_0, self._seed = unet, scheduler, x_0, seed
+        self._clip, self._cdf = options.pop("clip_denoised", True), options.pop("cdf", "tanh")
+        self._model_kwargs = options
 
-def _check_images(x_0: Tensor, image_ids: Sequence[int] | None, batch_size: int) -> Sequence[int]:
-    """Return the numbers that seed the images' noise, after all checks of `bits_per_dim`."""
-    if x_0.ndim < 2 or not len(x_0):
-        raise UserError(f"x_0 must hold at least one image, [N, C, H, W], got shape {tuple(x_0.shape)}")
-    if not x_0.is_floating_point() or not x_0.abs().amax() <= 1 + 1e-4:
-        raise UserError(
-            f"x_0 must be floating-point pixel values scaled to [-1, 1], got {x_0.dtype} from {x_0.amin().item()} to "
-            f"{x_0.amax().item()}; for uint8 use x / 127.5 - 1"
-        )
-    if batch_size < 1:
-        raise UserError(f"batch_size must be at least 1, got {batch_size}")
-    ids = range(len(x_0)) if image_ids is None else image_ids
-    if len(ids) != len(x_0):
-        raise UserError(f"got {len(ids)} image_ids for {len(x_0)} images")
-    return ids
+    def batches(self, batch_size: int) -> Iterator[tuple[Tensor, list[torch.Generator]]]:
+        """Yield the numbers of the images in each batch, and what their random numbers are drawn from."""
+        if batch_size < 1:
+            raise UserError(f"batch_size must be at least 1, got {batch_size}")
+        for rows in torch.arange(len(self._x_0)).split(batch_size):
+            yield rows, [derived_generator(self._seed, "bits_per_dim", self._ids[i]) for i in rows]
+
+    def evaluate(self, rows: Tensor, t: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Return terms `[B]` and squared errors `[B]` of the predicted x_0, for these images and a draw of x_t."""
+        n, x_0 = len(self._x_0), self._x_0[rows.to(self._x_0.device)]
+        of_rows = {  # class labels, one value per image
+            name: value[rows.to(value.device)]
+            if isinstance(value, Tensor) and value.ndim and len(value) == n
+            else value
+            for name, value in self._model_kwargs.items()
+        }
+        t = t.to(x_0.device)
+        x_t = self._scheduler.add_noise(x_0, noise.to(x_0), t)
+        dtype = getattr(self._unet, "dtype", x_t.dtype)  # a network in bf16; the bound's own arithmetic is x_0's
+        output = infinite_to_nan(self._unet(x_t.to(dtype), t, **of_rows).sample.to(x_0.dtype))
+        term, pred_x_0 = _term_and_x_0(self._scheduler, output, x_0, x_t, t, self._clip, self._cdf)
+        if not (finite := term.isfinite()).all():
+            where = f"the bound's term at t={int(t.expand_as(term)[~finite][0])} is not finite"
+            hint = ", float16 ends at 65504: use bfloat16 or float32" if dtype == torch.float16 else ""
+            raise NotFiniteError(
+                f"{where}: the network's output there, or one of its weights, is NaN or infinite{hint}"
+            )
+        return term, mean_flat((pred_x_0 - x_0).square())
 
 
 @torch.no_grad()
@@ -169,11 +169,8 @@ def bits_per_dim(
     *,
     batch_size: int = 64,
     seed: int = 0,
-    image_ids: Sequence[int] | None = None,
-    clip_denoised: bool = True,
-    cdf: str = "tanh",
     progress: bool = False,
-    **model_kwargs: Any,
+    **options: Any,
 ) -> LikelihoodResult:
     """Compute the whole bound: every one of the T terms for every image, T network evaluations per image.
 
@@ -183,37 +180,31 @@ def bits_per_dim(
         x_0: `[N, C, H, W]`, pixel values scaled to [-1, 1], on the network's device.
         batch_size: Images per network evaluation; any value gives the same draws.
         seed: Seed of the noise; image i has a stream of its own.
-        image_ids: The numbers that seed the images' streams, 0..N-1 by default; for a share of a larger set.
-        clip_denoised, cdf: See `vb_terms_bpd`.
         progress: Show a progress bar.
-        model_kwargs: Handed on to `unet`, tensors of N values batch by batch.
+        options: `image_ids`: the numbers that seed the images' streams, 0..N-1 by default; for a share of a larger
+            set. `clip_denoised` (True), `cdf` ("tanh"): see `vb_terms_bpd`. All others are handed on to `unet`,
+            tensors of N values batch by batch.
 
     Raises:
         ValueError: No images, images outside [-1, 1], a batch size below 1.
         NotFiniteError: A term is NaN or infinite; says where.
     """
-    ids = _check_images(x_0, image_ids, batch_size)
-    T, n = scheduler.config.num_train_timesteps, len(x_0)
+    bound, T, n = _Bound(unet, scheduler, x_0, seed, options), scheduler.config.num_train_timesteps, len(x_0)
     terms, mse = torch.empty(n, T), torch.empty(n, T)
     with tqdm(total=n * T, desc="bits/dim", unit="eval", disable=not progress) as bar:
-        for rows in torch.arange(n).split(batch_size):
-            batch, labels = x_0[rows[0] : rows[-1] + 1], _rows_of(model_kwargs, rows, n)
-            streams = [derived_generator(seed, "bits_per_dim", ids[i]) for i in rows]
-            for step in range(T):
-                t = torch.tensor(step, device=batch.device)
-                noise = torch.stack([torch.randn(batch.shape[1:], generator=g, dtype=x_0.dtype) for g in streams])
-                term, error = _evaluate(unet, scheduler, batch, t, noise, clip_denoised, cdf, labels)
-                terms[rows, step], mse[rows, step] = term.float().cpu(), error.float().cpu()
-                bar.update(len(batch))
+        for rows, streams in bound.batches(batch_size):
+            for t in range(T):
+                noise = torch.stack([torch.randn(x_0.shape[1:], generator=g, dtype=x_0.dtype) for g in streams])
+                term, error = bound.evaluate(rows, torch.tensor(t), noise)
+                terms[rows, t], mse[rows, t] = term.float().cpu(), error.float().cpu()
+                bar.update(len(rows))
     prior = prior_bpd(scheduler, x_0).float().cpu()
     return LikelihoodResult(prior + terms.sum(1), prior, terms, mse)
 
 
 def timestep_strata(num_train_timesteps: int, count: int) -> np.ndarray:
-    """Return the edges `[count + 1]` of intervals that cover 0..T-1: single timesteps first, then growing ones.
-
-    The terms at small t are the largest and differ most from one to the next, so they get intervals of their own.
-    """
+    """Return the edges `[count + 1]` of intervals that cover 0..T-1: single timesteps first, then growing ones."""
+    # The terms at small t are the largest and differ most from one to the next.
     T = num_train_timesteps
     if not 1 <= count <= T:
         raise UserError(f"the number of strata must be between 1 and T={T}, got {count}")
@@ -234,34 +225,27 @@ def stratified_bits_per_dim(
     num_evaluations: int = 50,
     batch_size: int = 256,
     seed: int = 0,
-    image_ids: Sequence[int] | None = None,
-    clip_denoised: bool = True,
-    cdf: str = "tanh",
     progress: bool = False,
-    **model_kwargs: Any,
+    **options: Any,
 ) -> LikelihoodEstimate:
     """Estimate `bits_per_dim` without bias from `num_evaluations` network evaluations per image instead of T.
 
     The timesteps are cut into `num_evaluations / 2` intervals (`timestep_strata`). Two independent draws are made from
-    each, and their difference gives the error of the estimate. Image i draws from a stream of its own, so the result
-    does not depend on `batch_size`.
+    each, and their difference gives the error of the estimate.
 
     Args:
         num_evaluations: K, even, 2..2T.
-        seed: Seed of all draws.
-        unet, scheduler, x_0, batch_size, image_ids, clip_denoised, cdf, progress, model_kwargs: See `bits_per_dim`,
-            which raises the same errors.
+        unet, scheduler, x_0, batch_size, seed, progress, options: See `bits_per_dim`, which raises the same errors.
     """
-    ids = _check_images(x_0, image_ids, batch_size)
-    T, n, K = scheduler.config.num_train_timesteps, len(x_0), num_evaluations
+    bound, T, n = _Bound(unet, scheduler, x_0, seed, options), scheduler.config.num_train_timesteps, len(x_0)
+    K = num_evaluations
     if not isinstance(K, int) or K not in range(2, 2 * T + 1, 2):
         raise UserError(f"num_evaluations must be even and between 2 and {2 * T}, got {K}")
     edges = torch.from_numpy(timestep_strata(T, K // 2))
     low, width = edges[:-1], edges.diff()
     draws = torch.empty(n, 2, dtype=torch.float64)
     with tqdm(total=n * K, desc="bits/dim, stratified", unit="eval", disable=not progress) as bar:
-        for images in torch.arange(n).split(max(1, batch_size // K)):
-            streams = [derived_generator(seed, "bits_per_dim", ids[i]) for i in images]
+        for images, streams in bound.batches(min(batch_size, max(1, batch_size // K))):
             # [images, draws, strata], flattened: which t, which noise, and which image each evaluation is for.
             # In an interval of w timesteps t is uniform, so w times its term is an unbiased draw of their sum.
             uniform = torch.stack([torch.rand(2, len(low), generator=g, dtype=torch.float64) for g in streams])
@@ -269,12 +253,9 @@ def stratified_bits_per_dim(
             noise = torch.cat([torch.randn(K, *x_0.shape[1:], generator=g, dtype=x_0.dtype) for g in streams])
             rows = images.repeat_interleave(K)
             terms = []
-            for part in torch.arange(len(t)).split(batch_size):
-                batch, labels = x_0[rows[part].to(x_0.device)], _rows_of(model_kwargs, rows[part], n)
-                t_part = t[part].to(x_0.device)
-                term, _ = _evaluate(unet, scheduler, batch, t_part, noise[part], clip_denoised, cdf, labels)
-                terms.append(term.double().cpu())
-                bar.update(len(part))
+            for part in zip(rows.split(batch_size), t.split(batch_size), noise.split(batch_size), strict=True):
+                terms.append(bound.evaluate(*part)[0].double().cpu())
+                bar.update(len(part[0]))
             draws[images] = (torch.cat(terms).view(len(images), 2, -1) * width).sum(2)
     prior = prior_bpd(scheduler, x_0).double().cpu()
     return LikelihoodEstimate(prior + draws.mean(1), prior, (draws[:, 0] - draws[:, 1]).square() / 4)

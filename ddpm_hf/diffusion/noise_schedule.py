@@ -3,8 +3,6 @@
 Float64 tables, cast where they are used. Equation numbers are those of Ho et al. 2020; timesteps count from 0.
 """
 
-from __future__ import annotations
-
 import math
 import numbers
 from collections.abc import Sequence
@@ -17,8 +15,7 @@ from torch import Tensor
 from ..utils.errors import UserError
 from ..utils.text import nearest
 
-# Schedules that stock implements, and those that only the official code has (stored as `trained_betas`, which every
-# stock scheduler reads first).
+# Schedules that stock implements, and those that only the official code has (stored as `trained_betas`).
 STOCK_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "laplace", "sigmoid")
 OFFICIAL_SCHEDULES = ("quad", "const", "jsd", "warmup10", "warmup50")
 
@@ -26,9 +23,13 @@ OFFICIAL_SCHEDULES = ("quad", "const", "jsd", "warmup10", "warmup50")
 def check_choice(name: str, value: Any, known: Sequence[str], otherwise: str = "") -> None:
     """Raise a `ValueError` where a setting is not one of those known; it names the nearest, and what else there is."""
     if value not in known:
-        raise UserError(
-            f"unknown {name} {value!r}{nearest(str(value), known)}; it must be one of {', '.join(known)}{otherwise}"
-        )
+        wanted = f"it must be one of {', '.join(known)}{otherwise}"
+        raise UserError(f"unknown {name} {value!r}{nearest(str(value), known)}; {wanted}")
+
+
+def is_number(value: Any) -> bool:
+    """Return whether a setting is one real number, of Python or NumPy."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def make_betas(beta_schedule: str, num_train_timesteps: int, beta_start: float, beta_end: float) -> np.ndarray:
@@ -44,7 +45,7 @@ def make_betas(beta_schedule: str, num_train_timesteps: int, beta_start: float, 
     check_choice("beta_schedule", beta_schedule, STOCK_SCHEDULES + OFFICIAL_SCHEDULES, ", or give trained_betas")
     for name, value in (("beta_start", beta_start), ("beta_end", beta_end)):
         # Below 0, sqrt would give a complex number, whose real part numpy takes for beta.
-        if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= value < math.inf:
+        if not is_number(value) or not 0 <= value < math.inf:
             raise UserError(f"{name} must be a number between 0 and 1, got {value!r}; the paper's are 1e-4 and 0.02")
     beta_start, beta_end = float(beta_start), float(beta_end)  # NumPy's float32 would make tables of its precision
     if beta_schedule == "linear":
@@ -73,10 +74,9 @@ def rescale_zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
     """Shift betas `[T]` so that alpha_bar_T is 0 (Lin et al. 2023, arXiv 2305.08891, Algorithm 1)."""
     root = np.sqrt(np.cumprod(1.0 - betas))
     if not root[-1] < root[0]:
-        raise UserError(
-            f"rescale_betas_zero_snr needs a schedule in which alpha_bar falls, but {len(betas)} timesteps keep it at "
-            f"{root[-1] ** 2:.9g}; use more or larger betas, or rescale_betas_zero_snr=False"
-        )
+        what = f"in which alpha_bar falls, but {len(betas)} timesteps keep it at {root[-1] ** 2:.9g}"
+        advice = "use more or larger betas, or rescale_betas_zero_snr=False"
+        raise UserError(f"rescale_betas_zero_snr needs a schedule {what}; {advice}")
     root = (root - root[-1]) * root[0] / (root[0] - root[-1])
     return betas_of("alphas_cumprod", root**2)
 
@@ -105,24 +105,17 @@ def check_betas(betas: np.ndarray, may_end_at_1: bool = False) -> None:
     outside[-1] &= not (may_end_at_1 and betas[-1] == 1)
     if outside.any():
         t = int(outside.argmax())
-        raise UserError(
-            f"betas must lie strictly between 0 and 1, got {float(betas[t])!r} at t={t}; the paper's schedule is "
-            "beta_schedule='linear' with beta_start=1e-4 and beta_end=0.02"
-        )
+        paper = "the paper's schedule is beta_schedule='linear' with beta_start=1e-4 and beta_end=0.02"
+        raise UserError(f"betas must lie strictly between 0 and 1, got {float(betas[t])!r} at t={t}; {paper}")
 
 
 class Chain:
     """Coefficients of one reverse chain over the timesteps `t_1 > t_2 > ...`, the last of which steps to the data.
 
-    Row t of `table` (float64 `[T, len(columns)]`) holds the numbers for the step from t to the next timestep of the
-    chain; rows of timesteps outside the chain are NaN. With every timestep in the chain this is the paper's process.
-    A chain over fewer timesteps is the DDPM whose alpha_bar are those of the subsequence (Nichol & Dhariwal 2021,
-    Section 4).
-
-    Args:
-        betas: `[T]` float64.
-        timesteps: `t_1 > t_2 > ...`.
-        prediction_error: `[T]`, E (x_0 - predicted x_0)^2 per pixel, for the optimal variance.
+    Row t of `table` (float64 `[T, len(columns)]`) holds the numbers for the step from t to the chain's next timestep;
+    other rows are NaN. Over all timesteps this is the paper's process, over fewer the DDPM whose alpha_bar are those
+    of the subsequence (Nichol & Dhariwal 2021, Section 4). `prediction_error`, `[T]`, is E (x_0 - predicted x_0)^2 per
+    pixel, for the optimal variance.
     """
 
     def __init__(self, betas: np.ndarray, timesteps: np.ndarray, prediction_error: np.ndarray | None = None):
@@ -175,9 +168,7 @@ class Chain:
                 columns |= {"log_optimal": np.log(optimal), "log_optimal_noise": np.log(noise)}
         self.table = np.full((T, len(columns)), np.nan)
         self.table[t] = np.stack(list(columns.values()), axis=1)
-        self.columns = tuple(columns)
-        self.timesteps = t
-        self.is_whole = len(t) == T
+        self.columns, self.timesteps, self.is_whole = tuple(columns), t, len(t) == T
         self.previous = dict(zip(t.tolist(), [*t[1:].tolist(), -1], strict=True))
         # Where alpha_bar vanishes nothing is left of x_0, and epsilon cannot give it back: float32 would overflow.
         self.undefined: dict[str, set[int]] = {}
@@ -191,10 +182,9 @@ class Chain:
         if not 0 <= t < len(self.table):
             raise UserError(f"t={t} is outside the schedule; timesteps count from 0 to {len(self.table) - 1}")
         if t not in self.previous:
-            raise UserError(
-                f"t={t} is not among the {len(self.previous)} timesteps of the sampling chain; pass a value of "
-                "scheduler.timesteps, or put it there with set_timesteps(timesteps=[...])"
-            )
+            what = f"t={t} is not among the {len(self.previous)} timesteps of the sampling chain"
+            advice = "pass a value of scheduler.timesteps, or put it there with set_timesteps(timesteps=[...])"
+            raise UserError(f"{what}; {advice}")
 
     def row(self, t: int) -> dict[str, float]:
         """Return all columns at one t, as Python numbers."""
@@ -202,9 +192,7 @@ class Chain:
 
     def on(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         """Return the table on a device, copied there once."""
-        key = (device, dtype)
-        table = self._on_device.get(key)
-        if table is None:
+        if (table := self._on_device.get(key := (device, dtype))) is None:
             table = torch.from_numpy(self.table).to(dtype).to(device)  # cast first: not every device has float64
             if not torch.compiler.is_compiling():  # what a compiled graph makes lives in the graph's memory
                 self._on_device[key] = table

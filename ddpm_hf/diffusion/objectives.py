@@ -1,13 +1,9 @@
 """Training losses per image: L_simple (Eq. 14), the variational bound L (Eqs. 5, 12), and the hybrid of the two.
 
-All take `(unet, scheduler, x_0, t, noise)` and return `[B]`: `unet` is called as `unet(x_t, t).sample` (more keyword
-arguments, such as `class_labels`, are handed on); `x_0` is `[B, C, H, W]` in [-1, 1]; `t` is `[B]` (or one number for
-all), 0..T-1; `noise` is standard normal, the shape of `x_0`. The loss is float32 at least, also of a network in bf16.
+All take `(unet, scheduler, x_0, t, noise)` and return `[B]`, float32 at least. `unet` is called as
+`unet(x_t, t, **model_kwargs).sample`; `x_0` is `[B, C, H, W]` in [-1, 1]; `t` is `[B]` (or one number), 0..T-1.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -42,11 +38,7 @@ def _squared_error(
 def simple_loss(
     unet: Any, scheduler: DDPMScheduler, x_0: Tensor, t: Tensor, noise: Tensor, **model_kwargs: Any
 ) -> Tensor:
-    """Return L_simple (Eq. 14): the mean squared error of the prediction, `[B]`.
-
-    For `epsilon` this is the paper's objective; for the other prediction types it is the error of what they predict.
-    A learned variance gets no gradient from it.
-    """
+    """Return L_simple (Eq. 14): the mean squared error of what is predicted, `[B]`; without a learned variance."""
     x_t, output = _predict(unet, scheduler, x_0, t, noise, model_kwargs)
     return _squared_error(scheduler, output, x_0, x_t, t, noise)
 
@@ -56,8 +48,7 @@ def variational_bound_loss(
 ) -> Tensor:
     """Return the bound's term at t (L_{t-1} of Eq. 5, or L_0 of Eq. 13 at t = 0), in bits/dim, `[B]`.
 
-    The predicted x_0 is not clipped, as in the official code's training. T times the mean over uniform t, plus L_T,
-    is the bound.
+    The predicted x_0 is not clipped. T times the mean over uniform t, plus L_T, is the bound.
     """
     x_t, output = _predict(unet, scheduler, x_0, t, noise, model_kwargs)
     return vb_terms_bpd(scheduler, output, x_0, x_t, t, clip_denoised=False)
@@ -72,10 +63,9 @@ def hybrid_loss(
     gradient is stopped in it. A variance that is not learned raises a `ValueError`.
     """
     if scheduler.variance_type not in LEARNED_VARIANCES:
-        raise UserError(
-            f"the hybrid loss trains a learned variance, but variance_type is {scheduler.variance_type!r}; use "
-            "variance_type='learned_range' with twice the output channels, or loss 'simple'"
-        )
+        advice = "use variance_type='learned_range' with twice the output channels, or loss 'simple'"
+        given = f"variance_type is {scheduler.variance_type!r}"
+        raise UserError(f"the hybrid loss trains a learned variance, but {given}; {advice}")
     x_t, output = _predict(unet, scheduler, x_0, t, noise, model_kwargs)
     prediction, raw_variance = scheduler.split_output(output, x_t)
     assert raw_variance is not None
@@ -84,5 +74,4 @@ def hybrid_loss(
     return _squared_error(scheduler, output, x_0, x_t, t, noise) + HYBRID_WEIGHT * bound
 
 
-OBJECTIVES: dict[str, Callable[..., Tensor]]
-OBJECTIVES = {"simple": simple_loss, "vlb": variational_bound_loss, "hybrid": hybrid_loss}
+OBJECTIVES: dict[str, Any] = {"simple": simple_loss, "vlb": variational_bound_loss, "hybrid": hybrid_loss}

@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import json
 import math
-import numbers
-import operator
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from diffusers.configuration_utils import FrozenDict, register_to_config
+from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler as StockDDPMScheduler
 from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 from diffusers.utils import logging
@@ -29,16 +26,17 @@ from ..utils.randomness import Generators, standard_normal
 from .noise_schedule import (
     OFFICIAL_SCHEDULES,
     Chain,
-    betas_of,
     check_betas,
     check_choice,
+    is_number,
     make_betas,
     rescale_zero_terminal_snr,
-    tables_of,
 )
+from .tables import ProcessTables, Settings, number_of_steps, whole_number
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "posterior_mean")
-FIXED_VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log")
+_SMALL, _LARGE = ("fixed_small", "fixed_small_log"), ("fixed_large", "fixed_large_log")
+FIXED_VARIANCES = (*_SMALL, *_LARGE)
 LEARNED_VARIANCES = ("learned", "learned_range")
 OPTIMAL_VARIANCE = "optimal"
 TIMESTEP_SPACINGS = ("leading", "linspace", "trailing")
@@ -54,65 +52,31 @@ logger = logging.get_logger(__name__)
 Timestep = int | Tensor
 
 
-class _Config(FrozenDict):
-    """A configuration whose values cannot be overwritten in place, where `step` or what is saved would miss it."""
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        self._check_new(name, value)
-        super().__setitem__(name, value)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        self._check_new(name, value)
-        super().__setattr__(name, value)
-
-    def _check_new(self, name: str, value: Any) -> None:
-        if name in self and name in self.__dict__ and not name.startswith("_"):
-            raise UserError(f"config.{name} cannot be written to; use scheduler.register_to_config({name}={value!r})")
-
-
-def _followed(name: str, meaning: str) -> property:
-    """A tensor that users may assign or write into; what is computed from it follows (`DDPMScheduler._follow`)."""
-
-    def read(self: DDPMScheduler) -> Tensor:
-        self._follow(but=name)
-        with suppress(UserError):  # else what stands there could not be repaired; its next use refuses it
-            self._follow()
-        return self._public[name]
-
-    def write(self: DDPMScheduler, value: Any) -> None:
-        self._follow(but=name)
-        self._take_over({name: value})
-
-    return property(read, write, doc=f"{meaning}; may be assigned.")
-
-
-class DDPMScheduler(PrivateByDefault, StockDDPMScheduler):
+class DDPMScheduler(ProcessTables, PrivateByDefault, StockDDPMScheduler):
     """Ho et al.'s diffusion process, exact to the official code, with the interface of `diffusers.DDPMScheduler`.
 
     Arguments, their defaults and the saved configuration are stock's; a saved scheduler opens in stock diffusers.
-    The coefficients are float64 tables, cast where they are used; `betas`, `alphas` and `alphas_cumprod` are float32
-    as in stock. What is set after construction counts, or is refused: `register_to_config(prediction_type=...)`,
-    assigned `timesteps`, and an assigned `betas`, `alphas` or `alphas_cumprod`, which the other two follow and which
-    is saved as `trained_betas`. So does what is written into these tensors in place (in a compiled `step`, once one
-    of them was read again outside of it). `step` takes one timestep per image, too, and adds noise wherever the chain
-    has a next timestep, and nowhere else: the last step gives the mean (Algorithm 2).
+    The coefficients are float64 tables, cast where they are used. What is set after construction counts, or is
+    refused: `register_to_config(prediction_type=...)`, `timesteps`, and one of `betas`, `alphas` and `alphas_cumprod`
+    (float32 as in stock), which the other two follow and which is saved as `trained_betas`; assigned, or written in
+    place (in a compiled `step`, once one of them was read again outside of it). The last step of the chain, whatever
+    its timestep, gives the mean (Algorithm 2).
 
     In all methods x_0, x_t and noise are floating-point `[B, ...]`, computed in float32 at least; t is an int, a 0-d
     tensor or `[B]`, from 0 to T-1. Shapes that do not fit and a t outside the schedule raise a `ValueError`.
 
     Args:
         num_train_timesteps: T.
-        beta_start, beta_end, beta_schedule, trained_betas: The forward process; see `make_betas`. Stock's schedules,
-            and the official code's `quad | const | jsd | warmup10 | warmup50`, saved as `trained_betas`.
+        beta_start, beta_end, beta_schedule, trained_betas: The forward process; see `make_betas`. The official code's
+            schedules are saved as `trained_betas`.
         variance_type: The reverse process's variance. `fixed_small` is beta_tilde_t, `fixed_large` is beta_t
             (Section 3.2; the same with `_log`). `learned` and `learned_range` read it from the second half of the
             network's channels: the log-variance itself as in the official code, or a share between the two
-            (Nichol & Dhariwal 2021). `optimal` is in between by a measured error of the network, needs no training
-            but `set_prediction_error` (Analytic-DPM, Bao et al. 2022), and is `fixed_small` for stock.
+            (Nichol & Dhariwal 2021). `optimal` needs `set_prediction_error`, and is `fixed_small` for stock.
         clip_sample, clip_sample_range: Clip the predicted x_0 to `[-range, range]`.
         prediction_type: What the network predicts: `epsilon` (Eq. 12), `sample` (x_0), `v_prediction` (Salimans & Ho
-            2022), or `posterior_mean`: mu-tilde, the mean of q(x_{t-1}|x_t,x_0) (the paper's ablation, Table 2; the
-            official code's `xprev`), with which stock refuses to sample.
+            2022), or `posterior_mean`: mu-tilde (Table 2; the official code's `xprev`), with which stock refuses to
+            sample.
         thresholding, dynamic_thresholding_ratio, sample_max_value: Imagen's dynamic thresholding instead of clipping.
         timestep_spacing, steps_offset: How `set_timesteps` chooses fewer than T timesteps.
         rescale_betas_zero_snr: Shift the schedule so that alpha_bar_T = 0 (Lin et al. 2023).
@@ -121,7 +85,6 @@ class DDPMScheduler(PrivateByDefault, StockDDPMScheduler):
         ValueError: An argument is outside its range; the message says which value and what to write instead.
     """
 
-    _internal_dict: Any  # the configuration
     _warned_of_fixed_large = False
     # EDM's process is another one: its networks see sigma instead of t.
     _compatibles: ClassVar = [name for name in StockDDPMScheduler._compatibles if name != "EDMEulerScheduler"]
@@ -151,8 +114,7 @@ class DDPMScheduler(PrivateByDefault, StockDDPMScheduler):
         if isinstance(prediction_type, str) and prediction_type.endswith(_ON_DISK_LEARNED):  # see to_json_string
             self.register_to_config(prediction_type=prediction_type.removesuffix(_ON_DISK_LEARNED))
         self._check_settings(self.config)
-        T = whole_number("num_train_timesteps", num_train_timesteps)
-        if T < 1:
+        if (T := whole_number("num_train_timesteps", num_train_timesteps)) < 1:
             raise UserError(f"num_train_timesteps must be a positive whole number, got {T}")
         if trained_betas is None:
             betas = make_betas(beta_schedule, T, beta_start, beta_end)
@@ -169,15 +131,9 @@ class DDPMScheduler(PrivateByDefault, StockDDPMScheduler):
         if rescale_betas_zero_snr:
             betas = rescale_zero_terminal_snr(betas)
 
-        self.one = torch.tensor(1.0)
-        self.init_noise_sigma = 1.0
-        self.custom_timesteps = False
+        self.one, self.init_noise_sigma, self.custom_timesteps = torch.tensor(1.0), 1.0, False
         self.num_inference_steps: int | None = None
-        self._betas = betas
-        self._public: dict[str, Tensor] = {}  # the tables and timesteps that users see and may write into
-        self._seen: dict[str, int] = {}  # how often each of them had been written into when it was last looked at
-        self._use_timesteps(np.arange(T - 1, -1, -1))
-        self._use_betas(betas)
+        self._begin(betas)
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> DDPMScheduler:
@@ -186,10 +142,9 @@ class DDPMScheduler(PrivateByDefault, StockDDPMScheduler):
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """Make a scheduler as stock does, with the measured error and the `optimal` variance that stock does not know.
+        """Make a scheduler as stock does; the configuration of a scheduler without betas raises a `ValueError`.
 
-        Another schedule in `kwargs` takes the place of the configuration's `trained_betas`, which would hide it. The
-        configuration of a scheduler that has no betas raises a `ValueError`.
+        Another schedule in `kwargs` takes the place of the configuration's `trained_betas`, which would hide it.
         """
         if isinstance(config, dict) and "beta_schedule" not in {**config, **kwargs}:
             # of another class's scheduler or file; a file of these classes may leave out what is its default
@@ -198,7 +153,7 @@ class DDPMScheduler(PrivateByDefault, StockDDPMScheduler):
                 raise UserError(f"the configuration of {origin} has no betas; the paper's are beta_schedule='linear'")
         if kwargs.keys() & {"beta_schedule", "beta_start", "beta_end"}:
             kwargs.setdefault("trained_betas", None)
-        if isinstance(config, dict) and "_variance_type" in config:
+        if isinstance(config, dict) and "_variance_type" in config:  # see to_json_string
             config = dict(config)
             config["variance_type"] = config.pop("_variance_type")
         made = super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
@@ -207,14 +162,8 @@ class DDPMScheduler(PrivateByDefault, StockDDPMScheduler):
             scheduler.set_prediction_error(error)
         return made
 
-    # ------------------------------------------------------------------ the forward process
-
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Timestep) -> Tensor:
-        """Draw x_t ~ q(x_t|x_0) (Eq. 4), `[B, ...]`.
-
-        Any of x_0, the noise and t may be one for all, as one image at 8 timesteps. bfloat16 and float16 are rounded
-        once, at the end.
-        """
+        """Draw x_t ~ q(x_t|x_0) (Eq. 4), `[B, ...]`; any of x_0, the noise and t may be one for all."""
         c, x_0, noise, dtype = self._mixed("original_samples", original_samples, noise, timesteps)
         # Eq. 4: x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) epsilon
         return _affine(c["sqrt_alpha_bar"], x_0, c["sqrt_one_minus_alpha_bar"], noise).to(dtype)
@@ -245,8 +194,7 @@ class DDPMScheduler(PrivateByDefault, StockDDPMScheduler):
     def q_posterior(self, x_0: Tensor, x_t: Tensor, t: Timestep) -> tuple[Tensor, Tensor, Tensor]:
         """Return mean mu-tilde, variance beta-tilde and log-variance of q(x_{t-1}|x_t,x_0) (Eqs. 6, 7).
 
-        They broadcast with `x_0`, and are those of the whole chain. At t = 0 the variance is 0 and the log-variance
-        that of t = 1, as in the official code.
+        They broadcast with `x_0`. At t = 0 the variance is 0 and the log-variance that of t = 1, as officially.
         """
         _check_same_shape("x_0", x_0, "x_t", x_t)
         c = self._coefficients(self._process, t, x_0, as_tensors=True)
@@ -257,10 +205,7 @@ class DDPMScheduler(PrivateByDefault, StockDDPMScheduler):
         return mean, c["beta_tilde"], c["log_beta_tilde_clipped"]
 
     def get_target(self, x_0: Tensor, noise: Tensor, t: Timestep) -> Tensor:
-        """Return what the network is asked to predict at `x_t = add_noise(x_0, noise, t)`, the shape of `x_0`.
-
-        `noise`, `x_0`, v, or the posterior's mean mu-tilde, by `prediction_type`.
-        """
+        """Return what the network is asked to predict at `x_t = add_noise(x_0, noise, t)`, the shape of `x_0`."""
         _check_same_shape("x_0", x_0, "noise", noise)
         kind = self._prediction_type
         if kind == "epsilon":
@@ -270,8 +215,6 @@ class DDPMScheduler(PrivateByDefault, StockDDPMScheduler):
         if kind == "v_prediction":
             return self.get_velocity(x_0, noise, t)
         return self.q_posterior(x_0, self.add_noise(x_0, noise, t), t)[0]
-
-    # ------------------------------------------------------------------ the reverse process
 
     def step(
         self,
@@ -289,8 +232,8 @@ class DDPMScheduler(PrivateByDefault, StockDDPMScheduler):
             model_output: `[B, C, ...]`, or `[B, 2C, ...]` where the variance is learned.
             timestep: int, 0-d or `[B]` (one per image), each among `timesteps`.
             sample: x_t, `[B, C, ...]`.
-            generator: One generator, or B of them, or `SeededNoise` of B seeds. Generators draw in stock's order;
-                nothing is drawn where a single `timestep` is the last one.
+            generator: One generator, or B of them (in stock's order), or `SeededNoise` of B seeds. Nothing is drawn
+                where a single `timestep` is the last one.
             return_dict: `False` gives the tuple of x_{t-1} and the predicted x_0, shape and dtype of `sample`.
         """
         if isinstance(generator, (list, tuple)):
@@ -314,18 +257,15 @@ class DDPMScheduler(PrivateByDefault, StockDDPMScheduler):
                 x_prev = torch.add(mean, z, alpha=math.exp(0.5 * log_variance))
 
         x_prev, x_0 = x_prev.to(sample.dtype), x_0.to(sample.dtype)
-        if not return_dict:
-            return x_prev, x_0
-        return DDPMSchedulerOutput(prev_sample=x_prev, pred_original_sample=x_0)
+        return DDPMSchedulerOutput(x_prev, x_0) if return_dict else (x_prev, x_0)
 
     def p_mean_variance(
         self, model_output: Tensor, t: Timestep, x_t: Tensor, clip_denoised: bool = True
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return mean, variance and log-variance of p(x_{t-1}|x_t) (Eq. 1) and the predicted x_0, like `x_t` each.
 
-        Over all T timesteps, whatever `set_timesteps` chose for sampling. At t = 0 the log-variance of the fixed types
-        is that of beta_tilde at t = 1, as in the official code, and the variance goes with it. `clip_denoised` clips
-        (or thresholds) the predicted x_0, as sampling and the likelihood do; the training bound does not.
+        Over all T timesteps. At t = 0 the fixed variances are beta_tilde at t = 1, as in the official code.
+        `clip_denoised` clips (or thresholds) the predicted x_0, as sampling and the likelihood do.
         """
         c = self._coefficients(self._process, t, x_t, as_tensors=True)
         mean, log_variance, x_0 = self._reverse(self._process, c, t, model_output, x_t, clip_denoised)
@@ -343,10 +283,7 @@ class DDPMScheduler(PrivateByDefault, StockDDPMScheduler):
         undefined = chain.undefined.get(kind)
         if undefined and not torch.compiler.is_compiling():
             for value in undefined.intersection(torch.as_tensor(t).reshape(-1).tolist()):
-                raise UserError(
-                    f"alpha_bar vanishes at t={value}, where {kind!r} says nothing about x_0; use prediction_type="
-                    "'v_prediction' or 'sample' with this schedule, or timesteps that leave it out"
-                )
+                raise UserError(vanished(value, kind))
 
         # The predicted x_0. Eq. 15: x_0 = (x_t - sqrt(1 - alpha_bar_t) epsilon) / sqrt(alpha_bar_t); from a predicted
         # mean by Eq. 7, solved for x_0
@@ -378,8 +315,7 @@ class DDPMScheduler(PrivateByDefault, StockDDPMScheduler):
         if self.variance_type == OPTIMAL_VARIANCE:
             self.check_variance()
             return mean, c["log_optimal"], x_0
-        small = self.variance_type in ("fixed_small", "fixed_small_log")
-        return mean, c["log_beta_tilde_clipped" if small else "log_beta_clipped"], x_0
+        return mean, c["log_beta_tilde_clipped" if self.variance_type in _SMALL else "log_beta_clipped"], x_0
 
     def split_output(self, model_output: Tensor, x_t: Tensor) -> tuple[Tensor, Tensor | None]:
         """Split the network's output into (prediction, raw variance or `None`), each the shape of `x_t`."""
@@ -388,25 +324,18 @@ class DDPMScheduler(PrivateByDefault, StockDDPMScheduler):
         channels, learned = x_t.shape[1], self.variance_type in LEARNED_VARIANCES
         wanted = (x_t.shape[0], channels * (2 if learned else 1), *x_t.shape[2:])
         if tuple(model_output.shape) != wanted:
+            given = f"a sample of shape {tuple(x_t.shape)} and variance_type={self.variance_type!r}"
             raise UserError(
-                f"model_output must have shape {wanted} for a sample of shape {tuple(x_t.shape)} and variance_type="
-                f"{self.variance_type!r}, got {tuple(model_output.shape)}; variance_type 'learned' or 'learned_range' "
-                f"needs a network with out_channels={2 * channels}, any other one with {channels}"
+                f"model_output must have shape {wanted} for {given}, got {tuple(model_output.shape)}; 'learned' or "
+                f"'learned_range' needs a network with out_channels={2 * channels}, any other one with {channels}"
             )
-        if not learned:
-            return model_output, None
-        prediction, raw_variance = model_output.split(channels, dim=1)
-        return prediction, raw_variance
+        return model_output.split(channels, dim=1) if learned else (model_output, None)
 
     def _coefficients(
         self, chain: Chain, t: Timestep, like: Tensor, as_tensors: bool = False, broadcast: bool = False
     ) -> dict[str, Any]:
-        """Return the chain's numbers at t, to multiply tensors of `like`'s shape and working precision with.
-
-        One t known on the host gives Python floats (no kernels), unless `as_tensors`; else `[B, 1, ..., 1]` tensors.
-        With `broadcast` one image may be at many timesteps. A `t` on an accelerator is not checked: that would wait.
-        """
-        dtype = _working_dtype(like)
+        """Return the chain's numbers at t: Python floats (no kernels) or tensors that broadcast with `like`."""
+        dtype = _working_dtype(like)  # a `t` on an accelerator is not checked: that would wait
         if torch.compiler.is_compiling() or (isinstance(t, Tensor) and t.device.type != "cpu"):
             return chain.gather(torch.as_tensor(t).reshape(-1), like, dtype)
         if not isinstance(t, Tensor):
@@ -414,9 +343,8 @@ class DDPMScheduler(PrivateByDefault, StockDDPMScheduler):
         elif t.is_floating_point() or t.is_complex() or t.dtype == torch.bool:
             raise UserError(f"timesteps must be whole numbers, got a tensor of {t.dtype}")
         elif t.ndim > 1 or (t.ndim == 1 and len(t) not in (1, len(like)) and not (broadcast and len(like) == 1)):
-            raise UserError(
-                f"timesteps must be one number or one per image, got shape {tuple(t.shape)} for a batch of {len(like)}"
-            )
+            got = f"got shape {tuple(t.shape)} for a batch of {len(like)}"
+            raise UserError(f"timesteps must be one number or one per image, {got}")
         else:
             values = t.reshape(-1).tolist()
         for value in set(values):
@@ -425,18 +353,12 @@ class DDPMScheduler(PrivateByDefault, StockDDPMScheduler):
             return chain.gather(torch.as_tensor(t).reshape(-1), like, dtype)
         return chain.row(values[0])
 
-    # ------------------------------------------------------------------ the timesteps of sampling
-
     def set_timesteps(
-        self,
-        num_inference_steps: int | None = None,
-        device: str | torch.device | None = None,
-        timesteps: Sequence[int] | None = None,
+        self, num_inference_steps: int | None = None, device: Any = None, timesteps: Sequence[int] | None = None
     ) -> None:
-        """Choose the timesteps that `step` goes through, from high to low; the last one steps to the data.
+        """Choose what `step` goes through: K = `num_inference_steps` timesteps, 1..T, or falling `timesteps` given.
 
-        Either K = `num_inference_steps` of them, 1..T, as `timestep_spacing` says, or falling `timesteps` of your own;
-        a `ValueError` for anything else.
+        The last one steps to the data. Anything else raises a `ValueError`.
         """
         self._follow(but="timesteps")
         config, T = self._internal_dict, len(self._betas)
@@ -445,9 +367,7 @@ class DDPMScheduler(PrivateByDefault, StockDDPMScheduler):
         if timesteps is not None:
             chosen = self._falling(timesteps)
         else:
-            K = whole_number("num_inference_steps", num_inference_steps, or_float=True)
-            if not 1 <= K <= T:
-                raise UserError(f"num_inference_steps must be between 1 and the {T} steps of the chain, got {K}")
+            K = number_of_steps(num_inference_steps, T)
             spacing, offset = config.timestep_spacing, config.steps_offset
             if spacing == "linspace":
                 chosen = np.linspace(0, T - 1, K).round()[::-1]
@@ -462,52 +382,25 @@ class DDPMScheduler(PrivateByDefault, StockDDPMScheduler):
         self.custom_timesteps = timesteps is not None
         self.num_inference_steps = len(chosen)
         self._use_timesteps(chosen, device=device)
-        large = self.variance_type in ("fixed_large", "fixed_large_log")
-        if large and len(chosen) < T and not DDPMScheduler._warned_of_fixed_large:  # the variance of many repositories
-            DDPMScheduler._warned_of_fixed_large = True
-            logger.warning(
-                f"variance_type={self.variance_type!r} over {len(chosen)} steps leaves noise in the images; better: "
-                "variance_type='optimal' (after ddpm-hf optimal_variance) or 'fixed_small', or the ddim sampler"
-            )
+        if self.variance_type in _LARGE and len(chosen) < T and not DDPMScheduler._warned_of_fixed_large:
+            DDPMScheduler._warned_of_fixed_large = True  # the variance of many repositories
+            better = "'optimal' (after ddpm-hf optimal_variance) or 'fixed_small', or the ddim sampler"
+            what = f"variance_type={self.variance_type!r} over {len(chosen)} steps leaves noise in the images"
+            logger.warning(f"{what}; better: variance_type={better}")
 
     def previous_timestep(self, timestep: Timestep) -> Timestep:
-        """Return the chain's next timestep after (below) `timestep`, or -1 where that is the data.
-
-        A 0-d tensor as in stock; `timestep - 1`, of its own type, where the chain is that of a new scheduler.
-        """
+        """Return the chain's next timestep below `timestep`, or -1 where that is the data; its type is stock's."""
         chain, t = self._chain, whole_number("timestep", timestep)
         chain.check(t)
         if chain.is_whole and self.num_inference_steps is None:
             return timestep - 1
         return self._public["timesteps"].new_tensor(chain.previous[t])
 
-    def _falling(self, timesteps: Any, hint: str = "") -> np.ndarray:
-        """Return timesteps as int64 `[K]`, checked."""
-        if not hasattr(timesteps, "__len__") or (isinstance(timesteps, (Tensor, np.ndarray)) and not timesteps.ndim):
-            raise UserError(f"timesteps must be a list of whole numbers, got {timesteps!r}")
-        given = timesteps.tolist() if isinstance(timesteps, (Tensor, np.ndarray)) else timesteps
-        chosen = np.array([whole_number("each of timesteps", t, or_float=True) for t in given], dtype=np.int64)
-        if not len(chosen):
-            raise UserError("timesteps is empty; give at least one, for example timesteps=[999, 500, 0]")
-        if (rises := np.diff(chosen) >= 0).any():
-            k = int(rises.argmax())
-            raise UserError(
-                f"timesteps must fall, but {chosen[k]} is followed by {chosen[k + 1]}; try sorted(set(timesteps), "
-                "reverse=True)"
-            )
-        for t in chosen[[0, -1]]:
-            if not 0 <= t < (T := len(self._betas)):
-                raise UserError(f"timestep {t} is outside the schedule, which counts from 0 to {T - 1}{hint}")
-        return chosen
-
-    # ------------------------------------------------------------------ the optimal variance
-
     def set_prediction_error(self, error: Sequence[float] | Tensor) -> None:
         """Set how far the network's predicted x_0 is off, for `variance_type="optimal"`; saved with the rest.
 
         The best variance of p(x_{t-1}|x_t) is beta_tilde_t plus the squared weight of x_0 in the posterior's mean
-        times this error. For a perfect network the error is (1 - alpha_bar) / alpha_bar (1 - E||eps||^2 / d), and this
-        is Theorem 1 of Bao et al. 2022 (Analytic-DPM).
+        times this error (Theorem 1 of Bao et al. 2022, Analytic-DPM, for a perfect network).
 
         Args:
             error: `[T]`, the mean squared error of the predicted (and clipped) x_0 at every t, per pixel and in the
@@ -524,35 +417,20 @@ class DDPMScheduler(PrivateByDefault, StockDDPMScheduler):
     def check_variance(self) -> None:
         """Raise a `ValueError` where the variance is `optimal` and the network's error was not measured."""
         if self.variance_type == OPTIMAL_VARIANCE and self.config.get("_prediction_error") is None:
-            raise UserError(
-                "variance_type='optimal' needs the network's measured error: run ddpm-hf optimal_variance, or call "
-                "scheduler.set_prediction_error"
-            )
-
-    # ------------------------------------------------------------------ settings
+            advice = "run ddpm-hf optimal_variance, or call scheduler.set_prediction_error"
+            raise UserError(f"variance_type='optimal' needs the network's measured error: {advice}")
 
     def register_to_config(self, **kwargs: Any) -> None:
-        """Change settings, as stock's trainers do; they hold from the next call on, and are saved.
-
-        A value outside its range, or another value of what the tables were made from, raises a `ValueError`.
-        """
+        """Change settings; bad values, and others of what the tables were made from, raise a `ValueError`."""
         # NumPy's and PyTorch's single numbers as Python's, which JSON knows
-        numbers_of = (np.generic, Tensor)
-        plain = {n: x.item() if isinstance(x, numbers_of) and x.ndim == 0 else x for n, x in kwargs.items()}
+        plain = {n: x.item() if isinstance(x, (np.generic, Tensor)) and not x.ndim else x for n, x in kwargs.items()}
         if "_betas" in self.__dict__:
             for name in plain.keys() & _FIXED:
                 if not np.array_equal(plain[name], self.config[name]):
                     raise UserError(f"{name} cannot change later; use DDPMScheduler.from_config(config, {name}=...)")
             self._check_settings({**self.config, **plain})
         super().register_to_config(**plain)
-        self._internal_dict = _Config(self._internal_dict)
-
-    def _save_betas(self, betas: np.ndarray, **settings: Any) -> None:
-        """Save betas in the configuration, no longer as defaults, which another `from_config` would leave out."""
-        settings["trained_betas"] = betas.tolist()  # a list, as JSON knows neither arrays nor tensors
-        defaults = [name for name in self._internal_dict.get("_use_default_values", []) if name not in settings]
-        super().register_to_config(**settings, _use_default_values=defaults)
-        self._internal_dict = _Config(self._internal_dict)
+        self._internal_dict = Settings(self._internal_dict)
 
     @staticmethod
     def _check_settings(config: Any) -> None:
@@ -567,14 +445,10 @@ class DDPMScheduler(PrivateByDefault, StockDDPMScheduler):
             if config[name] not in (True, False, None):
                 raise UserError(f"{name} must be True or False, got {config[name]!r}")
         for name in ("clip_sample_range", "sample_max_value", "dynamic_thresholding_ratio"):
-            value = config[name]
-            if isinstance(value, bool) or not isinstance(value, numbers.Real):
-                raise UserError(f"{name} must be a number, got {value!r}")
-            if name == "dynamic_thresholding_ratio":
-                if not 0 <= float(value) <= 1:
-                    raise UserError(f"{name} must be in [0, 1], got {value!r}")
-            elif not 0 < float(value) < math.inf:
-                raise UserError(f"{name} must be positive and finite, got {value!r}; clip_sample=False does not clip")
+            value, ratio = config[name], name == "dynamic_thresholding_ratio"
+            if not is_number(value) or not (0 <= value <= 1 if ratio else 0 < value < math.inf):
+                wanted = "from 0 to 1" if ratio else "above 0 and finite"
+                raise UserError(f"{name} must be a number {wanted}, got {value!r}; clip_sample=False does not clip")
 
     @property
     def config(self) -> Any:
@@ -610,98 +484,9 @@ class DDPMScheduler(PrivateByDefault, StockDDPMScheduler):
             config |= {"variance_type": "fixed_small", "_variance_type": OPTIMAL_VARIANCE}
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
-    # ------------------------------------------------------------------ tables that users may change
-
-    betas = _followed("betas", "beta_t, float32 `[T]`")
-    alphas = _followed("alphas", "1 - beta_t, float32 `[T]`")
-    alphas_cumprod = _followed("alphas_cumprod", "alpha_bar_t, float32 `[T]`")
-    timesteps = _followed("timesteps", "The timesteps that `step` goes through, int64 from high to low")
-
-    @property
-    def alpha_bar(self) -> np.ndarray:
-        """alpha_bar_t, float64 `[T]`: what `alphas_cumprod` rounds."""
-        return self._process.alpha_bar
-
-    @property
-    def _process(self) -> Chain:  # the paper's chain, over all T timesteps
-        self._follow()
-        return self._whole_chain
-
-    @property
-    def _chain(self) -> Chain:  # the one that `step` goes down, over `timesteps`
-        self._follow()
-        return self._sampling_chain
-
-    def _follow(self, but: str = "") -> None:
-        """Take over what was written in place into the public tables and timesteps since they were last looked at."""
-        if not torch.compiler.is_compiling():
-            public = self._public.items()
-            self._take_over({name: x for name, x in public if _version(x) != self._seen[name] and name != but})
-
-    def _take_over(self, written: dict[str, Any]) -> None:
-        """Make what a user wrote the process's tables and timesteps; a `ValueError` if they do not make sense.
-
-        Tables are left alone where they are those in force as their dtype rounds them.
-        """
-        timesteps, betas = written.pop("timesteps", None), None
-        tables = {name: _as_table(name, value, len(self._betas)) for name, value in written.items()}
-        for name, table in tables.items():
-            dtype = table.dtype if table.dtype.itemsize < 4 else torch.float32
-            in_force = torch.from_numpy(tables_of(self._betas)[name]).float().to(dtype)
-            if torch.equal(table.cpu().to(dtype), in_force):
-                continue
-            found = table.double().cpu().numpy().copy()  # what is written into the table later has to be seen
-            if betas is not None and not np.allclose(tables_of(betas)[name], found, rtol=1e-3, atol=1e-5):
-                raise UserError(f"{' and '.join(tables)} were written to and contradict each other; write one of them")
-            betas = betas_of(name, found)
-            check_betas(betas, may_end_at_1=True)
-        if betas is not None:
-            # an error measured on another process is not this one's
-            measured = self._internal_dict.get("_prediction_error") is not None
-            self._save_betas(betas, rescale_betas_zero_snr=False, **({"_prediction_error": None} if measured else {}))
-            self._use_betas(betas)
-        for name, table in tables.items():
-            self._publish(name, table)
-        if timesteps is not None:
-            self._use_timesteps(self._falling(timesteps), timesteps, self._public["timesteps"].device)
-
-    def _use_betas(self, betas: np.ndarray) -> None:
-        """Make these the betas in force, float64 `[T]`, and the public tables follow."""
-        self._betas = betas
-        for name, table in tables_of(betas).items():
-            self._publish(name, torch.from_numpy(table).float())
-        self._make_chains()
-
-    def _use_timesteps(self, chosen: np.ndarray, given: Any = None, device: Any = None) -> None:
-        """Sample over these (checked) timesteps from now on; `given` holds them, if they came as a tensor."""
-        if not isinstance(given, Tensor) or given.dtype != torch.int64:
-            device = given.device if isinstance(given, Tensor) else device
-            given = torch.from_numpy(chosen.copy()).to(device)
-        self._publish("timesteps", given)
-        self._sampling_chain = self._chain_over(chosen)
-
-    def _publish(self, name: str, x: Tensor) -> None:
-        """Show users this tensor, or a copy where it is of inference mode, which does not count what is written."""
-        with torch.inference_mode(False):
-            x = x.clone() if x.is_inference() else x
-        self._public[name], self._seen[name] = x, _version(x)
-
-    def _make_chains(self) -> None:
-        self._whole_chain = self._chain_over(np.arange(len(self._betas) - 1, -1, -1))
-        self._sampling_chain = self._chain_over(self._sampling_chain.timesteps)
-
-    def _chain_over(self, timesteps: np.ndarray) -> Chain:
-        error = self._internal_dict.get("_prediction_error")
-        chain = Chain(self._betas, timesteps, None if error is None else np.array(error))
-        chain.on(self._public["timesteps"].device, torch.float32)
-        return chain
-
 
 def infinite_to_nan(x: Tensor) -> Tensor:
-    """Replace infinities by NaN, in one kernel and without waiting for the device; other values keep their bits.
-
-    An infinite prediction would be clipped into the range of images and look like one; NaN stays NaN to the end.
-    """
+    """Replace infinities, which clipping would turn into pixel values, by NaN, in one kernel."""
     return torch.add(x, x, alpha=0)
 
 
@@ -721,36 +506,11 @@ def _working_dtype(x: Tensor) -> torch.dtype:
 
 def _check_same_shape(name_1: str, x_1: Tensor, name_2: str, x_2: Tensor) -> None:
     if x_1.shape != x_2.shape:
-        raise UserError(
-            f"{name_1} and {name_2} must have the same shape, got {tuple(x_1.shape)} and {tuple(x_2.shape)}"
-        )
+        got = f"got {tuple(x_1.shape)} and {tuple(x_2.shape)}"
+        raise UserError(f"{name_1} and {name_2} must have the same shape, {got}")
 
 
-def whole_number(name: str, value: Any, or_float: bool = False) -> int:
-    """Return the value as an int, or raise a `ValueError`; `or_float` takes 10.0 as well, as stock does."""
-    try:
-        if or_float and isinstance(value, (float, np.floating)) and float(value).is_integer():
-            return int(value)
-        if not isinstance(value, bool):
-            return operator.index(value)
-    except TypeError:
-        pass
-    raise UserError(f"{name} must be a whole number, got {value!r}")
-
-
-def _version(x: Tensor) -> int:
-    """Return how often a tensor was written to in place; 0 for those of inference mode, which do not count it."""
-    return 0 if x.is_inference() else x._version
-
-
-def _as_table(name: str, value: Any, T: int) -> Tensor:
-    """Return a user's one number per timestep as a floating-point tensor, which shares the memory of a given one."""
-    try:
-        table = value if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value, dtype=np.float32))
-    except (TypeError, ValueError):
-        raise UserError(f"{name} must be a tensor of numbers, got {value!r}") from None
-    if table.shape != (T,) or not table.is_floating_point():
-        raise UserError(
-            f"{name} must be {T} numbers, one per timestep, got {table.dtype} of shape {list(table.shape)}"
-        )
-    return table.detach() if table.requires_grad else table
+def vanished(t: int, prediction_type: str) -> str:
+    """Return the sentence about a timestep where nothing is left of the image."""
+    advice = "use prediction_type='v_prediction' or 'sample' with this schedule, or timesteps that leave it out"
+    return f"alpha_bar vanishes at t={t}, where {prediction_type!r} says nothing about x_0; {advice}"

@@ -9,7 +9,8 @@ import copy
 from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
-from typing import Any, TypeGuard, TypeVar
+from types import MethodType
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -34,23 +35,13 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 
 @dataclass(frozen=True)
 class InferenceOptions:
-    """How a network is computed.
+    """How a network is computed; an unknown precision raises a UserError."""
 
-    Attributes:
-        precision: `fp32`, `bf16` or `fp16`, of weights and activations; the chain stays in float32 around them.
-        channels_last: Layout of activations.
-        compiled: By `torch.compile`, on CPUs with the weights as constants. The first call takes up to minutes, less
-            once the compiled code is on the machine's disk.
-        captured: As CUDA graphs, one per batch shape; with `DDPMScheduler` the sampling step is in it
-            (`pipelines.denoising`). On a CPU the same path runs without graphs, which is for tests.
-
-    Raises:
-        UserError: An unknown precision.
-    """
-
-    precision: str = "fp32"
-    channels_last: bool = False
-    compiled: bool = False
+    precision: str = "fp32"  # `fp32`, `bf16` or `fp16`, of weights and activations; the chain stays in float32
+    channels_last: bool = False  # layout of activations
+    compiled: bool = False  # by `torch.compile`, on CPUs with the weights as constants; the first call takes long
+    # As CUDA graphs, one per batch shape; with `DDPMScheduler` the sampling step is in it (`pipelines.denoising`). On
+    # a CPU the same path runs without graphs, which is for tests.
     captured: bool = False
 
     def __post_init__(self) -> None:
@@ -62,16 +53,7 @@ class InferenceOptions:
 
     @classmethod
     def for_device(cls, device: torch.device, precision: str, compile: bool = False) -> InferenceOptions:
-        """Return what is fast on a device: a function of the device and the arguments, never of a timing.
-
-        Args:
-            device: Where the network is.
-            precision: `fp32`, `bf16` or `fp16`.
-            compile: Compile the network.
-
-        Raises:
-            UserError: An unknown precision, or no compiler to compile with.
-        """
+        """Return what is fast on a device, never by a timing; raise a UserError where nothing can be compiled."""
         if compile and (problem := compiler_problem(device)):
             raise UserError(f"the network cannot be compiled here: {problem}; leave compiling out")
         cuda = device.type == "cuda"
@@ -83,19 +65,12 @@ class InferenceNetwork:
     """A `UNet2DModel` in evaluation mode and without gradients, called as before and computed as options say.
 
     Weights that need no conversion are shared; make a new one after changing or converting them. One thread at a time.
-
-    Args:
-        unet: The network.
-        options: How.
     """
 
     def __init__(self, unet: UNet2DModel, options: InferenceOptions):
-        self.unet = unet
-        self.options = options
-        self.dtype = PRECISIONS[options.precision]
-        self.device = unet.device
+        self.unet, self.options, self.config = unet, options, unet.config
+        self.dtype, self.device = PRECISIONS[options.precision], unet.device
         self.made_from = unet.device, unet.dtype
-        self.config = unet.config
         shared = {id(tensor): tensor for tensor in (*unet.parameters(), *unet.buffers())}
         network = copy.deepcopy(unet, shared if self.dtype == unet.dtype else None).eval()
         if self.dtype != unet.dtype:
@@ -107,11 +82,10 @@ class InferenceNetwork:
             _rearrange(network, options)
         elif options.channels_last:
             # cuDNN would transpose the weights of every convolution in every call; `unet` keeps its own layout
-            for name, weight in list(network.named_parameters()):
-                if weight.ndim == 4:
-                    module = network.get_submodule(name.rpartition(".")[0])
-                    laid_out = weight.detach().contiguous(memory_format=torch.channels_last)
-                    module.register_parameter(name.rpartition(".")[2], nn.Parameter(laid_out, requires_grad=False))
+            for module in network.modules():
+                if isinstance(module, nn.Conv2d):
+                    laid_out = module.weight.detach().contiguous(memory_format=torch.channels_last)
+                    module.weight = nn.Parameter(laid_out, requires_grad=False)
         self._network = torch.compile(network, dynamic=False) if options.compiled else network
         self._batches: set[int] = set()  # sizes that are compiled or captured
         self._graphs: dict[Any, Any] = {}  # by what they were captured for; `None` where that failed
@@ -120,37 +94,30 @@ class InferenceNetwork:
     def __call__(
         self, sample: Tensor, timestep: Tensor | int, class_labels: Tensor | None = None, return_dict: bool = True
     ) -> UNet2DOutput | tuple[Tensor, ...]:
-        """As `UNet2DModel.forward`; the output is in the network's precision."""
+        """Return what `UNet2DModel.forward` does, in the network's precision."""
         n = len(sample)
         timestep = torch.as_tensor(timestep, device=sample.device).reshape(-1)
         filled = self.batch_size(n)
         sample, class_labels = fill(sample.to(self.dtype), filled), fill(class_labels, filled)
         timestep = timestep if len(timestep) == 1 else fill(timestep, filled)
-        if not self.options.captured:
-            made = self.compute(sample, timestep, class_labels)[:n]
-        else:
+        graph = None
+        if self.options.captured:
             key = sample.shape, timestep.shape, class_labels is None
             graph = self.captured(key, lambda: CapturedNetwork(self, sample, timestep, class_labels))
-            made = (graph or self.compute)(sample, timestep, class_labels)[:n]
+        made = (graph or self.compute)(sample, timestep, class_labels)[:n]
         return UNet2DOutput(sample=made) if return_dict else (made,)
 
     def batch_size(self, n: int) -> int:
-        """Return how many images `n` are filled up to, so that few sizes are compiled or captured.
-
-        The last batch of many is smaller. It takes the code of the others, unless it is less than half of them.
-        """
+        """Return how many images `n` are filled up to, so that few sizes are compiled or captured."""
         if not (self.options.compiled or self.options.captured):
             return n
+        # The last batch of many is smaller. It takes the code of the others, unless it is less than half of them.
         found = min((size for size in self._batches if n <= size <= 2 * n), default=n)
         self._batches.add(found)
         return found
 
     def captured(self, key: Hashable, make: Callable[[], T]) -> T | None:
-        """Return what `make` captured for a key; `None`, and one line about it, where CUDA does not let it.
-
-        Raises:
-            OutOfMemoryError: The device has too little memory for the batch.
-        """
+        """Return what `make` captured for a key; `None`, and one line about it, where CUDA does not let it."""
         if key not in self._graphs:
             while len(self._graphs) >= _MOST_GRAPHS:  # each keeps memory for a batch
                 del self._graphs[next(iter(self._graphs))]
@@ -177,16 +144,13 @@ class InferenceNetwork:
         if self.options.channels_last:
             sample = sample.contiguous(memory_format=torch.channels_last)
         self._time.one_for_all = len(timestep) == 1
-        with self._freezing():
+        freezing: AbstractContextManager[Any] = nullcontext()
+        if self.options.compiled and self.device.type == "cpu":
+            from torch._inductor import config  # takes a second, and a compiler, which others do without
+
+            freezing = config.patch(freezing=True)  # the weights are constants, packed once for the processor
+        with freezing:
             return self._network(sample, timestep, class_labels).sample
-
-    def _freezing(self) -> AbstractContextManager[Any]:
-        """While it is compiled, on a CPU: the weights are constants, which are packed once for the processor."""
-        if not self.options.compiled or self.device.type != "cpu":
-            return nullcontext()
-        from torch._inductor import config  # takes a second, and a compiler, which others do without
-
-        return config.patch(freezing=True)
 
 
 class CapturedNetwork:
@@ -226,62 +190,34 @@ class _TimeProjection(nn.Module):
         return self.projection(timesteps[:1] if self.one_for_all else timesteps)
 
 
-class _ResidualBlock(nn.Module):
-    """`ResnetBlock2D` of the paper's network, writing over its own intermediate results."""
-
-    def __init__(self, block: ResnetBlock2D):
-        super().__init__()
-        self.norm1, self.norm2, self.conv1, self.conv2 = block.norm1, block.norm2, block.conv1, block.conv2
-        self.time_emb_proj, self.conv_shortcut = block.time_emb_proj, block.conv_shortcut
-        self.scale = block.output_scale_factor
-
-    @staticmethod
-    def fits(module: nn.Module) -> TypeGuard[ResnetBlock2D]:
-        """Whether it is a block of the paper's kind: no resampling, time added, SiLU."""
-        return (
-            type(module) is ResnetBlock2D
-            and module.time_embedding_norm == "default"
-            and not module.skip_time_act
-            and module.time_emb_proj is not None
-            and module.upsample is None
-            and module.downsample is None
-            and isinstance(module.nonlinearity, nn.SiLU)
-        )
-
-    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x), inplace=True))
-        h += self.time_emb_proj(F.silu(temb))[:, :, None, None]
-        h = self.conv2(F.silu(self.norm2(h), inplace=True))
-        h += x if self.conv_shortcut is None else self.conv_shortcut(x)
-        return h if self.scale == 1 else h / self.scale
+def _residual_block(block: ResnetBlock2D, x: Tensor, temb: Tensor) -> Tensor:
+    """`ResnetBlock2D.forward` of the paper's network, writing over its own intermediate results."""
+    h = block.conv1(F.silu(block.norm1(x), inplace=True))
+    h += block.time_emb_proj(F.silu(temb))[:, :, None, None]
+    h = block.conv2(F.silu(block.norm2(h), inplace=True))
+    h += x if block.conv_shortcut is None else block.conv_shortcut(x)
+    return h if block.output_scale_factor == 1 else h / block.output_scale_factor
 
 
-class _PointwiseConv2d(nn.Module):
+def _pointwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """A 1 x 1 convolution: in channels_last it is a plain matrix product, which PyTorch does not notice."""
-
-    def __init__(self, conv: nn.Conv2d):
-        super().__init__()
-        self.conv = conv
-
-    @staticmethod
-    def fits(module: nn.Module) -> TypeGuard[nn.Conv2d]:
-        """Whether it is a 1 x 1 convolution and nothing else."""
-        return isinstance(module, nn.Conv2d) and (
-            (module.kernel_size, module.stride, module.padding, module.groups) == ((1, 1), (1, 1), (0, 0), 1)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x.permute(0, 2, 3, 1), self.conv.weight[:, :, 0, 0], self.conv.bias).permute(0, 3, 1, 2)
+    return F.linear(x.permute(0, 2, 3, 1), conv.weight[:, :, 0, 0], conv.bias).permute(0, 3, 1, 2)
 
 
-def _rearrange(module: nn.Module, options: InferenceOptions) -> None:
-    """Put faster modules with the same weights in place of stock's."""
-    for name, child in module.named_children():
-        made: nn.Module = child
-        if _ResidualBlock.fits(child):
-            made = _ResidualBlock(child)
-        elif options.channels_last and _PointwiseConv2d.fits(child):
-            made = _PointwiseConv2d(child)
-        setattr(module, name, made)
-        if not isinstance(made, _PointwiseConv2d):
-            _rearrange(made, options)
+def _rearrange(network: nn.Module, options: InferenceOptions) -> None:
+    """Let modules of stock compute the same by faster functions, where they are as in the paper's network."""
+    for module in network.modules():
+        if (
+            type(module) is ResnetBlock2D
+            and (module.time_embedding_norm, module.skip_time_act) == ("default", False)
+            and module.time_emb_proj is not None
+            and module.upsample is module.downsample is None
+            and isinstance(module.nonlinearity, nn.SiLU)
+        ):
+            module.forward = MethodType(_residual_block, module)
+        elif (
+            options.channels_last
+            and isinstance(module, nn.Conv2d)
+            and (module.kernel_size, module.stride, module.padding, module.groups) == ((1, 1), (1, 1), (0, 0), 1)
+        ):
+            module.forward = MethodType(_pointwise, module)  # type: ignore[method-assign]

@@ -33,11 +33,7 @@ class DenoisingStep:
 
 
 class Denoiser:
-    """Take steps down a chain whose timesteps are set.
-
-    `network` is called as `network(x_t, t, class_labels=...)`; its `config` is a `UNet2DModel`'s. `labels` are `[B]`
-    classes on the device; `guidance_scale` 1 is no guidance. For `eta` see `checked_eta`.
-    """
+    """Take steps down a chain whose timesteps are set; `labels` are `[B]` classes on the device."""
 
     def __init__(
         self,
@@ -97,22 +93,17 @@ class Denoiser:
 
     def _options_at(self, index: int, x_t: Tensor) -> dict[str, Any]:
         """Return the scheduler's options for one step."""
-        options = dict(self._options)
-        if self._etas is not None:
-            options["eta"] = self._etas[index]
+        options = dict(self._options) | ({} if self._etas is None else {"eta": self._etas[index]})
         if "variance_noise" in options:
             options["variance_noise"] = standard_normal(x_t.shape, self.generator, x_t.device, x_t.dtype)
         return options
 
     def _captured(self, x_t: Tensor, timesteps: Tensor) -> CapturedSteps | None:
-        """Return the chain's step as a graph, where the network's options ask for it and the scheduler is ours.
-
-        Stock's schedulers keep Python state from step to step; with them the network alone is a graph.
-        """
+        """Return the chain's step as a graph, where the network's options ask for it and the scheduler is ours."""
         network, scheduler = self.network, self.scheduler
         if not (isinstance(network, InferenceNetwork) and network.options.captured and len(x_t)):
             return None
-        if not isinstance(scheduler, DDPMScheduler):
+        if not isinstance(scheduler, DDPMScheduler):  # stock's keep Python state; the network alone is a graph
             return None
         seeded = isinstance(self.generator, SeededNoise)
         tables = tuple(scheduler.timesteps.tolist()), tuple(scheduler.alphas_cumprod.tolist())
@@ -124,8 +115,7 @@ class Denoiser:
 class CapturedSteps:
     """One step of a chain as a CUDA graph: guidance and network, x_0, posterior, and the noise of seeds.
 
-    What changes lies in tensors that keep their place. Noise of generators, which have their own order, is drawn
-    outside.
+    What changes lies in tensors that keep their place. Noise of generators, with their own order, is drawn outside.
     """
 
     def __init__(self, denoiser: Denoiser, network: InferenceNetwork, x_t: Tensor, timesteps: Tensor):
@@ -178,9 +168,6 @@ class _Given(SeededNoise):
 
     def normal(self, shape: Sequence[int]) -> Tensor:
         return self._given
-
-
-# ------------------------------------------------------------------ RePaint
 
 
 def check_repaint(scheduler: Any, length: int, times: int) -> None:

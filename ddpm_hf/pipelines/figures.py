@@ -1,10 +1,8 @@
-"""The paper's figures of what a model has learned: progressive generation (Figs. 6, 10 and 14), shared latents
-(Fig. 7), interpolation (Fig. 8) and coarse-to-fine interpolation (Fig. 9).
+"""The paper's figures of a model: progressive generation (Figs. 6, 10, 14), shared latents (7), interpolations (8, 9).
 
 Each function returns its images, in the [-1, 1] scale and on the CPU, with a `draw()` that makes the labelled picture.
-`t` counts diffusion steps as in the paper, from 0, the data, to T, pure noise. Where the chain has fewer steps, the
-nearest one counts, and the label says so. All noise comes from seeds, so a figure is the same again on the same
-device, whatever the batch size. Arguments outside their range, or counts that disagree, raise a `UserError` at once.
+`t` counts diffusion steps from 0, the data, to T; where the chain has fewer steps, the nearest one counts. All noise
+comes from seeds. Arguments outside their range, or counts that disagree, raise a `UserError` at once.
 """
 
 from __future__ import annotations
@@ -32,35 +30,36 @@ from .schedulers import checked_steps
 LAMBDAS = tuple(i / 10 for i in range(11))
 
 
-@dataclass
 class _Chain:
-    """The reverse chain that a figure is drawn with."""
+    """The reverse chain that a figure is drawn with; `options` are guidance_scale and eta."""
 
-    pipe: DDPMPipeline  # network and sampler
-    num_inference_steps: int | None = None  # of the chain; T by default
-    batch_size: int = 64  # images at a time; does not change them
-    class_labels: ClassLabels = None  # one for all, or one per seed, for class-conditional networks
-    guidance_scale: float = 1.0  # see `DDPMPipeline.__call__`, eta too
-    eta: float | None = None
-    progress: bool = False  # show one progress bar over the whole figure
-
-    def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise UserError(f"batch_size must be at least 1, got {self.batch_size}")
-        scheduler = self.pipe.scheduler
-        scheduler.set_timesteps(checked_steps(scheduler, self.num_inference_steps))
+    def __init__(
+        self,
+        pipe: DDPMPipeline,
+        num_inference_steps: int | None = None,  # T by default
+        batch_size: int = 64,  # images at a time; does not change them
+        class_labels: ClassLabels = None,  # one for all, or one per seed, for class-conditional networks
+        progress: bool = False,  # show one progress bar over the whole figure
+        **options: Any,
+    ):
+        if batch_size < 1:
+            raise UserError(f"batch_size must be at least 1, got {batch_size}")
+        self.pipe, self.batch_size, self.class_labels = pipe, batch_size, class_labels
+        self._options = {"num_inference_steps": num_inference_steps, **options}
+        scheduler = pipe.scheduler
+        scheduler.set_timesteps(checked_steps(scheduler, num_inference_steps))
         self.T: int = scheduler.config.num_train_timesteps
-        self.ts = [int(timestep) + 1 for timestep in scheduler.timesteps] + [0]  # before each step, and the data
+        self.ts = [*(scheduler.timesteps.long() + 1).tolist(), 0]  # before each step, and the data
         # The delay keeps a bar away from the sentence about a class that the network does not have.
-        self.bar = tqdm(desc="drawing", unit="step", delay=0.1, disable=not self.progress)
+        self.bar = tqdm(desc="drawing", unit="step", delay=0.1, disable=not progress)
 
     def indices_of(self, ts: Sequence[int]) -> list[int]:
         """Return the place in the chain of the step nearest to each t, without repeats; the data's is the last."""
+        if not ts:
+            raise UserError(f"ts is empty; give at least one number of diffusion steps, 0 to {self.T}")
         for t in ts:
             if isinstance(t, bool) or not isinstance(t, int) or not 0 <= t <= self.T:
                 raise UserError(f"t counts diffusion steps, 0 to {self.T}, got {t!r}")
-        if not ts:
-            raise UserError(f"ts is empty; give at least one number of diffusion steps, 0 to {self.T}")
         places = range(len(self.ts))
         return list(dict.fromkeys(min(places, key=lambda place: abs(self.ts[place] - t)) for t in ts))
 
@@ -72,25 +71,17 @@ class _Chain:
 
     def options(self, labels: Sequence[Any]) -> dict[str, Any]:
         """Return the options of `DDPMPipeline.denoise` for images of these classes."""
-        return {
-            "num_inference_steps": self.num_inference_steps,
-            "class_labels": None if all(label is None for label in labels) else list(labels),
-            "guidance_scale": self.guidance_scale,
-            "eta": self.eta,
-        }
+        return self._options | {"class_labels": None if all(label is None for label in labels) else list(labels)}
 
     def batches(self, count: int) -> list[slice]:
         return [slice(first, first + self.batch_size) for first in range(0, count, self.batch_size)]
 
-    def steps(self, count: int, indices: Sequence[int]) -> int:
-        """Return how many steps it takes to decode `count` images from each of these places."""
-        return len(self.batches(count)) * sum(len(self.ts) - 1 - index for index in indices)
+    def expect(self, count: int, indices: Sequence[int], more: int = 0) -> None:
+        """Let the bar end after the steps that decode `count` images from each of these places, and `more`."""
+        self.bar.total = more + len(self.batches(count)) * sum(len(self.ts) - 1 - index for index in indices)
 
     def decode(self, x_t: Tensor, index: int, seeds: list[int], drawn: int, labels: list[Any]) -> Tensor:
-        """Draw x_0 ~ p(x_0|x_t) for `[B, C, H, W]` at one place in the chain, each with its own seed and label.
-
-        `drawn` is how often their seeds' noise was drawn before.
-        """
+        """Draw x_0 ~ p(x_0|x_t) at one place in the chain; the seeds' noise was drawn `drawn` times before."""
         x_0 = []
         for rows in self.batches(len(x_t)):
             x = x_t[rows].to(self.pipe._execution_device)
@@ -111,9 +102,9 @@ def _evenly(last: int, count: int) -> list[int]:
 
 @dataclass(frozen=True)
 class ProgressiveGeneration:
-    """How images come into being."""
+    """How images come into being: N of them at S points of the chain."""
 
-    x_t: Tensor  # [N, S, C, H, W]: N images at S points of the chain, from pure noise to the image
+    x_t: Tensor  # [N, S, C, H, W], from pure noise to the image
     pred_original_sample: Tensor  # the x_0 predicted from each (Eq. 15); at t = 0 the image itself
     ts: list[int]  # the t of each of the S points; the last one is 0
     T: int  # how many diffusion steps the process has
@@ -123,21 +114,16 @@ class ProgressiveGeneration:
         """Draw time from left to right; two rows per image: x_t and the predicted x_0."""
         points = _evenly(len(self.ts) - 1, columns - 1)
         both = torch.stack([self.x_t[:, points], self.pred_original_sample[:, points]], dim=1).flatten(0, 1)
-        return labelled_grid(
-            to_uint8(both),
-            [text for seed in self.seeds for text in (f"seed {seed}: x_t", "predicted x_0")],
-            [f"t = {self.ts[point]}" for point in points],
-            f"Progressive generation: x_t and the x_0 predicted from it, from t = {self.ts[0]} to the image",
-        )
+        rows = [text for seed in self.seeds for text in (f"seed {seed}: x_t", "predicted x_0")]
+        title = f"Progressive generation: x_t and the x_0 predicted from it, from t = {self.ts[0]} to the image"
+        return labelled_grid(to_uint8(both), rows, [f"t = {self.ts[point]}" for point in points], title)
 
     def frames(self) -> list[Image.Image]:
         """Draw one picture per point of time, for `visualize.save_animation`."""
         both = to_uint8(torch.stack([self.x_t, self.pred_original_sample]))
         columns = [f"seed {seed}" for seed in self.seeds]
-        return [
-            labelled_grid(both[:, :, point], ["x_t", "predicted x_0"], columns, f"t = {t} of {self.T}")
-            for point, t in enumerate(self.ts)
-        ]
+        frames = zip(both.unbind(2), self.ts, strict=True)
+        return [labelled_grid(x, ["x_t", "predicted x_0"], columns, f"t = {t} of {self.T}") for x, t in frames]
 
 
 @torch.no_grad()
@@ -158,10 +144,9 @@ def progressive_generation(
     if points < 1:
         raise UserError(f"points must be at least 1, got {points}")
     chain = _Chain(pipe, **options)
-    labels, kept = chain.labels(len(seeds)), _evenly(len(chain.ts) - 1, points)
-    parts = []
+    labels, kept, parts = chain.labels(len(seeds)), _evenly(len(chain.ts) - 1, points), []
     with chain.bar:
-        chain.bar.total = chain.steps(len(seeds), [0])
+        chain.expect(len(seeds), [0])
         for rows in chain.batches(len(seeds)):
             pairs = []
             for step in pipe.progressive(seeds=seeds[rows], **chain.options(labels[rows])):
@@ -190,12 +175,10 @@ class SharedLatents:
 
     def draw(self) -> Image.Image:
         """Draw one row per t: x_t itself, then what was drawn from it."""
-        return labelled_grid(
-            to_uint8(torch.cat([self.x_t[:, None], self.samples], dim=1)),
-            [f"t = {t}" for t in self.ts],
-            ["shared x_t", *(f"seed {seed}" for seed in self.seeds[1:])],
-            f"Samples that share x_t at one t of {self.T}, and continue from it with noise of their own",
-        )
+        tiles = to_uint8(torch.cat([self.x_t[:, None], self.samples], dim=1))
+        columns = ["shared x_t", *(f"seed {seed}" for seed in self.seeds[1:])]
+        title = f"Samples that share x_t at one t of {self.T}, and continue from it with noise of their own"
+        return labelled_grid(tiles, [f"t = {t}" for t in self.ts], columns, title)
 
 
 @torch.no_grad()
@@ -222,15 +205,16 @@ def shared_latents(
     count, stop = len(seeds) - 1, max(1, *indices)  # `progressive` returns x_T only with its first step
     x_at: dict[int, Tensor] = {}
     with chain.bar:
-        chain.bar.total = stop + chain.steps(count, indices)
+        chain.expect(count, indices, more=stop)
         for step in pipe.progressive(seeds=seeds[:1], stop=stop, **chain.options(labels[:1])):
             x_at[step.index], x_at[step.index + 1] = step.sample.cpu(), step.prev_sample.cpu()
             chain.bar.update()
+        shared = torch.cat([x_at[index] for index in indices])
         samples = [
-            chain.decode(x_at[index].repeat(count, 1, 1, 1), index, seeds[1:], 0, labels[1:]) for index in indices
+            chain.decode(x_t.repeat(count, 1, 1, 1), index, seeds[1:], 0, labels[1:])
+            for x_t, index in zip(shared, indices, strict=True)
         ]
-    x_t = torch.cat([x_at[index] for index in indices])
-    return SharedLatents(x_t, torch.stack(samples), [chain.ts[index] for index in indices], chain.T, seeds)
+    return SharedLatents(shared, torch.stack(samples), [chain.ts[index] for index in indices], chain.T, seeds)
 
 
 @dataclass(frozen=True)
@@ -245,23 +229,17 @@ class Interpolation:
     T: int  # how many the process has
     seeds: list[int]  # of the noise of each pair
 
-    def tiles(self) -> Tensor:
-        """Return `[N, L + 2, C, H, W]`: with the given images at both ends."""
+    def tiles(self) -> Tensor:  # [N, L + 2, C, H, W]: with the given images at both ends
         return torch.cat([self.image_a[:, None], self.images, self.image_b[:, None]], dim=1)
 
-    def columns(self) -> list[str]:
-        """Return their titles; lambda = 0 and 1 are reconstructions."""
+    def columns(self) -> list[str]:  # their titles; lambda = 0 and 1 are reconstructions
         ends = {0.0: "rec. A", 1.0: "rec. B"}
         return ["source A", *(ends.get(x, f"{x:.3g}") for x in self.lambdas), "source B"]
 
     def draw(self) -> Image.Image:
         """Draw one row per pair, lambda from left to right."""
-        return labelled_grid(
-            to_uint8(self.tiles()),
-            [f"seed {seed}" for seed in self.seeds],
-            self.columns(),
-            f"Interpolation at t = {self.t} of {self.T}: (1 - lambda) x_t + lambda x'_t, decoded; lambda on top",
-        )
+        title = f"Interpolation at t = {self.t} of {self.T}: (1 - lambda) x_t + lambda x'_t, decoded; lambda on top"
+        return labelled_grid(to_uint8(self.tiles()), [f"seed {seed}" for seed in self.seeds], self.columns(), title)
 
 
 @dataclass(frozen=True)
@@ -272,12 +250,9 @@ class CoarseToFine:
 
     def draw(self) -> Image.Image:
         """Draw one row per number of steps, lambda from left to right."""
-        return labelled_grid(
-            to_uint8(torch.cat([row.tiles() for row in self.rows])),
-            [f"{row.t} steps" for row in self.rows],
-            self.rows[0].columns(),
-            "Coarse-to-fine interpolation: mixed after so many diffusion steps; lambda on top",
-        )
+        tiles = to_uint8(torch.cat([row.tiles() for row in self.rows]))
+        title = "Coarse-to-fine interpolation: mixed after so many diffusion steps; lambda on top"
+        return labelled_grid(tiles, [f"{row.t} steps" for row in self.rows], self.rows[0].columns(), title)
 
 
 @torch.no_grad()
@@ -294,23 +269,21 @@ def interpolate(
 ) -> Interpolation:
     """Draw images between two images (Section 4.3, Fig. 8): both are diffused to t, mixed, and decoded.
 
-    x_t, x'_t ~ q(x_t|x_0) and the noise of the reverse chain are the same for every lambda of a pair. On the CPU and
-    with all T steps, the result at lambda = 0 is that of `pipe(image=image_a, strength=t / T, seeds=seeds)`.
+    x_t, x'_t ~ q(x_t|x_0) and the noise of the reverse chain are the same for every lambda of a pair.
 
     Args:
         pipe: Network and sampler.
-        image_a, image_b: A PIL image (scaled and cropped to fit), an array `[H, W, C]` or a tensor `[C, H, W]`, uint8
-            or in [0, 1]; or equally many of them.
+        image_a, image_b: As `image` of `DDPMPipeline.__call__`, or equally many of them.
         t: After how many diffusion steps to mix; T / 2 by default, in the paper 500. 0 mixes the images themselves.
         lambdas: Shares of `image_b`, 0 to 1.
         seeds: One per pair; 0, 1, ... by default.
-        same_noise: Diffuse both images with the same noise, instead of one of its own for each as in the paper, whose
-            mixture has less variance than the network was trained on, by up to a half at lambda = 0.5.
+        same_noise: Diffuse both images with the same noise, instead of one of its own for each as in the paper.
         options: See `progressive_generation`; one label per pair.
     """
     chain = _Chain(pipe, **options)
-    ts = [chain.T // 2 if t is None else t]
-    return _interpolations(chain, image_a, image_b, ts, lambdas, seeds, same_noise)[0]
+    return _interpolations(chain, (image_a, image_b), [chain.T // 2 if t is None else t], lambdas, seeds, same_noise)[
+        0
+    ]
 
 
 @torch.no_grad()
@@ -327,31 +300,22 @@ def coarse_to_fine(
 ) -> CoarseToFine:
     """Interpolate between one pair of images after different numbers of diffusion steps (Appendix D, Fig. 9).
 
-    The more steps, the more of the two images is forgotten before they are mixed, and made up afterwards.
-
     Args:
         pipe, image_a, image_b, lambdas, same_noise, options: See `interpolate`.
         ts: Numbers of diffusion steps, one row each; eighths of T by default, in the paper 1000, 875, ..., 125, 0.
         seed: Of the noise, which is the same in all rows.
     """
     chain = _Chain(pipe, **options)
-    if ts is None:
-        ts = [round(chain.T * share / 8) for share in range(8, -1, -1)]
-    return CoarseToFine(_interpolations(chain, image_a, image_b, ts, lambdas, [seed], same_noise))
+    ts = [round(chain.T * share / 8) for share in range(8, -1, -1)] if ts is None else ts
+    return CoarseToFine(_interpolations(chain, (image_a, image_b), ts, lambdas, [seed], same_noise))
 
 
 def _interpolations(
-    chain: _Chain,
-    image_a: Any,
-    image_b: Any,
-    ts: Sequence[int],
-    lambdas: Sequence[float],
-    seeds: Iterable[int] | None,
-    same_noise: bool,
+    chain: _Chain, pair: tuple[Any, Any], ts: Sequence[int], lambdas: Any, seeds: Any, same_noise: bool
 ) -> list[Interpolation]:
     """Return an interpolation for each t; see `indices_of`."""
-    shape, scheduler = chain.pipe.image_shape, chain.pipe.scheduler
-    a, b = images_in_model_range(image_a, shape), images_in_model_range(image_b, shape)
+    scheduler = chain.pipe.scheduler
+    a, b = (images_in_model_range(image, chain.pipe.image_shape) for image in pair)
     seeds = list(range(len(a)) if seeds is None else seeds)
     if not len(a) == len(b) == len(seeds) > 0:
         got = f"{len(a)} first and {len(b)} second images and {len(seeds)} seed{'s'[: len(seeds) != 1]}"
@@ -373,10 +337,9 @@ def _interpolations(
         mixed.append(((1 - share) * x_a[:, None] + share * x_b[:, None]).flatten(0, 1))  # [N L, C, H, W]
     labels = [label for label in chain.labels(len(a)) for _ in lambdas]
     of_each = [seed for seed in seeds for _ in lambdas]  # the reverse chain's noise is the same for every lambda
-    made = []
     with chain.bar:
-        chain.bar.total = chain.steps(len(of_each), indices)
-        for x_t, index in zip(mixed, indices, strict=True):
-            x_0 = chain.decode(x_t, index, of_each, 1, labels).unflatten(0, (len(a), -1))
-            made.append(Interpolation(x_0, a, b, lambdas, chain.ts[index], chain.T, seeds))
-    return made
+        chain.expect(len(of_each), indices)
+        made = [chain.decode(x, index, of_each, 1, labels) for x, index in zip(mixed, indices, strict=True)]
+    images = [x_0.unflatten(0, (len(a), -1)) for x_0 in made]
+    ts = [chain.ts[index] for index in indices]
+    return [Interpolation(x, a, b, lambdas, t, chain.T, seeds) for x, t in zip(images, ts, strict=True)]

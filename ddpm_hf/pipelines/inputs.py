@@ -1,8 +1,5 @@
 """What users hand to a pipeline - seeds, images, masks - as checked tensors."""
 
-from __future__ import annotations
-
-import operator
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,6 +11,7 @@ from torch import Tensor
 from ..data.class_labels import one_per_image
 from ..data.decoding import DecodeOptions, read_image
 from ..data.tensors import to_model_range
+from ..diffusion.tables import whole_number
 from ..utils.errors import UserError
 from ..utils.randomness import Generators, SeededNoise
 
@@ -21,42 +19,30 @@ from ..utils.randomness import Generators, SeededNoise
 def count_and_generators(
     batch_size: int | None, generator: Generators, seeds: Iterable[int] | None, device: torch.device | str = "cpu"
 ) -> tuple[int, Generators]:
-    """Return how many images, and what their noise is drawn from: `generator`, or `seeds`, on the chain's `device`.
-
-    Raises a UserError for a negative number, seeds and generators together, or counts that disagree.
-    """
+    """Return how many images, and what their noise is drawn from: `generator`, or `seeds`, on the chain's `device`."""
     if seeds is not None:
         if generator is not None:
             raise UserError("pass either seeds or generator, and not both")
-        seeds = [_index("each of seeds", seed) for seed in seeds]
+        seeds = [whole_number("each of seeds", seed) for seed in seeds]
         if batch_size not in (None, len(seeds)):
             raise UserError(f"batch_size={batch_size} but {len(seeds)} seeds; leave batch_size out")
         return len(seeds), SeededNoise(seeds, device)
-    batch_size = 1 if batch_size is None else _index("batch_size", batch_size)
+    batch_size = 1 if batch_size is None else whole_number("batch_size", batch_size)
     if batch_size < 0:
         raise UserError(f"batch_size must not be negative, got {batch_size}")
-    if isinstance(generator, (list, tuple)):
-        generator = list(generator)
-        if len(generator) != batch_size:
-            raise UserError(f"got {len(generator)} generators for batch_size={batch_size}; pass one per image")
+    generator = list(generator) if isinstance(generator, tuple) else generator
+    if isinstance(generator, list) and len(generator) != batch_size:
+        raise UserError(f"got {len(generator)} generators for batch_size={batch_size}; pass one per image")
     for one in generator if isinstance(generator, list) else [generator]:
         if one is not None and not isinstance(one, torch.Generator):
             raise UserError(f"generator must be a torch.Generator, or a list of them, got {one!r}")
     return batch_size, generator
 
 
-def _index(name: str, value: Any) -> int:
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise UserError(f"{name} must be a whole number, got {value!r}") from None
-
-
 def images_in_model_range(image: Any, image_shape: tuple[int, int, int]) -> Tensor:
     """Return images as `[N, C, H, W]` float32 in [-1, 1]; a UserError refuses another shape or range.
 
-    They are PIL images (scaled and cropped to fit), arrays `[H, W, C]` or tensors `[C, H, W]` in [0, 1] or uint8; one,
-    a batch, or a list. `image_shape` is the network's: channels, height and width.
+    They are what `DDPMPipeline.__call__` takes as `image`. `image_shape` is the network's: channels, height, width.
     """
     if isinstance(image, (list, tuple)):
         if not image:
@@ -84,8 +70,8 @@ def images_in_model_range(image: Any, image_shape: tuple[int, int, int]) -> Tens
 def mask_of(mask: Any, image_shape: tuple[int, int, int], batch_size: int) -> Tensor:
     """Return `[B, 1, H, W]` bool, true where the mask is white (above one half); one mask serves all images.
 
-    It is a PIL image (scaled and cropped to fit), or an array or tensor `[H, W]`, `[1, H, W]` or `[N, 1, H, W]`,
-    uint8, bool or in [0, 1]; or a list of them. Raises a UserError for another size or number of masks.
+    It is a PIL image, or an array or tensor `[H, W]`, `[1, H, W]` or `[N, 1, H, W]`, uint8, bool or in [0, 1]; or a
+    list of them. A UserError refuses another size or number.
     """
     if isinstance(mask, (list, tuple)):
         if not mask:

@@ -32,15 +32,12 @@ _OURS = {("diffusers", "UNet2DModel"), ("diffusers", "DDPMScheduler")}
 
 
 class DDPMPipeline(PortableConfigMixin, PrivateByDefault, StockDDPMPipeline):
-    """Samples images from a DDPM (Algorithm 2).
-
-    Repositories written by `save_pretrained` are stock's: library `diffusers`, the same files and keys.
-    `from_pretrained` opens stock repositories with this package's network and scheduler. Other schedulers (DDIM,
-    DPM-Solver, ...) work as in stock: `DDPMPipeline(unet, DDIMScheduler.from_config(pipe.scheduler.config))`.
+    """Sample images from a DDPM (Algorithm 2); repositories are stock's, with the same files and keys.
 
     Args:
         unet: The network; its `sample_size` and `in_channels` give the shape of the images.
-        scheduler: A `DDPMScheduler` (stock's becomes this package's), or another diffusers scheduler.
+        scheduler: A `DDPMScheduler` (stock's becomes this package's), or another diffusers scheduler, as in stock:
+            `DDIMScheduler.from_config(pipe.scheduler.config)`.
     """
 
     unet: UNet2DModel
@@ -100,7 +97,7 @@ class DDPMPipeline(PortableConfigMixin, PrivateByDefault, StockDDPMPipeline):
 
     @classmethod
     def from_pipe(cls, pipeline: Any, **kwargs: Any) -> DDPMPipeline:
-        """Make this pipeline around the `unet` and `scheduler` of another one, stock's too; both pipelines share them.
+        """Make this pipeline around the `unet` and `scheduler` of another one, which both then share.
 
         `kwargs` are `unet=` or `scheduler=` instead of its own, and `dtype=` (or `torch_dtype=`), which converts the
         shared network. Raises a UserError if the other one has more components.
@@ -140,18 +137,13 @@ class DDPMPipeline(PortableConfigMixin, PrivateByDefault, StockDDPMPipeline):
     @property
     def settings(self) -> dict[str, Any]:
         """All that decides, beside the weights, which image a seed gives, as JSON values."""
-
-        def without_notes(config: Any) -> dict[str, Any]:
-            # what diffusers notes for itself (`_use_default_values`, ...) differs from process to process
-            return {k: v for k, v in config.items() if not k.startswith("_") or k == "_prediction_error"}
-
-        return {
-            "unet": without_notes(self.unet.config),
-            "dtype": str(self.network.dtype).removeprefix("torch."),
-            "sampler": type(self.scheduler).__name__,
-            "noise": NOISE_OF_SEEDS,
-            "scheduler": without_notes(self.scheduler.config),
-        }
+        # without what diffusers notes for itself (`_use_default_values`, ...): it differs from process to process
+        unet, scheduler = (
+            {k: v for k, v in part.config.items() if not k.startswith("_") or k == "_prediction_error"}
+            for part in (self.unet, self.scheduler)
+        )
+        dtype, sampler = str(self.network.dtype).removeprefix("torch."), type(self.scheduler).__name__
+        return {"unet": unet, "dtype": dtype, "sampler": sampler, "noise": NOISE_OF_SEEDS, "scheduler": scheduler}
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -183,9 +175,7 @@ class DDPMPipeline(PortableConfigMixin, PrivateByDefault, StockDDPMPipeline):
         callback_on_step_end: Callable[..., dict[str, Any] | None] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("image",),
     ) -> ImagePipelineOutput | tuple[Any]:
-        """Draw images.
-
-        The network runs in evaluation mode and in its own dtype; the chain stays in float32.
+        """Draw images; the network runs in evaluation mode and in its own dtype, the chain in float32.
 
         Args:
             batch_size: How many images; 1 by default, or as many as there are seeds or given images. 0 gives none.
@@ -193,24 +183,19 @@ class DDPMPipeline(PortableConfigMixin, PrivateByDefault, StockDDPMPipeline):
             num_inference_steps: Steps of the chain; the scheduler's T by default (1000 in the paper).
             output_type: `pil`, or in [0, 1] `np` (`[B, H, W, C]`; also `numpy` or `None`) or `pt` (`[B, C, H, W]`).
             return_dict: `False` gives a tuple.
-            seeds: One seed per image, instead of `generator`: image i depends on its own seed only, on every device
-                (`randomness.SeededNoise`).
-            class_labels: For class-conditional networks: one class for all images, or one per image; by the name
-                that the network was trained with, or by number. If any class is called by a number, a number is such
-                a name; else it counts the classes from 0. `None` is "no class", which has no number.
+            seeds: One seed per image, instead of `generator`: image i depends on its own seed only, on every device.
+            class_labels: For class-conditional networks: one class for all images, or one per image, by name or
+                number (`data.class_labels`); `None` is "no class".
             guidance_scale: Classifier-free guidance (Ho & Salimans 2022): 1 samples the class as it was learned,
                 more exaggerates it, at two network evaluations per step. Needs a network trained with class dropout.
-            eta: For DDIM: 0 is deterministic, 1 as random as the ancestral sampler. By default the scheduler's own (0
-                for DDIM, 0.3 for TCD).
-            image: Start from this image instead of from noise: a PIL image (scaled and cropped to fit), an array
-                `[H, W, C]` or a tensor `[C, H, W]` in [0, 1], or a batch or list of them. Needs `strength` or
-                `mask_image`.
-            strength: With `image`: the share of the chain to go back, so that t = strength T; 0 keeps the image, 1
-                keeps next to nothing of it.
+            eta: For DDIM: 0 is deterministic, 1 as random as the ancestral sampler. By default the scheduler's own.
+            image: Start from this image instead of noise: a PIL image (scaled and cropped to fit), an array `[H, W,
+                C]` or a tensor `[C, H, W]` in [0, 1], or a batch or list of them. Needs `strength` or `mask_image`.
+            strength: With `image`: the share of the chain to go back; 0 keeps the image, 1 next to nothing of it.
             mask_image: With `image`: draw new pixels where it is white, keep the image where it is black (RePaint,
                 Lugmayr et al. 2022). A PIL image, or an array or tensor `[H, W]` (or one per image).
-            resample_length, resample_times: RePaint's j and r: every j steps the chain goes back j steps, so that
-                each stretch is taken r times and the two parts fit together. `resample_times=1` never goes back.
+            resample_length, resample_times: RePaint's j and r: each stretch of j steps is taken r times, so that the
+                two parts fit together.
             callback_on_step_end: Called as `callback(pipe, step, timestep, tensors)` after every step; the "image"
                 (x_{t-1}) that it returns replaces the chain's. `pipe._interrupt = True` ends the chain early.
             callback_on_step_end_tensor_inputs: What `tensors` holds: "image", "pred_original_sample".
@@ -219,7 +204,7 @@ class DDPMPipeline(PortableConfigMixin, PrivateByDefault, StockDDPMPipeline):
             `.images`.
 
         Raises:
-            UserError: An argument is outside its range, or `seeds` is given with `generator`, or counts disagree.
+            UserError: An argument is outside its range, or does not go with another.
             NotFiniteError: The network made NaN or infinities, which are no pixel values.
         """
         output_type = "np" if output_type in ("numpy", None) else output_type
@@ -228,16 +213,14 @@ class DDPMPipeline(PortableConfigMixin, PrivateByDefault, StockDDPMPipeline):
         if output_type == "pil" and self.image_shape[0] not in (1, 3):
             raise UserError(f"PIL has no images of {self.image_shape[0]} channels; use output_type='np' or 'pt'")
         inputs = callback_on_step_end_tensor_inputs
-        for name in inputs:
-            if name not in self._callback_tensor_inputs:
-                names = ", ".join(self._callback_tensor_inputs)
-                raise UserError(f"callback_on_step_end_tensor_inputs knows {names}, got {name!r}")
+        if unknown := set(inputs) - set(self._callback_tensor_inputs):
+            known = ", ".join(self._callback_tensor_inputs)
+            raise UserError(f"callback_on_step_end_tensor_inputs knows {known}, got {min(unknown)!r}")
         num_inference_steps = checked_steps(self.scheduler, num_inference_steps)
         given = None if image is None else images_in_model_range(image, self.image_shape)
         if seeds is None and batch_size is None and given is not None:
             batch_size = len(given)
-        device = self._execution_device
-        batch_size, source = count_and_generators(batch_size, generator, seeds, device)
+        batch_size, source = count_and_generators(batch_size, generator, seeds, device := self._execution_device)
         set_timesteps(self.scheduler, num_inference_steps)
         start, mask = 0, None
         if given is not None:
@@ -249,16 +232,15 @@ class DDPMPipeline(PortableConfigMixin, PrivateByDefault, StockDDPMPipeline):
         elif strength is not None or mask_image is not None:
             raise UserError("strength and mask_image go with an image; pass image=")
         denoiser = self._denoiser(source, batch_size, class_labels, guidance_scale, eta)
+        x_t = torch.empty(0, *self.image_shape)
         if batch_size:
-            noise_only = mask is not None and start == 0
-            x_t = self._noisy_start(source, batch_size, None if noise_only else given, start)
+            from_noise = mask is not None and start == 0
+            x_t = self._noisy_start(source, batch_size, None if from_noise else given, start)
             steps, total = denoiser.steps(x_t, start), len(self.scheduler.timesteps) - start
             if given is not None and mask is not None:
                 steps = repaint(denoiser, x_t, given, mask, start, resample_length, resample_times)
                 total *= resample_times
             x_t = self._last_of(steps, x_t, total, callback_on_step_end, inputs)
-        else:
-            x_t = torch.empty(0, *self.image_shape)
         images = self.as_output(x_t, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
@@ -291,7 +273,7 @@ class DDPMPipeline(PortableConfigMixin, PrivateByDefault, StockDDPMPipeline):
 
     def check_finite(self, x_0: Tensor) -> None:
         """Raise a NotFiniteError for NaN and infinities; it names the weight that is to blame, if one is."""
-        if bool(x_0.isfinite().all()):
+        if x_0.isfinite().all():
             return
         check_weights(self.unet)
         dtype = str(self.network.dtype).removeprefix("torch.")
@@ -301,12 +283,11 @@ class DDPMPipeline(PortableConfigMixin, PrivateByDefault, StockDDPMPipeline):
 
     def _start_of(self, strength: float | None, inpainting: bool) -> int:
         """Return where in the chain to enter with a given image."""
-        if strength is None:
-            if not inpainting:
-                raise UserError("image needs strength (the share of the chain to go back, 0 to 1) or a mask_image")
+        if strength is None and inpainting:
             return 0
-        if not 0 <= strength <= 1:
-            raise UserError(f"strength must be between 0 and 1, got {strength}")
+        if strength is None or not 0 <= strength <= 1:
+            what = "image needs strength (the share of the chain to go back) or a mask_image"
+            raise UserError(f"{what}; strength must be between 0 and 1, got {strength}")
         steps = len(self.scheduler.timesteps)
         return steps - min(round(steps * strength), steps)
 
@@ -322,30 +303,21 @@ class DDPMPipeline(PortableConfigMixin, PrivateByDefault, StockDDPMPipeline):
 
     @torch.no_grad()
     def denoise(
-        self,
-        x_t: Tensor,
-        generator: Generators = None,
-        *,
-        num_inference_steps: int | None = None,
-        start: int = 0,
-        stop: int | None = None,
-        class_labels: ClassLabels = None,
-        guidance_scale: float = 1.0,
-        eta: float | None = None,
+        self, x_t: Tensor, generator: Generators = None, *, start: int = 0, stop: int | None = None, **options: Any
     ) -> Iterator[DenoisingStep]:
-        """Take the chain's steps `start` to `stop` (all by default): what `__call__` and the paper's figures are made
-        of.
+        """Take the chain's steps `start` to `stop` (all by default), and yield a `DenoisingStep` each.
 
-        It starts from x_t, `[B, C, H, W]` float32, noisy as at `scheduler.timesteps[start]`, and yields a
-        `DenoisingStep` each. Its `prev_sample` may be replaced; the next step starts from there.
+        x_t is `[B, C, H, W]` float32, noisy as at `scheduler.timesteps[start]`. A step's `prev_sample` may be
+        replaced; the next one starts from there. `options` are `num_inference_steps`, `class_labels`,
+        `guidance_scale` and `eta`, as in `__call__`.
         """
-        set_timesteps(self.scheduler, checked_steps(self.scheduler, num_inference_steps))
-        denoiser = self._denoiser(generator, len(x_t), class_labels, guidance_scale, eta)
+        set_timesteps(self.scheduler, checked_steps(self.scheduler, options.pop("num_inference_steps", None)))
+        denoiser = self._denoiser(generator, len(x_t), **options)
         with evaluating(self.unet):
             yield from denoiser.steps(x_t, start, stop)
 
     def _denoiser(
-        self, generator: Generators, count: int, class_labels: ClassLabels, guidance_scale: float, eta: float | None
+        self, generator: Generators, count: int, class_labels: Any = None, guidance_scale: float = 1.0, eta: Any = None
     ) -> Denoiser:
         """Return what takes steps down the chain that is set, with its options checked."""
         checked_eta(self.scheduler, eta)
@@ -354,12 +326,7 @@ class DDPMPipeline(PortableConfigMixin, PrivateByDefault, StockDDPMPipeline):
         return Denoiser(self.network, self.scheduler, generator, labels, guidance_scale, eta)
 
     def progressive(
-        self,
-        batch_size: int | None = None,
-        generator: Generators = None,
-        *,
-        seeds: Iterable[int] | None = None,
-        **options: Any,
+        self, batch_size: int | None = None, generator: Generators = None, *, seeds: Any = None, **options: Any
     ) -> Iterator[DenoisingStep]:
         """Yield a `DenoisingStep` per step, from x_T on (Section 4.3); see `__call__`, and `denoise` for `options`."""
         checked_steps(self.scheduler, options.get("num_inference_steps"))

@@ -1,7 +1,5 @@
 """Check and set what schedulers take, ours and stock's, before and while they sample from a DDPM."""
 
-from __future__ import annotations
-
 import inspect
 import math
 from typing import Any
@@ -12,7 +10,8 @@ from diffusers.schedulers.scheduling_ddim_cogvideox import CogVideoXDDIMSchedule
 from diffusers.schedulers.scheduling_ddim_parallel import DDIMParallelScheduler
 from diffusers.utils import logging
 
-from ..diffusion.scheduling_ddpm import DDPMScheduler, whole_number
+from ..diffusion.scheduling_ddpm import DDPMScheduler, vanished
+from ..diffusion.tables import number_of_steps
 from ..utils.errors import UserError
 from ..utils.randomness import Generators, SeededNoise
 
@@ -31,10 +30,8 @@ def check_is_ddpm(scheduler: Any) -> None:
     alpha_bar = getattr(scheduler, "alphas_cumprod", None)
     flow = config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction"
     if flow or not isinstance(alpha_bar, torch.Tensor) or len(alpha_bar) != config.get("num_train_timesteps"):
-        raise UserError(
-            f"{type(scheduler).__name__} is for another process than a DDPM's, whose networks see x_t at one of T "
-            "timesteps; use DDPMScheduler, DDIMScheduler, DPMSolverMultistepScheduler or another with alphas_cumprod"
-        )
+        what = f"{type(scheduler).__name__} is for another process than a DDPM's"
+        raise UserError(f"{what}; use DDPMScheduler, DDIMScheduler or another with alphas_cumprod over T timesteps")
 
 
 def check_is_sampler(scheduler: Any) -> None:
@@ -46,8 +43,8 @@ def check_is_sampler(scheduler: Any) -> None:
     needed = [argument for argument, p in parameters.items() if p.default is p.empty and p.kind != p.VAR_KEYWORD]
     # UnCLIP's has to be told where each step leads, and goes to t - 1 otherwise
     if needed != ["model_output", "timestep", "sample"] or "prev_timestep" in parameters or "Inverse" in name:
-        what = "goes from images to noise" if "Inverse" in name else "needs more than the network's output"
-        raise UserError(f"{name} {what}, so it does not sample here; use DDIMScheduler.from_config({name}'s config)")
+        what = "does not sample from the network's output alone"
+        raise UserError(f"{name} {what}; use DDIMScheduler.from_config({name}'s config)")
 
 
 def checked_steps(scheduler: Any, num_inference_steps: int | None) -> int:
@@ -56,19 +53,11 @@ def checked_steps(scheduler: Any, num_inference_steps: int | None) -> int:
     T = scheduler.config.num_train_timesteps
     if num_inference_steps is None:
         return T
-    num_inference_steps = whole_number("num_inference_steps", num_inference_steps, or_float=True)
-    if not 1 <= num_inference_steps <= T:
-        allowed = f"between 1 and the {T} steps of the chain"
-        raise UserError(f"num_inference_steps must be {allowed}, got {num_inference_steps}")
-    return num_inference_steps
+    return number_of_steps(num_inference_steps, T)
 
 
 def set_timesteps(scheduler: Any, steps: int) -> None:
-    """Set the chain's timesteps; a UserError refuses numbers of steps that stock rounds to chains which make no image.
-
-    There a timestep comes twice, or pure noise starts where the network expects a part of the image. The latter, which
-    this package's scheduler does for few steps as stock's does, is one warning there.
-    """
+    """Set the chain's timesteps; a UserError refuses numbers of steps that stock rounds to chains without an image."""
     scheduler.set_timesteps(steps)
     config, timesteps, alpha_bar = scheduler.config, scheduler.timesteps, scheduler.alphas_cumprod
     T, first, name = config.num_train_timesteps, int(timesteps[0]), type(scheduler).__name__
@@ -82,22 +71,17 @@ def set_timesteps(scheduler: Any, steps: int) -> None:
         return
     vanishes = alpha_bar[first] == 0 or (config.get("rescale_betas_zero_snr") and first == T - 1)
     if vanishes and config.get("prediction_type") == "epsilon":  # stock divides by 0, and clips what comes of it
-        raise UserError(
-            f"alpha_bar vanishes at t={first}, where 'epsilon' says nothing about x_0; use prediction_type="
-            "'v_prediction' or 'sample' with this schedule, or timesteps that leave it out"
-        )
+        raise UserError(vanished(first, "epsilon"))
     # PNDM and second-order solvers evaluate some timesteps twice on purpose.
     once = getattr(scheduler, "order", 1) == 1 and "PNDM" not in name
-    if late or (once and len(timesteps.unique()) < len(timesteps)):
-        what = f"starts from noise at t={first}" if late else "comes to the same timestep twice"
-        advice = "use timestep_spacing='trailing', or another number of steps"
+    repeated = once and len(timesteps.unique()) < len(timesteps)
+    uneven = isinstance(scheduler, _FIXED_STRIDE) and (timesteps.diff() != -(T // steps)).any()
+    if late or repeated or uneven:
+        what = f"takes each of {steps} steps to be {T // steps} of the {T} timesteps long, where they are not"
+        what = "comes to the same timestep twice" if repeated else what
+        what = f"starts from noise at t={first}" if late else what
+        advice = f"use timestep_spacing='trailing', and a number of steps that divides {T}"
         raise UserError(f"{name} {what} with {steps} steps; {advice}")
-    if isinstance(scheduler, _FIXED_STRIDE) and (timesteps.diff() != -(T // steps)).any():
-        raise UserError(
-            f"stock's {name} takes each of {steps} steps to be {T // steps} of the {T} timesteps long, and with "
-            f"{config.timestep_spacing!r} spacing they are not; use 'leading' or 'trailing' spacing and a number of "
-            f"steps that divides {T}"
-        )
 
 
 def checked_eta(scheduler: Any, eta: float | None) -> float:
@@ -129,10 +113,8 @@ def feasible_etas(scheduler: Any, eta: float) -> list[float]:
 
 
 def step_options(scheduler: Any, generator: Generators, eta: float | None) -> dict[str, Any]:
-    """Return what the scheduler's `step` takes beyond the usual: deterministic ones take no generator, DDIM an eta.
-
-    DDIM takes the noise of seeds, like our scheduler; other samplers of stock draw for themselves.
-    """
+    """Return what the scheduler's `step` takes beyond the usual: deterministic ones take no generator, DDIM an eta."""
+    # DDIM takes the noise of seeds, like our scheduler; other samplers of stock draw for themselves.
     eta = checked_eta(scheduler, eta)
     known = inspect.signature(scheduler.step).parameters
     options: dict[str, Any] = {"eta": eta} if "eta" in known else {}

@@ -1096,7 +1096,7 @@ def test_step_without_a_dictionary():
         ({"num_train_timesteps": 1, "rescale_betas_zero_snr": True}, r"rescale_betas_zero_snr=False"),
         ({"steps_offset": 0.5}, r"steps_offset.*0.5"),
         ({"clip_sample_range": 0}, r"clip_sample_range.*got 0"),
-        ({"clip_sample_range": "1"}, r"clip_sample_range must be a number, got '1'"),
+        ({"clip_sample_range": "1"}, r"clip_sample_range must be a number above 0 and finite, got '1'"),
         ({"clip_sample": "false"}, r"clip_sample must be True or False, got 'false'"),
         ({"num_train_timesteps": "1000"}, r"num_train_timesteps.*got '1000'"),
         ({"dynamic_thresholding_ratio": 99.5}, r"dynamic_thresholding_ratio.*99.5"),
