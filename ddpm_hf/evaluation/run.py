@@ -86,7 +86,7 @@ def first_images(data: Images, count: int | None) -> ImageDataset:
 
 def evaluate(
     pipe: DDPMPipeline,
-    sets: dict[str, Images],
+    sets: Sets,
     metrics: Sequence[str],
     options: EvaluationOptions | None = None,
     *,

@@ -24,6 +24,7 @@ from ..utils.files import write_whole
 from ..utils.processes import gather, processes, raise_on_all_ranks
 
 Rows = dict[str, Tensor]
+Maker = Callable[[list[int]], Rows]  # ids to rows: tensors whose first axis is that of the ids
 
 
 def write_tensors(path: Path, tensors: Rows) -> None:
@@ -36,18 +37,13 @@ def write_tensors(path: Path, tensors: Rows) -> None:
 
 
 def all_rows(
-    count: int,
-    make: Callable[[list[int]], Rows],
-    batch_size: int,
-    folder: Path | None = None,
-    desc: str = "",
-    progress: bool = False,
+    count: int, make: Maker, batch_size: int, folder: Path | None = None, desc: str = "", progress: bool = False
 ) -> Rows:
     """Return the rows 0..count-1 on every process, each made once by one of them.
 
     Args:
         count: How many rows.
-        make: Ids to rows: tensors whose first axis is that of the ids. A row has to depend on its id only.
+        make: Makes rows, each of which has to depend on its id only.
         batch_size: Ids at a time, at least 1: fewer where every process would not get its share otherwise.
         folder: Where finished batches are kept and found again, else they are in memory only; its name has to hold
             all that the rows depend on.
