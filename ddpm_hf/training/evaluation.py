@@ -141,7 +141,8 @@ class TrainingEvaluation:
                 before = best.values[name]["value"]
             else:
                 log(f"{folder} was chosen by another number than {name} as it is measured now, and is chosen again")
-        if value <= before if name.startswith(_HIGHER_IS_BETTER) else value >= before:
+        worse = value <= before if name.startswith(_HIGHER_IS_BETTER) else value >= before
+        if math.isnan(value) or worse:
             return
         report = dataclasses.replace(report, model={**report.model, "update": step, "best_metric": name})
 
