@@ -25,13 +25,8 @@ def evaluate_parser(prog: str | None = None) -> Parser:
     flag("--compare", str, None, "only print reports side by side: A.json B.json", nargs="+")
     flag = parser.group("images")
     add_image_flags(flag)
-    flag(
-        "--split",
-        str,
-        None,
-        "train, validation, test, or several: train,test; left out: the likelihood of held-out images, and samples "
-        "beside training and held-out images",
-    )
+    text = "train, validation, test, or several: train,test; left out: held-out images, for samples training ones too"
+    flag("--split", str, None, text)
     flag("--validation_split", float, 0.0, "the share that was held out in training")
     flag = parser.group("likelihood (nll, rate_distortion)")
     flag("--num_images", int, None, "the first this many images; all if left out", POSITIVE)
@@ -40,13 +35,8 @@ def evaluate_parser(prog: str | None = None) -> Parser:
     model.add_sampler_flags(parser)
     flag = parser.group("comparison of samples (fid, is, kid, prc, nn)")
     flag("--num_samples", int, 50_000, "samples to draw; the paper: 50000", POSITIVE)
-    flag(
-        "--features",
-        str,
-        "inception",
-        "what images are compared by: inception (the paper), pixels (tiny images), a vision model such as "
-        "facebook/dinov2-base, or several of them: inception,pixels",
-    )
+    text = "what images are compared by: inception (the paper), pixels, facebook/dinov2-base or another vision model,"
+    flag("--features", str, "inception", f"{text} or several: inception,pixels")
     flag("--inception_weights", str, None, "Inception weights file; torch-fidelity's own if left out")
     flag = parser.group("output")
     flag("--output", str, None, "a folder for report.json, report.md and pictures; or FILE.json")
@@ -77,7 +67,6 @@ def evaluate(arguments: Sequence[str], prog: str | None = None) -> int:
     if file is not None:
         writable_folder(file.parent, "--output")
     start_process()
-    here = processes()
     with raise_on_all_ranks():
         pipe = model.load_pipeline(values.model, values.dtype, values.tf32)
         sets = load_splits(
@@ -107,7 +96,7 @@ def evaluate(arguments: Sequence[str], prog: str | None = None) -> int:
     except KeyboardInterrupt:
         print("finished batches are kept: the same command resumes from there", file=sys.stderr)
         raise
-    if here.is_main_process:
+    if processes().is_main_process:
         _print_report(report)
         if file is not None:
             report.save(file)
@@ -124,8 +113,7 @@ def _evaluations(pipe: Any, values: Any, metrics: Sequence[str], num_images: int
     """Return about how many evaluations of the network follow, of a batch each."""
     from ..evaluation.options import LIKELIHOOD_METRICS
 
-    T = pipe.scheduler.config.num_train_timesteps
-    found = 0
+    T, found = pipe.scheduler.config.num_train_timesteps, 0
     if set(metrics) & set(LIKELIHOOD_METRICS):
         found += min(values.num_images or num_images, num_images) * (values.num_evaluations or T)
     if set(metrics) - set(LIKELIHOOD_METRICS):

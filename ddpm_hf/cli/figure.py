@@ -32,11 +32,7 @@ def add_figure_flags(parser: Parser) -> None:
 
 
 def refuse_figure_flags(values: Any, figure: str | None = None) -> None:
-    """Refuse flags that a figure does not take; without one all flags of figures.
-
-    Raises:
-        UserError: One is given; the message says what it goes with.
-    """
+    """Raise UserError for flags that a figure does not take; without one for all flags of figures."""
     for name, figures in _TAKEN_BY.items():
         if getattr(values, name) is not None and figure not in figures:
             other = "" if figure is None else f", not with {figure}"
@@ -87,11 +83,7 @@ def draw_figure(values: Any) -> int:
 
 
 def _checked_seeds(values: Any) -> list[int]:
-    """Return the seeds of a figure: one per image, or one per pair of given images.
-
-    Raises:
-        UserError: A flag does not go with the figure, or not with the others.
-    """
+    """Return the seeds of a figure, one per image or pair of them; raise UserError for flags that it does not take."""
     from ..sampling.generation import parse_seeds
     from ..utils.text import nearest
     from ..utils.visualize import animation_format
@@ -112,10 +104,9 @@ def _checked_seeds(values: Any) -> list[int]:
         return seeds
     sources = [name for name in ("images", *IMAGE_SOURCES) if getattr(values, name) is not None]
     if len(sources) != 1:
-        raise UserError(
-            f"--figure {figure} needs images to interpolate between: give --images A.png B.png, or exactly one of "
-            f"--dataset, --dataset_name and --train_data_dir; got {' and '.join(sources) or 'none'}"
-        )
+        how = "give --images A.png B.png, or exactly one of --dataset, --dataset_name and --train_data_dir"
+        found = " and ".join(sources) or "none"
+        raise UserError(f"--figure {figure} needs images to interpolate between: {how}; got {found}")
     if figure == "coarse_to_fine" and (len(seeds) != 1 or len(images or [0, 0]) != 2):
         raise UserError("--figure coarse_to_fine is of one pair of images: give two images, and one seed or none")
     if images is not None and len(images) != 2 * len(seeds):
@@ -125,11 +116,7 @@ def _checked_seeds(values: Any) -> list[int]:
 
 
 def _given_images(values: Any, count: int, image_shape: tuple[int, int, int]) -> Any:
-    """Return the images to interpolate between, `[count, C, H, W]` uint8.
-
-    Raises:
-        UserError: A file cannot be read, or there are too few images.
-    """
+    """Return the images to interpolate between, `[count, C, H, W]` uint8, or raise UserError."""
     from ..data.datasets import load_images
     from ..evaluation.run import first_images
 

@@ -12,12 +12,8 @@ from .command_line import Parser, given
 from .figure import add_figure_flags, draw_figure, refuse_figure_flags
 
 # Flags that only go with given images, and the flag that gives those.
-_GOES_WITH = {
-    "strength": "image",
-    "mask_image": "image",
-    "resample_length": "mask_image",
-    "resample_times": "mask_image",
-}
+_GOES_WITH = {"strength": "image", "mask_image": "image"}
+_GOES_WITH |= dict.fromkeys(("resample_length", "resample_times"), "mask_image")
 
 
 def sample_parser(prog: str | None = None) -> Parser:
@@ -85,18 +81,15 @@ def sample(arguments: Sequence[str], prog: str | None = None) -> int:
 def _given_images(values: Any, count: int, image_shape: tuple[int, int, int]) -> dict[str, Any]:
     """Return the images and masks of the flags as `write_samples` takes them: one for all seeds, or one for each.
 
-    Raises:
-        UserError: A file cannot be read, or there are too many.
+    Raises UserError: a file cannot be read, or there are too many.
     """
     if values.image is None:
         return {}
     if len(values.image) > count:
         raise UserError(f"--image names {len(values.image)} images, and there are {count} --seeds: one for each")
     if len(values.mask_image or [0]) not in (1, len(values.image)):
-        raise UserError(
-            f"--mask_image names {len(values.mask_image)} files for {len(values.image)} of --image; give one, or one "
-            "for each"
-        )
+        masks = f"{len(values.mask_image)} files for {len(values.image)} of --image"
+        raise UserError(f"--mask_image names {masks}; give one, or one for each")
     files = {"image": model.read_images("image", values.image, image_shape)}
     if values.mask_image is not None:
         # Scaled and cropped as its image is: white pixels (> 127) are replaced.
