@@ -9,15 +9,12 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-import time
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from pathlib import Path
 
 from .. import __version__
 from ..utils.errors import UserError, in_one_line
-from ..utils.files import default_cache_dir
 from ..utils.text import nearest
 from .command_line import Parser
 from .convert import convert, convert_parser
@@ -43,19 +40,20 @@ _ALL: dict[str, tuple[Callable[..., int], Callable[[str | None], Parser]]] = {
 }
 COMMANDS = {name: command for name, (command, _) in _ALL.items()}
 PARSERS = {name: parser for name, (_, parser) in _ALL.items()}
+# Libraries whose errors about files and connections are written for users, and have no number of the system's.
+_CLEAR_ERRORS = ("ddpm_hf", "huggingface_hub", "diffusers", "transformers", "datasets")
 
 
 def _help() -> str:
-    lines = [f"  {name:18}{parser(None).description}" for name, parser in PARSERS.items()]
-    return "\n".join(
-        [
-            "usage: ddpm-hf COMMAND [flags]\n\nThe DDPM of Ho, Jain and Abbeel (2020).\n",
-            *lines,
-            "\nddpm-hf COMMAND --help lists the flags of a command, with their defaults and the paper's values;",
-            "ddpm-hf --version says which version this is. --debug, with any command (or DDPM_HF_TRACEBACK=1), shows",
-            "the traceback of an error.",
-        ]
-    )
+    lines = "\n".join(f"  {name:18}{parser(None).description}" for name, parser in PARSERS.items())
+    return f"""usage: ddpm-hf COMMAND [flags]
+
+The DDPM of Ho, Jain and Abbeel (2020).
+
+{lines}
+
+ddpm-hf COMMAND --help lists the flags of a command, with their defaults and the paper's values; ddpm-hf --version says
+which version this is. --debug, with any command (or DDPM_HF_TRACEBACK=1), shows the traceback of an error."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -77,12 +75,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(command: Callable[..., int], arguments: Sequence[str], prog: str) -> int:
-    """Run one command and return its exit code.
+    """Run one command and return its exit code: 0, 2 for a user's mistake, 130 for Ctrl-C, 1 for a fault.
 
-    A user's mistake becomes one sentence on stderr and exit code 2; so do a file, a disk or a connection that fails,
-    and too little memory. Ctrl-C is exit code 130. Any other exception is a fault: its traceback goes into a file that
-    a sentence names, and the exit code is 1. With `--debug` among the arguments, or the environment variable
-    DDPM_HF_TRACEBACK=1, exceptions are raised instead.
+    A file, a disk or a connection that fails, and too little memory, are one sentence and exit code 2 as well. With
+    `--debug` among the arguments, or the environment variable DDPM_HF_TRACEBACK=1, exceptions are raised instead.
     """
     try:
         return command([argument for argument in arguments if argument != "--debug"], prog)
@@ -100,10 +96,6 @@ def run(command: Callable[..., int], arguments: Sequence[str], prog: str) -> int
         distributed = sys.modules.get("torch.distributed")  # else there are none, and importing it takes seconds
         if distributed is not None and distributed.is_available() and distributed.is_initialized():
             distributed.destroy_process_group()
-
-
-# Libraries whose errors about files and connections are written for users, and have no number of the system's.
-_CLEAR_ERRORS = ("ddpm_hf", "huggingface_hub", "diffusers", "transformers", "datasets")
 
 
 def _sentence(error: Exception) -> str | None:
@@ -126,13 +118,12 @@ def _sentence(error: Exception) -> str | None:
 def _fault(error: Exception, prog: str) -> str:
     """Write a traceback into a file; return a sentence that says where it is."""
     where = "--debug shows its traceback"
-    for folder in (lambda: default_cache_dir() / "tracebacks", lambda: Path(tempfile.gettempdir())):
-        with suppress(Exception):  # whatever is broken there, the next one is tried
-            path = folder() / f"traceback-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            # What was typed stays out of it: there may be an access token among that.
-            path.write_text(f"{prog}\n{''.join(traceback.format_exception(error))}", encoding="utf-8")
-            where = f"its traceback is in {path}, and --debug shows it"
-            break
+    with suppress(OSError):
+        # What was typed stays out of it: there may be an access token among that.
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="ddpm-hf-", suffix=".txt", delete=False, encoding="utf-8"
+        ) as file:
+            file.write(f"{prog}\n{''.join(traceback.format_exception(error))}")
+        where = f"its traceback is in {file.name}, and --debug shows it"
     kind = " ".join("".join(traceback.format_exception_only(error)).split())
     return f"unexpected, and not your mistake but a fault of ddpm-hf or of a library: {kind}; {where}"

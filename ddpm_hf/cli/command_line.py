@@ -35,20 +35,12 @@ _KINDS: dict[Any, tuple[str, str, Callable[[str], Any]]] = {
 
 
 def _add_flag(
-    group: Any,
-    names: str,
-    kind: type,
-    default: Any,
-    help: str,
-    limit: Limit | None = None,
-    *,
-    may_be_null: bool = False,
-    **more: Any,
+    group: Any, names: str, kind: Any, default: Any, help: str, limit: Limit | None = None, **more: Any
 ) -> None:
     placeholder, takes, read = _KINDS[kind]
 
     def convert(text: str) -> Any:
-        if may_be_null and text == "null":
+        if takes_null and text == "null":
             return None
         try:
             value = read(text)
@@ -58,6 +50,7 @@ def _add_flag(
             raise argparse.ArgumentTypeError(f"{limit[1]}, got {text!r}")
         return value
 
+    takes_null = more.pop("null", False)
     more = {"metavar": placeholder} | more
     if kind is bool:  # may stand alone, as in diffusers' examples
         more |= {"nargs": "?", "const": True}
@@ -87,16 +80,15 @@ class Parser(argparse.ArgumentParser):
     def group(self, title: str) -> Callable[..., None]:
         """Add a group of flags; return the function that adds a flag to it.
 
-        It takes the flag's names (separated by spaces), `str`, `int`, `float` or `bool`, the default, the text of
-        `--help`, the limit of its values, if it has one, and what `add_argument` takes.
+        It takes the names (between spaces), `str`, `int`, `float` or `bool`, the default, the text of `--help`, the
+        limit of the values, if there is one, and what `add_argument` takes.
         """
         return functools.partial(_add_flag, self.add_argument_group(title))
 
     def parse_args(self, args: Sequence[str], namespace: Any = None) -> Any:  # type: ignore[override]
         """Return the values of the flags.
 
-        Raises:
-            UserError: A flag is unknown, missing, or has a value of another kind.
+        Raises UserError: a flag is unknown, missing, or has a value of another kind.
         """
         for name in (argument.partition("=")[0] for argument in args):
             if name.startswith("--") and name not in ("--", *self._option_string_actions):
@@ -119,14 +111,13 @@ def add_config_flags(parser: Parser, config_class: type) -> None:
         several = {"nargs": "+"} if typing.get_origin(kind) is list else {}
         kind = typing.get_args(kind)[0] if several else kind
         null = field.default is None  # which takes the place of what a file says
-        flag(f"--{field.name}", kind, field.default, field.metadata["help"], may_be_null=null, **several)
+        flag(f"--{field.name}", kind, field.default, field.metadata["help"], null=null, **several)
 
 
 def parse_configs(parser: Parser, arguments: Sequence[str], *config_classes: type) -> list[Any]:
     """Return flags, and the YAML files that `--config` names, as checked configurations; the command line wins.
 
-    Raises:
-        UserError: A flag, a file, a key or a value cannot be taken.
+    Raises UserError: a flag, a file, a key or a value cannot be taken.
     """
     files = parser.parse_args(arguments).config or []
     from_files = [argument for file in files for argument in _arguments_of_file(parser, file)]

@@ -32,8 +32,7 @@ def _parser(prog: str | None, description: str, *config_classes: type) -> Parser
 def parse_training_config(arguments: Sequence[str], prog: str | None = None) -> TrainingConfig:
     """Return flags, and the YAML files that they name, as a checked `TrainingConfig`.
 
-    Raises:
-        UserError: Anything that cannot be taken, in one sentence.
+    Raises UserError: anything that cannot be taken, in one sentence.
     """
     return parse_configs(training_parser(prog), arguments, TrainingConfig)[0]
 

@@ -20,11 +20,8 @@ class BackgroundPush:
     """Pushes a run's folder again and again, always its newest state.
 
     While one push is under way, the next snapshot waits for it; a newer one takes its place. The thread is a daemon:
-    Python does not wait for it when the run ends, as it would for those of `HfApi.run_as_future`.
-
-    Args:
-        push: What goes where; its token must be known.
-        log: Takes lines for the user, in the thread that calls the methods.
+    Python does not wait for it when the run ends, as it would for those of `HfApi.run_as_future`. The token of `push`
+    must be known; `log` takes lines for the user, in the thread that calls the methods.
     """
 
     def __init__(self, push: Push, log: Callable[[str], None]):

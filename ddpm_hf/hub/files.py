@@ -18,7 +18,7 @@ from ..utils.errors import UserError, first_line
 from ..utils.files import write_directory, write_text
 from ..utils.hub_errors import INDEX, check_pipeline
 from ..utils.text import public_name
-from .model_card import WEIGHTS, CardFacts, ModelFacts, generated_facts, make_card
+from .model_card import CardFacts, ModelFacts, generated_facts, make_card
 
 if TYPE_CHECKING:  # torch and diffusers take seconds, which mistakes on the command line need not wait for
     from ..pipelines.pipeline_ddpm import DDPMPipeline
@@ -39,9 +39,8 @@ def write_pipeline(pipe: DDPMPipeline, folder: Path) -> None:
     """Save a pipeline into a run's folder, beside its checkpoints.
 
     All of it is written and flushed elsewhere first; then each file and subfolder takes its predecessor's place: a
-    file in one step, a subfolder in two renames. After a kill between these two that part is missing until the run is
-    resumed, whose `utils.files.remove_leftovers` puts the old one back; after one between two parts an old one is
-    beside a new one, until the run has written them again.
+    file in one step, a subfolder in two renames. What a kill in between takes away, `utils.files.remove_leftovers`
+    puts back when the run is resumed.
     """
     staging = folder / ".pipeline.partial"
     write_directory(staging, pipe.save_pretrained)
@@ -56,11 +55,7 @@ def write_pipeline(pipe: DDPMPipeline, folder: Path) -> None:
 
 
 def read_card(path: Path) -> str:
-    """Return the text of a card.
-
-    Raises:
-        ValueError: A person saved it in another encoding than UTF-8.
-    """
+    """Return the text of a card, or raise a UserError: a person saved it in another encoding than UTF-8."""
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
@@ -68,14 +63,11 @@ def read_card(path: Path) -> str:
 
 
 def write_card(folder: str | Path, facts: CardFacts) -> bool:
-    """Write the card of a saved pipeline, unless a person has edited the one that is there.
-
-    Returns:
-        Whether it was written.
+    """Write the card of a saved pipeline, unless a person has edited the one that is there; return whether.
 
     Raises:
         OSError, KeyError: The folder is not a saved DDPM.
-        ValueError: The card that is there cannot be read.
+        UserError: The card that is there cannot be read.
     """
     path = Path(folder) / CARD
     if path.exists() and generated_facts(read_card(path)) is None:
@@ -87,89 +79,65 @@ def write_card(folder: str | Path, facts: CardFacts) -> bool:
 def published_files(folder: Path) -> list[str]:
     """Return what of a folder is published: the pipeline's own files, the card, sample grids and the report.
 
-    Not published is everything else: checkpoints, logs, the training configuration, hidden files.
-
-    Raises:
-        OSError, ValueError: There is no DDPM in it, or it holds a variant of the weights only.
+    Checkpoints, logs, the training configuration and hidden files are not. Raises OSError or UserError where there is
+    no DDPM.
     """
     check_pipeline(folder)
     index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
     parts = [name for name, value in index.items() if isinstance(value, list) and (folder / name).is_dir()]
     patterns = [INDEX, *_EXTRAS, *(f"{part}/{pattern}" for part in parts for pattern in _COMPONENT_FILES)]
     found = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
-    weights = [path for path in found if path.suffix == ".safetensors"]
-    if not weights:
-        raise OSError(f"{str(folder)!r} has no safetensors weights to publish")
-    if not any(WEIGHTS.fullmatch(path.name) for path in weights) and (variants := _variants(folder)):
-        raise UserError(
-            f"{str(folder)!r} holds the variant {variants[0]!r} of the weights only, which from_pretrained without "
-            f"variant= does not open; save it as a whole model first: DDPMPipeline.from_pretrained({str(folder)!r}, "
-            f"variant={variants[0]!r}).save_pretrained(FOLDER)"
-        )
     return sorted(path.relative_to(folder).as_posix() for path in found)
-
-
-def _variants(folder: Path) -> list[str]:
-    """Return which variants of the weights there are, such as `fp16`."""
-    found = (_VARIANT.fullmatch(path.name) for path in folder.glob("unet/*.safetensors"))
-    return sorted({match[1] for match in found if match is not None})
 
 
 def check_opens(snapshot: Path, folder: Path) -> None:
     """Open what is published as a reader will, by its card: `DDPMPipeline.from_pretrained` without further arguments.
 
-    Args:
-        snapshot: What `make_snapshot` made.
-        folder: What it was made of, for messages.
-
-    Raises:
-        UserError: It does not open, or the network is not the one that the files hold, or holds NaN.
+    `folder` is what `make_snapshot` made the snapshot of, for messages. Variants of the weights (`fp16`) are opened
+    too. Raises UserError: it does not open, the network is not the one that the files hold, or it holds NaN.
     """
     from diffusers.utils import logging
 
     from ..models.unet_2d import check_weights
     from ..pipelines.pipeline_ddpm import DDPMPipeline
 
-    for variant in (None, *_variants(snapshot)):
-        how = "from_pretrained" if variant is None else f"from_pretrained(..., variant={variant!r})"
-        with _OPENING:
-            bars = logging.is_progress_bar_enabled()
-            logging.disable_progress_bar()
-            try:
+    variants = {found[1] for path in snapshot.glob("unet/*") if (found := _VARIANT.fullmatch(path.name))}
+    with _OPENING:
+        bars = logging.is_progress_bar_enabled()
+        logging.disable_progress_bar()
+        try:
+            for variant in (None, *sorted(variants)):
                 pipe = DDPMPipeline.from_pretrained(snapshot, variant=variant, local_files_only=True)
                 check_weights(pipe.unet)
-            except MemoryError:
-                raise
-            except Exception as error:  # damaged files end in the errors of several libraries
-                why = first_line(error).replace(str(snapshot), str(folder))
-                raise UserError(f"{how} does not open {str(folder)!r}, so it is not published: {why}") from error
-            finally:
-                if bars:
-                    logging.enable_progress_bar()
-        in_network = sum(value.numel() for value in pipe.unet.state_dict().values())
-        if variant is None and in_network != (in_files := ModelFacts.read(snapshot).parameters):
-            raise UserError(
-                f"the weight files of {str(folder)!r} hold {in_files:,} numbers and its network {in_network:,}, so it "
-                "is not published; remove the files that belong to another model"
-            )
+                in_network = sum(value.numel() for value in pipe.unet.state_dict().values())
+                if variant is None and in_network != (in_files := ModelFacts.read(snapshot).parameters):
+                    numbers = f"its weight files hold {in_files:,} numbers and its network {in_network:,}"
+                    raise UserError(f"{numbers}; remove the files that belong to another model")
+        except MemoryError:
+            raise
+        except Exception as error:  # damaged files end in the errors of several libraries
+            why = first_line(error).replace(str(snapshot), str(folder))
+            how = "from_pretrained" if variant is None else f"from_pretrained(..., variant={variant!r})"
+            raise UserError(f"{how} does not open {str(folder)!r}, so it is not published: {why}") from error
+        finally:
+            if bars:
+                logging.enable_progress_bar()
 
 
 def make_snapshot(folder: Path, token: str | None = None) -> Path:
     """Copy the published files as they are now into a folder of their own, without paths of this machine in them.
 
-    Who calls this removes it.
-
-    Raises:
-        OSError, ValueError: There is no DDPM in the folder, or a file holds an access token.
+    Who calls this removes it. Raises OSError or UserError: there is no DDPM in the folder, or a file holds an access
+    token.
     """
+    if not folder.is_dir():
+        raise OSError(f"there is no folder {str(folder)!r}")
     prefix, suffix = _SNAPSHOT
     for left in folder.glob(f"{prefix}*{suffix}"):  # by a push that was killed
         if time.time() - left.stat().st_mtime > _ONE_DAY:
             shutil.rmtree(left, ignore_errors=True)
-    try:  # beside the weights, which then need not be copied
-        staging = Path(tempfile.mkdtemp(prefix=prefix, suffix=suffix, dir=folder))
-    except OSError:
-        staging = Path(tempfile.mkdtemp(prefix="ddpm-hf-push-"))
+    beside = folder if os.access(folder, os.W_OK) else None  # the weights, which then need not be copied
+    staging = Path(tempfile.mkdtemp(prefix=prefix, suffix=suffix, dir=beside))
     try:
         for _ in range(10):
             before = _state(folder)
@@ -205,11 +173,7 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def take_report(report: Path, staging: Path, token: str | None) -> None:
-    """Put another evaluation (a file, or a folder with `report.json`) into a snapshot.
-
-    Raises:
-        ValueError: It is not a report, or it holds an access token.
-    """
+    """Put another evaluation (a file, or a folder with `report.json`) into a snapshot, or raise a UserError."""
     EvaluationReport.load(report)
     shutil.copyfile(report_file(report), staging / REPORT)  # with what this version of the package does not know
     _remove_private(staging / REPORT, token)

@@ -3,8 +3,7 @@
     Push("runs/digits", "org/ddpm-digits").run()
 
 Only what `files.published_files` lists is uploaded, from a snapshot taken first, so that a run which writes its next
-model meanwhile cannot mix two of them. What was uploaded once is not uploaded again, so a push that was interrupted is
-finished by calling it again.
+model meanwhile cannot mix two of them. What was uploaded once is not uploaded again when a push is repeated.
 """
 
 from __future__ import annotations
@@ -16,22 +15,22 @@ import re
 import shlex
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo, constants, get_token
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo, constants
 from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import disable_progress_bars, get_session, validate_repo_id
+from huggingface_hub.utils import disable_progress_bars, get_session, get_token, validate_repo_id
 from huggingface_hub.utils import logging as hub_logging
 
 from ..evaluation.report import EvaluationReport
 from ..utils import hub_errors
 from ..utils.errors import UserError
 from ..utils.files import write_text
-from ..utils.hub_errors import INDEX, is_passing, open_repository
-from .files import CARD, REPORT, SAMPLES, check_opens, make_snapshot, read_card, take_report
+from .files import CARD, INDEX, REPORT, SAMPLES, check_opens, make_snapshot, read_card, take_report
 from .model_card import CardFacts, ModelFacts, check_license, generated_facts, make_card
 
 _WEIGHT_FILES = re.compile(r"[^/]+/.*\.(safetensors|bin|ckpt|msgpack|h5|index(\.\w+)?\.json)")
@@ -48,36 +47,18 @@ class PushError(UserError):
 
 @dataclass(frozen=True)
 class Push:
-    """What to push where.
+    """What to push where; raises a UserError for a name or license that the Hub does not take."""
 
-    Attributes:
-        folder: What a training run, `save_pretrained` or `convert` wrote.
-        repo_id: `namespace/name`, or a name in the token's own namespace; made if it does not exist.
-        private: Whether only its owners may see what is pushed: a public repository is refused then. `False` makes a
-            new repository public; an existing one stays what it is.
-        token: Instead of the one that `hf auth login` or HF_TOKEN left.
-        license: Such as `apache-2.0`, for the card.
-        report: An evaluation to put on the card and beside it, instead of the folder's `evaluation.json`: a file, or a
-            folder with `report.json`.
-        commit_message: What the commit is called.
-        attempts: How often to try where the network or the Hub fails; 1, 2, 4, ... seconds in between.
-        timeout: Seconds without any answer that count as such a failure.
-        create_pr: Propose the commit as a pull request instead of making it.
-
-    Raises:
-        ValueError: An argument cannot be taken.
-    """
-
-    folder: str
-    repo_id: str
-    private: bool = True
-    token: str | None = field(default=None, repr=False)
-    license: str | None = None
-    report: str | None = None
+    folder: str  # what a training run, `save_pretrained` or `convert` wrote
+    repo_id: str  # `namespace/name`, or a name in the token's own namespace; made if it does not exist
+    private: bool = True  # as for `hub_errors.open_repository`
+    token: str | None = field(default=None, repr=False)  # else the one that `hf auth login` or HF_TOKEN left
+    license: str | None = None  # such as `apache-2.0`, for the card
+    report: str | None = None  # a file or folder for `files.take_report`, instead of the folder's `evaluation.json`
     commit_message: str = "Upload a DDPM"
-    attempts: int = 5
-    timeout: float = 60.0
-    create_pr: bool = False
+    attempts: int = 5  # where the network or the Hub fails; 1, 2, 4, ... seconds in between
+    timeout: float = 60.0  # seconds without any answer that count as such a failure
+    create_pr: bool = False  # propose the commit as a pull request instead of making it
 
     def __post_init__(self) -> None:
         check_repo_id(self.repo_id)
@@ -88,8 +69,8 @@ class Push:
         """What a person types to do it; tokens are not for command lines."""
         words = ["ddpm-hf", "push", self.folder, "--repo_id", self.repo_id]
         words += [] if self.private else ["--private", "false"]
-        words += ["--license", self.license] if self.license is not None else []
-        words += ["--report", self.report] if self.report is not None else []
+        for flag, value in {"--license": self.license, "--report": self.report}.items():
+            words += [flag, value] if value is not None else []
         return shlex.join(words)
 
     def run(self, log: Callable[[str], None] = print) -> str:
@@ -98,16 +79,10 @@ class Push:
         A generated card is renewed: its snippets name the repository, its numbers are those of `evaluation.json`. A
         card that a person has edited, here or on the Hub, stays as it is.
 
-        Returns:
-            The address of the commit or the pull request.
-
-        Raises:
-            PushError: It did not happen, in one sentence; everything is still on disk.
-            OSError, ValueError: There is no DDPM in the folder that opens, or an argument cannot be taken.
+        Returns the address of the commit or the pull request. Raises PushError if it did not happen (everything is
+        still on disk), OSError or UserError if there is no DDPM in the folder that opens.
         """
         folder = Path(self.folder)
-        if not folder.is_dir():
-            raise OSError(f"there is no folder {self.folder!r}")
         token = known_token(self.token)
         snapshot = make_snapshot(folder, token)
         try:
@@ -124,65 +99,41 @@ class Push:
 
     def _commit(self, snapshot: Path, log: Callable[[str], None]) -> str:
         to, on_hub = self.open()
-        where = _describe(to)
-        size = sum(path.stat().st_size for path in snapshot.rglob("*") if path.is_file())
-        log(f"pushing {size / 1e6:.1f} MB to {where}")
-        if to.private and not self.private:
-            log(f"{to.id} is private and stays so; its settings on the Hub can change that")
         card = self._card(snapshot, to, self._remote_text(to, CARD) if CARD in on_hub else None, log)
         if card is not None:
             (snapshot / CARD).write_text(card, encoding="utf-8")
-        names = sorted(path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if path.is_file())
-        parts = {name.split("/")[0] for name in names if "/" in name}
-        stale = [name for name in on_hub if name.split("/")[0] in parts and _WEIGHT_FILES.fullmatch(name)]
-        if stale := sorted({*stale} - {*names}):
-            log(f"removing weights of an earlier model: {', '.join(stale)}")
-        api = HfApi(token=self.token, library_name="ddpm_hf")
-        adding = [CommitOperationAdd(name, snapshot / name) for name in names if name != CARD or card is not None]
-        # One file at a time: several would be uploaded in threads, for which Python waits when it ends.
-        for file in adding:
-            if not file.path_in_repo.endswith((".json", ".md")):
-                api.preupload_lfs_files(to.id, [file], create_pr=self.create_pr, free_memory=False)
-        commit = api.create_commit(
-            to.id,
-            [*adding, *(CommitOperationDelete(name) for name in stale)],
-            commit_message=self.commit_message,
-            parent_commit=to.sha,  # refused if somebody committed since: then the card is looked at again
-            create_pr=self.create_pr,
-        )
-        if self.create_pr:
-            log(f"proposed to {where}: {commit.pr_url}")
-            return str(commit.pr_url)
-        if card is not None:
+        files = files_in(snapshot)
+        if card is None:
+            files.pop(CARD, None)
+        parts = {name.split("/")[0] for name in files if "/" in name}
+        old = [name for name in on_hub if name.split("/")[0] in parts and _WEIGHT_FILES.fullmatch(name)]
+        made = commit(to, files, old, log, self.token, commit_message=self.commit_message, create_pr=self.create_pr)
+        if card is not None and not self.create_pr:
             pushed = self._pushed_cards() | {to.id: _sha256(card)}
             with suppress(OSError):  # without it, the next push takes what is on the Hub for edited there
                 write_text(Path(self.folder) / _PUSHED_CARDS, json.dumps(pushed, indent=2) + "\n")
-        log(f"{to.id} already has all of it" if commit.oid == to.sha else f"pushed to {where}")
-        return f"{constants.ENDPOINT}/{to.id}/commit/{commit.oid}"
+        return str(made.pr_url or made.commit_url)
 
     def open(self) -> tuple[ModelInfo, list[str]]:
-        """Return the repository, which is made if it does not exist, and the names of its files.
+        """Return the repository, which is made if it does not exist, and the names of its files, or raise a UserError.
 
-        Raises:
-            UserError: It is public although `private=True`, or holds something else than a DDPM.
+        That is where it is public although `private=True`, or holds something else than a DDPM.
         """
         get_session().timeout = self.timeout  # the client itself would wait for ever
-        to = open_repository(self.repo_id, self.private, self.token)
+        to = hub_errors.open_repository(self.repo_id, self.private, self.token)
         on_hub = [sibling.rfilename for sibling in to.siblings or ()]
         holds = next((name for name in on_hub if name.endswith(_WEIGHTS_OF_OTHERS)), "DDPMPipeline")
         if INDEX in on_hub:
             holds = json.loads(self._remote_text(to, INDEX)).get("_class_name")
         if holds not in ("DDPMPipeline", "DDIMPipeline"):
-            raise PushError(
-                f"{to.id} holds another model ({holds}), which a push would overwrite; name another repository"
-            )
+            raise PushError(f"{to.id} holds another model ({holds}), which a push would overwrite; name another one")
         return to, on_hub
 
     def _card(self, snapshot: Path, to: ModelInfo, remote: str | None, log: Callable[[str], None]) -> str | None:
         """Return the card to publish; `None` where the one on the Hub stays, because it was edited there."""
         own = read_card(snapshot / CARD) if (snapshot / CARD).exists() else ""
         facts = generated_facts(own) if own else CardFacts("")
-        form = _ONLY_LICENSE.fullmatch(remote or "")
+        unwritten = _ONLY_LICENSE.fullmatch(remote or "")
         if facts is None:
             log(f"{CARD} was edited, so it is published as it is: without new numbers, snippets or license")
             card = own
@@ -194,12 +145,11 @@ class Push:
                 name=to.id,
                 report=None if report is None else dataclasses.asdict(report),
                 sample=SAMPLES if SAMPLES in samples else next(reversed(samples), None),
-                license=self.license or facts.license or (form and form[1]),
+                license=self.license or facts.license or (unwritten and unwritten[1]),
             )
             card = make_card(ModelFacts.read(snapshot), facts)
-        if remote is None or remote == card or form or generated_facts(remote) is not None:
-            return card
-        if _sha256(remote) == self._pushed_cards().get(to.id):  # edited here, not there
+        replaced = remote is None or remote == card or unwritten or generated_facts(remote) is not None
+        if replaced or _sha256(remote or "") == self._pushed_cards().get(to.id):  # edited here, not there
             return card
         log(f"{CARD} was edited on the Hub and stays as it is there; yours stays here")
         return None
@@ -217,34 +167,56 @@ class Push:
             return {}
 
 
-def _describe(to: ModelInfo) -> str:
-    return f"{constants.ENDPOINT}/{to.id} ({'private' if to.private else 'public'})"
-
-
 def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def check_repo_id(repo_id: str) -> None:
-    """Check a repository's name as the Hub does.
+def files_in(folder: Path) -> dict[str, Path]:
+    """Return the files of a folder and its subfolders by their names in a repository."""
+    return {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
 
-    Raises:
-        ValueError: The Hub takes no such name.
+
+def describe(to: Any) -> str:
+    """Return where a repository is that `hub_errors.open_repository` found, and who sees it."""
+    prefix = "" if isinstance(to, ModelInfo) else "spaces/"
+    return f"{constants.ENDPOINT}/{prefix}{to.id} ({'private' if to.private else 'public'})"
+
+
+def commit(
+    to: Any, files: dict[str, Path], old: Iterable[str], log: Callable[[str], None], token: str | None, **options: Any
+) -> CommitInfo:
+    """Upload files, by their names there, in one commit that also removes the `old` ones that are not among them.
+
+    `to` is what `hub_errors.open_repository` returned: where somebody has committed since, this fails in passing.
+    `options` are those of `HfApi.create_commit`.
     """
+    api, kind = HfApi(token=token, library_name="ddpm_hf"), "model" if isinstance(to, ModelInfo) else "space"
+    log(f"pushing {sum(path.stat().st_size for path in files.values()) / 1e6:.1f} MB to {describe(to)}")
+    if stale := sorted({*old} - {*files}):
+        log(f"removing files of an earlier push: {', '.join(stale)}")
+    adding = [CommitOperationAdd(*file) for file in files.items()]
+    # One file at a time: several would be uploaded in threads, for which Python waits when it ends.
+    for file in adding:
+        if not file.path_in_repo.endswith((".json", ".md", ".py", ".txt")):
+            pull = options.get("create_pr", False)
+            api.preupload_lfs_files(to.id, [file], repo_type=kind, create_pr=pull, free_memory=False)
+    removing = [CommitOperationDelete(name) for name in stale]
+    made = api.create_commit(to.id, [*adding, *removing], repo_type=kind, parent_commit=to.sha, **options)
+    log(f"{to.id} already has all of it" if made.oid == to.sha else f"pushed to {made.pr_url or describe(to)}")
+    return made
+
+
+def check_repo_id(repo_id: str) -> None:
+    """Raise a UserError for a name that the Hub gives to no repository."""
     try:
         validate_repo_id(repo_id)
-    except HFValidationError:
-        raise UserError(
-            f"{repo_id!r} is no repository name; write org/name, of letters, digits, '-', '_', '.'"
-        ) from None
+    except HFValidationError as error:
+        why = "write org/name, of letters, digits, '-', '_', '.'"
+        raise UserError(f"{repo_id!r} is no repository name; {why}") from error
 
 
 def known_token(token: str | None) -> str:
-    """Return the token that was given, or the one that `hf auth login` or HF_TOKEN left.
-
-    Raises:
-        PushError: There is none, or the network is switched off.
-    """
+    """Return the token that was given, or the one that `hf auth login` or HF_TOKEN left, or raise a PushError."""
     if constants.HF_HUB_OFFLINE:
         raise PushError("nothing can be pushed while HF_HUB_OFFLINE is set")
     if not (token := token or get_token()):
@@ -253,36 +225,28 @@ def known_token(token: str | None) -> str:
 
 
 def check_destination(push: Push, log: Callable[[str], None] = print) -> Push:
-    """Check before a long run that its pushes will be possible; the repository is made if it does not exist.
+    """Check before a long run that its pushes will be possible, as far as the Hub answers; make the repository.
 
-    Returns:
-        The push, with its token and the repository's full name.
-
-    Raises:
-        UserError: They will not be. A Hub that does not answer now is no such reason.
+    Returns the push, with its token and the repository's full name. Raises UserError where they will not be.
     """
     push = dataclasses.replace(push, token=known_token(push.token))
     try:
         to, _ = hub_errors.retried(push.open, push.repo_id, waits=())
     except OSError as error:
-        if not is_passing(error):
+        if not hub_errors.is_passing(error):
             raise PushError(f"cannot push to {push.repo_id}: {error}") from error
         log(f"cannot reach {push.repo_id} ({error}); training starts, and pushes when the Hub answers")
         return push
-    log(f"will push to {_describe(to)}")
+    log(f"will push to {describe(to)}")
     return dataclasses.replace(push, repo_id=to.id)
 
 
 def retried(attempt: Callable[[], str], repo_id: str, attempts: int, log: Callable[[str], None]) -> str:
-    """Return what `attempt` returns, after failures of the network and the Hub were waited out: 1, 2, 4, ... s.
-
-    Raises:
-        PushError: It failed for another reason, or too often.
-    """
+    """Return what `attempt` returns, waiting out failures of network and Hub for 1, 2, 4, ... s; else a PushError."""
     try:
         return hub_errors.retried(attempt, repo_id, [2**number for number in range(attempts - 1)], log)
     except OSError as error:
-        tried = f", tried {attempts} times" if is_passing(error) else ""
+        tried = f", tried {attempts} times" if hub_errors.is_passing(error) else ""
         raise PushError(f"could not push to {repo_id}{tried}: {error}") from error
 
 

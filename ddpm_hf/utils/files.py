@@ -91,11 +91,9 @@ def writable_folder(folder: Path, flag: str) -> None:
 def write_whole(path: Path, write: Callable[[Path], Any], durable: bool = True) -> None:
     """Write a file completely or not at all: `write` a partial one, flush it to the disk, rename it.
 
-    Threads, processes and machines may write the same file: each has a partial file of its own, the last one counts.
-    `durable=False` leaves the flushing, of milliseconds, to the system: for many small files that can be made again.
-
-    Raises:
-        OSError: It cannot be written; what was at `path` before is still there.
+    Each writer has a partial file of its own; the last one counts. `durable=False` leaves the flushing, of
+    milliseconds, to the system: for many small files that can be made again. Raises OSError; what was there before
+    still is.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_partial_files(path.parent)

@@ -10,59 +10,31 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from huggingface_hub import HfApi, ModelInfo, constants, hf_hub_download, model_info
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    IncompleteSnapshotError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-)
+from huggingface_hub import HfApi, constants, errors, hf_hub_download, model_info
 
 from .errors import UserError, in_one_line
 
 T = TypeVar("T")
 
 INDEX = "model_index.json"
-# Time-outs, too many requests, and a commit by someone else in between; every 5xx besides.
-_PASSING = (408, 412, 429)
 
 
 class PrivateByDefault:
     """A part of a pipeline, or a pipeline, whose pushes nobody else sees unless `private=False`."""
 
     def push_to_hub(
-        self,
-        repo_id: str,
-        commit_message: str | None = None,
-        private: bool | None = None,
-        token: str | None = None,
-        create_pr: bool = False,
-        safe_serialization: bool = True,
-        variant: str | None = None,
-        **options: Any,
+        self, repo_id: str, commit_message: str | None = None, private: bool | None = None, **options: Any
     ) -> str:
         """Publish as stock does, but privately; a pipeline with a card, as `ddpm-hf push` does.
 
-        Args:
-            repo_id: `namespace/name`, or a name in the token's own namespace; made if it does not exist.
-            commit_message, create_pr, options: As stock's.
-            private: Only `False` makes a new repository public, or publishes in a public one.
-            token: Instead of the one that `hf auth login` or HF_TOKEN left.
-            safe_serialization, variant: As stock's; pickles are not published, nor a pipeline as a variant only.
-
-        Returns:
-            The commit's (or the pull request's) address.
-
-        Raises:
-            UserError: It did not happen; the sentence says why.
+        `repo_id` is `namespace/name`, or a name in the token's own namespace; it is made if it does not exist. Only
+        `private=False` makes it public, or publishes in a public one. `options` are stock's. Returns the address of
+        the commit or the pull request. Raises UserError, also for a pickle, and for a pipeline as a variant only.
         """
-        if not safe_serialization:
+        if not options.pop("safe_serialization", True):
             raise UserError("safe_serialization=False would publish a pickle; leave it out for safetensors")
-        options |= {"commit_message": commit_message, "private": private, "token": token, "create_pr": create_pr}
-        return self._push_to_hub(repo_id, variant, options)
+        options = {"token": None, "commit_message": commit_message, "private": private, **options}
+        return self._push_to_hub(repo_id, options.pop("variant", None), options)
 
     def _push_to_hub(self, repo_id: str, variant: str | None, options: dict[str, Any]) -> str:
         open_repository(repo_id, options["private"], options["token"])
@@ -77,39 +49,32 @@ class PrivateByDefault:
 
 def private_options(save_directory: str | os.PathLike[str], options: Mapping[str, Any]) -> dict[str, Any]:
     """Return what `save_pretrained(..., push_to_hub=True)` was given, after its repository was made private."""
-    repo_id = options.get("repo_id") or Path(save_directory).name
-    open_repository(repo_id, options.get("private"), options.get("token"))
+    open_repository(options.get("repo_id") or Path(save_directory).name, options.get("private"), options.get("token"))
     return {**options, "private": options.get("private") is not False}
 
 
-def open_repository(repo_id: str, private: bool | None, token: str | None) -> ModelInfo:
-    """Return what the Hub knows of a model's repository, which is made if it does not exist.
+def open_repository(repo_id: str, private: bool | None, token: str | None, repo_type: str = "model") -> Any:
+    """Return what the Hub knows of a repository, which is made if it does not exist (`HfApi.repo_info`).
 
-    Args:
-        repo_id, token: As for `PrivateByDefault.push_to_hub`.
-        private: Only `False` makes a new repository public, or takes a public one; an existing one stays what it is.
-
-    Raises:
-        UserError: It is public, and that was not asked for.
+    Only `private=False` makes a new one public, or takes a public one, which is a UserError otherwise; an existing one
+    stays what it is.
     """
     api = HfApi(token=token, library_name="ddpm_hf")
     if "/" not in repo_id:
         repo_id = f"{api.whoami()['name']}/{repo_id}"
     try:
-        info = api.model_info(repo_id)
-    except RepositoryNotFoundError:
-        api.create_repo(repo_id, private=private is not False, exist_ok=True)
-        info = api.model_info(repo_id)
+        info = api.repo_info(repo_id, repo_type=repo_type)
+    except errors.RepositoryNotFoundError:
+        sdk = "gradio" if repo_type == "space" else None
+        api.create_repo(repo_id, private=private is not False, repo_type=repo_type, space_sdk=sdk, exist_ok=True)
+        info = api.repo_info(repo_id, repo_type=repo_type)
     if private is not False and info.private is not True:
-        raise UserError(
-            f"{repo_id} is public; add --private false (in training --hub_private_repo false), in Python "
-            "private=False, to publish there, or name another repository"
-        )
+        how = "add --private false (in training --hub_private_repo false), in Python private=False"
+        raise UserError(f"{repo_id} is public; {how}, to publish there, or name another repository")
     return info
 
 
-def chain(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield the error and what it came from."""
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
@@ -117,11 +82,11 @@ def chain(error: BaseException | None) -> Iterator[BaseException]:
 
 def is_passing(error: BaseException) -> bool:
     """Return whether the network or the server failed in a way that may be over soon."""
-    for cause in chain(error):
-        if isinstance(cause, OfflineModeIsEnabled):
+    for cause in _causes(error):
+        if isinstance(cause, errors.OfflineModeIsEnabled):
             return False
-        if isinstance(cause, HfHubHTTPError):
-            return cause.response.status_code in _PASSING or cause.response.status_code >= 500
+        if isinstance(cause, errors.HfHubHTTPError):  # time-outs, too many requests, a commit by someone else between
+            return cause.response.status_code in (408, 412, 429) or cause.response.status_code >= 500
         # The client's own network errors, by the name that its HTTP libraries share, whichever of them it uses.
         transport = any(base.__name__ == "TransportError" for base in type(cause).__mro__)
         if transport or isinstance(cause, (ConnectionError, TimeoutError)):
@@ -129,28 +94,22 @@ def is_passing(error: BaseException) -> bool:
     return False
 
 
-def sentence(error: BaseException, name: str) -> str | None:
-    """Return why a repository cannot be read or written, in one sentence without addresses and request ids.
-
-    It is the Hub's own message, except where that misleads. `None` for an error of another kind.
-    """
-    causes = list(chain(error))
+def _sentence(error: BaseException, name: str) -> str | None:
+    """Return why a repository cannot be read or written: the Hub's own words, except where they mislead."""
+    causes = list(_causes(error))
 
     def find(*kinds: type[BaseException]) -> Any:
         return next((cause for cause in causes if isinstance(cause, kinds)), None)
 
-    if find(IncompleteSnapshotError) or ("no file named" in str(error) and not Path(name).is_dir()):
+    if find(errors.IncompleteSnapshotError) or ("no file named" in str(error) and not Path(name).is_dir()):
         return f"the copy of {name!r} in the cache is incomplete: its download was interrupted; load it once online"
     if re.search(r"Could not find the necessary `safetensors`|no file named \S+\.safetensors", str(error)):
-        return f"{name!r} has no safetensors weights, and no others are read here"
-    if find(HFValidationError):
-        return f"{name!r} is neither a folder here nor a repository's name, such as org/name"
-    if find(RepositoryNotFoundError) and not find(GatedRepoError):  # the same for what is missing and what is hidden
-        return (
-            f"there is no folder {name!r} here, and no repository of that name on the Hub that can be read; if it is "
-            "private, log in with 'hf auth login' or give a token"
-        )
-    if answer := find(HfHubHTTPError):
+        return f"{name!r} has no safetensors weights under their usual names, and no others are read here"
+    # The Hub's answer is the same for what is missing and for what is hidden.
+    if find(errors.HFValidationError, errors.RepositoryNotFoundError) and not find(errors.GatedRepoError):
+        how = "names are like org/name, and a private one needs 'hf auth login' or a token"
+        return f"there is no folder {name!r} here, and no repository of that name on the Hub that can be read; {how}"
+    if answer := find(errors.HfHubHTTPError):
         if answer.response.status_code == 401:
             return "the Hub does not know this token; log in with 'hf auth login', or set HF_TOKEN"
         message = (answer.server_message or "").strip().partition("\n")[0]
@@ -158,41 +117,31 @@ def sentence(error: BaseException, name: str) -> str | None:
     for cause in causes:  # the first one: what is behind it only repeats it in other libraries' words
         if is_passing(cause):
             return f"no answer from the Hub ({in_one_line(cause)})"
-    if find(LocalEntryNotFoundError, OfflineModeIsEnabled):
+    if find(errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
         how = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "local_files_only=True"
         return f"there is no folder {name!r} here, nor is it in the cache, and the network is switched off ({how})"
     return None
 
 
 def retried(
-    call: Callable[[], T],
-    name: str | os.PathLike[str],
-    waits: Sequence[float] = (1, 2),
-    log: Callable[[str], None] | None = None,
+    call: Callable[[], T], name: Any, waits: Sequence[float] = (1, 2), log: Callable[[str], None] | None = None
 ) -> T:
-    """Return what `call` returns; where the network or the Hub fails in passing, it is called again.
+    """Return what `call` returns; where the network or the Hub fails in passing, wait `waits` seconds and call again.
 
-    Args:
-        call: Reads or writes on the Hub.
-        name: The repository or folder, for messages.
-        waits: Seconds before each further try.
-        log: Takes a line before each further try. Without it, nothing is tried again where there is no connection at
-            all: that is rarely over in seconds.
-
-    Raises:
-        OSError: In one sentence, where it fails for reasons of network, rights or cache; other errors pass unchanged.
+    `log` takes a line before each further try. Without it nothing is tried again where there is no connection at all,
+    which is rarely over in seconds. Raises OSError, in one sentence, where it fails for reasons of network, rights or
+    cache; other errors pass unchanged.
     """
-    name = os.fspath(name)
     for wait in (*waits, None):
         try:
             return call()
         except UserError:
             raise
         except Exception as error:
-            if (text := sentence(error, name)) is None:
+            if (text := _sentence(error, os.fspath(name))) is None:
                 raise
-            connected = all(type(cause).__name__ != "ConnectError" for cause in chain(error))
-            if wait is None or not is_passing(error) or not (connected or log):
+            unconnected = any(type(cause).__name__ == "ConnectError" for cause in _causes(error))
+            if wait is None or not is_passing(error) or (unconnected and log is None):
                 raise OSError(text) from error
         if log is not None:
             log(f"{text}; trying again in {wait} s")
@@ -201,20 +150,14 @@ def retried(
 
 
 def check_pipeline(name: str | os.PathLike[str], **options: Any) -> None:
-    """Check that a folder or repository holds a DDPM, before any weights are downloaded.
+    """Check that a folder or a repository on the Hub holds a DDPM, before any weights are downloaded.
 
-    Args:
-        name: A folder, or a repository on the Hub.
-        options: As for `from_pretrained`; components that are given there are not expected in the repository.
-
-    Raises:
-        OSError: It is not there, may not be read, or is not in the cache and the network is out of reach.
-        ValueError: It is something else.
+    `options` are those of `from_pretrained`; components that are given there are not expected in the repository.
+    Raises OSError where it cannot be read, and UserError where it is something else.
     """
     name = os.fspath(name)
-    if not Path(name).is_dir():
-        path = _download_index(name, options)
-    elif not (path := Path(name) / INDEX).is_file():
+    path = Path(name) / INDEX if Path(name).is_dir() else Path(retried(lambda: _download_index(name, options), name))
+    if not path.is_file():
         raise OSError(f"{name!r} holds no pipeline: there is no {INDEX} in it")
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
@@ -222,33 +165,24 @@ def check_pipeline(name: str | os.PathLike[str], **options: Any) -> None:
         index = None
     if not isinstance(index, dict):
         raise UserError(f"the {INDEX} of {name!r} is not a JSON object; download or save it again")
-    lists = {key: value for key, value in index.items() if isinstance(value, list) and value}
-    parts = {key: value[-1] for key, value in lists.items() if not key.startswith("_") and key not in options}
-    parts = {key: value for key, value in parts.items() if value is not None}
-    missing = {"unet", "scheduler"} - {*parts, *options}
-    if missing or not {*parts} <= {"unet", "scheduler"} or parts.get("unet", "UNet2DModel") != "UNet2DModel":
+    lists = {key: value[-1] for key, value in index.items() if isinstance(value, list) and value}
+    parts = {key: value for key, value in lists.items() if value is not None and key[0] != "_" and key not in options}
+    if {"unet", "scheduler"} - {*options} != {*parts} or parts.get("unet", "UNet2DModel") != "UNet2DModel":
         what = ", ".join(f"{key}: {value}" for key, value in parts.items()) or "nothing"
-        raise UserError(
-            f"{name!r} holds a {index.get('_class_name')} ({what}), not a DDPM, which is a UNet2DModel and a scheduler"
-        )
+        found = f"{name!r} holds a {index.get('_class_name')} ({what})"
+        raise UserError(f"{found}, not a DDPM, which is a UNet2DModel and a scheduler")
 
 
-def _download_index(name: str, options: Mapping[str, Any]) -> Path:
-    """Return the index of a repository, from the Hub or, where nobody answers, from the cache."""
+def _download_index(name: str, options: Mapping[str, Any]) -> str:
+    """Return the path of a repository's index in the cache."""
     where: dict[str, Any] = {key: options[key] for key in ("cache_dir", "revision", "token") if key in options}
-    cached = bool(options.get("local_files_only")) or constants.HF_HUB_OFFLINE
-    unreachable: OSError | None = None
-    if not cached:
-        try:  # unlike a download, this is not tried for half a minute by the client itself
-            asked: dict[str, Any] = {"revision": where.get("revision"), "token": where.get("token")}
-            info = retried(lambda: model_info(name, timeout=10, **asked), name)
-            if INDEX not in {sibling.rfilename for sibling in info.siblings or ()}:
-                raise UserError(f"{name!r} holds no diffusers pipeline: there is no {INDEX} in it")
-        except OSError as error:
-            if not is_passing(error):
-                raise
-            cached, unreachable = True, error
     try:
-        return Path(retried(lambda: hf_hub_download(name, INDEX, local_files_only=cached, **where), name, waits=()))
-    except OSError as error:
-        raise (unreachable or error) from None
+        return hf_hub_download(name, INDEX, local_files_only=True, **where)
+    except errors.LocalEntryNotFoundError:
+        if constants.HF_HUB_OFFLINE or options.get("local_files_only"):
+            raise
+    # Unlike a download, this is not tried for half a minute by the client itself.
+    info = model_info(name, revision=where.get("revision"), token=where.get("token"), timeout=10)
+    if INDEX not in {sibling.rfilename for sibling in info.siblings or ()}:
+        raise UserError(f"{name!r} holds no diffusers pipeline: there is no {INDEX} in it")
+    return hf_hub_download(name, INDEX, **where)

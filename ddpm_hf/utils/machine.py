@@ -18,7 +18,7 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # mallopt(3), glibc's malloc.h
 
 
 def keep_freed_memory() -> None:
-    """Keep freed memory in this process, for the next tensor (glibc; elsewhere nothing is changed).
+    """Keep freed memory in this process for the next tensor, where the C library is glibc.
 
     By default large tensors' memory goes back to the system whenever they are freed, and comes again page by page.
     """
@@ -31,10 +31,7 @@ def keep_freed_memory() -> None:
 
 
 def use_tf32(wanted: bool) -> None:
-    """Let NVIDIA GPUs compute float32 products and convolutions with 10 bits of mantissa instead of 23, or not.
-
-    PyTorch's default allows it in convolutions.
-    """
+    """Let NVIDIA GPUs compute float32 products and convolutions with 10 bits of mantissa instead of 23, or not."""
     torch.backends.cuda.matmul.allow_tf32 = wanted
     torch.backends.cudnn.allow_tf32 = wanted
 
@@ -42,16 +39,14 @@ def use_tf32(wanted: bool) -> None:
 def choose_precision(wanted: str | None) -> str:
     """Return a run's mixed precision: what is asked for, else the launcher's, else bf16 on NVIDIA GPUs that have it.
 
-    Raises:
-        UserError: bf16 is asked for, and the GPU does not compute in it.
+    Raises UserError: bf16 is asked for, and the GPU does not compute in it.
     """
     gpu = torch.cuda.is_available()
     has_bf16 = gpu and torch.cuda.is_bf16_supported(including_emulation=False)
     wanted = wanted or os.environ.get("ACCELERATE_MIXED_PRECISION")  # `accelerate launch` always sets it
     if wanted == "bf16" and gpu and not has_bf16:
-        raise UserError(
-            f"--mixed_precision bf16 is not there on {torch.cuda.get_device_name()}; use fp16, or no for float32"
-        )
+        gpu_name = torch.cuda.get_device_name()
+        raise UserError(f"--mixed_precision bf16 is not there on {gpu_name}; use fp16, or no for float32")
     return wanted.lower() if wanted else ("bf16" if has_bf16 else "no")
 
 
@@ -94,13 +89,10 @@ def has_deterministic_algorithms(device: torch.device) -> bool:
 def deterministic_algorithms() -> Iterator[None]:
     """Make NVIDIA GPUs compute the same bits every time, within.
 
-    By default the gradients of float32 convolutions, of attention and of embeddings are sums in whatever order the
-    threads arrive, cuDNN's algorithms may be chosen by time (`benchmark`), and compiled kernels' sizes are. PyTorch's
-    deterministic mode has other algorithms for all of these, and turns on Inductor's. New memory is not filled, as it
-    would be in that mode by default: nothing reads it before it is written.
-
-    Raises:
-        RuntimeError: Within, by PyTorch, at an operation that has no deterministic algorithm.
+    By default float32 gradients of convolutions, attention and embeddings are sums in whatever order the threads
+    arrive, and cuDNN's algorithms and compiled kernels' sizes are chosen by time. New memory is not filled, as it
+    would be in PyTorch's mode by default: nothing reads it before it is written. PyTorch raises a RuntimeError at an
+    operation that has no deterministic algorithm.
     """
     filling: Any = torch.utils.deterministic
     cudnn = torch.backends.cudnn
@@ -127,8 +119,7 @@ class DelayedScalar:
     """A 0-d tensor whose value the host reads without holding up the device; on CPUs it is read directly.
 
     Each `read` starts a copy of the tensor, which changes in place, into pinned memory and returns the value that the
-    `read` before has copied: the same one in every run and process. With enough work between the two, the device has
-    long made that copy; where the host is further ahead, it waits while that work keeps the device busy.
+    `read` before has copied: the same one in every run and process.
     """
 
     def __init__(self, value: Tensor, delayed: bool | None = None):

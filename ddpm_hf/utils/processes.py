@@ -35,7 +35,7 @@ def cpu_only() -> bool:
 
 
 def processes() -> PartialState:
-    """Return accelerate's view of this process among its siblings; one process alone is one of one."""
+    """Return accelerate's view of this process among its siblings; it may be alone."""
     return PartialState(cpu=cpu_only())
 
 
@@ -51,10 +51,7 @@ _groups: weakref.WeakKeyDictionary[Any, weakref.ref[Any]] = weakref.WeakKeyDicti
 
 
 def _waiting_group() -> Any:
-    """Return a group of all processes in which they may wait for hours; all have to call this.
-
-    The default group, of the gradients, times out after 10 minutes on GPUs; computing FID takes longer than that.
-    """
+    """Return a group of all processes, who all call this; on GPUs the default group times out after 10 minutes."""
     world = torch.distributed.group.WORLD
     group = _groups[world]() if world in _groups else None
     if group is None:
@@ -80,8 +77,7 @@ def from_first(own: Any) -> Any:
 def raise_on_all_ranks() -> Iterator[None]:
     """Raise on all processes what one raises inside, instead of leaving the others waiting; all have to come here.
 
-    They wait for the last one, however long. What other processes raise is a UserError with the sentence of the one
-    that failed (NotFiniteError where it was one) if commands print it there as a sentence, else a RuntimeError.
+    The others raise a UserError (or NotFiniteError) where commands print that as a sentence, else a RuntimeError.
     """
     if processes().num_processes > 1:
         _waiting_group()  # while they are still near each other
@@ -123,10 +119,8 @@ def start_process() -> None:
 
 
 def set_cpu_threads(wanted: int | None, num_processes: int) -> None:
-    """Set the threads of this process; `None`: an even share of the cores if a launcher started it, with one thread.
-
-    `num_processes` are all of them; a launcher's `LOCAL_WORLD_SIZE` says how many are on this machine.
-    """
+    """Set the threads of this process; `None`: an even share of the cores if a launcher started it with one."""
+    # `num_processes` are all of them; how many are on this machine a launcher says.
     num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", num_processes))
     if wanted is None and _launched():
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -137,10 +131,7 @@ def set_cpu_threads(wanted: int | None, num_processes: int) -> None:
 
 
 def known_trackers(text: str | None) -> list[str]:
-    """Return the trackers of `"tensorboard,wandb"` (`all`: those that are installed; `none` or `None`: no tracker).
-
-    Raises UserError where accelerate does not know one, or it is not installed.
-    """
+    """Return the trackers of `"tensorboard,wandb"` (`all`: the installed; `none`, `None`: none); or UserError."""
     names = [part.strip().lower() for part in (text or "none").split(",") if part.strip()]
     installed = [str(tracker) for tracker in get_available_trackers()]
     if names == ["none"]:
@@ -148,10 +139,8 @@ def known_trackers(text: str | None) -> list[str]:
     if names == ["all"] and installed:
         return installed
     if missing := [name for name in names if name not in installed]:
-        have = f"(installed: {', '.join(installed) or 'none'})"
-        raise UserError(
-            f"--report_to {missing[0]!r} is not an installed tracker {have}; pip install it first, or give none"
-        )
+        how = f"pip install it first, or give none (installed: {', '.join(installed) or 'none'})"
+        raise UserError(f"--report_to {missing[0]!r} is not an installed tracker; {how}")
     return list(dict.fromkeys(names))
 
 
@@ -169,12 +158,12 @@ def only_run_in(folder: Path) -> Iterator[None]:
     except ImportError:  # Windows has no such locks
         yield
         return
-    sentence = f"another run is writing into {str(folder)!r}; wait for it, or name another folder"
     with (folder / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(sentence) from None
+            how = "wait for it, or name another folder"
+            raise UserError(f"another run is writing into {str(folder)!r}; {how}") from None
         except OSError:
             pass  # this file system has no locks
         yield

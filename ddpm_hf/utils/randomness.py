@@ -70,13 +70,8 @@ def normal_noise(seeds: Tensor, draws: Tensor, count: int) -> Tensor:
     Four numbers of one image come from one Philox block: key = seed, counter = (block, draw, 0, 0). Pairs of words
     become pairs of normals by Box & Muller (1958); at most 6.7 standard deviations.
 
-    Args:
-        seeds: `[B]` int64, one per image.
-        draws: `[D, B]` or `[D, 1]` int64 from 0 on, which of the image's draws.
-        count: Numbers per image and draw, fewer than 2^34.
-
-    Returns:
-        `[D, B, count]` on the device of `seeds`; equal on all devices up to the rounding of log, cos and sin.
+    Takes seeds `[B]` and draws (which of the image's, from 0 on) `[D, B]` or `[D, 1]`, int64, and fewer than 2^34
+    numbers; returns `[D, B, count]` on the device of `seeds`, equal on all up to the rounding of log, cos and sin.
     """
     key = seeds & _LOW, (seeds >> 32) & _LOW
     block = torch.arange((count + 3) // 4, device=seeds.device)
@@ -97,8 +92,7 @@ class SeededNoise:
     What image i gets depends on its seed and on how often noise was drawn before (`drawn`, for all or for each), and
     on nothing else: not on the batch, the number of processes or the device.
 
-    Raises:
-        UserError: A seed that is not from -2^63 to 2^64 - 1.
+    Raises UserError for a seed that is not from -2^63 to 2^64 - 1.
     """
 
     def __init__(self, seeds: Sequence[int], device: torch.device | str = "cpu", drawn: int | Sequence[int] = 0):

@@ -25,12 +25,9 @@ def as_picture(pixels: np.ndarray) -> Image.Image:
 
 
 def image_grid(images: Tensor, columns: int | None = None, tile: int = 64) -> Image.Image:
-    """Draw images side by side, small ones enlarged by a whole factor (nearest), with a gap between tiles.
+    """Draw `[N, C, H, W]` uint8 with 1 or 3 channels side by side, small ones enlarged by a whole factor (nearest).
 
-    Args:
-        images: `[N, C, H, W]` uint8 with 1 or 3 channels.
-        columns: Tiles per row; about as many as rows by default.
-        tile: Smallest height and width of a tile in pixels.
+    `columns` are tiles per row, by default about as many as rows; `tile` is their smallest height and width in pixels.
     """
     n, channels, height, width = images.shape
     if n == 0 or channels not in (1, 3):
@@ -51,20 +48,15 @@ def _scale(height: int, width: int, tile: int) -> int:
 
 
 def labelled_grid(
-    images: Tensor,
-    rows: Sequence[str] | None = None,
-    columns: Sequence[str] | None = None,
-    title: str = "",
-    tile: int = 64,
+    images: Tensor, rows: Sequence[str] = (), columns: Sequence[str] = (), title: str = "", tile: int = 64
 ) -> Image.Image:
     """Draw an `image_grid` of `[R, C, channels, H, W]` with R titles on the left, C on top, and one above everything.
 
     The font is Pillow's own, which has Latin letters only; it grows with the tiles, and they with the column titles.
     """
     for name, titles, count in (("row", rows, images.shape[0]), ("column", columns, images.shape[1])):
-        if titles is not None and len(titles) != count:
+        if titles and len(titles) != count:
             raise UserError(f"got {len(titles)} {name} titles for {count} {name}s")
-    rows, columns = rows or (), columns or ()
     _, across, _, height, width = images.shape
     size = max(14, _scale(height, width, tile) * height // 8)
     font = ImageFont.load_default(size)
@@ -106,10 +98,8 @@ def save_picture(picture: Image.Image, path: str | Path, durable: bool = True) -
 def save_animation(frames: Sequence[Image.Image], path: str | Path, duration: int = 60, hold: int = 2000) -> None:
     """Write an endless animation completely or not at all: GIF, animated PNG or lossless WebP, by the file's suffix.
 
-    Args:
-        frames: In order; smaller ones get a white border on the right and below.
-        path: `FILE.gif`, `FILE.png` (or `.apng`) or `FILE.webp`.
-        duration, hold: Milliseconds per frame, and for the last one.
+    Smaller frames get a white border on the right and below. `duration` is in milliseconds per frame, `hold` for the
+    last one.
     """
     file_format = animation_format(path)
     if not frames:
@@ -133,7 +123,7 @@ def animation_format(path: str | Path) -> str:
 
 
 def check_writable(path: str | Path) -> None:
-    """Raise a `ValueError` with the reason where a file could not be written later; leaves nothing behind."""
+    """Raise a UserError with the reason where a file could not be written later; leave nothing behind."""
     path = Path(path)
     if path.is_dir():
         raise UserError(f"cannot write {path}: it is a folder")

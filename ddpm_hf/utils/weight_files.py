@@ -19,8 +19,7 @@ from .errors import UserError
 def read_weights(path: Path) -> Any:
     """Return what a safetensors file, by its ending, or PyTorch file holds, on the CPU: tensors by name, and more.
 
-    Raises:
-        UserError: There is no such file, it is damaged or of another kind, or would run code.
+    Raises UserError: there is no such file, it is damaged or of another kind, or would run code.
     """
     if not path.is_file():
         raise UserError(f"there is no file {str(path)!r}")
@@ -36,8 +35,6 @@ def read_weights(path: Path) -> Any:
         unpickling = isinstance(error, pickle.UnpicklingError)
         reason = f"it is not a {kind}, or is damaged ({'no pickle' if unpickling else text.splitlines()[0][:120]})"
         if unpickling and re.search("weights_only|unsupported", text, re.IGNORECASE):
-            reason = (
-                "it holds more than tensors and would run code when loaded, so it is refused; save its state dict "
-                "alone (torch.save(model.state_dict(), ...) or safetensors) with the code that it came from"
-            )
+            how = "save its state dict alone (torch.save(model.state_dict(), ...) or safetensors) with its own code"
+            reason = f"it holds more than tensors and would run code when loaded, so it is refused; {how}"
         raise UserError(f"{str(path)!r} cannot be read as weights: {reason}") from None

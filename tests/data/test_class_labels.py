@@ -1,7 +1,5 @@
 """Which class a label means: one rule for names and numbers, in every place where a class is asked for."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
@@ -130,9 +128,7 @@ def test_every_way_to_ask_for_a_class_gives_the_same_images(numbered, tmp_path):
         assert torch.allclose(figure.x_t[:, -1].clamp(-1, 1), one * 2 - 1, atol=1e-4)
     numbered.save_pretrained(tmp_path / "model")
     demo = Demo(str(tmp_path / "model"))
-    (*_, (_, _, images, _)) = demo.sample(
-        str(tmp_path / "model"), "0", 10, "ddpm", "1", 1, SimpleNamespace(session_hash=None)
-    )
+    (*_, (_, _, images, _)) = demo.sample(str(tmp_path / "model"), "0", 10, "ddpm", "1", 1)
     assert np.array_equal(np.asarray(images[0]), pixels[0, 0].numpy())
     assert "class_labels='1'" in make_card(ModelFacts.read(tmp_path / "model"), CardFacts("m"))
 

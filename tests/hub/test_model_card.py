@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from ddpm_hf import EvaluationReport
 from ddpm_hf.hub.files import write_card
-from ddpm_hf.hub.model_card import CardFacts, ModelFacts, front_matter, generated_facts, make_card
+from ddpm_hf.hub.model_card import CardFacts, ModelFacts, generated_facts, make_card
 from ddpm_hf.utils.text import public_name
 
 MODEL = FIXTURES / "digits_model"
@@ -95,27 +95,6 @@ def test_a_card_without_numbers_picture_or_license():
         assert words in read.text
     with pytest.raises(ValueError, match=r"write it like apache-2\.0"):
         card(license="Apache 2.0")
-
-
-@pytest.mark.parametrize(
-    ("text", "found"),
-    [
-        ("---\nlicense: mit\n---\n\n# m\n", {"license": "mit"}),
-        ("---\r\nlicense: mit\r\n---\r\n# m\r\n", {"license": "mit"}),
-        ("---\ntitle: a---\nlicense: mit\n---\n", {"title": "a---", "license": "mit"}),
-        ("---\nlicense: mit\n---", {"license": "mit"}),
-        ("---\n---\n# m\n", {}),
-        ("# m\n\n---\n", {}),
-    ],
-)
-def test_front_matter(text, found):
-    assert front_matter(text) == found
-
-
-@pytest.mark.parametrize("text", ["---\na: [1\n---\n", "---\n- a\n---\n"])
-def test_front_matter_that_is_none(text):
-    with pytest.raises(ValueError, match="front matter"):
-        front_matter(text)
 
 
 def test_facts_of_a_folder(tmp_path):

@@ -124,6 +124,8 @@ def put(hub: HubServer, repo: str, files: dict[str, bytes], **options) -> None:
 
 
 def test_a_snapshot_holds_the_published_files_only_and_later_writes_do_not_reach_it(run_folder):
+    with pytest.raises(OSError, match="there is no folder"):
+        make_snapshot(run_folder / "nowhere")
     before = tree(run_folder)
     staging = make_snapshot(run_folder)
     weights = "unet/diffusion_pytorch_model.safetensors"
@@ -283,7 +285,6 @@ def test_mistakes_before_anything_is_sent(tmp_path, run_folder, capsys, monkeypa
         ([run, "--repo_id", "org/m", "--license", "Apache 2"], "apache-2.0"),
         ([run, "--repo_id", "org/m", "--privat"], "did you mean '--private'?"),
         ([run, "--repo_id", "org/m", "--private", "maybe"], "true or false"),
-        ([str(tmp_path / "nowhere"), "--repo_id", "org/m"], "there is no folder"),
         ([run, "--repo_id", "org/m"], "HF_HUB_OFFLINE"),
     ]:
         assert cli.main(["push", *arguments]) == 2
@@ -305,9 +306,7 @@ def broken(folder: Path, how: str) -> str:
     if how in ("variant", "sharded variant"):
         weights.unlink()
         pipe.save_pretrained(folder, variant="fp16", max_shard_size="1MB" if "sharded" in how else "1GB")
-        return (
-            r"holds the variant 'fp16' of the weights only.*from_pretrained\('.*', variant='fp16'\)\.save_pretrained"
-        )
+        return "from_pretrained does not open"
     if how == "pickle":
         weights.unlink()
         pipe.save_pretrained(folder, safe_serialization=False)
@@ -510,7 +509,7 @@ def test_nothing_becomes_public_by_accident(hub, run_folder, tmp_path):
     )
     assert "org/careful is public; add --private false" in refused["error"]
     assert f"{hub.url}/org/public (public)" in public["lines"][0]
-    assert closed["lines"][1] == "org/closed is private and stays so; its settings on the Hub can change that"
+    assert f"{hub.url}/org/closed (private)" in closed["lines"][0]
     assert hub.info("models", "org/closed")["private"]
     assert f"{hub.url}/tester/named-by-me (public)" in made["lines"][0]
     assert not hub.info("models", "tester/named-by-me")["private"]
@@ -532,7 +531,7 @@ def test_weights_of_an_earlier_model_go_and_other_peoples_files_stay(hub, run_fo
     put(hub, "org/m", tree(MODEL) | old, private=True)
     (done,) = push_all(hub, tmp_path / "home", {"folder": str(run_folder), "repo_id": "org/m"})
     assert set(hub.files("models", "org/m")) == {".gitattributes", "notes.txt", *published_files(run_folder)}
-    assert any(line.startswith("removing weights of an earlier model: ") and weights in line for line in done["lines"])
+    assert any(line.startswith("removing files of an earlier push: ") and weights in line for line in done["lines"])
 
 
 def test_edits_of_the_card_survive_pushes(hub, run_folder, tmp_path):
@@ -787,7 +786,7 @@ def test_loading_by_name(hub, tmp_path):
         "'org/text' holds a StableDiffusionPipeline (unet: UNet2DConditionModel, vae: AutoencoderKL), not a DDPM",
         "'org/no-pipeline' holds no diffusers pipeline: there is no model_index.json",
         "'org/no-weights' has no safetensors weights",
-        "'a/b/c' is neither a folder here nor a repository's name",
+        "there is no folder 'a/b/c' here, and no repository of that name on the Hub",
         weights_hash(tmp_path / "dropped"),
         weights_hash(tmp_path / "failing"),
         weights_hash(tmp_path / "slow"),

@@ -72,8 +72,8 @@ def test_two_visitors_at_once_do_not_disturb_each_other(client):
     [
         (("model", "0-99", 5, "ddim", None, 1), "too many seeds; at most 16 images at a time"),
         (("model", "0-9999999999", 5, "ddim", None, 1), "too many seeds; at most 16 images at a time"),
-        (("model", "one", 5, "ddim", None, 1), "Seeds takes whole numbers and ranges such as"),
-        (("model", "", 5, "ddim", None, 1), "Seeds takes whole numbers and ranges such as"),
+        (("model", "one", 5, "ddim", None, 1), "--seeds takes whole numbers and ranges such as"),
+        (("model", "", 5, "ddim", None, 1), "--seeds takes whole numbers and ranges such as"),
         (("model", "0", 5000, "ddim", None, 1), "greater than maximum value 1000"),
         (("model", "0", 0, "ddim", None, 1), "less than minimum value 1"),
         (("model", "0", 2.5, "ddim", None, 1), "num_inference_steps must be a whole number, got 2.5"),
@@ -140,9 +140,6 @@ def test_bits_per_dim_of_an_upload(client, tmp_path):
     full = (terms.sum() + prior_bpd(pipe.scheduler, x_0[:1])).item()
     assert abs(values["digit"][0] - full) < 4 * values["digit"][1] + 0.3
     assert values["digit"][0] + 5 < values["rose"][0], "an even grey square is no digit"
-    assert "PNG of 8 x 8 pixels (mode L)." in values["digit"][2]
-    words = "white under transparent pixels, made grey, the middle 30 x 30 of it, resized to 8 x 8"
-    assert f"PNG of 40 x 30 pixels (mode RGBA), {words}." in values["rose"][2]
     enlarged = values["digit"][3][2:-2, 2:-2]
     np.testing.assert_array_equal(enlarged, np.asarray(digit).repeat(32, 0).repeat(32, 1))
     grey = (np.array([200, 30, 30]) * 128 + 255 * 127) / 255 @ np.array([0.299, 0.587, 0.114])
