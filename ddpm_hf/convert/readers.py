@@ -15,6 +15,7 @@ from torch import Tensor
 from ..utils.errors import UserError
 from ..utils.weight_files import read_weights
 from .names import Tensors
+from .tensorflow_checkpoint import newest_checkpoint, read_index, read_variables
 
 _EMA_SUFFIX = "/ExponentialMovingAverage"
 _TF_TAILS = {"W": "weight", "b": "bias", "gamma": "weight", "beta": "bias"}
@@ -86,26 +87,22 @@ def official_name(variable: str) -> str:
 def read_official_tf(path: Path, ema: bool) -> Checkpoint:
     """Read a TensorFlow checkpoint of hojonathanho/diffusion, given without its ending, or a folder's last one."""
     path = Path(str(path).removesuffix(".index"))
-    if not (any(path.glob("*.index")) if path.is_dir() else Path(f"{path}.index").is_file()):
+    prefix = newest_checkpoint(path) if path.is_dir() else path
+    if prefix is None or not Path(f"{prefix}.index").is_file():
         raise UserError(
             f"there is no TensorFlow checkpoint at {str(path)!r}; give the path without ending, as in "
             "model.ckpt-790000, beside which lie .index and .data files"
         )
     try:
-        import tensorflow as tf
-
-        reader = tf.train.load_checkpoint(str(path))
-        names = [n for n in reader.get_variable_to_shape_map() if n.startswith("model/") and "Adam" not in n]
-        is_ema = {name: name.endswith(_EMA_SUFFIX) for name in names}
+        index = read_index(prefix)
+        is_ema = {n: n.endswith(_EMA_SUFFIX) for n in index[1] if n.startswith("model/") and "Adam" not in n}
         weights = _which_weights(path, ema, is_ema.values(), "by the names of the variables")
-        variables = {name: torch.tensor(reader.get_tensor(name)) for name in names if is_ema[name] == ema}
+        arrays = read_variables(prefix, index, [name for name in is_ema if is_ema[name] == ema])
+        variables = {name: torch.from_numpy(array) for name, array in arrays.items()}
     except UserError:
         raise
-    except ImportError:
-        raise UserError("TensorFlow checkpoints need TensorFlow: pip install 'ddpm-hf[convert]'") from None
-    except Exception as error:  # TensorFlow has errors of its own for damaged files
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
-        raise UserError(f"{str(path)!r} is not a TensorFlow checkpoint, or is damaged ({reason})") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{str(prefix)!r} is not a TensorFlow checkpoint, or is damaged ({error})") from None
     tensors: Tensors = {}
     for name, value in variables.items():
         if value.ndim == 4:  # a convolution, [H, W, in, out] to [out, in, H, W]
