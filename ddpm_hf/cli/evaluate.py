@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Sequence, Sized
 from pathlib import Path
 from typing import Any
 
-from ..training.configuration import POSITIVE
+from ..training.configuration import NOT_NEGATIVE, POSITIVE
 from ..utils.errors import UserError
 from . import model
 from .command_line import IMAGE_SOURCES, Parser, add_image_flags, given, image_arguments
@@ -21,17 +20,12 @@ def evaluate_parser(prog: str | None = None) -> Parser:
     model.add_model_flags(flag, batch_size=256, required=False)
     text = "nll (bits/dim), rate_distortion, fid, is, kid, prc (precision and recall), nn (nearest neighbours)"
     flag("--metrics", str, "nll", f"comma-separated: {text}")
-    flag("--seed", int, 0, "of the likelihood's noise; sample i has the seed SEED + i")
+    flag("--seed", int, 0, "of the likelihood's noise; sample i has the seed SEED + i", NOT_NEGATIVE)
     flag("--compare", str, None, "only print reports side by side: A.json B.json", nargs="+")
     flag = parser.group("images")
     add_image_flags(flag)
-    flag(
-        "--split",
-        str,
-        None,
-        "train, validation, test, or several: train,test; left out: the likelihood of held-out images, and samples "
-        "beside training and held-out images",
-    )
+    text = "train, validation, test, or several: train,test; left out: the likelihood of held-out images, and samples "
+    flag("--split", str, None, text + "beside training and held-out images")
     flag("--validation_split", float, 0.0, "the share that was held out in training")
     flag = parser.group("likelihood (nll, rate_distortion)")
     flag("--num_images", int, None, "the first this many images; all if left out", POSITIVE)
@@ -40,13 +34,8 @@ def evaluate_parser(prog: str | None = None) -> Parser:
     model.add_sampler_flags(parser)
     flag = parser.group("comparison of samples (fid, is, kid, prc, nn)")
     flag("--num_samples", int, 50_000, "samples to draw; the paper: 50000", POSITIVE)
-    flag(
-        "--features",
-        str,
-        "inception",
-        "what images are compared by: inception (the paper), pixels (tiny images), a vision model such as "
-        "facebook/dinov2-base, or several of them: inception,pixels",
-    )
+    text = "what images are compared by: inception (the paper), pixels (tiny images), a vision model such as "
+    flag("--features", str, "inception", text + "facebook/dinov2-base, or several of them: inception,pixels")
     flag("--inception_weights", str, None, "Inception weights file; torch-fidelity's own if left out")
     flag = parser.group("output")
     flag("--output", str, None, "a folder for report.json, report.md and pictures; or FILE.json")
@@ -64,99 +53,62 @@ def evaluate(arguments: Sequence[str], prog: str | None = None) -> int:
         raise UserError("give the model as --model FOLDER_OR_NAME, or reports as --compare A.json B.json")
     output = None if values.output is None else Path(values.output)
     file = output if output is not None and output.suffix == ".json" else None
-    folder = output if file is None else None
-    if folder is not None and folder.is_file():
-        raise UserError(f"--output {folder} is a file; name a folder, or FILE.json")
-    from ..evaluation.options import LIKELIHOOD_METRICS, parse_metrics
-    from ..evaluation.run import evaluate as evaluate_model
-    from ..evaluation.run import load_splits
+    if file is None and output is not None and output.is_file():
+        raise UserError(f"--output {output} is a file; name a folder, or FILE.json")
+    from ..evaluation import run
     from ..utils.files import writable_folder
-    from ..utils.processes import processes, raise_on_all_ranks, start_process
+    from ..utils.processes import log, processes, raise_on_all_ranks, start_process
 
-    metrics = parse_metrics(values.metrics)
+    metrics = run.parse_metrics(values.metrics)
     if file is not None:
         writable_folder(file.parent, "--output")
     start_process()
-    here = processes()
+    splits = None if values.split is None else [part.strip() for part in values.split.split(",")]
+    likelihood, samples = (set(metrics) & set(known) for known in (run.LIKELIHOOD_METRICS, run.SAMPLE_METRICS))
     with raise_on_all_ranks():
         pipe = model.load_pipeline(values.model, values.dtype, values.tf32)
-        sets = load_splits(
-            None if values.split is None else _parts(values.split),
-            bool(set(metrics) - set(LIKELIHOOD_METRICS)),
-            validation_split=values.validation_split,
-            **image_arguments(values, pipe.image_shape),
-        )
-    num_images = sum(len(images) for images in sets.values() if isinstance(images, Sized))
+        images = image_arguments(values, pipe.image_shape)
+        sets = run.load_splits(splits, bool(samples), validation_split=values.validation_split, **images)
+    # About how many evaluations of the network follow, of a batch each.
+    T, size = pipe.scheduler.config.num_train_timesteps, sum(len(x) for x in sets.values() if isinstance(x, Sized))
+    evaluations = min(values.num_images or size, size) * (values.num_evaluations or T) * bool(likelihood)
+    evaluations += values.num_samples * (values.num_inference_steps or T) * bool(samples)
+    names = ("num_images", "num_evaluations", "num_samples", "batch_size", "seed", "features", "inception_weights")
     try:
-        report = evaluate_model(
+        report = run.evaluate(
             pipe,
             sets,
             metrics,
             # what is held out comes first
-            likelihood_splits=None if values.split is None else sorted(sets, key=lambda split: split == "train"),
-            features=_parts(values.features),
+            likelihood_splits=splits and sorted(sets, key=lambda split: split == "train"),
             cache_dir=None if values.cache_dir is None else Path(values.cache_dir),
-            output=folder,
+            output=None if file is not None else output,
             model_name=values.model,
             progress=True,
-            prepare=model.inference_optimization(values, _evaluations(pipe, values, metrics, num_images)),
-            **given(values, "num_images", "num_evaluations", "num_samples", "batch_size", "seed", "inception_weights"),
+            prepare=model.inference_optimization(values, evaluations // values.batch_size),
+            **given(values, *names),
             **model.sampler_arguments(values),
             **model.sampling_arguments(values),
         )
     except KeyboardInterrupt:
         print("finished batches are kept: the same command resumes from there", file=sys.stderr)
         raise
-    if here.is_main_process:
-        _print_report(report)
-        if file is not None:
+    log("\n".join([*report.lines(), *(f"note: {warning}" for warning in report.warnings)]))
+    with raise_on_all_ranks():
+        if file is not None and processes().is_main_process:
             report.save(file)
-        if output is not None:
-            print(f"wrote {output}")
+    if output is not None:
+        log(f"wrote {output}")
     return 0
-
-
-def _parts(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",")]
-
-
-def _evaluations(pipe: Any, values: Any, metrics: Sequence[str], num_images: int) -> int:
-    """Return about how many evaluations of the network follow, of a batch each."""
-    from ..evaluation.options import LIKELIHOOD_METRICS
-
-    T = pipe.scheduler.config.num_train_timesteps
-    found = 0
-    if set(metrics) & set(LIKELIHOOD_METRICS):
-        found += min(values.num_images or num_images, num_images) * (values.num_evaluations or T)
-    if set(metrics) - set(LIKELIHOOD_METRICS):
-        found += values.num_samples * (values.num_inference_steps or T)
-    return found // values.batch_size
-
-
-def _print_report(report: Any) -> None:
-    from ..utils.text import number
-
-    for name, value in report.values.items():
-        if name == "bits_per_dim":
-            error = value["standard_error"]
-            known = f" +- {error:.4f}" if math.isfinite(error) else ""  # one image has none
-            print(f"bits/dim on {report.num_images} images: {value['value']:.4f}{known}")
-        else:
-            print(f"{name}: {number(value['value'], value['standard_error'])}")
-    for warning in report.warnings:
-        print(f"note: {warning}")
 
 
 def _compare(values: Any) -> int:
     """Print reports side by side."""
-    for name in ("model", "output", *IMAGE_SOURCES):
-        if getattr(values, name) is not None:
-            raise UserError(f"--compare only reads reports: leave out --{name}")
-    paths = values.compare
-    if len(paths) < 2:
+    if strangers := list(given(values, "model", "output", *IMAGE_SOURCES)):
+        raise UserError(f"--compare only reads reports: leave out --{strangers[0]}")
+    if len(values.compare) < 2:
         raise UserError("--compare takes at least two reports: --compare A.json B.json")
     from ..evaluation.report import EvaluationReport, compare
 
-    names = [path if paths.count(path) == 1 else f"{path} ({i + 1})" for i, path in enumerate(paths)]
-    print(compare({name: EvaluationReport.load(path) for name, path in zip(names, paths, strict=True)}))
+    print(compare({path: EvaluationReport.load(path) for path in values.compare}))
     return 0

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..utils.errors import UserError
 from . import model
-from .command_line import IMAGE_FLAGS, IMAGE_SOURCES, Parser, add_image_flags, image_arguments
+from .command_line import IMAGE_FLAGS, IMAGE_SOURCES, Parser, add_image_flags, given, image_arguments
 
 # The figures, and the seeds that they have by default.
 _SEEDS = {"progressive": "0-7", "shared_latents": "0-8", "interpolation": "0-3", "coarse_to_fine": "0"}
@@ -32,11 +32,7 @@ def add_figure_flags(parser: Parser) -> None:
 
 
 def refuse_figure_flags(values: Any, figure: str | None = None) -> None:
-    """Refuse flags that a figure does not take; without one all flags of figures.
-
-    Raises:
-        UserError: One is given; the message says what it goes with.
-    """
+    """Refuse flags that a figure does not take, without one all flags of figures, with a UserError."""
     for name, figures in _TAKEN_BY.items():
         if getattr(values, name) is not None and figure not in figures:
             other = "" if figure is None else f", not with {figure}"
@@ -56,14 +52,10 @@ def draw_figure(values: Any) -> int:
     pipe = model.load_sampling_pipeline(values)
     if pipe.image_shape[0] not in (1, 3):
         raise UserError(f"a figure needs images of 1 or 3 channels, and the model's have {pipe.image_shape[0]}")
-    options = {
-        "batch_size": values.batch_size,
-        "class_labels": class_sequence(pipe, values.class_labels, len(seeds)),
-        "progress": True,
-        **model.sampling_arguments(values),
-    }
-    interpolates = values.figure in _TAKEN_BY["images"]
-    given = _given_images(values, 2 * len(seeds), pipe.image_shape) if interpolates else None
+    labels = class_sequence(pipe, values.class_labels, len(seeds))
+    options = {"batch_size": values.batch_size, "class_labels": labels, "progress": True}
+    options |= model.sampling_arguments(values)
+    ends = _given_images(values, 2 * len(seeds), pipe.image_shape)
     for path in filter(None, (values.output, values.animation)):
         check_writable(path)
     prepare = model.inference_optimization(values, model.sampling_evaluations(pipe, values, len(seeds)))
@@ -71,13 +63,13 @@ def draw_figure(values: Any) -> int:
         prepare(pipe)
 
     made: Any
-    if given is None:
+    if values.figure == "interpolation":
+        made = figures.interpolate(pipe, ends[0::2], ends[1::2], values.t, seeds=seeds, **options)
+    elif values.figure == "coarse_to_fine":
+        made = figures.coarse_to_fine(pipe, ends[:1], ends[1:], seed=seeds[0], **options)
+    else:
         draw = figures.progressive_generation if values.figure == "progressive" else figures.shared_latents
         made = draw(pipe, seeds, **options)
-    elif values.figure == "interpolation":
-        made = figures.interpolate(pipe, given[0::2], given[1::2], values.t, seeds=seeds, **options)
-    else:
-        made = figures.coarse_to_fine(pipe, given[:1], given[1:], seed=seeds[0], **options)
     save_picture(made.draw(), values.output)
     print(f"wrote {values.output}")
     if values.animation is not None:
@@ -87,11 +79,7 @@ def draw_figure(values: Any) -> int:
 
 
 def _checked_seeds(values: Any) -> list[int]:
-    """Return the seeds of a figure: one per image, or one per pair of given images.
-
-    Raises:
-        UserError: A flag does not go with the figure, or not with the others.
-    """
+    """Return the seeds of a figure, one per image or pair of given images; a UserError refuses flags that disagree."""
     from ..sampling.generation import parse_seeds
     from ..utils.text import nearest
     from ..utils.visualize import animation_format
@@ -108,33 +96,30 @@ def _checked_seeds(values: Any) -> list[int]:
             raise UserError("--animation and --output name the same file")
     default = _SEEDS[figure] if images is None else f"0-{max(len(images) // 2 - 1, 0)}"
     seeds = parse_seeds(default if values.seeds is None else values.seeds)
-    if figure not in _TAKEN_BY["images"]:
-        return seeds
-    sources = [name for name in ("images", *IMAGE_SOURCES) if getattr(values, name) is not None]
-    if len(sources) != 1:
-        raise UserError(
-            f"--figure {figure} needs images to interpolate between: give --images A.png B.png, or exactly one of "
-            f"--dataset, --dataset_name and --train_data_dir; got {' and '.join(sources) or 'none'}"
-        )
-    if figure == "coarse_to_fine" and (len(seeds) != 1 or len(images or [0, 0]) != 2):
-        raise UserError("--figure coarse_to_fine is of one pair of images: give two images, and one seed or none")
-    if images is not None and len(images) != 2 * len(seeds):
-        hint = "" if values.seeds is None else f", one pair for each of the {len(seeds)} seeds"
-        raise UserError(f"--images takes pairs of images, A.png B.png and so on{hint}, got {len(images)}")
+    if figure in _TAKEN_BY["images"]:
+        sources = list(given(values, "images", *IMAGE_SOURCES))
+        if len(sources) != 1:
+            raise UserError(
+                f"--figure {figure} needs images to interpolate between: give --images A.png B.png, or exactly one of "
+                f"--dataset, --dataset_name and --train_data_dir; got {' and '.join(sources) or 'none'}"
+            )
+        if figure == "coarse_to_fine" and (len(seeds) != 1 or len(images or [0, 0]) != 2):
+            raise UserError("--figure coarse_to_fine is of one pair of images: give two, and one seed or none")
+        if images is not None and len(images) != 2 * len(seeds):
+            what = f"pairs of images, A.png B.png, one for each of the {len(seeds)} seeds"
+            raise UserError(f"--images takes {what}, got {len(images)}")
     return seeds
 
 
 def _given_images(values: Any, count: int, image_shape: tuple[int, int, int]) -> Any:
-    """Return the images to interpolate between, `[count, C, H, W]` uint8.
-
-    Raises:
-        UserError: A file cannot be read, or there are too few images.
-    """
+    """Return the images to interpolate between, `[count, C, H, W]` uint8, or a UserError; `None` without any."""
     from ..data.datasets import load_images
     from ..evaluation.run import first_images
 
     if values.images is not None:
         return model.read_images("images", values.images, image_shape)
+    if values.figure not in _TAKEN_BY["images"]:
+        return None
     images = first_images(load_images(**image_arguments(values, image_shape)), count).images
     if len(images) < count:
         raise UserError(f"{len(images)} images are too few for {count // 2} pairs; give fewer --seeds")

@@ -12,12 +12,8 @@ from .command_line import Parser, given
 from .figure import add_figure_flags, draw_figure, refuse_figure_flags
 
 # Flags that only go with given images, and the flag that gives those.
-_GOES_WITH = {
-    "strength": "image",
-    "mask_image": "image",
-    "resample_length": "mask_image",
-    "resample_times": "mask_image",
-}
+_GOES_WITH = {"strength": "image", "mask_image": "image"}
+_GOES_WITH |= {"resample_length": "mask_image", "resample_times": "mask_image"}
 
 
 def sample_parser(prog: str | None = None) -> Parser:
@@ -66,17 +62,9 @@ def sample(arguments: Sequence[str], prog: str | None = None) -> int:
         pipe = model.load_sampling_pipeline(values)
         labels = class_sequence(pipe, values.class_labels, len(seeds))
         images = _given_images(values, len(seeds), pipe.image_shape)
-    drawn = write_samples(
-        pipe,
-        seeds,
-        values.output,
-        batch_size=values.batch_size,
-        progress=True,
-        class_labels=labels,
-        prepare=model.inference_optimization(values, model.sampling_evaluations(pipe, values, len(seeds))),
-        **model.sampling_arguments(values),
-        **images,
-    )
+    prepare = model.inference_optimization(values, model.sampling_evaluations(pipe, values, len(seeds)))
+    options = {"progress": True, "class_labels": labels, **model.sampling_arguments(values), **images}
+    drawn = write_samples(pipe, seeds, values.output, batch_size=values.batch_size, prepare=prepare, **options)
     already = f", {len(seeds) - drawn} were there already" if drawn < len(seeds) else ""
     log(f"wrote {drawn} images to {values.output}{already}")
     return 0
@@ -85,20 +73,17 @@ def sample(arguments: Sequence[str], prog: str | None = None) -> int:
 def _given_images(values: Any, count: int, image_shape: tuple[int, int, int]) -> dict[str, Any]:
     """Return the images and masks of the flags as `write_samples` takes them: one for all seeds, or one for each.
 
-    Raises:
-        UserError: A file cannot be read, or there are too many.
+    Raises a UserError where a file cannot be read, or there are too many.
     """
     if values.image is None:
         return {}
     if len(values.image) > count:
         raise UserError(f"--image names {len(values.image)} images, and there are {count} --seeds: one for each")
-    if len(values.mask_image or [0]) not in (1, len(values.image)):
-        raise UserError(
-            f"--mask_image names {len(values.mask_image)} files for {len(values.image)} of --image; give one, or one "
-            "for each"
-        )
     files = {"image": model.read_images("image", values.image, image_shape)}
     if values.mask_image is not None:
+        if len(values.mask_image) not in (1, len(values.image)):
+            what = f"{len(values.mask_image)} files for {len(values.image)} of --image"
+            raise UserError(f"--mask_image names {what}; give one, or one for each")
         # Scaled and cropped as its image is: white pixels (> 127) are replaced.
         files["mask_image"] = model.read_images("mask_image", values.mask_image, (1, *image_shape[1:])) > 127
     chosen = {n: f if len(f) == 1 else f[[i % len(f) for i in range(count)]] for n, f in files.items()}

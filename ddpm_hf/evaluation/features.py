@@ -63,8 +63,7 @@ class Inception:
             raise UserError(f"{str(file)!r} does not hold {what}: {first_line(error)}") from None
         finally:
             fidelity.load_state_dict_from_url = download
-        self._resize = fidelity.interpolate_bilinear_2d_like_tensorflow1x
-        self._net = net.to(device)
+        self._resize, self._net = fidelity.interpolate_bilinear_2d_like_tensorflow1x, net.to(device)
         self.fingerprint = digest("Inception-v3 of torch-fidelity, pool and unbiased logits", weights_digest(net))
 
     def __call__(self, images: Tensor) -> Rows:
@@ -81,18 +80,16 @@ class Inception:
 def _usual_inception_file(url: str) -> Path:
     """Return where torch-fidelity keeps its weights, downloaded if they are not there yet."""
     file = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
-    if file.is_file():
-        return file
     try:
-        if constants.HF_HUB_OFFLINE:
-            raise OSError("HF_HUB_OFFLINE is set")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(file), hash_prefix=file.stem.rsplit("-", 1)[1], progress=False)
+        if not file.is_file():
+            if constants.HF_HUB_OFFLINE:
+                raise OSError("HF_HUB_OFFLINE is set")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(file), hash_prefix=file.stem.rsplit("-", 1)[1], progress=False)
     except (OSError, RuntimeError) as error:
         raise UserError(
-            f"the Inception weights are not at {str(file)!r} and cannot be downloaded here ({first_line(error)}): "
-            f"fetch {url} on a machine with internet and give it as --inception_weights FILE (or use --features "
-            "pixels, or a vision model from disk)"
+            f"the Inception weights are not at {str(file)!r} and cannot be downloaded ({first_line(error)}): fetch "
+            f"{url} elsewhere and give --inception_weights FILE (or --features pixels, or a vision model from disk)"
         ) from None
     return file
 
@@ -128,10 +125,9 @@ class VisionModel:
     def __call__(self, images: Tensor) -> Rows:
         if images.is_floating_point():
             raise UserError(f"{self.name} takes uint8 images")
-        batch = self._processor(
-            images=list(_three_channels(images).cpu()), return_tensors="pt", input_data_format="channels_first"
-        )
-        pixels = batch["pixel_values"].to(self._net.device, self._net.dtype)
+        rgb = list(_three_channels(images).cpu())
+        pixels = self._processor(images=rgb, return_tensors="pt", input_data_format="channels_first")["pixel_values"]
+        pixels = pixels.to(self._net.device, self._net.dtype)
         found = getattr(self._net, "get_image_features", self._net)(pixel_values=pixels)
         pooled = found if isinstance(found, Tensor) else getattr(found, "pooler_output", None)
         if pooled is None:
@@ -153,14 +149,14 @@ def make_extractor(
         return Pixels(image_shape)
     if name == "inception":
         return Inception(inception_weights, device)
-    if "/" not in name and not Path(name).is_dir():
-        known = "inception, pixels, or a vision model such as facebook/dinov2-base"
-        raise UserError(f"unknown --features {name!r}; it must be {known}")
-    return VisionModel(name, device)
+    if "/" in name or Path(name).is_dir():
+        return VisionModel(name, device)
+    known = "inception, pixels, or a vision model such as facebook/dinov2-base"
+    raise UserError(f"unknown --features {name!r}; it must be {known}")
 
 
 def _three_channels(images: Tensor) -> Tensor:
     """Repeat the channel of grayscale images."""
     if images.shape[1] not in (1, 3):
         raise UserError(f"networks of features take images of 1 or 3 channels, got {images.shape[1]}; use pixels")
-    return images if images.shape[1] == 3 else images.expand(-1, 3, -1, -1)
+    return images.expand(-1, 3, -1, -1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from ..utils.files import write_text
 from ..utils.processes import processes, raise_on_all_ranks
 from ..utils.text import recorded_name
 from . import plots
-from .metrics import Estimate, mean_estimate
+from .metrics import mean_estimate
 from .options import EvaluationOptions
 from .report import EvaluationReport, describe_pipeline
 
@@ -32,10 +33,10 @@ def evaluate_likelihood(
     With `rate_distortion` also rate, distortion, L_T and the progressive lossy code (Section 4.3, Table 4, Figure 5),
     from the full sum only. Under `accelerate launch` every process evaluates a share, and all return the same report.
     """
-    if rate_distortion and options.num_evaluations is not None:
+    started, K = time.monotonic(), options.num_evaluations
+    if rate_distortion and K is not None:
         raise UserError("rate_distortion needs every term of the bound; leave out --num_evaluations")
     report = EvaluationReport(recorded_name(data.name), split, len(data))
-    started, K = time.monotonic(), options.num_evaluations
     rows = likelihood_rows(pipe, data, options)
     settings: dict[str, Any] = {
         "estimator": "full sum" if K is None else f"stratified, {K} evaluations per image",
@@ -50,9 +51,7 @@ def evaluate_likelihood(
     report.add("bits_per_dim", *mean_estimate(rows["total"]), settings, sampling_standard_error=sampling_error)
     if rate_distortion:
         full = LikelihoodResult(rows["total"], rows["prior"], rows["terms"].double(), rows["mse"].double())
-        _add_rate_distortion(report, full, settings)
-        if options.output is not None:
-            _write_rate_distortion(report, full, options)
+        _add_rate_distortion(report, full, settings, options.output)
     return report
 
 
@@ -60,7 +59,6 @@ def likelihood_rows(pipe: DDPMPipeline, data: ImageDataset, options: EvaluationO
     """Compute the bound of each of N images and its parts, in the images' order, whatever the number of processes.
 
     Returns `total`, `prior` and `sampling_variance` `[N]` float64; for the full sum also `terms` and `mse` `[N, T]`.
-
     Raises a UserError for a model without a likelihood, no images or images of another shape, or unknown labels.
     """
     if not isinstance(pipe.scheduler, DDPMScheduler):
@@ -80,23 +78,23 @@ def likelihood_rows(pipe: DDPMPipeline, data: ImageDataset, options: EvaluationO
         x_0 = to_model_range(data.images[ids]).to(pipe.device)  # [B, C, H, W]
         common: dict[str, Any] = {"batch_size": options.batch_size, "seed": options.seed, "image_ids": ids}
         common |= {"progress": bar_per_batch, "class_labels": None if labels is None else labels[ids].to(pipe.device)}
-        if K is None:
-            full = bits_per_dim(pipe.network, pipe.scheduler, x_0, **common)
-            sums = {"total": full.total_bpd.double(), "prior": full.prior_bpd.double()}
-            exact = torch.zeros(len(ids), dtype=torch.float64)
-            return {**sums, "sampling_variance": exact, "terms": full.terms_bpd, "mse": full.mse}
-        few = stratified_bits_per_dim(pipe.network, pipe.scheduler, x_0, num_evaluations=K, **common)
-        return {"total": few.total_bpd, "prior": few.prior_bpd, "sampling_variance": few.sampling_variance}
+        if K is not None:
+            few = stratified_bits_per_dim(pipe.network, pipe.scheduler, x_0, num_evaluations=K, **common)
+            return {"total": few.total_bpd, "prior": few.prior_bpd, "sampling_variance": few.sampling_variance}
+        full = bits_per_dim(pipe.network, pipe.scheduler, x_0, **common)
+        sums = {"total": full.total_bpd.double(), "prior": full.prior_bpd.double()}
+        exact = torch.zeros(len(ids), dtype=torch.float64)
+        return {**sums, "sampling_variance": exact, "terms": full.terms_bpd, "mse": full.mse}
 
     progress = options.progress and not bar_per_batch
     with evaluating(pipe.unet):
-        return all_rows(
-            len(data), rows_of, batch_size=options.batch_size, folder=folder, desc="bits/dim", progress=progress
-        )
+        return all_rows(len(data), rows_of, options.batch_size, folder, "bits/dim", progress)
 
 
-def _add_rate_distortion(report: EvaluationReport, full: LikelihoodResult, settings: dict[str, Any]) -> None:
-    """Add rate, distortion and L_T in bits/dim, the RMSE in pixel values 0..255, and Table 4."""
+def _add_rate_distortion(
+    report: EvaluationReport, full: LikelihoodResult, settings: dict[str, Any], output: Path | None
+) -> None:
+    """Add rate, distortion and L_T in bits/dim, the RMSE in pixel values 0..255, and Table 4; draw Figure 5."""
     parts = {"rate": full.rate_bpd.double(), "distortion": full.distortion_bpd, "prior": full.prior_bpd}
     for (name, values), terms in zip(parts.items(), ("L_1 + ... + L_T", "L_0", "L_T"), strict=True):
         how = {**settings, "estimator": f"{terms}, {settings['estimator']}"}
@@ -104,26 +102,21 @@ def _add_rate_distortion(report: EvaluationReport, full: LikelihoodResult, setti
     mse, mse_error = mean_estimate(full.mse[:, 0])
     # d sqrt(mse) = d mse / (2 sqrt(mse)); [-1, 1] is 127.5 pixel values to either side
     error = 127.5 * mse_error / (2 * math.sqrt(mse)) if mse > 0 else math.nan
-    rmse = Estimate(127.5 * math.sqrt(mse), error)
-    report.add("rmse", *rmse, {**settings, "estimator": "of x_0, pixel values of 0..255"})
-    rate, distortion, T = full.progressive_rate_bpd, full.rmse, len(full.rmse)
+    report.add("rmse", 127.5 * math.sqrt(mse), error, {**settings, "estimator": "of x_0, pixel values of 0..255"})
+    rate, distortion, T = full.progressive_rate_bpd, full.rmse, len(full.rmse)  # [T] each
     steps = sorted({max(1, round(T * tenth / 10)) for tenth in range(1, 11)}, reverse=True)
     report.tables[f"Progressive lossy code, {report.split} (Table 4)"] = [
         {"reverse steps": k, "rate (bits/dim)": rate[T - k].item(), "distortion (RMSE)": distortion[T - k].item()}
         for k in steps
     ]
-
-
-def _write_rate_distortion(report: EvaluationReport, full: LikelihoodResult, options: EvaluationOptions) -> None:
-    """Write Figure 5, and its curves as CSV."""
-    rate, distortion, terms = full.progressive_rate_bpd, full.rmse, full.terms_bpd.mean(0)  # [T] each
+    if output is None:
+        return
     name = f"rate_distortion_{report.split}"
     report.pictures.append(f"{name}.png")
     with raise_on_all_ranks():
-        if processes().is_main_process and options.output is not None:
+        if processes().is_main_process:
             title = f"Progressive lossy code, {report.num_images} images of {report.dataset}, {report.split}"
-            figure = plots.rate_distortion_figure(rate, distortion, title)
-            plots.save_figure(figure, options.output / f"{name}.png")
-            rows = zip(range(len(rate)), rate.tolist(), distortion.tolist(), terms.tolist(), strict=True)
+            plots.save_figure(plots.rate_distortion_figure(rate, distortion, title), output / f"{name}.png")
+            rows = zip(range(T), rate.tolist(), distortion.tolist(), full.terms_bpd.mean(0).tolist(), strict=True)
             lines = ["t,rate_bits_per_dim,rmse_grey_levels,term_bits_per_dim", *(",".join(map(str, r)) for r in rows)]
-            write_text(options.output / f"{name}.csv", "\r\n".join([*lines, ""]))
+            write_text(output / f"{name}.csv", "\r\n".join([*lines, ""]))

@@ -1,9 +1,7 @@
 """From features of images to the numbers of the paper's tables: float64 mathematics, whatever made the features.
 
-Features `[N, D]` -> statistics (mean and a factor of the covariance) -> Frechet distance; features -> KID, precision
-and recall, neighbours; class logits -> Inception score. torch-fidelity computes distances in float32, and loses digits
-where covariances are singular; its protocols (subsets, seeds, parts, neighbourhoods) are kept. Features of different
-sizes, that are not finite, or of too few images raise a UserError.
+torch-fidelity computes distances in float32, and loses digits where covariances are singular; its protocols (subsets,
+seeds, parts, neighbourhoods) are kept. Features that are not finite, of two sizes or too few raise a UserError.
 """
 
 from __future__ import annotations
@@ -47,14 +45,17 @@ def mean_estimate(values: Tensor) -> Estimate:
     return Estimate(values.mean().item(), error)
 
 
-def _checked(features: Tensor, at_least: int, what: str) -> Tensor:
-    if features.ndim != 2:
-        raise UserError(f"{what} takes features [N, D], got shape {tuple(features.shape)}")
-    if len(features) < at_least:
-        raise UserError(f"{what} needs at least {at_least} images, got {len(features)}")
-    if not features.isfinite().all():
-        raise UserError(f"{what} got features that are not finite numbers")
-    return features.double()
+def _checked(what: str, at_least: int, *sets: Tensor) -> list[Tensor]:
+    """Return sets of features, `[at least so many, D]`, in float64."""
+    for features in sets:
+        if features.ndim != 2:
+            raise UserError(f"{what} takes features [N, D], got shape {tuple(features.shape)}")
+        if len(features) < at_least:
+            raise UserError(f"{what} needs at least {at_least} images, got {len(features)}")
+        if not features.isfinite().all():
+            raise UserError(f"{what} got features that are not finite numbers")
+    _check_same_size(sets[0], sets[-1])
+    return [features.double() for features in sets]
 
 
 def _check_same_size(a: Tensor, b: Tensor) -> None:
@@ -65,7 +66,7 @@ def _check_same_size(a: Tensor, b: Tensor) -> None:
 
 def frechet_statistics(features: Tensor) -> FrechetStatistics:
     """Compute mean and covariance of `features`, `[N, D]` with N >= 2."""
-    x = _checked(features, 2, "the Frechet distance")
+    (x,) = _checked("the Frechet distance", 2, features)
     mean = x.mean(0)
     factor = (x - mean) / math.sqrt(len(x) - 1)
     if len(x) > x.shape[1]:
@@ -109,7 +110,7 @@ def inception_score(logits: Tensor, splits: int = 10) -> tuple[Estimate, float]:
     As in the official code: `logits` `[N, classes]` without biases, and (unlike torch-fidelity) without shuffling.
     Returns the score, and the standard deviation over the parts, which is what papers print after +-.
     """
-    x = _checked(logits, splits, "the Inception score")
+    (x,) = _checked("the Inception score", splits, logits)
     log_p = x.log_softmax(1)
     scores: list[float] = []
     for i in range(splits):
@@ -131,8 +132,7 @@ def kernel_distance(
     torch-fidelity draws them: of 1000 images, or half of the smaller set if that is less. Returns the distance, and
     the subsets' size.
     """
-    samples, real = _checked(samples, 4, "KID"), _checked(real, 4, "KID")
-    _check_same_size(samples, real)
+    samples, real = _checked("KID", 4, samples, real)
     n = min(len(samples), len(real))
     m = min(1000, n // 2) if subset_size is None else subset_size
     if not 2 <= m <= n:
@@ -168,20 +168,18 @@ def precision_recall(samples: Tensor, real: Tensor, k: int = 3) -> tuple[Estimat
 
     Precision: the share of samples within the k-th neighbour's distance of any real image; recall: the reverse.
     """
-    samples, real = (_checked(x, k + 1, "precision and recall") for x in (samples, real))
-    _check_same_size(samples, real)
+    samples, real = _checked("precision and recall", k + 1, samples, real)
     return _within_radius(samples, real, _radii(real, k)), _within_radius(real, samples, _radii(samples, k))
 
 
 def _radii(features: Tensor, k: int) -> Tensor:
     """Return `[N]`: squared distance to the k-th nearest other one."""
     shifted, parts = features - features.mean(0), []
-    for start in range(0, len(features), _ROWS):
-        distances = _squared_distances(shifted[start : start + _ROWS], shifted)
-        rows = torch.arange(len(distances), device=features.device)
-        distances[rows, start + rows] = math.inf  # not itself
+    for rows in torch.arange(len(features), device=features.device).split(_ROWS):
+        distances = _squared_distances(shifted[rows], shifted)
+        distances[torch.arange(len(rows)), rows] = math.inf  # not itself
         nearest = features[distances.kthvalue(k, dim=1).indices]
-        parts.append((features[start : start + _ROWS] - nearest).square().sum(1))  # by differences: a copy's is 0
+        parts.append((features[rows] - nearest).square().sum(1))  # by differences: a copy's is 0
     return torch.cat(parts)
 
 
@@ -200,10 +198,8 @@ def _within_radius(points: Tensor, centres: Tensor, radii: Tensor) -> Estimate:
         inside = (beyond < -error).any(1)
         close = (beyond <= error) & ~inside[:, None]  # what rounding decides is computed by differences
         for row in close.any(1).nonzero().flatten().tolist():
-            near = close[row].nonzero().flatten()
-            inside[row] = any(
-                ((part[row] - centres[some]).square().sum(1) <= radii[some]).any() for some in near.split(_ROWS)
-            )
+            near = close[row].nonzero().flatten().split(_ROWS)
+            inside[row] = any(((part[row] - centres[i]).square().sum(1) <= radii[i]).any() for i in near)
         found.append(inside)
     share = torch.cat(found).double().mean().item()
     return Estimate(share, math.sqrt(share * (1 - share) / len(points)))
@@ -211,8 +207,8 @@ def _within_radius(points: Tensor, centres: Tensor, radii: Tensor) -> Estimate:
 
 def nearest_neighbours(queries: Tensor, candidates: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
     """Return distances (float64, ascending) and indices `[N, k]` of each query's nearest `candidates`."""
-    queries, candidates = _checked(queries, 1, "neighbours"), _checked(candidates, k, "neighbours")
-    _check_same_size(queries, candidates)
+    queries, candidates = _checked("neighbours", 1, queries, candidates)
+    _checked("neighbours", k, candidates)
     found = [_squared_distances(part, candidates).topk(k, largest=False) for part in queries.split(_ROWS)]
     indices = torch.cat([part.indices for part in found])
     # Those few again by differences, which do not cancel: a copy is at distance 0.
@@ -220,22 +216,12 @@ def nearest_neighbours(queries: Tensor, candidates: Tensor, k: int = 1) -> tuple
     return distances, indices
 
 
-@dataclass(frozen=True)
-class Memorisation:
-    """How near samples come to the training images, beside images that were held out."""
+def memorisation(samples: Tensor, held_out: Tensor) -> Estimate:
+    """Estimate how likely a sample is closer to its nearest training image than a held-out image is, ties half.
 
-    # the probability that a sample is closer to its nearest training image than a held-out image is, ties counted
-    # half: 1/2 if samples are as new as held-out images; near 1 if training images are repeated
-    closer: Estimate
-    below_median: int  # samples that are closer than the median of the held-out images; half of them if all is well
-    below_closest: int  # samples that are closer than every held-out image
-    copies: int  # samples that equal a training image (distance 0)
-    num_samples: int
-    num_held_out: int
-
-
-def memorisation(samples: Tensor, held_out: Tensor) -> Memorisation:
-    """Compare distances to the nearest training image: `[N]` of the samples and `[M]` of held-out images."""
+    From these distances, `[N]` and `[M]`. It is 1/2 if samples are as new as held-out images, and near 1 if training
+    images are repeated.
+    """
     if not len(samples) or not len(held_out):
         raise UserError(f"memorisation compares samples with held-out images, got {len(samples)} and {len(held_out)}")
     # The Mann-Whitney statistic: [N, M], 1 where the sample is closer, 1/2 where both are as close.
@@ -243,11 +229,4 @@ def memorisation(samples: Tensor, held_out: Tensor) -> Memorisation:
     by_sample, by_held_out, error = wins.mean(1), wins.mean(0), math.nan
     if min(wins.shape) > 1:  # DeLong et al. 1988
         error = math.sqrt(by_sample.var().item() / len(samples) + by_held_out.var().item() / len(held_out))
-    return Memorisation(
-        Estimate(by_sample.mean().item(), error),
-        below_median=int((samples < float(np.median(held_out.numpy()))).sum()),
-        below_closest=int((samples < held_out.min()).sum()),
-        copies=int((samples == 0).sum()),
-        num_samples=len(samples),
-        num_held_out=len(held_out),
-    )
+    return Estimate(by_sample.mean().item(), error)

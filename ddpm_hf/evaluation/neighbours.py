@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import plots
-from .metrics import Memorisation, mean_estimate, memorisation, nearest_neighbours
+from ..utils.visualize import labelled_grid, save_picture
+from .metrics import mean_estimate, memorisation, nearest_neighbours
 from .report import EvaluationReport
 from .samples import KEPT_SAMPLES, RealImages, Samples
 
@@ -26,7 +25,6 @@ class Neighbours:
     distances: Tensor  # [n, k], nearest first
     indices: Tensor  # [n, k]
     held_out: Tensor | None = None  # [m], distances of held-out images to their nearest training images
-    memorisation: Memorisation | None = None  # the comparison of the two
 
 
 def find_neighbours(
@@ -39,11 +37,10 @@ def find_neighbours(
     found, n = [], len(samples.first)
     for space in dict.fromkeys(["pixels", *spaces]):
         queries = _pixels(samples.first) if space == "pixels" else samples.features[space, "uint8"][:n]
-        neighbours = Neighbours(space, *_nearest(queries, _chunks(train, space), k))
+        neighbours = Neighbours(space, *_nearest(queries, train, space, k))
         if held_out is not None:
-            others = next(_chunks(held_out, space, KEPT_SAMPLES))
-            neighbours.held_out = _nearest(others, _chunks(train, space), 1)[0][:, 0]
-            neighbours.memorisation = memorisation(neighbours.distances[:, 0], neighbours.held_out)
+            others = _rows(held_out, space, torch.arange(len(held_out.images))[:KEPT_SAMPLES])
+            neighbours.held_out = _nearest(others, train, space, 1)[0][:, 0]
         found.append(neighbours)
     return found
 
@@ -52,66 +49,56 @@ def _pixels(images: Tensor) -> Tensor:
     return images.flatten(1).double() / 255
 
 
-def _chunks(real: RealImages, space: str, size: int | None = None) -> Iterator[Tensor]:
-    """Yield pixels or features of real images, `[at most size, D]`, in their order."""
-    for rows in torch.arange(len(real.images)).split(size or _CHUNK):
-        yield _pixels(real.images.batch(rows)[0]) if space == "pixels" else real.features[space][rows]
+def _rows(real: RealImages, space: str, rows: Tensor) -> Tensor:
+    """Return pixels or features of some real images, `[N, D]`."""
+    return _pixels(real.images.batch(rows)[0]) if space == "pixels" else real.features[space][rows]
 
 
-def _nearest(queries: Tensor, chunks: Iterable[Tensor], k: int) -> tuple[Tensor, Tensor]:
-    """Return distances and indices `[N, at most k]` of `nearest_neighbours` among all chunks."""
+def _nearest(queries: Tensor, real: RealImages, space: str, k: int) -> tuple[Tensor, Tensor]:
+    """Return distances and indices `[N, at most k]` of `nearest_neighbours`, a part of the real images at a time."""
     best = torch.empty((len(queries), 0), dtype=torch.float64)
-    place, start = torch.empty((len(queries), 0), dtype=torch.long), 0
-    for chunk in chunks:
-        distances, indices = nearest_neighbours(queries, chunk, min(k, len(chunk)))
+    place = torch.empty((len(queries), 0), dtype=torch.long)
+    for rows in torch.arange(len(real.images)).split(_CHUNK):
+        distances, indices = nearest_neighbours(queries, _rows(real, space, rows), min(k, len(rows)))
         best, order = torch.cat([best, distances], 1).sort(dim=1, stable=True)
-        place = torch.cat([place, start + indices], 1).gather(1, order)
-        best, place, start = best[:, :k], place[:, :k], start + len(chunk)
+        place = torch.cat([place, rows[indices]], 1).gather(1, order)[:, :k]
+        best = best[:, :k]
     return best, place
 
 
 def add_neighbours(report: EvaluationReport, found: list[Neighbours], train: RealImages, split: str | None) -> None:
     """Add to the report how new the samples are; `split` is the name of the held-out images, if there are any."""
-    for neighbours in found:
-        space, n = neighbours.space, len(neighbours.distances)
-        words = f"{n} samples and the nearest of {len(train.images)} training images"
+    for near in found:
+        space, nearest, held_out = near.space, near.distances[:, 0], near.held_out
+        words, n = f"{len(nearest)} samples and the nearest of {len(train.images)} training images", len(nearest)
         how: dict[str, Any] = {"estimator": words, "features": space, "num_samples": n, "split": train.split}
-        report.add(f"nearest_distance_{space}", *mean_estimate(neighbours.distances[:, 0]), how)
-        if (m := neighbours.memorisation) is None:
+        report.add(f"nearest_distance_{space}", *mean_estimate(nearest), how)
+        if held_out is None:
             continue
-        words = (
-            f"chance that a sample is closer to the training images than an image of {split} is (1/2: as new as "
-            f"those); {m.below_median} of {m.num_samples} are closer than the median of {m.num_held_out} such images, "
-            f"{m.below_closest} than all of them, {m.copies} are copies"
-        )
-        more = {key: getattr(m, key) for key in ("below_median", "below_closest", "copies", "num_held_out")}
-        report.add(f"memorisation_{space}", *m.closer, {**how, "estimator": words, "split": split}, **more)
-        if m.copies:
-            report.warnings.append(f"{m.copies} of {m.num_samples} samples equal a training image in {space}")
-        elif m.closer.value > 0.6 and m.closer.value - 4 * m.closer.standard_error > 0.5:
+        closer, copies = memorisation(nearest, held_out), int((nearest == 0).sum())
+        words = f"chance that one of {n} samples is closer to the training images than one of {len(held_out)} images "
+        words += f"of {split} is (1/2: as new as those); {copies} are copies"
+        how = how | {"estimator": words, "split": split}
+        report.add(f"memorisation_{space}", *closer, how, copies=copies, num_held_out=len(held_out))
+        if copies:
+            report.warnings.append(f"{copies} of {n} samples equal a training image in {space}")
+        elif closer.value > 0.6 and closer.value - 4 * closer.standard_error > 0.5:
             report.warnings.append(
-                f"samples are closer to the training images than {split} images are ({space}: {m.closer.value:.2f} "
+                f"samples are closer to the training images than {split} images are ({space}: {closer.value:.2f} "
                 "instead of 0.5): the model may repeat training images"
             )
     if split is None:
         report.warnings.append("no held-out images, so there is nothing to judge the nearest distances by")
 
 
-def save_neighbours(
-    samples: Samples, train: RealImages, found: list[Neighbours], output: Path, split: str | None
-) -> list[str]:
-    """Draw the first samples and their neighbours, and a plot of distances, per space; return the files' names."""
-    figures = {}
+def save_neighbours(samples: Samples, train: RealImages, found: list[Neighbours], output: Path) -> list[str]:
+    """Draw the first samples, their neighbours and the nearest distances, one picture per space; return the names."""
     for near in found:
         indices = near.indices[:8]
-        images = train.images.batch(indices.flatten())[0].unflatten(0, indices.shape)
+        images = train.images.batch(indices.flatten())[0].unflatten(0, indices.shape)  # [n, k, C, H, W]
+        columns = ["sample", "nearest", *(f"no. {i}" for i in range(2, indices.shape[1] + 1))]
+        rows = [f"{distance:.3g}" for distance in near.distances[:8, 0].tolist()]
         title = f"Samples and their nearest training images ({near.space})"
-        figure = plots.neighbours_figure(samples.first[:8], images, near.distances[:8], title)
-        figures[f"neighbours_{near.space}.png"] = figure
-        if near.held_out is not None:
-            title, name = f"How new the samples are ({near.space})", f"images of {split}"
-            figure = plots.distances_figure(near.distances[:, 0], near.held_out, name, title)
-            figures[f"distances_{near.space}.png"] = figure
-    for name, figure in figures.items():
-        plots.save_figure(figure, output / name)
-    return list(figures)
+        picture = labelled_grid(torch.cat([samples.first[:8, None], images], 1), rows, columns, title)
+        save_picture(picture, output / f"neighbours_{near.space}.png")
+    return [f"neighbours_{near.space}.png" for near in found]

@@ -17,9 +17,9 @@ from .options import EvaluationOptions
 def prediction_error(pipe: DDPMPipeline, data: ImageDataset, **options: Any) -> Tensor:
     """Measure E (x_0 - predicted x_0)^2 per pixel at every t, `[T]` float64, for `DDPMScheduler.set_prediction_error`.
 
-    Bao et al. infer this error from E||eps||^2, which holds for a perfect network. Measured directly it is right for
-    the network at hand and a clipped x_0. It costs T network evaluations per image; about a hundred images are enough.
-    `options` are `batch_size`, `seed`, `progress`; processes and errors as in `likelihood_rows`.
+    Bao et al. infer it from E||eps||^2, which holds for a perfect network; measured directly it is right for this
+    network and a clipped x_0. It costs T network evaluations per image; about a hundred images are enough. `options`
+    are `batch_size`, `seed`, `progress`; errors as in `likelihood_rows`.
     """
     return likelihood_rows(pipe, data, EvaluationOptions(**options))["mse"].double().mean(0)
 

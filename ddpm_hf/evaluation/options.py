@@ -1,4 +1,4 @@
-"""What `evaluate` measures and how: the metrics by name, and its options."""
+"""How a model is evaluated."""
 
 from __future__ import annotations
 
@@ -6,13 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..utils.errors import UserError
 from ..utils.files import default_cache_dir
-from ..utils.text import nearest
-
-LIKELIHOOD_METRICS = ("nll", "rate_distortion")
-SAMPLE_METRICS = ("fid", "is", "kid", "prc", "nn")
-METRICS = LIKELIHOOD_METRICS + SAMPLE_METRICS
 
 
 @dataclass(frozen=True)
@@ -31,7 +25,7 @@ class EvaluationOptions:
     num_inference_steps: int | None = None
     eta: float | None = None
     guidance_scale: float = 1.0
-    features: Sequence[str] = ("inception",)  # what images are compared by, see `features.make_extractor`
+    features: Sequence[str] | str = "inception"  # what images are compared by, see `features.make_extractor`; "a,b"
     inception_weights: str | Path | None = None
     # both
     seed: int = 0  # of the likelihood's noise; sample i has the seed `seed + i`
@@ -41,15 +35,3 @@ class EvaluationOptions:
     output: Path | None = None  # a folder for `report.json`, `report.md`, pictures and `work/`
     model_name: str | None = None
     progress: bool = False
-
-
-def parse_metrics(text: str, known: Sequence[str] = METRICS, flag: str = "--metrics") -> list[str]:
-    """Read `"nll,fid"` as `["nll", "fid"]`; raises a UserError for none, or one that is not among `known`."""
-    names = [part.strip() for part in text.split(",") if part.strip()]
-    for name in names:
-        if name not in known:
-            hint = f"; {name} is for finished models: ddpm-hf evaluate" if name in METRICS else nearest(name, known)
-            raise UserError(f"{flag} knows {', '.join(known)}, got {name!r}{hint}")
-    if not names:
-        raise UserError(f"{flag} names no metric; it knows {', '.join(known)}")
-    return list(dict.fromkeys(names))

@@ -58,13 +58,17 @@ class EvaluationReport:
     def add(self, name: str, value: float, standard_error: float, settings: dict[str, Any], **more: float) -> None:
         """Add a number with its error, how it was made (`estimator` in words, ...), and what else is known of it.
 
-        Raises a NotFiniteError for NaN and infinities. Its error, and `more`, may be NaN: not known, as from one
-        image.
+        Raises a NotFiniteError for NaN and infinities; the error and `more` may be NaN: not known, as of one image.
         """
         if not math.isfinite(value):
             raise NotFiniteError(f"{name} is {value}, which is no result; check the model and the images")
         self.values[name] = {"value": value, "standard_error": standard_error, **more}
         self.settings[name] = settings
+
+    def lines(self) -> list[str]:
+        """Return each number with its error, for terminals."""
+        names = {"bits_per_dim": f"bits/dim on {self.num_images} images of {self.split}"}
+        return [f"{names.get(k, k)}: {number(v['value'], v['standard_error'])}" for k, v in self.values.items()]
 
     def save(self, path: str | Path) -> None:
         """Write the report as JSON, completely or not at all."""
@@ -83,10 +87,10 @@ class EvaluationReport:
             raise UserError(f"there is no report {str(file)!r}") from None
         except ValueError:
             raise UserError(f"{str(file)!r} is not a report: it is not JSON") from None
-        if wrong := _what_is_wrong(content):
-            raise UserError(f"{str(file)!r} is not a report of ddpm-hf evaluate: {wrong}")
-        known = {entry.name for entry in dataclasses.fields(cls)}
-        report = cls(**{key: value for key, value in content.items() if key in known})
+        if not _is_report(content):
+            what = "an object with dataset, split, num_images and values: a number or null as each 'value'"
+            raise UserError(f"{str(file)!r} is not a report of ddpm-hf evaluate, which is {what}")
+        report = cls(**{key: content[key] for key in cls.__dataclass_fields__ if key in content})
         for entry in report.values.values():
             entry.setdefault("standard_error", math.nan)
             entry.update({key: math.nan for key, value in entry.items() if value is None})
@@ -98,21 +102,23 @@ def report_file(path: str | Path) -> Path:
     return Path(path) / "report.json" if Path(path).is_dir() else Path(path)
 
 
-def _what_is_wrong(content: Any) -> str:
-    """Return what pages and comparisons could not use; nothing if all is well."""
-    required = ("dataset", "split", "num_images", "values")
-    if not isinstance(content, dict) or any(key not in content for key in required):
-        return f"it must have {', '.join(required)}"
-    values, settings = content["values"], content.get("settings", {})
-    if not isinstance(values, dict) or not isinstance(settings, dict):
-        return "its values and settings must have names"
-    for name, entry in values.items():
-        numbers = [entry.get("value", "none"), entry.get("standard_error")] if isinstance(entry, dict) else ["none"]
-        if not all(isinstance(x, (int, float, NoneType)) for x in numbers):
-            return f"{name!r} must have a number or null as its 'value'"
-        if not isinstance(settings.get(name, {}), dict):
-            return f"the settings of {name!r} must have names"
-    return ""
+def _is_report(content: Any) -> bool:
+    """Return whether pages and comparisons can use it."""
+    required = {"dataset": str, "split": str, "num_images": int, "values": dict}
+    if not isinstance(content, dict) or not all(isinstance(content.get(k), kind) for k, kind in required.items()):
+        return False
+    entries, settings = content["values"].values(), content.get("settings", {})
+    if not all(isinstance(entry, dict) and "value" in entry for entry in entries) or not isinstance(settings, dict):
+        return False
+    numbers = [entry.get(key) for entry in entries for key in ("value", "standard_error")]
+    of_numbers = [settings.get(name, {}) for name in content["values"]]
+    return all(isinstance(x, (int, float, NoneType)) for x in numbers) and all(isinstance(x, dict) for x in of_numbers)
+
+
+def warnings_section(report: EvaluationReport) -> list[str]:
+    """Return the part of a page that says what to know before comparing; nothing where there is nothing."""
+    lines = "\n".join(f"- {warning}" for warning in report.warnings)
+    return ["## Before you compare", lines] if lines else []
 
 
 def as_markdown(report: EvaluationReport) -> str:
@@ -123,14 +129,12 @@ def as_markdown(report: EvaluationReport) -> str:
         rows.append([f"`{name}`", number(entry["value"], entry["standard_error"]), how])
     parts = [f"# {report.model.get('name', 'a model')} on {report.dataset}"]
     parts += [f"Made by `ddpm-hf evaluate` on {report.created}."]
-    parts += ["## Numbers", table(rows, texts=(0, 2)), "± is one standard error."]
-    if report.warnings:
-        parts += ["## Before you compare", "\n".join(f"- {warning}" for warning in report.warnings)]
+    parts += ["## Numbers", table(rows, texts=(0, 2)), "± is one standard error.", *warnings_section(report)]
     for title, content in report.tables.items():
         cells = [[f"{row[column]:.5g}" for column in content[0]] for row in content]
         parts += [f"## {title}", table([list(content[0]), *cells])]
     if report.pictures:
-        parts += ["## Pictures", "\n\n".join(f"![{picture}]({picture})" for picture in report.pictures)]
+        parts += ["## Pictures", *(f"![{picture}]({picture})" for picture in report.pictures)]
     settings = {key: value for key, value in report.settings.items() if key not in report.values}
     everything = {"model": report.model, "settings": settings, "versions": report.versions}
     parts += ["## Settings", f"```json\n{json.dumps(finite(everything), indent=2)}\n```"]
@@ -161,19 +165,13 @@ def compare(reports: dict[str, EvaluationReport]) -> str:
 
 
 def _different_settings(settings: list[dict[str, Any]]) -> list[str]:
+    """Return a note for each setting that is not the same in all; of nested ones, for each of theirs."""
     notes = []
     for key in dict.fromkeys(key for one in settings for key in one if key not in _INCIDENTAL):
         values = [one.get(key) for one in settings]
-        if all(value == values[0] for value in values):
-            continue
         if all(isinstance(value, dict) for value in values):
             notes += [f"{key}.{note}" for note in _different_settings([value for value in values if value])]
-        else:
-            notes.append(f"{key} differs: {' | '.join(_short(value) for value in values)}")
-    exact = [note for note in notes if not note.startswith("estimator ")]  # the same again in words
-    return exact or notes
-
-
-def _short(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+        elif any(value != values[0] for value in values):
+            texts = [value if isinstance(value, str) else json.dumps(value) for value in values]
+            notes.append(f"{key} differs: {' | '.join(t if len(t) <= 60 else f'{t[:57]}...' for t in texts)}")
+    return [note for note in notes if not note.startswith("estimator ")] or notes  # the same again in words

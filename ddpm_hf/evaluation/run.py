@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -21,14 +20,30 @@ from ..utils.digests import weights_digest
 from ..utils.errors import UserError
 from ..utils.files import default_cache_dir, writable_folder, write_text
 from ..utils.processes import from_first, processes, raise_on_all_ranks
-from ..utils.text import recorded_name
+from ..utils.text import nearest, recorded_name
 from ..utils.visualize import image_grid, save_picture
 from .features import FeatureExtractor, make_extractor
 from .likelihoods import evaluate_likelihood
 from .neighbours import add_neighbours, find_neighbours, save_neighbours
-from .options import LIKELIHOOD_METRICS, METRICS, SAMPLE_METRICS, EvaluationOptions, parse_metrics  # noqa: F401
+from .options import EvaluationOptions
 from .report import EvaluationReport, as_markdown
-from .samples import add_sample_metrics, draw_samples, real_images, sample_metrics
+from .samples import SAMPLE_METRICS, add_sample_metrics, draw_samples, real_images
+
+Sets = dict[str, Images]  # by split
+LIKELIHOOD_METRICS = ("nll", "rate_distortion")
+METRICS = (*LIKELIHOOD_METRICS, *SAMPLE_METRICS)
+
+
+def parse_metrics(text: str, known: Sequence[str] = METRICS, flag: str = "--metrics") -> list[str]:
+    """Read `"nll,fid"` as `["nll", "fid"]`; raises a UserError for none, or one that is not among `known`."""
+    names = [part.strip() for part in text.split(",") if part.strip()]
+    for name in names:
+        if name not in known:
+            hint = f"; {name} is for finished models: ddpm-hf evaluate" if name in METRICS else nearest(name, known)
+            raise UserError(f"{flag} knows {', '.join(known)}, got {name!r}{hint}")
+    if not names:
+        raise UserError(f"{flag} names no metric; it knows {', '.join(known)}")
+    return list(dict.fromkeys(names))
 
 
 def load_splits(
@@ -39,20 +54,18 @@ def load_splits(
     By default the held-out images, and `for_samples` the training images too. Held out is what `validation_split`
     says, `validation` of built-in datasets, `test` of others that have it; the training images where nothing is.
     """
-    sources = ("dataset", "dataset_name", "train_data_dir")
-    given = [name for name in sources if options.get(name) is not None]
 
     def load(split: str) -> Images:
-        if split == "validation" and not validation_split and "train_data_dir" in given:
+        if split == "validation" and not validation_split and options.get("train_data_dir") is not None:
             raise UserError("a folder has no validation images of its own; give their share with --validation_split")
         return load_images(split=split, validation_split=validation_split, **options)
 
     if splits is not None:
         return {split: load(split) for split in splits}
     held_out: dict[str, Images] = {}
-    if "dataset" in given or validation_split:
+    if options.get("dataset") is not None or validation_split:
         held_out = {"validation": load("validation")}
-    elif given == ["dataset_name"]:
+    elif options.get("dataset_name") is not None:
         try:
             held_out = {"test": load("test")}
         except UserError as error:
@@ -73,7 +86,7 @@ def first_images(data: Images, count: int | None) -> ImageDataset:
 
 def evaluate(
     pipe: DDPMPipeline,
-    sets: dict[str, Images],
+    sets: Sets,
     metrics: Sequence[str],
     options: EvaluationOptions | None = None,
     *,
@@ -87,19 +100,17 @@ def evaluate(
         sets: Split to images. Samples are compared with each of them; `train` is what the model was trained on, the
             first other one is what was held out.
         metrics: Of `METRICS`.
-        options, changes: How: `EvaluationOptions`, and fields of it: `num_samples=1000`.
+        options, changes: How: `EvaluationOptions`, and fields of it: `num_samples=1000`. What does not fit together is
+            a UserError before anything takes long.
         prepare: See `generation.write_samples`.
-
-    Raises:
-        UserError: Anything that does not fit together, in one sentence, before anything takes long.
     """
     given = {name: value for name, value in changes.items() if value is not None}
     options = dataclasses.replace(options or EvaluationOptions(), **given)
     sets = {split: sets[split] for split in sorted(sets, key=lambda split: split != "train")}  # training images first
     for_samples = [metric for metric in metrics if metric in SAMPLE_METRICS]
-    likelihood_splits: Sequence[str] = []
+    splits: Sequence[str] = []  # of the likelihood
     if len(for_samples) < len(metrics):
-        likelihood_splits = options.likelihood_splits or [split for split in sets if split != "train"] or list(sets)
+        splits = options.likelihood_splits or [split for split in sets if split != "train"] or list(sets)
     with raise_on_all_ranks():  # what is missing on one machine is missing for all
         sampling_pipe, extractors = check_evaluation(pipe, sets, for_samples, options, bool(for_samples))
         options = dataclasses.replace(options, work_dir=_work_dir(options))
@@ -107,12 +118,12 @@ def evaluate(
         prepare(pipe)
         sampling_pipe.network = pipe.network
 
-    main_split = [*likelihood_splits, *sets][0]
+    main_split = [*splits, *sets][0]
     images = sets[main_split]
     count = 0 if isinstance(images, StreamedImages) else len(images)
     report = EvaluationReport(recorded_name(images.name), main_split, count)
     report.model = _describe_model(pipe, options.model_name)
-    for split in likelihood_splits:
+    for split in splits:
         with raise_on_all_ranks():
             data = first_images(sets[split], options.num_images)
         bound_pipe = with_sampler(pipe, "ddpm", options.variance_type)  # the bound is the ancestral process's
@@ -135,12 +146,7 @@ def evaluate(
 
 
 def _evaluate_samples(
-    report: EvaluationReport,
-    pipe: DDPMPipeline,
-    sets: dict[str, Images],
-    metrics: list[str],
-    extractors: list[FeatureExtractor],
-    options: EvaluationOptions,
+    report: EvaluationReport, pipe: DDPMPipeline, sets: Sets, metrics: list[str], extractors: Any, options: Any
 ) -> None:
     """Draw samples and compare them with all sets; the first process adds the numbers to its report."""
     real = {split: real_images(split, images, extractors, options) for split, images in sets.items()}
@@ -152,8 +158,7 @@ def _evaluate_samples(
         if not processes().is_main_process:
             return
         device = pipe.device if pipe.device.type == "cuda" else torch.device("cpu")  # float64 is not everywhere
-        measured = sample_metrics(metrics, samples, list(real.values()), options.cache_dir, device)
-        add_sample_metrics(report, measured, samples)
+        add_sample_metrics(report, metrics, samples, list(real.values()), device)
         output = options.output if samples.first.shape[1] in (1, 3) else None  # for pictures
         if output is not None:
             save_picture(image_grid(samples.first[:64]), output / "samples.png")
@@ -162,72 +167,62 @@ def _evaluate_samples(
             found = find_neighbours(samples, train, real.get(held_out or ""), [e.name for e in extractors])
             add_neighbours(report, found, train, held_out)
             if output is not None:
-                report.pictures += save_neighbours(samples, train, found, output, held_out)
+                report.pictures += save_neighbours(samples, train, found, output)
 
 
 def check_evaluation(
-    pipe: DDPMPipeline,
-    sets: dict[str, Images],
-    metrics: Sequence[str],
-    options: EvaluationOptions,
-    samples: bool = True,
+    pipe: DDPMPipeline, sets: Sets, metrics: Sequence[str], options: EvaluationOptions, samples: bool = True
 ) -> tuple[DDPMPipeline, list[FeatureExtractor]]:
     """Check all that `evaluate` needs, before hours of work; return what draws samples and what computes features.
 
-    Without `samples`, for a likelihood alone, the sampler's settings are not looked at.
+    `metrics` are those of samples. Without `samples` the sampler's settings are not looked at.
     """
     if not sets:
         raise UserError("no images to evaluate on")
-    if options.seed < 0:
-        raise UserError(f"seed must be at least 0, got {options.seed}")
     sampling_pipe = with_sampler(pipe, options.sampler, options.variance_type, options.timestep_spacing)
     if samples:
         chosen = {name: getattr(options, name) for name in ("num_inference_steps", "eta", "guidance_scale")}
         check_sampler(sampling_pipe, **chosen)
     extractors = checked_extractors(pipe, sets, metrics, options) if metrics else []
-    if metrics:
-        _check_cache(options)  # features of real images are kept there
+    if metrics:  # features of real images are kept there
+        usual = options.cache_dir == default_cache_dir()
+        writable_folder(options.cache_dir, "$DDPM_HF_CACHE" if usual else "--cache_dir")
     if options.output is not None:
         writable_folder(options.output, "--output")
     return sampling_pipe, extractors
 
 
-def _check_cache(options: EvaluationOptions) -> None:
-    writable_folder(options.cache_dir, "$DDPM_HF_CACHE" if options.cache_dir == default_cache_dir() else "--cache_dir")
-
-
 def _work_dir(options: EvaluationOptions) -> Path | None:
     """Return where finished batches are kept; `None` for a likelihood without any folder, which cannot be resumed."""
-    if options.output is None:
-        try:
-            _check_cache(options)
-        except UserError:
-            return None
-    return (options.output or options.cache_dir) / "work"
+    folder = options.output or options.cache_dir
+    with suppress(UserError):
+        writable_folder(folder, "--cache_dir")
+        return folder / "work"
+    return None
 
 
 def checked_extractors(
     pipe: DDPMPipeline, sets: dict[str, Images], wanted: Sequence[str], options: EvaluationOptions
 ) -> list[FeatureExtractor]:
     """Make what computes the features, if there are the samples and images that the metrics need."""
-    at_least = {"fid": 2, "kid": 4, "prc": 4, "is": 10, "nn": 1}
-    need, metric = max((at_least[metric], metric) for metric in wanted)
+    need, metric = max((SAMPLE_METRICS[metric].at_least, metric) for metric in wanted)
     if options.num_samples < need:
         raise UserError(f"{metric} needs at least {need} samples, got --num_samples {options.num_samples}")
     if "nn" in wanted and "train" not in sets:
         raise UserError("nn needs the images that the model was trained on; give the split train")
-    of_real = [metric for metric in wanted if metric != "is"]
-    need = max([2, *(at_least[metric] for metric in of_real)])
+    # the Inception score alone looks at no real image, but two are the least that statistics are made of
+    need, metric = max((SAMPLE_METRICS[m].at_least if SAMPLE_METRICS[m].of_real else 2, m) for m in wanted)
     for split, images in sets.items():
         if isinstance(images, StreamedImages):
             raise UserError(f"samples are compared with whole datasets, and {images.name!r} ({split}) is a stream")
         if len(images) < need:
-            needs = f"{' and '.join(of_real or wanted)} needs at least {need} real images"
-            raise UserError(f"{needs}, and {images.name!r} ({split}) has {len(images)}")
+            has = f"{images.name!r} ({split}) has {len(images)}"
+            raise UserError(f"{metric} needs at least {need} real images, and {has}")
         pipe.check_images_fit(images)
-    if "is" in wanted and "inception" not in options.features:
+    named = options.features.split(",") if isinstance(options.features, str) else options.features
+    features = list(dict.fromkeys(name.strip() for name in named if name.strip()))
+    if "is" in wanted and "inception" not in features:
         raise UserError("is is the score of a classifier: it needs --features inception")
-    features = dict.fromkeys(name for name in options.features if name)
     if not features:
         raise UserError("--features names nothing to compare images by: inception, pixels, facebook/dinov2-base, ...")
     extractors = [make_extractor(name, pipe.image_shape, options.inception_weights, pipe.device) for name in features]
@@ -247,7 +242,6 @@ def _describe_model(pipe: DDPMPipeline, name: str | None) -> dict[str, Any]:
     }
     if name is not None and not Path(name).exists():
         with suppress(HFValidationError):  # a name that is no repository's
-            file = str(try_to_load_from_cache(name, "model_index.json"))
-            if revision := re.search(r"snapshots[/\\]([0-9a-f]{40})", file):
-                found["revision"] = revision[1]
+            if isinstance(file := try_to_load_from_cache(name, "model_index.json"), str):
+                found["revision"] = Path(file).parent.name
     return found

@@ -1,18 +1,17 @@
 """Samples of a model beside real images: their features, then FID, IS, KID, precision and recall.
 
 Features are computed batch by batch, in any number of processes; every finished batch is on disk, so an interrupted
-evaluation resumes. Only the first samples are kept as images.
+evaluation resumes. Only the first samples are kept as images. A new metric is a function and a `SAMPLE_METRICS` entry.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import partial
-from pathlib import Path
-from typing import Any
+from functools import cached_property, partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,9 +19,8 @@ from torch import Tensor
 from ..data.class_labels import ClassIndex
 from ..pipelines.pipeline_ddpm import DDPMPipeline, without_bar
 from ..pipelines.schedulers import checked_eta, checked_steps
-from ..sampling.shards import Rows, all_rows, read_tensors, write_tensors
+from ..sampling.shards import Rows, all_rows
 from ..utils.digests import digest, images_digest, weights_digest
-from ..utils.errors import UserError
 from ..utils.processes import from_first, processes, raise_on_all_ranks
 from ..utils.randomness import derived_generator
 from . import metrics
@@ -32,8 +30,6 @@ from .report import EvaluationReport, describe_pipeline
 
 PAPER_SAMPLES = 50_000  # what the paper's FID and IS are computed from
 KEPT_SAMPLES = 1000  # so many are kept as images, for pictures and for neighbours among the training images
-# A number's name, its value and error, how it was made, and what else is known of it.
-Measured = tuple[str, metrics.Estimate, dict[str, Any], dict[str, float]]
 
 
 @dataclass
@@ -70,27 +66,10 @@ def real_images(split: str, images: Any, extractors: list[FeatureExtractor], opt
         def features_of(ids: list[int], extractor: FeatureExtractor = extractor) -> Rows:
             return {"features": extractor(images.batch(torch.tensor(ids))[0])["features"]}
 
-        rows = all_rows(
-            len(images),
-            features_of,
-            batch_size=options.batch_size,
-            folder=options.cache_dir / "features" / key,
-            desc=f"{extractor.name} features, {split}",
-            progress=options.progress,
-        )
+        desc, folder = f"{extractor.name} features, {split}", options.cache_dir / "features" / key
+        rows = all_rows(len(images), features_of, options.batch_size, folder, desc, options.progress)
         real.features[extractor.name], real.fingerprints[extractor.name] = rows["features"], key
     return real
-
-
-def real_statistics(real: RealImages, name: str, cache_dir: Path, device: torch.device) -> metrics.FrechetStatistics:
-    """Compute mean and covariance of real images' features, or read them from the cache, in one process."""
-    file = cache_dir / "statistics" / f"{real.fingerprints[name]}.safetensors"
-    kept = read_tensors(file)
-    if kept is None or set(kept) != {"mean", "factor"}:
-        made = metrics.frechet_statistics(real.features[name].to(device))
-        kept = {"mean": made.mean.cpu(), "factor": made.factor.cpu()}
-        write_tensors(file, kept)
-    return metrics.FrechetStatistics(kept["mean"].to(device), kept["factor"].to(device), len(real.features[name]))
 
 
 def _labels_of_samples(classes: Any, options: EvaluationOptions, train: Any) -> tuple[list[Any] | None, str | None]:
@@ -104,7 +83,7 @@ def _labels_of_samples(classes: Any, options: EvaluationOptions, train: Any) -> 
         drawn = (int(torch.randint(len(train.labels), (), generator=g)) for g in generators)
         return [index_of[int(train.labels[j])] for j in drawn], "drawn with the frequencies of the training images"
     if classes.null is not None:
-        return [None for _ in ids], "none: the label that stands for no class"
+        return [None] * len(ids), "none: the label that stands for no class"
     return [ClassIndex(i % classes.count) for i in ids], f"in turn, 0..{classes.count - 1}"
 
 
@@ -118,8 +97,7 @@ def draw_samples(
     count or number of steps out of range, or classes that the network does not know.
     """
     count, seed, steps = options.num_samples, options.seed, checked_steps(pipe.scheduler, options.num_inference_steps)
-    if count < 1:
-        raise UserError(f"num_samples must be at least 1, got {count}")
+    chain = {name: getattr(options, name) for name in ("num_inference_steps", "eta", "guidance_scale")}
     sampling: dict[str, Any] = {
         "sampler": type(pipe.scheduler).__name__,
         "num_inference_steps": steps,
@@ -139,16 +117,9 @@ def draw_samples(
     def rows_of(start: int, rows: list[int]) -> Rows:
         ids = [start + row for row in rows]
         with without_bar(pipe):
-            (drawn,) = pipe(
-                seeds=[seed + i for i in ids],
-                class_labels=None if labels is None else [labels[i] for i in ids],
-                num_inference_steps=options.num_inference_steps,
-                eta=options.eta,
-                guidance_scale=options.guidance_scale,
-                output_type="pt",
-                return_dict=False,
-            )
-        pixels = drawn.float() * 255
+            classes = None if labels is None else [labels[i] for i in ids]
+            drawn: Any = pipe(seeds=[seed + i for i in ids], class_labels=classes, output_type="pt", **chain)
+        pixels = drawn.images.float() * 255
         both = {"uint8": pixels.round().to(torch.uint8), "float": pixels}
         found: Rows = {} if start else {"images": both["uint8"]}
         for extractor in extractors:
@@ -157,17 +128,12 @@ def draw_samples(
                     found |= {f"{extractor.name}/{kind}/{what}": values for what, values in extractor(images).items()}
         return found
 
-    first, rest = (
-        all_rows(
-            max(0, stop - start),
-            partial(rows_of, start),
-            batch_size=options.batch_size,
-            folder=None if options.work_dir is None else options.work_dir / "samples" / key[:16] / name,
-            desc=f"sampling, {steps} steps",
-            progress=options.progress,
-        )
-        for name, start, stop in (("first", 0, min(count, KEPT_SAMPLES)), ("rest", KEPT_SAMPLES, count))
-    )
+    def part(name: str, start: int, stop: int) -> Rows:
+        folder = None if options.work_dir is None else options.work_dir / "samples" / key[:16] / name
+        rows, desc = max(0, stop - start), f"sampling, {steps} steps"
+        return all_rows(rows, partial(rows_of, start), options.batch_size, folder, desc, options.progress)
+
+    first, rest = part("first", 0, min(count, KEPT_SAMPLES)), part("rest", KEPT_SAMPLES, count)
     images = first.pop("images")
     samples = Samples(count, images, {}, {}, {**sampling, "num_samples": count, "seeds": f"{seed}-{seed + count - 1}"})
     for row_name in sorted(first):
@@ -177,62 +143,106 @@ def draw_samples(
     return samples
 
 
-def add_sample_metrics(report: EvaluationReport, measured: Iterable[Measured], samples: Samples) -> None:
-    """Add the numbers of `sample_metrics` to the report, and what few samples do to them."""
-    started, biases = time.monotonic(), {}
-    for name, estimate, settings, more in measured:
-        report.add(name, *estimate, {**settings, "seconds": round(time.monotonic() - started, 2)}, **more)
-        if "estimated_bias" in more:
-            biases[name] = more["estimated_bias"]
-        started = time.monotonic()
-    if not biases or samples.count >= PAPER_SAMPLES:
+@dataclass
+class Features:
+    """What a metric compares: features of samples or of real images, and the Gaussians that are fitted to them."""
+
+    values: Tensor  # [N, D]
+    logits: Tensor | None = None  # [N, classes], of a classifier
+
+    @cached_property
+    def gaussian(self) -> metrics.FrechetStatistics:
+        return metrics.frechet_statistics(self.values)
+
+    @cached_property
+    def gaussians(self) -> list[metrics.FrechetStatistics]:  # of all, and without each tenth: slow with 50,000 samples
+        return [metrics.frechet_statistics(part) for part in metrics.leaving_out(self.values)]
+
+
+# Numbers: the first part of the name, the estimate, how it was made (with words), and what else is known of it.
+Found = list[tuple[str, metrics.Estimate, dict[str, Any], dict[str, float]]]
+
+
+def _fid(samples: Features, real: Features) -> Found:
+    distance, bias = metrics.jackknife([metrics.frechet_distance(g, real.gaussian) for g in samples.gaussians])
+    return [("fid", distance, {}, {"estimated_bias": bias})]
+
+
+def _inception_score(samples: Features, real: Features) -> Found:
+    if samples.logits is None:
+        return []
+    score, deviation = metrics.inception_score(samples.logits)
+    return [("is", score, {"estimator": "10 parts"}, {"standard_deviation": deviation})]
+
+
+def _kid(samples: Features, real: Features) -> Found:
+    distance, size = metrics.kernel_distance(samples.values, real.values)
+    return [("kid", distance, {"estimator": f"100 subsets of {size}", "subset_size": size}, {})]
+
+
+def _precision_recall(samples: Features, real: Features) -> Found:
+    both = zip(("precision", "recall"), metrics.precision_recall(samples.values, real.values), strict=True)
+    return [(what, share, {"estimator": "third neighbour", "neighbour": 3}, {}) for what, share in both]
+
+
+class SampleMetric(NamedTuple):
+    """A metric of samples: a function, and what its numbers are (see `number_name`)."""
+
+    compute: Callable[[Features, Features], Found]  # of samples and of real images
+    numbers: tuple[str, ...]
+    at_least: int  # so many samples and real images
+    kinds: tuple[str, ...] = ("uint8",)  # `float` where it is defined for samples that are not rounded
+    of_real: bool = True  # whether samples are compared with real images
+    higher_is_better: bool = False
+
+
+SAMPLE_METRICS = {
+    "fid": SampleMetric(_fid, ("fid",), 2, ("uint8", "float")),
+    "is": SampleMetric(_inception_score, ("is",), 10, ("uint8", "float"), of_real=False, higher_is_better=True),
+    "kid": SampleMetric(_kid, ("kid",), 4),
+    "prc": SampleMetric(_precision_recall, ("precision", "recall"), 4, higher_is_better=True),
+    "nn": SampleMetric(lambda *_: [], (), 1),  # of images rather than features: `neighbours`
+}
+
+
+def number_name(what: str, features: str, split: str | None, kind: str) -> str:
+    """Return what a number is called, such as `fid_inception_train_float`; of other features FID is `fd`, KID `kd`."""
+    if features != "inception":
+        what = {"fid": "fd", "kid": "kd"}.get(what, what)
+    return "_".join(filter(None, (what, features, split, kind)))
+
+
+def add_sample_metrics(
+    report: EvaluationReport, wanted: Iterable[str], samples: Samples, references: list[RealImages], device: Any
+) -> None:
+    """Add the numbers of samples against each set of real images to a report, and what few samples do to them."""
+    started, biases, count = time.monotonic(), [], samples.count
+    reals = {(real.split, n): Features(x.to(device)) for real in references for n, x in real.features.items()}
+    for (name, kind), values in samples.features.items():
+        logits = samples.logits.get((name, kind))
+        features = Features(values.to(device), None if logits is None else logits.to(device))
+        chosen = [metric for name, metric in SAMPLE_METRICS.items() if name in wanted and kind in metric.kinds]
+        for metric, real in ((m, real) for m in chosen for real in (references if m.of_real else references[:1])):
+            words, how = f"{count} samples ({kind})", {"features": name, "sample_values": kind, "num_samples": count}
+            if metric.of_real:
+                words += f" against {len(real.images)} images of {real.split}, {name} features"
+                how |= {"split": real.split, "num_real": len(real.images), "statistics": real.fingerprints[name]}
+            for what, estimate, settings, more in metric.compute(features, reals[real.split, name]):
+                estimator = ", ".join(filter(None, (words, settings.get("estimator"))))
+                seconds = round(time.monotonic() - started, 2)
+                number = number_name(what, name, real.split if metric.of_real else None, kind)
+                report.add(number, *estimate, how | settings | {"estimator": estimator, "seconds": seconds}, **more)
+                if math.isfinite(bias := more.get("estimated_bias", math.nan)):
+                    biases.append(f"{number} by about {bias:.3g}")
+                started = time.monotonic()
+    if "fid" not in wanted or samples.count >= PAPER_SAMPLES:
         return
-    by = ", ".join(f"{name} by about {bias:.3g}" for name, bias in biases.items() if math.isfinite(bias))
+    by = f": {', '.join(biases)} (a jackknife estimate)" if biases else ""
     report.warnings.append(
         f"FID and other Frechet distances from {samples.count} samples are biased upwards (the paper takes "
-        f"{PAPER_SAMPLES}){f': {by} (a jackknife estimate)' if by else ''}; compare them only with numbers from as "
-        "many samples"
+        f"{PAPER_SAMPLES}){by}; compare them only with numbers from as many samples"
     )
     for name, size in {name: features.shape[1] for (name, _), features in samples.features.items()}.items():
         if samples.count <= size:
             few = f"{samples.count} samples are too few to know the covariance of {size} {name} features"
             report.warnings.append(f"{few}; take more than {size}")
-
-
-def sample_metrics(
-    wanted: list[str], samples: Samples, references: list[RealImages], cache_dir: Path, device: torch.device
-) -> Iterator[Measured]:
-    """Compute FID, IS, KID, precision and recall of samples against each set of real images.
-
-    Names say what was compared: `fid_inception_train_float`, `kid_inception_validation_uint8`; with other features
-    than Inception's FID is called `fd` and KID `kd`.
-    """
-    for (name, kind), features in samples.features.items():
-        x, count, inception = features.to(device), samples.count, name == "inception"
-        common = {"features": name, "sample_values": kind, "num_samples": count}
-        if "is" in wanted and (name, kind) in samples.logits:
-            score, deviation = metrics.inception_score(samples.logits[name, kind].to(device))
-            how = {"estimator": f"{count} samples ({kind}), 10 parts", **common}
-            yield f"is_{name}_{kind}", score, how, {"standard_deviation": deviation}
-        # Once for all sets of real images: with 50,000 samples this is the long part.
-        gaussians = [metrics.frechet_statistics(part) for part in metrics.leaving_out(x)] if "fid" in wanted else []
-        for real in references:
-            y, where = real.features[name], f"{name}_{real.split}_{kind}"
-            words = f"{count} samples ({kind}) against {len(y)} images of {real.split}, {name} features"
-            against = {"split": real.split, "num_real": len(y), "statistics": real.fingerprints[name]}
-            how = {"estimator": words, **common, **against}
-            if "fid" in wanted:
-                reference = real_statistics(real, name, cache_dir, device)
-                distance, bias = metrics.jackknife([metrics.frechet_distance(g, reference) for g in gaussians])
-                yield ("fid_" if inception else "fd_") + where, distance, how, {"estimated_bias": bias}
-            if kind == "float":  # the other numbers are defined for whole pixel values
-                continue
-            if "kid" in wanted:
-                distance, size = metrics.kernel_distance(x, y.to(device))
-                subsets = {"estimator": f"{words}, 100 subsets of {size}", "subset_size": size}
-                yield ("kid_" if inception else "kd_") + where, distance, how | subsets, {}
-            if "prc" in wanted:
-                third = {"estimator": f"{words}, third neighbour", "neighbour": 3}
-                precision, recall = metrics.precision_recall(x, y.to(device))
-                yield f"precision_{where}", precision, how | third, {}
-                yield f"recall_{where}", recall, how | third, {}

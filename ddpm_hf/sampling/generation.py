@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -44,25 +45,19 @@ _NOTE = "sampling.json"  # how the images of a folder were made
 
 _RESAMPLE = {"resample_length": 10, "resample_times": 10}  # RePaint's j and r, where they are not given
 
-# Suffixes of files that cannot be written; without this check they would become folders.
-_OTHER_FILES = (".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".npy", ".zip", ".tar", ".safetensors")
+# Files that cannot be written; without this check they would become folders.
+_OTHER_FILES = re.compile(r"\.(jpe?g|gif|webp|bmp|tiff?|npy|zip|tar|safetensors)", re.IGNORECASE)
 
 
 def parse_seeds(text: str) -> list[int]:
-    """Read `"0-3,8"` as `[0, 1, 2, 3, 8]`; a `ValueError` for another text, or a seed given twice."""
+    """Read `"0-3,8"` as `[0, 1, 2, 3, 8]`; a UserError for another text, or a seed given twice."""
     seeds: list[int] = []
-    most, largest = 10_000_000, 2**63 - 1  # a longer list would fill the memory
     for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise UserError(f"--seeds takes whole numbers and ranges such as 0-63 or 0,5,8-11, got {text!r}")
-        low, high = int(first), int(last or first)
-        if high < low:
-            raise UserError(f"a range of --seeds rises, such as {high}-{low}; got {part.strip()!r}")
-        if not low <= high < min(low + most, largest + 1):
-            raise UserError(
-                f"a range of --seeds ends at {largest} and has {most} numbers at most; got {part.strip()!r}"
-            )
+        match = re.fullmatch(r"([0-9]+)(?:-([0-9]+))?", part.strip())
+        low, high = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if not low <= high < min(low + 10_000_000, 2**63):  # a longer list would fill the memory
+            takes = "whole numbers and rising ranges (below 2^63, of at most ten million)"
+            raise UserError(f"--seeds takes {takes}, such as 0-63 or 0,5,8-11, got {part.strip()!r}")
         seeds.extend(range(low, high + 1))
     if len(set(seeds)) < len(seeds):
         raise UserError(f"--seeds {text!r} names a seed twice")
@@ -72,36 +67,32 @@ def parse_seeds(text: str) -> list[int]:
 def with_sampler(
     pipe: DDPMPipeline, sampler: str, variance_type: str | None = None, timestep_spacing: str | None = None
 ) -> DDPMPipeline:
-    """Return a pipeline of the same network with another sampler.
+    """Return a pipeline of the same network with another sampler; a UserError for one, or a setting, that is unknown.
 
     Args:
-        pipe: The network, with the scheduler that it was trained with; another one's betas and settings are kept.
+        pipe: The network, with the scheduler that it was trained with, whose betas and settings are kept.
         sampler: `ddpm` (Algorithm 2), `ddim` (Song et al. 2021), `dpmsolver++` (Lu et al. 2022) or `unipc` (Zhao et
             al. 2023); all clip the predicted x_0 if the pipeline's scheduler does.
         variance_type: For `ddpm`: another variance than the pipeline's, of those that need no other network.
         timestep_spacing: Which timesteps a short chain takes: `leading`, `linspace` or `trailing`.
-
-    Raises:
-        ValueError: An unknown sampler, or a setting that it does not have.
     """
     check_choice("sampler", sampler, SAMPLERS)
     if sampler == "ddpm" and isinstance(pipe.scheduler, DDPMScheduler) and not (variance_type or timestep_spacing):
         return pipe
     check_is_ddpm(pipe.scheduler)
-    kind, settings = _SAMPLERS[sampler]
-    settings, config = dict(settings), pipe.scheduler.config
+    config = pipe.scheduler.config
+    kind, settings = _SAMPLERS[sampler][0], dict(_SAMPLERS[sampler][1])
     if sampler != "ddpm" and config.get("prediction_type") == "posterior_mean":
         raise UserError(f"this network predicts the posterior's mean, which {sampler} cannot use; use ddpm")
     if config.get("clip_sample", True) and sampler in ("dpmsolver++", "unipc"):
         settings |= _SOLVER_CLIPPING
     if variance_type is not None:
+        trained = config.get("variance_type") or "fixed_small"
         if sampler != "ddpm":
             raise UserError(f"variance_type={variance_type!r} is for the ddpm sampler, {sampler} has none")
-        trained = config.get("variance_type") or "fixed_small"
         if variance_type != trained and "learned" in f"{variance_type} {trained}":
-            raise UserError(
-                f"variance_type={variance_type!r} does not go with this network, whose variance is {trained!r}"
-            )
+            what = f"does not go with this network, whose variance is {trained!r}"
+            raise UserError(f"variance_type={variance_type!r} {what}")
         settings["variance_type"] = variance_type
     if timestep_spacing is not None:
         check_choice("timestep_spacing", timestep_spacing, TIMESTEP_SPACINGS)
@@ -112,11 +103,7 @@ def with_sampler(
 
 
 def check_sampler(pipe: DDPMPipeline, **options: Any) -> None:
-    """Check a pipeline's settings and the options of a call of it, without drawing anything.
-
-    Raises:
-        ValueError: One of them does not go with the others, the network or the sampler.
-    """
+    """Check a pipeline's settings and the options of a call of it, without drawing; raises a UserError."""
     unconditional = pipe.classes.count is None and pipe.classes.embedding is None
     options.setdefault("class_labels", None if unconditional else [])
     try:
@@ -140,7 +127,7 @@ def generate(
     mask_image: Tensor | None = None,
     **options: Any,
 ) -> Iterator[tuple[list[int], Tensor]]:
-    """Draw one image per seed, batch by batch; counts that disagree raise a `ValueError`.
+    """Draw one image per seed; yield each batch's seeds and images, `[B, C, H, W]` uint8.
 
     Args:
         pipe: Network and sampler.
@@ -150,10 +137,7 @@ def generate(
         class_labels: One per seed, for class-conditional networks.
         image, mask_image: Start from these, `[n, C, H, W]` uint8 and `[n, 1, H, W]` bool; one, or one per seed.
         options: `num_inference_steps`, `guidance_scale`, `eta`, `strength`, `resample_length` and `resample_times` of
-            `DDPMPipeline`.
-
-    Yields:
-        The seeds of a batch, and its images, `[B, C, H, W]` uint8.
+            `DDPMPipeline`. Counts that disagree raise a UserError.
     """
     if batch_size < 1:
         raise UserError(f"batch_size must be at least 1, got {batch_size}")
@@ -173,18 +157,11 @@ def generate(
 
         for start in starts:
             rows = slice(start, start + batch_size)
+            own: dict[str, Any] = {"image": _share(image, rows), "mask_image": _share(mask_image, rows)}
+            own["class_labels"] = None if class_labels is None else list(class_labels[rows])
             with without_bar(pipe):
-                (images,) = pipe(
-                    seeds=seeds[rows],
-                    output_type="pt",
-                    return_dict=False,
-                    class_labels=None if class_labels is None else list(class_labels[rows]),
-                    image=_share(image, rows),
-                    mask_image=_share(mask_image, rows),
-                    callback_on_step_end=advance,
-                    **options,
-                )
-            yield list(seeds[rows]), (images * 255).round().to(torch.uint8).cpu()
+                drawn: Any = pipe(seeds=seeds[rows], output_type="pt", callback_on_step_end=advance, **own, **options)
+            yield list(seeds[rows]), (drawn.images * 255).round().to(torch.uint8).cpu()
 
 
 def _check_labels(class_labels: Sequence[Any], seeds: Sequence[int]) -> None:
@@ -215,34 +192,25 @@ def write_samples(
     prepare: Callable[[DDPMPipeline], Any] | None = None,
     **options: Any,
 ) -> int:
-    """Draw one image per seed into files, which appear complete or not at all.
+    """Draw one image per seed into files, which appear complete or not at all; return how many were drawn now.
 
-    An interrupted run resumes where it stopped. Under `accelerate launch` or torchrun every process draws a share of
-    the images.
+    An interrupted run resumes where it stopped. Under `accelerate launch` or torchrun every process draws a share.
 
     Args:
-        pipe: Network and sampler.
-        seeds: One per image.
+        pipe, seeds, batch_size, options: See `generate`.
         output: `FILE.png` for one grid, `FILE.npz` for one uint8 array `arr_0` of shape `[N, H, W, C]` in the order of
             the seeds (what FID tools read), else a folder of `<thousand>/<seed>.png`.
-        batch_size, options: See `generate`.
         prepare: Called with the pipeline on every process when all is checked, for what takes time, such as
             `inference.optimize_for_inference`.
 
-    Returns:
-        How many images were drawn now, by all processes together.
-
     Raises:
-        ValueError: An output that cannot be written, or that holds other images.
+        UserError: An output that cannot be written, or that holds other images.
         NotFiniteError: The network made NaN or infinities; the batches before are kept.
     """
-    output = Path(output)
-    if batch_size < 1:
-        raise UserError(f"batch_size must be at least 1, got {batch_size}")
+    output, here = Path(output), processes()
     kind = _checked_kind(output, pipe)
     # Where finished images are kept: the folder itself, or one beside the file that is made of it in the end.
     folder = output if kind == "folder" else output.with_name(f".{output.name}.parts")
-    here = processes()
     with raise_on_all_ranks():  # so all have looked at what is finished before anybody adds to it
         drawn = _finished(folder, kind)
         _check_options(pipe, seeds, options)
@@ -287,7 +255,7 @@ def _checked_kind(output: Path, pipe: DDPMPipeline) -> str:
     """Return what to write: `.png`, `.npz` or `folder`."""
     suffix = output.suffix.lower()
     kind = suffix if suffix in (".png", ".npz") else "folder"
-    if suffix in _OTHER_FILES:
+    if _OTHER_FILES.fullmatch(suffix):
         raise UserError(f"--output must be a folder, FILE.png or FILE.npz, got {str(output)!r}")
     if output.is_file() if kind == "folder" else output.is_dir():
         raise UserError(f"--output {str(output)!r} is a {'folder' if output.is_dir() else 'file'}; name another")
@@ -314,8 +282,8 @@ def _finished(folder: Path, kind: str) -> set[int]:
     """Return the seeds whose images are there."""
     if kind != "folder":
         return {seed for part in kept_rows(folder) for seed in part["ids"].tolist()}
-    # A crash of the machine may leave a file without content.
     files = folder.glob("[0-9]*/[0-9]*.png")
+    # A crash of the machine may leave a file without content.
     return {int(file.stem) for file in files if file.stem.isdecimal() and file.stat().st_size}
 
 
@@ -325,7 +293,7 @@ def _save_npz(path: Path, images: Tensor) -> None:
 
 
 def _claim(folder: Path, has_images: bool, pipe: DDPMPipeline, seeds: Sequence[int], options: dict[str, Any]) -> None:
-    """Note in the folder how its images are made; a `ValueError` where it holds images that were made otherwise."""
+    """Note in the folder how its images are made; a UserError where it holds images that were made otherwise."""
     inpainting = options.get("mask_image") is not None
     made = {
         "weights": weights_digest(pipe.unet),
@@ -339,30 +307,25 @@ def _claim(folder: Path, has_images: bool, pipe: DDPMPipeline, seeds: Sequence[i
     # What each image has of its own, by its seed.
     own: dict[str, dict[str, Any]] = {}
     for name in ("class_labels", "image", "mask_image"):
-        values = options.get(name)
-        if name != "class_labels" and values is not None:
-            values = [digest(pixels)[:16] for pixels in values]
-        values = [] if values is None else list(values) * (len(seeds) if len(values) == 1 else 1)  # one for all
+        values = [] if options.get(name) is None else list(options[name])
+        if name != "class_labels":
+            one_for_all = len(values) == 1
+            values = [digest(pixels)[:16] for pixels in values] * (len(seeds) if one_for_all else 1)
         own[name] = dict(zip(map(str, seeds), values, strict=True)) if values else {}
     note = folder / _NOTE
     if has_images:
         try:
             there = json.loads(note.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise UserError(
-                f"{str(folder)!r} holds images, and no {_NOTE} that says how they were made; name another --output"
-            ) from None
-        except ValueError:
-            raise UserError(f"{str(note)!r} is damaged, and its images may be others; remove the folder") from None
+        except (FileNotFoundError, ValueError):
+            what = f"holds images, and no {_NOTE} that can be read and says how they were made"
+            raise UserError(f"{str(folder)!r} {what}; name another --output") from None
         different = [key for key, value in made.items() if there.get(key) != value]
         for name, now in own.items():
             before = there.get(name, {})
-            if bool(before) != bool(now) or any(before.get(seed, value) != value for seed, value in now.items()):
+            if bool(before) != bool(now) or before | now != now | before:
                 different.append(name)
             own[name] = {**before, **now}
         if different:
-            raise UserError(
-                f"{str(folder)!r} holds images that were made with other {' and '.join(different)}; name another "
-                "--output, or remove it first"
-            )
+            what = f"holds images that were made with other {' and '.join(different)}"
+            raise UserError(f"{str(folder)!r} {what}; name another --output, or remove it first")
     write_text(note, json.dumps(made | own, indent=2) + "\n")

@@ -10,6 +10,7 @@ folder/
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from ..utils.files import write_whole
 from ..utils.processes import gather, processes, raise_on_all_ranks
 
 Rows = dict[str, Tensor]
+Maker = Callable[[list[int]], Rows]  # ids to rows: tensors whose first axis is that of the ids
 
 
 def write_tensors(path: Path, tensors: Rows) -> None:
@@ -34,39 +36,21 @@ def write_tensors(path: Path, tensors: Rows) -> None:
         raise OSError(f"cannot write {path}: {error}") from error
 
 
-def read_tensors(path: Path) -> Rows | None:
-    """Read what `write_tensors` wrote; `None` where there is nothing, or nothing that can be read."""
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError):
-        return None
-
-
 def all_rows(
-    count: int,
-    make: Callable[[list[int]], Rows],
-    *,
-    batch_size: int,
-    folder: Path | None = None,
-    desc: str = "",
-    progress: bool = False,
+    count: int, make: Maker, batch_size: int, folder: Path | None = None, desc: str = "", progress: bool = False
 ) -> Rows:
     """Return the rows 0..count-1 on every process, each made once by one of them.
 
     Args:
         count: How many rows.
-        make: Ids to rows: tensors whose first axis is that of the ids. A row has to depend on its id only.
-        batch_size: Ids at a time, at most: fewer where every process would not get its share otherwise.
-        folder: Where finished batches are kept and found again; its name has to hold all that the rows depend on.
-            Without it they are in memory only.
+        make: Makes rows, each of which has to depend on its id only.
+        batch_size: Ids at a time, at least 1: fewer where every process would not get its share otherwise.
+        folder: Where finished batches are kept and found again, else they are in memory only; its name has to hold
+            all that the rows depend on.
         desc, progress: Text and visibility of the progress bar.
 
-    Raises:
-        ValueError: A batch size below 1, or a folder that the processes do not share.
-        NotFiniteError: A row holds NaN or infinity; it is not kept.
+    Raises a NotFiniteError for a row with NaN or infinity, which is not kept; a UserError if a folder is not shared.
     """
-    if batch_size < 1:
-        raise UserError(f"batch_size must be at least 1, got {batch_size}")
     here = processes()
     parts = [] if folder is None else kept_rows(folder)
     done = {i for part in parts for i in part["ids"].tolist()}
@@ -79,11 +63,14 @@ def all_rows(
     quiet = not (progress and here.is_main_process and missing)
     with raise_on_all_ranks(), tqdm(total=sum(map(len, mine)), desc=desc, unit="image", disable=quiet) as bar:
         for ids in mine:
-            rows = {"ids": torch.tensor(ids), **{name: value.cpu() for name, value in make(ids).items()}}
-            _check_finite(rows, desc)
-            made.append(rows)
+            rows = {name: value.cpu() for name, value in make(ids).items()}
+            for name, value in rows.items():
+                if not (finite := value.isfinite()).all():
+                    first = ids[int(finite.reshape(len(ids), -1).all(1).int().argmin())]
+                    raise NotFiniteError(f"{desc}: {name} of image {first} is not finite, so no number is made of it")
+            made.append({"ids": torch.tensor(ids), **rows})
             if folder is not None:
-                write_tensors(folder / f"{ids[0]:08d}.safetensors", rows)
+                write_tensors(folder / f"{ids[0]:08d}.safetensors", made[-1])
             bar.update(len(ids))
     if here.num_processes > 1:
         made = [rows for part in gather(made) for rows in part] if folder is None else kept_rows(folder)
@@ -92,28 +79,21 @@ def all_rows(
         return in_order([*parts, *made], range(count), folder)
 
 
-def _check_finite(rows: Rows, desc: str) -> None:
-    for name, value in rows.items():
-        if value.is_floating_point():
-            wrong = (~value.isfinite()).reshape(len(value), -1).any(1)
-            if wrong.any():
-                first = int(rows["ids"][wrong][0])
-                raise NotFiniteError(f"{desc}: {name} of image {first} is not finite, and no number is made of it")
-
-
 def kept_rows(folder: Path) -> list[Rows]:
     """Return the batches on disk; damaged ones are left out, to be made again."""
-    return [rows for path in sorted(folder.glob("*.safetensors")) if (rows := read_tensors(path)) and "ids" in rows]
+    found = []
+    for path in sorted(folder.glob("*.safetensors")):
+        with suppress(OSError, SafetensorError):
+            found.append(load_file(path))
+    return found
 
 
 def in_order(parts: Sequence[Rows], ids: Sequence[int], folder: Path | None = None) -> Rows:
-    """Return the rows of these ids, in their order, out of batches in any order; a `ValueError` if one is missing."""
+    """Return the rows of these ids, in their order, out of batches in any order; a UserError if one is missing."""
     row_of = {i: row for row, i in enumerate(i for part in parts for i in part["ids"].tolist())}
     if missing := [i for i in ids if i not in row_of]:
-        raise UserError(
-            f"{len(missing)} of {len(ids)} rows are missing, the first of them that of {missing[0]}; all processes "
-            f"have to share {folder}"
-        )
+        what = f"{len(missing)} of {len(ids)} rows are missing, the first that of {missing[0]}"
+        raise UserError(f"{what}; all processes have to share {folder}")
     rows = [row_of[i] for i in ids]
     names = [name for name in (parts[0] if parts else {}) if name != "ids"]
     return {name: torch.cat([part[name] for part in parts])[rows] for name in names}

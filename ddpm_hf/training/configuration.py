@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +38,13 @@ RANGE: Limit = (
 )
 
 _PRESET = "what is left out is as in --preset"
+_NEEDS = {"hub_model_id": "push_to_hub", "best_metric": "validation_steps", "class_dropout": "class_conditional"}
+_TOTAL = "chosen to reach the total batch size if left out"
+_AT_END, _SAMPLES, _EVALUATION = "only at the end if left out", "samples while training", "evaluation while training"
+_INCEPTION = "Inception weights file; torch-fidelity's own if left out"
+_BATCH = "images at a time in evaluations and grids; changes no number; 256 (grids: 64) if left out, fewer of images "
+_BATCH += "larger than 32x32, but never fewer than a micro-batch of the training"
+_PRECISION = "no, fp16 or bf16 for the network; default: the launcher's, else bf16 on GPUs that have it"
 
 
 def one_of(*names: str) -> Limit:
@@ -66,6 +74,10 @@ def _flag(
     return field(default=default, metadata={"help": text, "limit": limit, "group": group}, repr=repr)
 
 
+def _preset(name: str, help: str) -> Any:
+    return _flag(None, help, one_of(*CHOICES[name]) if name in CHOICES else None, name)
+
+
 def check_limits(config: Any) -> None:
     """Check the fields of a configuration against the limits of their flags, or raise UserError."""
     for flag in dataclasses.fields(config):
@@ -93,12 +105,8 @@ class TrainingConfig:
 
     preset: str = _flag("cifar10", f"the experiment: {', '.join(PRESETS)}", group=f"network and process; {_PRESET}")
     dropout: float | None = _flag(None, "dropout in the residual blocks", FRACTION, paper="dropout")
-    prediction_type: str | None = _flag(
-        None, "what the network predicts: epsilon, sample, v_prediction or posterior_mean", paper="prediction_type"
-    )
-    variance_type: str | None = _flag(
-        None, "of the reverse process: fixed_small, fixed_large, learned or learned_range", paper="variance_type"
-    )
+    prediction_type: str | None = _preset("prediction_type", "epsilon, sample, v_prediction or posterior_mean")
+    variance_type: str | None = _preset("variance_type", "fixed_small, fixed_large, learned or learned_range")
     class_conditional: bool = _flag(False, "train on the images' classes")
     class_dropout: float = _flag(0.0, "share of images trained without their class (for guidance)", FRACTION)
 
@@ -120,31 +128,17 @@ class TrainingConfig:
     dataloader_num_workers: int = _flag(4, "threads that decode images which do not fit into memory", NOT_NEGATIVE)
     validation_split: float = _flag(0.0, "share of the images never trained on (digits has its own)", FRACTION)
 
-    max_train_steps: int | None = _flag(
-        None, "optimizer updates", POSITIVE, paper="max_train_steps", group=f"recipe; {_PRESET}"
-    )
-    train_batch_size: int | None = _flag(
-        None, "images per process and micro-batch; chosen to reach the total batch size if left out", POSITIVE
-    )
-    total_batch_size: int | None = _flag(
-        None, "images per update, over processes and accumulation", POSITIVE, paper="total_batch_size"
-    )
-    gradient_accumulation_steps: int | None = _flag(
-        None, "micro-batches per update; chosen to reach the total batch size if left out", POSITIVE
-    )
+    max_train_steps: int | None = _flag(None, "optimizer updates", POSITIVE, "max_train_steps", f"recipe; {_PRESET}")
+    train_batch_size: int | None = _flag(None, f"images per process and micro-batch; {_TOTAL}", POSITIVE)
+    total_batch_size: int | None = _flag(None, "images per update of all processes", POSITIVE, "total_batch_size")
+    gradient_accumulation_steps: int | None = _flag(None, f"micro-batches per update; {_TOTAL}", POSITIVE)
     learning_rate: float | None = _flag(None, "peak learning rate of Adam", POSITIVE, paper="learning_rate")
-    lr_scheduler: str | None = _flag(
-        None, "constant, cosine or linear, after the warm-up", one_of(*CHOICES["lr_scheduler"]), paper="lr_scheduler"
-    )
+    lr_scheduler: str | None = _preset("lr_scheduler", "constant, cosine or linear, after the warm-up")
     lr_warmup_steps: int | None = _flag(None, "updates of linear warm-up", NOT_NEGATIVE, paper="lr_warmup_steps")
     max_grad_norm: float | None = _flag(None, "larger gradients are scaled down", NORM, paper="max_grad_norm")
     ema_max_decay: float | None = _flag(None, "decay of the EMA weights", FRACTION, paper="ema_decay")
-    loss: str | None = _flag(
-        None, "simple (Eq. 14), vlb (the bound) or hybrid (learned variance)", one_of(*CHOICES["loss"]), paper="loss"
-    )
-    timestep_sampling: str | None = _flag(
-        None, "uniform, or stratified over each batch", one_of(*CHOICES["timestep_sampling"]), "timestep_sampling"
-    )
+    loss: str | None = _preset("loss", "simple (Eq. 14), vlb (the bound) or hybrid (learned variance)")
+    timestep_sampling: str | None = _preset("timestep_sampling", "uniform, or stratified over each batch")
     seed: int = _flag(0, "seed of everything random")
 
     output_dir: str = _flag("ddpm-model", "where model and checkpoints go", NOT_EMPTY, group="output and checkpoints")
@@ -152,40 +146,22 @@ class TrainingConfig:
     checkpoints_total_limit: int | None = _flag(None, "how many checkpoints to keep; all if left out", POSITIVE)
     resume_from_checkpoint: str | None = _flag(None, "latest, or a checkpoint's folder; if left out, a new run")
 
-    save_images_steps: int | None = _flag(
-        None, "updates between grids of samples; only at the end if left out", POSITIVE, group="samples while training"
-    )
+    save_images_steps: int | None = _flag(None, f"updates between grids; {_AT_END}", POSITIVE, group=_SAMPLES)
     num_sample_images: int = _flag(64, "images in a grid", POSITIVE)
-    ddpm_num_inference_steps: int = _flag(
-        1000, "steps of the sampler, for grids and --eval_metrics", POSITIVE, paper="num_train_timesteps"
-    )
+    ddpm_num_inference_steps: int = _flag(1000, "sampler steps, for grids too", POSITIVE, "num_train_timesteps")
     sampler: str = _flag("ddpm", "for the same: ddpm (Algorithm 2; the paper) or ddim", one_of("ddpm", "ddim"))
 
-    validation_steps: int | None = _flag(
-        None, "updates between evaluations; only at the end if left out", POSITIVE, group="evaluation while training"
-    )
+    validation_steps: int | None = _flag(None, f"updates between evaluations; {_AT_END}", POSITIVE, group=_EVALUATION)
     eval_metrics: str = _flag("nll", "what to measure, of nll (bits/dim), fid, is, kid, prc: nll,fid")
     eval_num_images: int = _flag(1000, "held-out images for bits/dim; 0 leaves it out", NOT_NEGATIVE)
     eval_num_evaluations: int = _flag(50, "network evaluations per image for bits/dim (stratified)", EVEN)
     eval_num_samples: int = _flag(5000, "samples for fid, is, kid, prc; the paper, at the end: 50000", POSITIVE)
     eval_features: str = _flag("inception", "what fid, kid and prc compare: inception, pixels, or a vision model")
-    eval_inception_weights: str | None = _flag(None, "Inception weights file; torch-fidelity's own if left out")
-    eval_batch_size: int | None = _flag(
-        None,
-        "images at a time, for evaluations and grids; changes no number; 256 (grids: 64) if left out, fewer of images "
-        "larger than 32x32, but never fewer than a micro-batch of the training",
-        POSITIVE,
-    )
-    best_metric: str | None = _flag(
-        None, "keep the model that is best by this number in best/: bits_per_dim, fid_inception_train_float, ..."
-    )
+    eval_inception_weights: str | None = _flag(None, _INCEPTION)
+    eval_batch_size: int | None = _flag(None, _BATCH, POSITIVE)
+    best_metric: str | None = _flag(None, "keep the model that is best by this number in best/: bits_per_dim, ...")
 
-    mixed_precision: str | None = _flag(
-        None,
-        "no, fp16 or bf16 for the network; default: the launcher's, else bf16 on GPUs that have it",
-        one_of("no", "fp16", "bf16"),
-        group="machine and trackers",
-    )
+    mixed_precision: str | None = _flag(None, _PRECISION, one_of("no", "fp16", "bf16"), group="machine and trackers")
     num_cpu_threads: int | None = _flag(None, "CPU threads per process; default: an even share of the cores", THREADS)
     tf32: bool = _flag(False, "NVIDIA GPUs: faster float32 products with 10 bits of mantissa")
     compile: bool | None = _flag(None, "torch.compile the network; default: on NVIDIA GPUs")
@@ -204,18 +180,14 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():  # what Python callers write naturally
-            if isinstance(value, Path):
-                object.__setattr__(self, name, str(value))
-            elif isinstance(value, (list, tuple)):
-                object.__setattr__(self, name, value[0] if len(value) == 1 else list(value))
+            if isinstance(value, (Path, list, tuple)):
+                plain = str(value) if isinstance(value, Path) else value[0] if len(value) == 1 else list(value)
+                object.__setattr__(self, name, plain)
         get_preset(self.preset)
         check_limits(self)
-        if self.hub_model_id is not None and not self.push_to_hub:
-            raise UserError(f"--hub_model_id {self.hub_model_id} needs --push_to_hub")
-        if self.best_metric is not None and self.validation_steps is None:
-            raise UserError(f"--best_metric {self.best_metric} needs --validation_steps: how often to measure")
-        if self.class_dropout and not self.class_conditional:
-            raise UserError(f"--class_dropout {self.class_dropout} needs --class_conditional")
+        for name, other in _NEEDS.items():
+            if getattr(self, name) and not getattr(self, other):
+                raise UserError(f"--{name} {getattr(self, name)} needs --{other}")
 
     def resolved_preset(self) -> Preset:
         """Return the preset with this run's changes, or raise UserError where loss and variance do not fit."""
@@ -226,9 +198,8 @@ class TrainingConfig:
             unet["sample_size"] = sizes[0] if len(set(sizes)) == 1 else tuple(sizes)
         if self.dropout is not None:
             unet["dropout"] = self.dropout
-        for name in ("prediction_type", "variance_type"):
-            if getattr(self, name) is not None:
-                scheduler[name] = getattr(self, name)
+        names = ("prediction_type", "variance_type")
+        scheduler |= {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         learned = "learned" in scheduler["variance_type"]
         if learned or "learned" in preset.scheduler["variance_type"]:
             unet["out_channels"] = (2 if learned else 1) * unet.get("in_channels", 3)
@@ -236,13 +207,10 @@ class TrainingConfig:
         changes |= {"ema_decay": self.ema_max_decay}
         changes = {name: value for name, value in changes.items() if value is not None}
         recipe = dataclasses.replace(preset, **changes, unet=unet, scheduler=scheduler)
-        if learned and recipe.loss == "simple":
-            raise UserError(
-                f"--loss simple does not train the variance of --variance_type {scheduler['variance_type']}; add "
-                "--loss hybrid or vlb, or take a fixed variance"
-            )
-        if not learned and recipe.loss == "hybrid":
-            raise UserError("--loss hybrid trains a learned variance; add --variance_type learned_range")
+        if (recipe.loss == "simple") if learned else (recipe.loss == "hybrid"):
+            advice = "take --loss hybrid or vlb for a learned one" if learned else "add --variance_type learned_range"
+            what = f"does not go with --variance_type {scheduler['variance_type']}"
+            raise UserError(f"--loss {recipe.loss} {what}; {advice}")
         return recipe
 
     def images_given(self) -> dict[str, Any]:
@@ -258,14 +226,10 @@ class TrainingConfig:
         if "dataset" in self.images_given():
             return {"background": self.background}
         same_name = ("background", "on_bad_image", "streaming", "image_column", "label_column", "cache_dir")
-        options = {name: getattr(self, name) for name in same_name}
+        options = {name: getattr(self, name) for name in (*same_name, "array_layout")}
         options |= {"num_workers": self.dataloader_num_workers, "config_name": self.dataset_config_name}
-        options["crop"] = "center" if self.center_crop else "random"
-        if self.array_layout is not None:
-            options["array_layout"] = self.array_layout
-        if self.value_range is not None:
-            options["value_range"] = tuple(self.value_range)
-        return options
+        options |= {"crop": "center" if self.center_crop else "random"}
+        return options | ({} if self.value_range is None else {"value_range": tuple(self.value_range)})
 
     def batch_plan(self, num_processes: int) -> tuple[int, int, int]:
         """Return images per micro-batch and process, micro-batches per update, and images per update.
@@ -310,22 +274,17 @@ class TrainingConfig:
 class ReproductionConfig:
     """How `ddpm-hf reproduce` measures what it has trained. Every field is a flag beside those of the training."""
 
-    num_samples: int = _flag(
-        50_000, "samples for FID and Inception score, as in the paper", POSITIVE, group="comparison with the paper"
-    )
+    num_samples: int = _flag(50_000, "for FID and Inception score", POSITIVE, group="comparison with the paper")
     num_inference_steps: int | None = _flag(None, "steps of their sampler; the paper, if left out: T", POSITIVE)
     num_images: int | None = _flag(None, "held-out images for bits/dim, the first ones; all if left out", POSITIVE)
     features: str = _flag("inception", "what FID compares: inception, pixels, or a vision model")
-    inception_weights: str | None = _flag(None, "Inception weights file; torch-fidelity's own if left out")
+    inception_weights: str | None = _flag(None, _INCEPTION)
     batch_size: int | None = _flag(None, "images at a time; as --eval_batch_size if left out", POSITIVE)
 
     def __post_init__(self) -> None:
         check_limits(self)
 
-    def feature_names(self) -> list[str]:
-        """Return what images are compared by."""
-        return [part.strip() for part in self.features.split(",")]
-
     def metrics(self) -> list[str]:
         """Return the paper's metrics; the Inception score needs Inception."""
-        return ["nll", "rate_distortion", "fid", *(["is"] if "inception" in self.feature_names() else [])]
+        metrics = ["nll", "rate_distortion", "fid"]
+        return metrics + ["is"] * ("inception" in re.split(r"\s*,\s*", self.features))

@@ -1,14 +1,8 @@
 """What a training run measures of its EMA weights, and the best model so far.
 
-```
-output_dir/
-  evaluations.json     update to numbers by name, as they were measured
-  best/                the pipeline that is best by --best_metric, with its report evaluation.json
-  .evaluation/         finished batches of an evaluation that is not finished
-```
-
-A resumed run has the same weights after each update, and so the same numbers. The best model therefore needs no place
-in the checkpoints: it is the same one as soon as every update that was to be measured has been.
+`evaluations.json` holds the numbers after each measured update, `best/` the best pipeline by `--best_metric` with its
+report, `.evaluation/` the finished batches of an evaluation under way. A resumed run has the same weights after each
+update, and so the same numbers and best model: nothing of them has to be in the checkpoints.
 """
 
 from __future__ import annotations
@@ -24,9 +18,10 @@ from typing import Any
 
 from ..data.datasets import Images
 from ..evaluation.features import FeatureExtractor
-from ..evaluation.options import SAMPLE_METRICS, EvaluationOptions, parse_metrics
+from ..evaluation.options import EvaluationOptions
 from ..evaluation.report import EvaluationReport
-from ..evaluation.run import check_evaluation, evaluate, evaluate_likelihood, first_images
+from ..evaluation.run import check_evaluation, evaluate, first_images, parse_metrics
+from ..evaluation.samples import SAMPLE_METRICS, number_name
 from ..hub.files import REPORT
 from ..pipelines.pipeline_ddpm import DDPMPipeline
 from ..utils.errors import UserError
@@ -37,24 +32,19 @@ from .configuration import TrainingConfig, due
 from .run import load_split
 
 BEST, HISTORY = "best", "evaluations.json"
-IN_LOOP_METRICS = ("nll", "fid", "is", "kid", "prc")
-_HIGHER_IS_BETTER = ("is_", "precision_", "recall_")
+IN_LOOP_METRICS = ("nll", *(name for name, metric in SAMPLE_METRICS.items() if metric.numbers))
+_HIGHER_IS_BETTER = tuple(f"{n}_" for m in SAMPLE_METRICS.values() if m.higher_is_better for n in m.numbers)
 
 
 def names_of_numbers(metrics: list[str], extractors: list[FeatureExtractor], splits: list[str]) -> list[str]:
     """Return what an evaluation's numbers will be called, of those of which one is better than another."""
     names = ["bits_per_dim"] if "nll" in metrics else []
-    for extractor in extractors:
-        inception, every_kind = extractor.name == "inception", ["uint8", "float"][: 1 + extractor.takes_floats]
-        compared = [f"{extractor.name}_{split}" for split in splits]
-        if "fid" in metrics:
-            names += [f"{'fid' if inception else 'fd'}_{pair}_{kind}" for pair in compared for kind in every_kind]
-        if "kid" in metrics:
-            names += [f"{'kid' if inception else 'kd'}_{pair}_uint8" for pair in compared]
-        if "prc" in metrics:
-            names += [f"{what}_{pair}_uint8" for what in ("precision", "recall") for pair in compared]
-        if "is" in metrics and inception:
-            names += [f"is_inception_{kind}" for kind in every_kind]
+    for extractor, metric in ((e, SAMPLE_METRICS[m]) for e in extractors for m in metrics if m in SAMPLE_METRICS):
+        if metric.of_real or extractor.name == "inception":  # the Inception score is that of a classifier
+            kinds = [kind for kind in metric.kinds if kind == "uint8" or extractor.takes_floats]
+            compared = splits if metric.of_real else [None]
+            pairs = [(split, kind) for split in compared for kind in kinds]
+            names += [number_name(what, extractor.name, *pair) for what in metric.numbers for pair in pairs]
     return names
 
 
@@ -65,9 +55,8 @@ class TrainingEvaluation:
         self.config, self.folder = config, Path(config.output_dir)
         self.metrics = parse_metrics(config.eval_metrics, IN_LOOP_METRICS, "--eval_metrics")
         self._of_samples = [metric for metric in self.metrics if metric in SAMPLE_METRICS]
-        self.sets = {"train": train}
-        if (held_out := self._load_held_out()) is not None:
-            self.sets["validation"] = held_out
+        held_out = self._load_held_out()
+        self.sets = {"train": train} | ({} if held_out is None else {"validation": held_out})
         if held_out is None or not config.eval_num_images:
             self.metrics = self._of_samples
         if config.validation_steps and not self.metrics:
@@ -104,34 +93,24 @@ class TrainingEvaluation:
 
     def _options(self, pipe: DDPMPipeline) -> EvaluationOptions:
         config = self.config
+        same_name = ("num_images", "num_evaluations", "num_samples", "features", "inception_weights")
         return EvaluationOptions(
-            num_images=config.eval_num_images,
-            num_evaluations=config.eval_num_evaluations,
-            num_samples=config.eval_num_samples,
+            **{name: getattr(config, f"eval_{name}") for name in same_name},
             batch_size=config.evaluation_batch(processes().num_processes),
             sampler=config.sampler,
             num_inference_steps=min(config.ddpm_num_inference_steps, pipe.scheduler.config.num_train_timesteps),
-            features=[part.strip() for part in config.eval_features.split(",")],
-            inception_weights=config.eval_inception_weights,
         )
 
     def measure(self, pipe: DDPMPipeline) -> EvaluationReport | None:
         """Compute the numbers of a model, the same in every process; `None` where there is nothing to measure."""
         if not self.metrics:
             return None
-        options = self._options(pipe)
-        if self._of_samples:
-            work = self.folder / ".evaluation"
-            report = evaluate(pipe, self.sets, self.metrics, options, output=work)
-            report.pictures = []
-            if processes().is_main_process:
-                shutil.rmtree(work, ignore_errors=True)
-        else:
-            data = first_images(self.sets["validation"], options.num_images)
-            report = evaluate_likelihood(pipe, data, "validation", options)
-        for name, entry in report.values.items():
-            what = f"bits/dim on {report.num_images} held-out images" if name == "bits_per_dim" else name
-            log(f"{what}: {number(entry['value'], entry['standard_error'])}")
+        work = self.folder / ".evaluation"
+        report = evaluate(pipe, self.sets, self.metrics, self._options(pipe), output=work)
+        report.pictures = []
+        if processes().is_main_process:
+            shutil.rmtree(work, ignore_errors=True)
+        log("\n".join(report.lines()))
         return report
 
     def discard_after(self, step: int) -> None:
@@ -155,16 +134,14 @@ class TrainingEvaluation:
                 self._write_history({**self._history(), str(step): {k: v["value"] for k, v in report.values.items()}})
 
     def _keep_best(self, pipe: DDPMPipeline, report: EvaluationReport, step: int, name: str) -> None:
-        folder, value = self.folder / BEST, report.values[name]["value"]
-        before = math.nan  # no best model yet
-        with suppress(UserError):
+        folder, value, before = self.folder / BEST, report.values[name]["value"], math.nan
+        with suppress(UserError):  # no best model yet
             best = EvaluationReport.load(folder / REPORT)
             if name in best.values and _how_made(best, name) == _how_made(report, name):
                 before = best.values[name]["value"]
             else:
                 log(f"{folder} was chosen by another number than {name} as it is measured now, and is chosen again")
-        worse = value <= before if name.startswith(_HIGHER_IS_BETTER) else value >= before
-        if math.isnan(value) or worse:
+        if value <= before if name.startswith(_HIGHER_IS_BETTER) else value >= before:
             return
         report = dataclasses.replace(report, model={**report.model, "update": step, "best_metric": name})
 

@@ -1,15 +1,7 @@
 """An experiment of the paper from start to end: train, sample, measure, and the paper's numbers beside ours.
 
-```
-output_dir/              the training run, as `ddpm-hf train` leaves it
-  reproduction.md        the paper's numbers and ours
-  reproduction.json      the same as data
-  reproduction/          report.json, report.md, pictures and work/, as `ddpm-hf evaluate` leaves them
-    stages.json          what is finished, and with which settings
-```
-
-Killed anywhere, the same call resumes: training from its latest checkpoint, sampling and likelihood from their last
-finished batches. What is finished is not made again.
+The output folder is that of `ddpm-hf train`, with `reproduction.md` and `reproduction.json` (the paper's numbers and
+ours) and `reproduction/`, the folder of `ddpm-hf evaluate`, whose `training.json` says what was trained and how.
 """
 
 from __future__ import annotations
@@ -17,32 +9,22 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..data.datasets import Images
 from ..diffusion.scheduling_ddpm import DDPMScheduler
-from ..evaluation.options import SAMPLE_METRICS, EvaluationOptions
-from ..evaluation.report import EvaluationReport
+from ..evaluation.options import EvaluationOptions
+from ..evaluation.report import EvaluationReport, warnings_section
 from ..evaluation.run import check_evaluation, evaluate, load_splits
-from ..evaluation.samples import PAPER_SAMPLES
+from ..evaluation.samples import PAPER_SAMPLES, SAMPLE_METRICS
 from ..pipelines.pipeline_ddpm import DDPMPipeline
 from ..presets import Preset, get_preset
 from ..utils.digests import weights_digest
 from ..utils.errors import UserError
 from ..utils.files import write_text
-from ..utils.processes import (
-    end_with_the_launcher,
-    from_first,
-    gather,
-    log,
-    only_run_in,
-    processes,
-    raise_on_all_ranks,
-    set_cpu_threads,
-)
+from ..utils.processes import end_with_the_launcher, gather, log, processes, raise_on_all_ranks, set_cpu_threads
 from ..utils.text import finite, number, plain, public_name, table
 from .configuration import ReproductionConfig, TrainingConfig
 from .run import image_arguments
@@ -54,7 +36,7 @@ _RATES = (1.77581, 0.11994, 0.05415, 0.02866, 0.01507, 0.00716, 0.00282, 0.00081
 _RMSES = (0.95136, 12.02277, 18.47482, 24.43656, 30.80948, 38.03236, 46.12765, 54.18826, 60.97170, 67.60125)
 PAPER_TABLE_4 = dict(zip(_STEPS, zip(_RATES, _RMSES, strict=True), strict=True))
 
-FOLDER, STAGES = "reproduction", "stages.json"
+FOLDER = "reproduction"
 
 
 @dataclass(frozen=True)
@@ -69,9 +51,8 @@ class Reproduction:
 
     def as_markdown(self) -> str:
         """Return the page: the table, and what to know before comparing."""
-        report = self.report
         parts = [
-            f"# {self.preset.name} on {public_name(report.dataset)}",
+            f"# {self.preset.name} on {public_name(self.report.dataset)}",
             f"The experiment: {self.preset.source}.",
             self.table(),
             "± is one standard error; of Inception scores the standard deviation over ten parts, as the paper has it. "
@@ -79,15 +60,13 @@ class Reproduction:
         ]
         if self.differences:
             parts += ["## Trained otherwise than the preset", "\n".join(f"- {line}" for line in self.differences)]
-        if report.warnings:
-            parts += ["## Before you compare", "\n".join(f"- {warning}" for warning in report.warnings)]
+        parts += warnings_section(self.report)
         if self.table_4:
             lines = [list(self.table_4[0])]
             for steps, *numbers in (row.values() for row in self.table_4):
                 lines.append([f"{steps:.0f}", *("-" if x is None else f"{x:.5f}" for x in numbers)])
-            parts += [f"## Progressive lossy code, {report.split} (Table 4)", table(lines, texts=())]
-        parts.append(f"More in [{FOLDER}/report.md]({FOLDER}/report.md).")
-        return "\n\n".join(parts) + "\n"
+            parts += [f"## Progressive lossy code, {self.report.split} (Table 4)", table(lines, texts=())]
+        return "\n\n".join([*parts, f"More in [{FOLDER}/report.md]({FOLDER}/report.md)."]) + "\n"
 
     def table(self) -> str:
         """Return the paper's numbers and ours, for terminals too."""
@@ -102,144 +81,90 @@ class Reproduction:
     def as_json(self) -> str:
         """Return the same as data."""
         preset, report = self.preset, self.report
-        content: dict[str, Any] = {"preset": preset.name, "source": preset.source}
-        content["dataset"] = public_name(report.dataset)
-        content |= {"rows": self.rows, "differences": self.differences, "warnings": report.warnings}
-        content |= {"table_4": self.table_4, "model": report.model, "versions": report.versions}
-        return json.dumps(finite(content), indent=2) + "\n"
+        of_report = {name: getattr(report, name) for name in ("warnings", "model", "versions")}
+        content = {**vars(self), **of_report, "preset": preset.name, "dataset": public_name(report.dataset)}
+        del content["report"]
+        return json.dumps(finite({**content, "source": preset.source}), indent=2) + "\n"
 
 
 def reproduce(config: TrainingConfig, options: ReproductionConfig) -> Reproduction | None:
     """Train, sample, measure, compare; every process of a launch takes part and returns the same.
 
-    Returns:
-        The comparison, which is also in the output folder; `None` where training was asked to stop.
-
-    Raises:
-        UserError: Anything that does not fit together, before anything takes long.
+    Returns the comparison, which is also in the output folder, or `None` where training was asked to stop. Killed
+    anywhere, the same call resumes: training from its latest checkpoint, the rest from its last finished batches.
+    Raises a UserError for anything that does not fit together, before anything takes long.
     """
     if config.resume_from_checkpoint not in (None, "latest"):
         raise UserError("reproduce resumes from the latest checkpoint by itself; leave out --resume_from_checkpoint")
     config = dataclasses.replace(config, resume_from_checkpoint="latest")
     end_with_the_launcher()
-    folder = Path(config.output_dir)
-    pipe = _load_trained(config)
+    folder, here = Path(config.output_dir), processes()
+    pipe = _load_trained(config) or _train(config, options)
     if pipe is None:
-        if not _train(config, options):
-            return None
-        with raise_on_all_ranks():  # what is measured is what is on disk, now and when another process resumes this
-            pipe = DDPMPipeline.from_pretrained(folder).to(processes().device)
-    report, sizes = _measure(config, options, pipe)
+        return None
+    with raise_on_all_ranks():
+        sets = load_splits(None, True, **image_arguments(config, center=True))
+    evaluation = _evaluation_options(config, options)
+    report = evaluate(pipe.to(here.device), sets, options.metrics(), evaluation, output=folder / FOLDER)
+    sizes = {split: len(images) for split, images in sets.items()}  # type: ignore[arg-type]  # none is a stream
     found = compare_with_paper(config, report, sizes)
     with raise_on_all_ranks():
-        if processes().is_main_process:
+        if here.is_main_process:
             write_text(folder / "reproduction.md", found.as_markdown())
             write_text(folder / "reproduction.json", found.as_json())
     return found
 
 
-def _finished(folder: Path) -> dict[str, Any]:
-    """Return what was recorded of finished stages; the same in every process."""
-    found: dict[str, Any] = {}
-    with suppress(OSError, ValueError, TypeError):
-        found = {**json.loads((folder / FOLDER / STAGES).read_text(encoding="utf-8"))}
-    return from_first(found)
-
-
-def _record(folder: Path, stage: str, content: dict[str, Any]) -> None:
-    stages = {**_finished(folder), stage: content}
-    with raise_on_all_ranks():
-        if processes().is_main_process:
-            write_text(folder / FOLDER / STAGES, json.dumps(stages, indent=1) + "\n")
-
-
-def _training_settings(config: TrainingConfig) -> dict[str, Any]:
-    """Return all settings but those that change nothing of what is trained or published, or are set here."""
+def _training_record(config: TrainingConfig, pipe: DDPMPipeline) -> dict[str, Any]:
+    """Return what is written down of a finished training: the weights, and the settings that they depend on."""
+    # neither what changes nothing of what is trained or published, nor what is set here
     others = "output_dir resume_from_checkpoint num_cpu_threads dataloader_num_workers report_to logging_steps"
-    return plain({k: v for k, v in config.public_values().items() if k not in (*others.split(), "eval_batch_size")})
+    skipped = [*others.split(), "eval_batch_size"]
+    settings = {name: value for name, value in config.public_values().items() if name not in skipped}
+    return plain({"settings": settings, "weights": weights_digest(pipe.unet)})
 
 
 def _load_trained(config: TrainingConfig) -> DDPMPipeline | None:
     """Load the model, if its training is finished and the folder still holds what came out of it."""
-    folder, here = Path(config.output_dir), processes()
-    stage = _finished(folder).get("training")
-    if stage is None or stage["settings"] != _training_settings(config):
-        return None
-    pipe = None
-    with (
-        raise_on_all_ranks(),
-        suppress(OSError, ValueError),
-    ):  # what is damaged is made again, from the last checkpoint
+    folder, pipe, finished = Path(config.output_dir), None, False
+    # what is missing or damaged is made again, from the last checkpoint
+    with raise_on_all_ranks(), suppress(OSError, ValueError):
+        record = json.loads((folder / FOLDER / "training.json").read_text(encoding="utf-8"))
         pipe = DDPMPipeline.from_pretrained(folder)
-    if not all(gather(pipe is not None and weights_digest(pipe.unet) == stage["weights"])) or pipe is None:
+        finished = record == _training_record(config, pipe)
+    if not all(gather(finished)):
         return None
-    set_cpu_threads(config.num_cpu_threads, here.num_processes)
-    log(f"training is finished: {stage['updates']} updates")
-    return pipe.to(here.device)
+    set_cpu_threads(config.num_cpu_threads, processes().num_processes)
+    log("training is finished")
+    return pipe
 
 
-def _train(config: TrainingConfig, options: ReproductionConfig) -> bool:
-    """Train to the end; return `False` where it was asked to stop."""
-    trainer = Trainer(config)
+def _train(config: TrainingConfig, options: ReproductionConfig) -> DDPMPipeline | None:
+    """Train to the end; return `None` where it was asked to stop."""
+    trainer, folder = Trainer(config), Path(config.output_dir)
     with raise_on_all_ranks():  # what can be known of the evaluation, before days of training
         pipe = DDPMPipeline(trainer.unet, DDPMScheduler(**trainer.recipe.scheduler))
         for_samples = [metric for metric in options.metrics() if metric in SAMPLE_METRICS]
-        check_evaluation(pipe, _load_sets(config), for_samples, _options(config, options))
-    trained = trainer.train(end_processes=False)
-    if trained is None:
-        return False
-    content = {
-        "settings": _training_settings(config),
-        "updates": trainer.step,
-        "weights": weights_digest(trained.unet),
-    }
-    _record(Path(config.output_dir), "training", content)
-    return True
+        sets = load_splits(None, True, **image_arguments(config, center=True))
+        check_evaluation(pipe, sets, for_samples, _evaluation_options(config, options))
+    if trainer.train(end_processes=False) is None:
+        return None
+    with raise_on_all_ranks():  # what is measured is what is on disk, now and when another process resumes this
+        pipe = DDPMPipeline.from_pretrained(folder)
+        if processes().is_main_process:
+            write_text(folder / FOLDER / "training.json", json.dumps(_training_record(config, pipe), indent=1) + "\n")
+    return pipe
 
 
-def _options(config: TrainingConfig, options: ReproductionConfig) -> EvaluationOptions:
+def _evaluation_options(config: TrainingConfig, options: ReproductionConfig) -> EvaluationOptions:
+    same_name = ("num_images", "num_samples", "num_inference_steps", "features", "inception_weights")
     return EvaluationOptions(
-        num_images=options.num_images,
-        num_samples=options.num_samples,
+        **{name: getattr(options, name) for name in same_name},
         batch_size=options.batch_size or config.evaluation_batch(processes().num_processes),
         sampler=config.sampler,
-        num_inference_steps=options.num_inference_steps,
-        features=options.feature_names(),
-        inception_weights=options.inception_weights,
         model_name=config.output_dir,
         progress=True,
     )
-
-
-def _load_sets(config: TrainingConfig) -> dict[str, Images]:
-    """Load the training images and the held-out ones, as they are: cropped in the middle, not flipped."""
-    arguments = image_arguments(config, center=True)
-    if arguments.pop("streaming", False):
-        raise UserError("reproduce compares samples with whole datasets; leave out --streaming")
-    return load_splits(None, True, **arguments)
-
-
-def _measure(config: TrainingConfig, options: ReproductionConfig, pipe: DDPMPipeline) -> tuple[EvaluationReport, Any]:
-    """Return our numbers, and how many images each split has."""
-    folder = Path(config.output_dir)
-    images = [config.images_given(), config.image_options(), config.validation_split]
-    made_of = {"weights": weights_digest(pipe.unet), "images": images, "sampler": config.sampler}
-    settings = plain({**made_of, **dataclasses.asdict(options), "batch_size": None})
-    stage = _finished(folder).get("evaluation", {})
-    if stage.get("settings") == settings and from_first((folder / FOLDER / "report.json").is_file()):
-        log("the evaluation is finished")
-        with raise_on_all_ranks():
-            return EvaluationReport.load(folder / FOLDER), stage["sizes"]
-    with raise_on_all_ranks():
-        sets = _load_sets(config)
-    with ExitStack() as held:
-        with raise_on_all_ranks():
-            if processes().is_main_process:
-                held.enter_context(only_run_in(folder))
-        report = evaluate(pipe, sets, options.metrics(), _options(config, options), output=folder / FOLDER)
-        sizes = {split: len(images) for split, images in sets.items()}  # type: ignore[arg-type]  # none is a stream
-        _record(folder, "evaluation", {"settings": settings, "sizes": sizes})
-    return report, sizes
 
 
 def compare_with_paper(config: TrainingConfig, report: EvaluationReport, sizes: Mapping[str, int]) -> Reproduction:
@@ -258,7 +183,14 @@ def compare_with_paper(config: TrainingConfig, report: EvaluationReport, sizes: 
         paper, ours = preset.paper.get(name), report.values.get(name)
         note = ["not measured here"] if ours is None else [*_less_than_paper(report, name, sizes), *updates]
         rows.append({"number": name, "paper": paper and list(paper), "ours": ours, "note": ", ".join(note)})
-    return Reproduction(preset, report, rows, differences, _table_4(preset, report))
+    measured = report.tables.get(f"Progressive lossy code, {report.split} (Table 4)", [])
+    ours_at = {row["reverse steps"]: (row["rate (bits/dim)"], row["distortion (RMSE)"]) for row in measured}
+    columns = ("reverse steps", "rate (bits/dim), paper", "rate (bits/dim), ours", "RMSE, paper", "RMSE, ours")
+    table_4 = []
+    for steps, (rate, rmse) in PAPER_TABLE_4.items() if preset.name == "cifar10" else ():
+        our_rate, our_rmse = ours_at.get(steps, (None, None))
+        table_4.append(dict(zip(columns, (steps, rate, our_rate, rmse, our_rmse), strict=True)))
+    return Reproduction(preset, report, rows, differences, table_4)
 
 
 def _less_than_paper(report: EvaluationReport, name: str, sizes: Mapping[str, int]) -> list[str]:
@@ -281,25 +213,6 @@ def _differences(preset: Preset, recipe: Preset) -> list[str]:
         done = getattr(recipe, name)
         if not isinstance(planned, Mapping):
             planned, done = {name: planned}, {name: done}
-        for key in {**planned, **done}:
-            if planned.get(key) != done.get(key):
-                lines.append(f"{key} {done.get(key)} instead of {planned.get(key)}")
+        different = [key for key in {**planned, **done} if planned.get(key) != done.get(key)]
+        lines += [f"{key} {done.get(key)} instead of {planned.get(key)}" for key in different]
     return lines
-
-
-def _table_4(preset: Preset, report: EvaluationReport) -> list[dict[str, float | None]]:
-    """Return Table 4's columns of both, where the experiment is the paper's."""
-    if preset.name != "cifar10":
-        return []
-    rows = report.tables.get(f"Progressive lossy code, {report.split} (Table 4)", [])
-    measured = {row["reverse steps"]: row for row in rows}
-    return [
-        {
-            "reverse steps": steps,
-            "rate (bits/dim), paper": rate,
-            "rate (bits/dim), ours": measured.get(steps, {}).get("rate (bits/dim)"),
-            "RMSE, paper": rmse,
-            "RMSE, ours": measured.get(steps, {}).get("distortion (RMSE)"),
-        }
-        for steps, (rate, rmse) in PAPER_TABLE_4.items()
-    ]

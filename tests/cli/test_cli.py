@@ -172,7 +172,7 @@ def test_other_mistakes(tmp_path, capsys, small_pipeline):
         (["sample", *model], "output"),
         (["sample", "--model", str(tmp_path / "nowhere"), *out], "nowhere"),
         (["sample", "--model", str(tmp_path), *out], "model_index.json"),
-        (["sample", *model, *out, "--seeds", "3-1"], "1-3"),
+        (["sample", *model, *out, "--seeds", "3-1"], "rising ranges"),
         (["sample", *model, *out, "--seeds", "1,1"], "twice"),
         (["sample", *model, *out, "--seeds", "a"], "'a'"),
         (["sample", *model, *out, "--sampler", "eulr"], "'eulr'"),

@@ -53,7 +53,7 @@ def test_one_command_one_report(tmp_path, capsys):
     assert any("too few to know the covariance of 64" in warning for warning in report.warnings)
     for picture in report.pictures:
         assert Image.open(out / picture).size[0] > 100
-    assert {"samples.png", "neighbours_pixels.png", "distances_pixels.png"} <= set(report.pictures)
+    assert {"samples.png", "neighbours_pixels.png"} <= set(report.pictures)
     page = (out / "report.md").read_text()
     assert "fd_pixels_train_uint8" in page
     assert "bits/dim on 4 images" in printed
@@ -152,7 +152,7 @@ def test_inception_and_a_vision_model(tmp_path, capsys):
         (["--train_data_dir", "{tmp}/one", "--metrics", "fid", *SMALL], ["at least 2 real images", "has 1"]),
         (["--train_data_dir", "{tmp}/one", "--split", "validation"], ["--validation_split"]),
         (["--dataset", "digits", "--output", "{tmp}/one/0.png"], ["is a file"]),
-        (["--dataset", "digits", "--metrics", "fid", *SMALL, "--seed", "-1"], ["seed must be at least 0", "-1"]),
+        (["--dataset", "digits", "--metrics", "fid", *SMALL, "--seed", "-1"], ["--seed: must not be negative", "-1"]),
         (["--dataset", "digits", "--metrics", "fid", "--features", ","], ["--features names nothing"]),
         (["--dataset", "digits", "--num_images", "1", "--output", "/proc/x"], ["cannot write to --output /proc/x"]),
         (["--dataset", "digits", "--num_images", "1", "--output", "/proc/x/a.json"], ["cannot write to --output"]),

@@ -6,17 +6,17 @@ import numpy as np
 import pytest
 import torch
 from conftest import FIXTURES, make_small_unet
+from PIL import Image
 from scipy.spatial.distance import cdist
 
 from ddpm_hf import DDPMPipeline, DDPMScheduler
 from ddpm_hf.data.datasets import ImageDataset, load_digits
 from ddpm_hf.evaluation.features import Pixels
-from ddpm_hf.evaluation.metrics import frechet_statistics
-from ddpm_hf.evaluation.neighbours import add_neighbours, find_neighbours
+from ddpm_hf.evaluation.neighbours import add_neighbours, find_neighbours, save_neighbours
 from ddpm_hf.evaluation.options import EvaluationOptions
 from ddpm_hf.evaluation.report import EvaluationReport
 from ddpm_hf.evaluation.run import check_evaluation
-from ddpm_hf.evaluation.samples import Samples, draw_samples, images_digest, real_images, real_statistics
+from ddpm_hf.evaluation.samples import Samples, draw_samples, images_digest, real_images
 from ddpm_hf.sampling.generation import with_sampler
 
 PIXELS = Pixels((1, 8, 8))
@@ -94,14 +94,6 @@ def test_real_images_are_seen_once(tmp_path):
     real_images("validation", other, [extractor], cached(tmp_path))
     assert extractor.seen == 2 * 296  # one pixel value of one image is enough
 
-    device = torch.device("cpu")
-    made = real_statistics(first, "pixels", tmp_path, device)
-    kept = real_statistics(first, "pixels", tmp_path, device)
-    direct = frechet_statistics(first.features["pixels"])
-    for statistics in (made, kept):
-        assert torch.equal(statistics.factor, direct.factor)
-        assert statistics.count == 296
-
 
 def class_pipeline(**config):
     unet = make_small_unet(num_class_embeds=3, **config)
@@ -158,12 +150,18 @@ def test_neighbours(tmp_path, monkeypatch):
     assert found.indices[:2, 0].tolist() == [700, 3]
     away = cdist(held_out.images.flatten(1).numpy() / 255, train.images.flatten(1).numpy() / 255).min(1)
     assert np.allclose(found.held_out, away)
-    assert found.memorisation.copies == 2
 
     report = EvaluationReport("digits", "train", 1)
     add_neighbours(report, [found], real[0], "validation")
     assert report.values["memorisation_pixels"]["copies"] == 2
     assert any("2 of 10 samples equal a training image" in warning for warning in report.warnings)
+
+    # Each row of the picture ends with the third neighbour, in a tile of 64 pixels and a border of 2.
+    assert save_neighbours(samples_of(images), real[0], [found], tmp_path) == ["neighbours_pixels.png"]
+    picture = np.asarray(Image.open(tmp_path / "neighbours_pixels.png"))
+    for row, index in enumerate(found.indices[:8, 2].tolist()):
+        bottom, right = picture.shape[0] - 2 - (7 - row) * 66, picture.shape[1] - 2
+        assert np.array_equal(picture[bottom - 64 : bottom, right - 64 : right][::8, ::8], train.images[index, 0])
 
 
 def test_a_model_that_repeats_its_training_images_is_found_out(tmp_path):
@@ -193,8 +191,9 @@ def test_without_held_out_images_nothing_is_judged(tmp_path):
 
 
 def test_what_cannot_be_compared(digits_pipeline, tmp_path):
-    with pytest.raises(ValueError, match="at least 1, got 0"):
-        draw_samples(digits_pipeline, [PIXELS], EvaluationOptions(num_samples=0))
+    some = {"train": load_digits("train")}
+    with pytest.raises(ValueError, match="nn needs at least 1 samples, got --num_samples 0"):
+        check_evaluation(digits_pipeline, some, ["nn"], EvaluationOptions(num_samples=0, features="pixels"))
     with pytest.raises(ValueError, match="num_inference_steps"):
         draw_samples(digits_pipeline, [PIXELS], EvaluationOptions(num_samples=1, num_inference_steps=2000))
     one = ImageDataset(torch.zeros(1, 1, 8, 8).byte(), None, "none")

@@ -12,6 +12,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from ddpm_hf import DDPMPipeline, EvaluationReport, Trainer, cli
+from ddpm_hf.evaluation import likelihoods
 from ddpm_hf.presets import PRESETS
 from ddpm_hf.training import reproduction
 from ddpm_hf.training.configuration import TrainingConfig
@@ -54,14 +55,13 @@ def reproduce(folder, *more: str) -> int:
     return cli.main(["reproduce", *f"{TRAINING} {MEASURING}".split(), "--output_dir", str(folder), *more])
 
 
-def refuse(monkeypatch, *names: str) -> None:
-    """Make these stages fail where they are called."""
+def refuse(monkeypatch, where, name: str) -> None:
+    """Make this part of the work fail where it is called."""
 
     def fail(*_, **__):
         raise AssertionError("this was finished")
 
-    for name in names:
-        monkeypatch.setattr(reproduction, name, fail)
+    monkeypatch.setattr(where, name, fail)
 
 
 def numbers(folder) -> dict[str, float]:
@@ -87,12 +87,21 @@ def test_one_command_makes_the_table_and_the_second_call_repeats_nothing(finishe
         assert line in out
     assert DDPMPipeline.from_pretrained(run).image_shape == (1, 8, 8)
 
-    refuse(monkeypatch, "Trainer", "evaluate", "load_splits")
+    drawn, original = [], DDPMPipeline.__call__
+
+    def spy(self, *args, **kwargs):
+        drawn.extend(kwargs["seeds"])
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(DDPMPipeline, "__call__", spy)
+    refuse(monkeypatch, reproduction, "Trainer")
+    refuse(monkeypatch, likelihoods, "bits_per_dim")
     assert reproduce(run) == 0
     assert (run / "reproduction.md").read_text() == page
     # A batch size changes no number, another folder neither.
     run.rename(tmp_path / "moved")
     assert reproduce(tmp_path / "moved", "--batch_size", "5") == 0
+    assert drawn == []
 
 
 def test_more_samples_need_no_more_training_and_only_more_samples(run, monkeypatch):
@@ -104,7 +113,7 @@ def test_more_samples_need_no_more_training_and_only_more_samples(run, monkeypat
         return original(self, *args, **kwargs)
 
     monkeypatch.setattr(DDPMPipeline, "__call__", spy)
-    refuse(monkeypatch, "Trainer")
+    refuse(monkeypatch, reproduction, "Trainer")
     assert reproduce(run, "--num_samples", "16") == 0
     assert drawn == [12, 13, 14, 15]
     after = numbers(run)
@@ -151,7 +160,7 @@ def test_interrupted_anywhere_the_same_command_resumes(finished, tmp_path, monke
         return sample(self, *args, **kwargs)
 
     monkeypatch.setattr(DDPMPipeline, "__call__", spy)
-    refuse(monkeypatch, "Trainer")
+    refuse(monkeypatch, reproduction, "Trainer")
     assert reproduce(run) == 0
     assert drawn == list(range(4, 12))
     assert numbers(run) == pytest.approx(numbers(finished[0]), rel=1e-9)

@@ -105,7 +105,7 @@ def test_a_run_publishes_a_pipeline_with_card_numbers_and_samples(tmp_path, caps
         assert torch.equal(value, ema[key])
         assert torch.equal(value, pipe.unet.state_dict()[key])
     assert any(not torch.equal(ema[key], raw[key]) for key in raw)
-    assert "bits/dim on 4 held-out images" in capsys.readouterr().out
+    assert "bits/dim on 4 images of validation" in capsys.readouterr().out
 
 
 def test_a_resumed_run_ends_in_the_same_bits(tmp_path, whole):
