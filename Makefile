@@ -1,8 +1,11 @@
-# Two commands do everything on a fresh machine: `make demo` and `make test`. Both set up .venv first.
+# Two commands do everything on a fresh machine: `make demo` and `make test`. Both set up .venv first: the demo with what
+# it uses, the tests with all the rest.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+DEMO_INSTALLED := $(VENV)/.installed-demo
+INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 DEMO_CONFIG ?= examples/configs/digits.yaml
 DEMO_DIR ?= runs/digits
 DEMO_FLAGS ?=
@@ -16,10 +19,15 @@ setup: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[convert,dev]'
+	$(INSTALL) '.[dev]'
+	touch $@ $(DEMO_INSTALLED)
+
+$(DEMO_INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(INSTALL) '.[eval]'
 	touch $@
 
-demo: setup
+demo: $(DEMO_INSTALLED)
 	$(BIN)/accelerate launch examples/train.py --config $(DEMO_CONFIG) --output_dir $(DEMO_DIR) $(DEMO_FLAGS)
 	$(BIN)/python examples/sample.py $(DEMO_DIR) $(DEMO_DIR)/samples-reloaded.png
 	$(BIN)/ddpm-hf evaluate --model $(DEMO_DIR) $(DEMO_DATA) --metrics rate_distortion,fid,kid,prc,nn --features pixels \
@@ -31,7 +39,7 @@ test: setup
 
 # In a real browser, which has to be there; says how to get it where it is not.
 space-test: setup
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[browser]'
+	$(INSTALL) '.[browser]'
 	$(BIN)/python tests/space_browser.py $(BROWSER_FLAGS)
 
 style: setup

@@ -18,7 +18,10 @@ def evaluate_parser(prog: str | None = None) -> Parser:
     parser = Parser(prog, "The numbers of the paper's tables for a model.")
     flag = parser.group("model and numbers")
     model.add_model_flags(flag, batch_size=256, required=False)
-    text = "nll (bits/dim), rate_distortion, fid, is, kid, prc (precision and recall), nn (nearest neighbours)"
+    text = "nll (bits/dim), rate_distortion, fid, is, kid, prc (precision and recall), dc (density and coverage), "
+    text += (
+        "fd_infinity, mmd (cmmd on CLIP features), sw (sliced Wasserstein), auth (authentic samples), nn (neighbours)"
+    )
     flag("--metrics", str, "nll", f"comma-separated: {text}")
     flag("--seed", int, 0, "of the likelihood's noise; sample i has the seed SEED + i", NOT_NEGATIVE)
     flag("--compare", str, None, "only print reports side by side: A.json B.json", nargs="+")
@@ -32,7 +35,7 @@ def evaluate_parser(prog: str | None = None) -> Parser:
     text = "network evaluations per image, for an estimate; left out: all T, the paper's full sum"
     flag("--num_evaluations", int, None, text)
     model.add_sampler_flags(parser)
-    flag = parser.group("comparison of samples (fid, is, kid, prc, nn)")
+    flag = parser.group("comparison of samples (fid, is, kid, prc, dc, fd_infinity, mmd, sw, auth, nn)")
     flag("--num_samples", int, 50_000, "samples to draw; the paper: 50000", POSITIVE)
     text = "what images are compared by: inception (the paper), pixels (tiny images), a vision model such as "
     flag("--features", str, "inception", text + "facebook/dinov2-base, or several of them: inception,pixels")

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..utils.errors import UserError, first_line
+from ..utils.errors import UserError
 from ..utils.weight_files import read_weights
 from .names import Tensors
+from .tensorflow_checkpoint import newest_checkpoint, read_index, read_variables
 
 _EMA_SUFFIX = "/ExponentialMovingAverage"
 _TF_TAILS = {"W": "weight", "b": "bias", "gamma": "weight", "beta": "bias"}
@@ -81,27 +82,23 @@ def official_name(variable: str) -> str:
 def read_official_tf(path: Path, ema: bool) -> Checkpoint:
     """Read a TensorFlow checkpoint of hojonathanho/diffusion, given without its ending, or a folder's last one."""
     path = Path(str(path).removesuffix(".index"))
-    if not (any(path.glob("*.index")) if path.is_dir() else Path(f"{path}.index").is_file()):
+    prefix = newest_checkpoint(path) if path.is_dir() else path
+    if prefix is None or not Path(f"{prefix}.index").is_file():
         where = f"{str(path)!r}, as there is no .index file; give the path without ending, as in model.ckpt-790000"
         raise UserError(f"there is no TensorFlow checkpoint at {where}")
     try:
-        import tensorflow as tf
-
-        reader = tf.train.load_checkpoint(str(path))
-        names = [n for n in reader.get_variable_to_shape_map() if n.startswith("model/") and "Adam" not in n]
-        is_ema = {name: name.endswith(_EMA_SUFFIX) for name in names}
-        variables = {name: torch.tensor(reader.get_tensor(name)) for name in names if is_ema[name] == ema}
-    except ImportError:
-        raise UserError("TensorFlow checkpoints need TensorFlow: pip install 'ddpm-hf[convert]'") from None
-    except Exception as error:  # TensorFlow has errors of its own for damaged files
-        raise UserError(f"{str(path)!r} is no TensorFlow checkpoint, or damaged ({first_line(error)[:120]})") from None
+        index = read_index(prefix)
+        is_ema = {n: n.endswith(_EMA_SUFFIX) for n in index[1] if n.startswith("model/") and "Adam" not in n}
+        arrays = read_variables(prefix, index, [name for name in is_ema if is_ema[name] == ema])
+    except (OSError, ValueError) as error:
+        raise UserError(f"{str(prefix)!r} is no TensorFlow checkpoint, or damaged ({error})") from None
     weights = _which_weights(path, ema, is_ema.values(), "by the names of the variables")
     # Convolutions are [H, W, in, out] and become [out, in, H, W], matrices [in, out] and become [out, in].
     axes = {4: (3, 2, 0, 1), 2: (1, 0)}
-    permuted = {
-        official_name(n): v.permute(axes.get(v.ndim, tuple(range(v.ndim)))).contiguous() for n, v in variables.items()
+    variables = {
+        name: torch.from_numpy(a.transpose(axes.get(a.ndim, tuple(range(a.ndim))))) for name, a in arrays.items()
     }
-    return Checkpoint(permuted, weights)
+    return Checkpoint({official_name(name): value.contiguous() for name, value in variables.items()}, weights)
 
 
 def read_pesser(path: Path, ema: bool) -> Checkpoint:

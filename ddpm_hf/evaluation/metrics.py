@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..utils.errors import UserError
 
-_ROWS = 1024  # whose distances are in memory at a time: 1024 x 50,000 in float64 take 0.4 GB
+ROWS = 1024  # whose distances are in memory at a time: 1024 x 50,000 in float64 take 0.4 GB
 _ROUNDING = 1e-12  # how far a squared distance from a matrix product may be off, as a share of the squared norms
 
 
@@ -45,7 +45,7 @@ def mean_estimate(values: Tensor) -> Estimate:
     return Estimate(values.mean().item(), error)
 
 
-def _checked(what: str, at_least: int, *sets: Tensor) -> list[Tensor]:
+def checked(what: str, at_least: int, *sets: Tensor) -> list[Tensor]:
     """Return sets of features, `[at least so many, D]`, in float64."""
     for features in sets:
         if features.ndim != 2:
@@ -66,7 +66,7 @@ def _check_same_size(a: Tensor, b: Tensor) -> None:
 
 def frechet_statistics(features: Tensor) -> FrechetStatistics:
     """Compute mean and covariance of `features`, `[N, D]` with N >= 2."""
-    (x,) = _checked("the Frechet distance", 2, features)
+    (x,) = checked("the Frechet distance", 2, features)
     mean = x.mean(0)
     factor = (x - mean) / math.sqrt(len(x) - 1)
     if len(x) > x.shape[1]:
@@ -110,7 +110,7 @@ def inception_score(logits: Tensor, splits: int = 10) -> tuple[Estimate, float]:
     As in the official code: `logits` `[N, classes]` without biases, and (unlike torch-fidelity) without shuffling.
     Returns the score, and the standard deviation over the parts, which is what papers print after +-.
     """
-    (x,) = _checked("the Inception score", splits, logits)
+    (x,) = checked("the Inception score", splits, logits)
     log_p = x.log_softmax(1)
     scores: list[float] = []
     for i in range(splits):
@@ -132,7 +132,7 @@ def kernel_distance(
     torch-fidelity draws them: of 1000 images, or half of the smaller set if that is less. Returns the distance, and
     the subsets' size.
     """
-    samples, real = _checked("KID", 4, samples, real)
+    samples, real = checked("KID", 4, samples, real)
     n = min(len(samples), len(real))
     m = min(1000, n // 2) if subset_size is None else subset_size
     if not 2 <= m <= n:
@@ -158,7 +158,7 @@ def _unbiased_mmd2(x: Tensor, y: Tensor) -> float:
     return (within / (m * (m - 1)) - 2 * kernel(x, y).mean()).item()
 
 
-def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
+def squared_distances(a: Tensor, b: Tensor) -> Tensor:
     """Return `[N, M]`, off by at most `_ROUNDING` of the squared norms, so a copy is not always at distance 0."""
     return (a.square().sum(1)[:, None] + b.square().sum(1)[None] - 2 * a @ b.T).clamp_min(0)
 
@@ -168,15 +168,15 @@ def precision_recall(samples: Tensor, real: Tensor, k: int = 3) -> tuple[Estimat
 
     Precision: the share of samples within the k-th neighbour's distance of any real image; recall: the reverse.
     """
-    samples, real = _checked("precision and recall", k + 1, samples, real)
-    return _within_radius(samples, real, _radii(real, k)), _within_radius(real, samples, _radii(samples, k))
+    samples, real = checked("precision and recall", k + 1, samples, real)
+    return _within_radius(samples, real, radii(real, k)), _within_radius(real, samples, radii(samples, k))
 
 
-def _radii(features: Tensor, k: int) -> Tensor:
+def radii(features: Tensor, k: int) -> Tensor:
     """Return `[N]`: squared distance to the k-th nearest other one."""
     shifted, parts = features - features.mean(0), []
-    for rows in torch.arange(len(features), device=features.device).split(_ROWS):
-        distances = _squared_distances(shifted[rows], shifted)
+    for rows in torch.arange(len(features), device=features.device).split(ROWS):
+        distances = squared_distances(shifted[rows], shifted)
         distances[torch.arange(len(rows)), rows] = math.inf  # not itself
         nearest = features[distances.kthvalue(k, dim=1).indices]
         parts.append((features[rows] - nearest).square().sum(1))  # by differences: a copy's is 0
@@ -191,14 +191,14 @@ def _within_radius(points: Tensor, centres: Tensor, radii: Tensor) -> Estimate:
     origin = centres.mean(0)  # distances are the same, and lose fewer digits
     others = centres - origin
     norms, found = others.square().sum(1), []
-    for part in points.split(_ROWS):
+    for part in points.split(ROWS):
         shifted = part - origin
-        beyond = _squared_distances(shifted, others) - radii
+        beyond = squared_distances(shifted, others) - radii
         error = _ROUNDING * (shifted.square().sum(1)[:, None] + norms)
         inside = (beyond < -error).any(1)
         close = (beyond <= error) & ~inside[:, None]  # what rounding decides is computed by differences
         for row in close.any(1).nonzero().flatten().tolist():
-            near = close[row].nonzero().flatten().split(_ROWS)
+            near = close[row].nonzero().flatten().split(ROWS)
             inside[row] = any(((part[row] - centres[i]).square().sum(1) <= radii[i]).any() for i in near)
         found.append(inside)
     share = torch.cat(found).double().mean().item()
@@ -207,9 +207,9 @@ def _within_radius(points: Tensor, centres: Tensor, radii: Tensor) -> Estimate:
 
 def nearest_neighbours(queries: Tensor, candidates: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
     """Return distances (float64, ascending) and indices `[N, k]` of each query's nearest `candidates`."""
-    queries, candidates = _checked("neighbours", 1, queries, candidates)
-    _checked("neighbours", k, candidates)
-    found = [_squared_distances(part, candidates).topk(k, largest=False) for part in queries.split(_ROWS)]
+    queries, candidates = checked("neighbours", 1, queries, candidates)
+    checked("neighbours", k, candidates)
+    found = [squared_distances(part, candidates).topk(k, largest=False) for part in queries.split(ROWS)]
     indices = torch.cat([part.indices for part in found])
     # Those few again by differences, which do not cancel: a copy is at distance 0.
     distances = torch.stack([(queries - candidates[indices[:, j]]).norm(dim=1) for j in range(k)], dim=1)

@@ -23,7 +23,7 @@ from ..sampling.shards import Rows, all_rows
 from ..utils.digests import digest, images_digest, weights_digest
 from ..utils.processes import from_first, processes, raise_on_all_ranks
 from ..utils.randomness import derived_generator
-from . import metrics
+from . import further_metrics, metrics
 from .features import FeatureExtractor
 from .options import EvaluationOptions
 from .report import EvaluationReport, describe_pipeline
@@ -185,6 +185,18 @@ def _precision_recall(samples: Features, real: Features) -> Found:
     return [(what, share, {"estimator": "third neighbour", "neighbour": 3}, {}) for what, share in both]
 
 
+def _density_coverage(samples: Features, real: Features) -> Found:
+    both = zip(("density", "coverage"), further_metrics.density_coverage(samples.values, real.values), strict=True)
+    return [(what, number, {"estimator": "fifth neighbour", "neighbour": 5}, {}) for what, number in both]
+
+
+def _number(what: str, compute: Callable[[Tensor, Tensor], metrics.Estimate], how: str) -> SampleMetric:
+    def found(samples: Features, real: Features) -> Found:
+        return [(what, compute(samples.values, real.values), {"estimator": how}, {})]
+
+    return SampleMetric(found, (what,), 20, higher_is_better=what == "authentic")
+
+
 class SampleMetric(NamedTuple):
     """A metric of samples: a function, and what its numbers are (see `number_name`)."""
 
@@ -201,6 +213,13 @@ SAMPLE_METRICS = {
     "is": SampleMetric(_inception_score, ("is",), 10, ("uint8", "float"), of_real=False, higher_is_better=True),
     "kid": SampleMetric(_kid, ("kid",), 4),
     "prc": SampleMetric(_precision_recall, ("precision", "recall"), 4, higher_is_better=True),
+    "dc": SampleMetric(_density_coverage, ("density", "coverage"), 6, higher_is_better=True),
+    "fd_infinity": _number(
+        "fid_infinity", further_metrics.frechet_distance_infinity, "a line in 1/N through 15 sizes"
+    ),
+    "mmd": _number("mmd", further_metrics.gaussian_kernel_distance, "Gaussian kernel, sigma 10, times 1000"),
+    "sw": _number("sw", further_metrics.sliced_wasserstein, "1024 directions, times the number of features"),
+    "auth": _number("authentic", further_metrics.authentic_share, "first neighbour"),
     "nn": SampleMetric(lambda *_: [], (), 1),  # of images rather than features: `neighbours`
 }
 
@@ -208,7 +227,7 @@ SAMPLE_METRICS = {
 def number_name(what: str, features: str, split: str | None, kind: str) -> str:
     """Return what a number is called, such as `fid_inception_train_float`; of other features FID is `fd`, KID `kd`."""
     if features != "inception":
-        what = {"fid": "fd", "kid": "kd"}.get(what, what)
+        what = {"fid": "fd", "kid": "kd", "fid_infinity": "fd_infinity"}.get(what, what)
     return "_".join(filter(None, (what, features, split, kind)))
 
 

@@ -1,0 +1,107 @@
+"""Metrics that reviewers ask for beside the paper's: from features to numbers, in float64, as `metrics` does it."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .metrics import (
+    ROWS,
+    Estimate,
+    checked,
+    frechet_distance,
+    frechet_statistics,
+    mean_estimate,
+    nearest_neighbours,
+    radii,
+    squared_distances,
+)
+
+
+def density_coverage(samples: Tensor, real: Tensor, k: int = 5) -> tuple[Estimate, Estimate]:
+    """Compute density and coverage (Naeem et al. 2020) of `samples` `[M, D]` and `real` `[N, D]`.
+
+    Density: in how many of the real images' k-neighbour balls a sample lies, divided by k; about 1 for new real
+    images, and not bounded by 1. Coverage: the share of these balls with a sample in them; for M = N new real images
+    about 1 - 1 / 2^k.
+    """
+    samples, real = checked("density and coverage", k + 1, samples, real)
+    origin, balls = real.mean(0), radii(real, k)
+    counts, covered = [], torch.zeros(len(real), dtype=torch.bool, device=real.device)
+    for part in samples.split(ROWS):
+        inside = squared_distances(part - origin, real - origin) <= balls  # [rows, N]
+        counts.append(inside.sum(1).double() / k)
+        covered |= inside.any(0)
+    share = covered.double().mean().item()
+    return mean_estimate(torch.cat(counts)), Estimate(share, math.sqrt(share * (1 - share) / len(real)))
+
+
+def frechet_distance_infinity(samples: Tensor, real: Tensor, points: int = 15, seed: int = 0) -> Estimate:
+    """Extrapolate the Frechet distance to infinitely many samples (FD-infinity, Chong & Forsyth 2020).
+
+    Its bias is of order 1/N: a line in 1/N through the distances of N/10, ..., N random samples meets 1/N = 0 there.
+    Returns the intercept, and its standard error in the fit, which knows nothing of the real images' own number.
+    """
+    samples, real = checked("FD-infinity", 20, samples, real)
+    reference, draw = frechet_statistics(real), np.random.RandomState(seed)
+    sizes = np.linspace(max(2, len(samples) // 10), len(samples), points).astype(int)
+    subsets = (torch.from_numpy(draw.permutation(len(samples))[:size]).to(samples.device) for size in sizes)
+    distances = [frechet_distance(frechet_statistics(samples[subset]), reference) for subset in subsets]
+    (_, intercept), covariance = np.polyfit(1 / sizes, distances, 1, cov=True)
+    return Estimate(float(intercept), math.sqrt(covariance[1, 1]))
+
+
+def gaussian_kernel_distance(samples: Tensor, real: Tensor, sigma: float = 10.0, scale: float = 1000.0) -> Estimate:
+    """Compute the squared MMD of a Gaussian kernel between unit vectors; of CLIP features the CMMD.
+
+    Jayasumana et al. 2024: k(x, y) = exp(-|x - y|^2 / (2 sigma^2)), all pairs (also of an image with itself), times
+    1000. The error is that of a sum over independent samples and real images.
+    """
+    samples, real = checked("the kernel distance", 2, samples, real)
+    x, y = (features / features.norm(dim=1, keepdim=True) for features in (samples, real))
+
+    def means(a: Tensor, b: Tensor) -> Tensor:  # [len(a)]: of the kernel with all of b
+        parts = [torch.exp(-squared_distances(part, b) / (2 * sigma**2)).mean(1) for part in a.split(ROWS)]
+        return torch.cat(parts)
+
+    of_samples, of_real = means(x, x) - means(x, y), means(y, y) - means(y, x)
+    error = 2 * math.sqrt(of_samples.var().item() / len(x) + of_real.var().item() / len(y))
+    return Estimate(scale * (of_samples.mean() + of_real.mean()).item(), scale * error)
+
+
+def sliced_wasserstein(samples: Tensor, real: Tensor, directions: int = 1024, seed: int = 0) -> Estimate:
+    """Compute the mean squared 2-Wasserstein distance of features projected onto random directions, times D.
+
+    Of Inception features that is what MIND averages (Berthet et al. 2026). With the factor D, a set that is shifted by
+    v is at |v|^2, as in the Frechet distance. Returns it with the error of the directions.
+    """
+    samples, real = checked("the sliced Wasserstein distance", 2, samples, real)
+    D = samples.shape[1]
+    draw = torch.Generator().manual_seed(seed)
+    theta = torch.randn(directions, D, generator=draw, dtype=torch.float64).to(samples.device)
+    theta = theta / theta.norm(dim=1, keepdim=True)
+    # In one dimension the best plan joins quantiles. Both are steps, of 1/N and 1/M: between two of all the steps'
+    # ends both are constant.
+    n, m = len(samples), len(real)
+    ends = torch.cat([torch.arange(1, n + 1) * m, torch.arange(1, m + 1) * n]).unique()  # in units of 1 / (N M)
+    weights = ends.diff(prepend=ends.new_zeros(1)).double() / (n * m)
+    i, j = ((ends - 1) // m).to(theta.device), ((ends - 1) // n).to(theta.device)
+    weights, distances = weights.to(theta.device), []
+    for part in theta.split(64):
+        a, b = (part @ samples.T).sort(dim=1).values, (part @ real.T).sort(dim=1).values  # [64, N], [64, M]
+        distances.append((a[:, i] - b[:, j]).square() @ weights)
+    return mean_estimate(D * torch.cat(distances))
+
+
+def authentic_share(samples: Tensor, train: Tensor) -> Estimate:
+    """Compute which share of `samples` `[M, D]` is authentic (AuthPct, Alaa et al. 2022), beside `train` `[N, D]`.
+
+    A sample is authentic if it is farther from its nearest training image than that is from the nearest other one.
+    """
+    samples, train = checked("authenticity", 2, samples, train)
+    distances, nearest = nearest_neighbours(samples, train)
+    share = (distances[:, 0].square() > radii(train, 1)[nearest[:, 0]]).double().mean().item()
+    return Estimate(share, math.sqrt(share * (1 - share) / len(samples)))
