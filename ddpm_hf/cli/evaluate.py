@@ -20,7 +20,7 @@ def evaluate_parser(prog: str | None = None) -> Parser:
     model.add_model_flags(flag, batch_size=256, required=False)
     text = "nll (bits/dim), rate_distortion, fid, is, kid, prc (precision and recall), dc (density and coverage), "
     text += (
-        "fd_infinity, mmd (cmmd on CLIP features), sw (sliced Wasserstein), auth (authentic samples), nn (neighbours)"
+        "fd_infinity, mmd (cmmd on CLIP features), sw (sliced Wasserstein), auth (authentic share), nn (neighbours)"
     )
     flag("--metrics", str, "nll", f"comma-separated: {text}")
     flag("--seed", int, 0, "of the likelihood's noise; sample i has the seed SEED + i", NOT_NEGATIVE)
