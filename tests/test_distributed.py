@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from ddpm_hf import DDPMPipeline
 from ddpm_hf.cli import parse_training_config
-from ddpm_hf.training.checkpointing import save_checkpoint
+from ddpm_hf.pipelines.checkpoints import save_checkpoint
 
 DRIVER = Path(__file__).with_name("driver_losses.py")
 SETTINGS = {
