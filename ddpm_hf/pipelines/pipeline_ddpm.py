@@ -136,10 +136,11 @@ class DDPMPipeline(PortableConfigMixin, PrivateByDefault, StockDDPMPipeline):
             raise UserError(f"a checkpoint takes no {', '.join(other)}; make a pipeline of it first: ddpm-hf publish")
         checkpoint = read_checkpoint(folder, weights)
         unet, scheduler = checkpoint.model()
-        pipe = cls(options.get("unet", unet), options.get("scheduler", scheduler))
         log(str(checkpoint))
         dtype = options.get("dtype", options.get("torch_dtype"))
-        return pipe.to(dtype) if isinstance(dtype, torch.dtype) else pipe
+        if isinstance(dtype, torch.dtype):
+            torch.nn.Module.to(unet, dtype)  # diffusers' own warns
+        return cls(options.get("unet", unet), options.get("scheduler", scheduler))
 
     @classmethod
     def from_pipe(cls, pipeline: Any, **kwargs: Any) -> DDPMPipeline:

@@ -299,10 +299,11 @@ class Trainer:
             missing = " and ".join(self.publisher.missing()) or "the end of its card"
             what = f"stopped after update {last}, the last: the model is in {folder}; missing: {missing}"
             return log(f"{what}, made by\n  {resume}")
+        images = shlex.quote(f"{self.config.output_dir}/samples-{self.step}")
         log(
             f"stopped after update {self.step} of {last}, saved in {self.output_dir / f'checkpoint-{self.step}'}\n"
             f"  resume:   {resume}\n"
-            f"  sample:   ddpm-hf sample --model {folder} --output {folder}/samples-{self.step}\n"
+            f"  sample:   ddpm-hf sample --model {folder} --output {images}\n"
             f"  publish:  ddpm-hf publish {folder}"
         )
 
