@@ -6,11 +6,14 @@ import re
 import shlex
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import DDPMPipeline as StockDDPMPipeline
+from hub.server import HubServer
 from programs import ROOT, run_ranks
 from safetensors.torch import load_file
 
@@ -204,6 +207,28 @@ def test_commands_take_stopped_runs_and_checkpoints(tmp_path, stopped, capsys):
         weights = load_file(folder / WEIGHTS) if unet is None else unet.state_dict()
         assert all(torch.equal(weights[name], ema[name]) for name in ema)
     assert "3 of 16 images, seed 0; 400 updates were planned" in (tmp_path / "space/model/README.md").read_text()
+
+
+def test_a_stopped_run_is_pushed_with_a_card_that_says_so(tmp_path, stopped):
+    before = {path: path.stat().st_mtime_ns for path in stopped.rglob("*") if path.is_file()}
+    with HubServer(tmp_path / "hub") as hub:
+        for folder, name, more in [(stopped, "run", []), (stopped / "checkpoint-3", "raw", ["--weights", "raw"])]:
+            command = [sys.executable, "-m", "ddpm_hf.cli", "push", str(folder), "--repo_id", f"org/{name}", *more]
+            environment = {**os.environ, **hub.environment(tmp_path / "home", "hf_test_token")}
+            done = subprocess.run(command, capture_output=True, text=True, env=environment)
+            assert done.returncode == 0, done.stderr
+            assert f"weights of {stopped}/checkpoint-3, after 3 updates" in done.stdout
+            card = hub.read("models", f"org/{name}", "README.md").decode()
+            assert "3 of 16 images, seed 0; 400 updates were planned" in card
+            assert f'from_pretrained("org/{name}")' in card
+            (tmp_path / name).write_bytes(hub.read("models", f"org/{name}", WEIGHTS))
+    for name, file in (("run", "ema"), ("raw", "model")):
+        weights = load_file(stopped / "checkpoint-3" / f"{file}.safetensors")
+        assert all(torch.equal(value, weights[key]) for key, value in load_file(tmp_path / name).items())
+    after = {
+        path: path.stat().st_mtime_ns for path in stopped.rglob("*") if path.is_file() and path.name != ".hub.json"
+    }
+    assert after == before
 
 
 @pytest.mark.parametrize("moment", ["the last update", "the last checkpoint", "writing the model", "the samples"])
