@@ -277,6 +277,19 @@ def test_two_processes_that_are_stopped_in_the_last_update_write_the_model(tmp_p
     assert all(torch.equal(weights[name], ema[name]) for name in ema)
 
 
+def test_two_processes_publish_what_one_does_and_refuse_together(tmp_path, stopped):
+    command = ["-m", "ddpm_hf.cli", "publish", str(stopped / "checkpoint-3"), "--output"]
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "notes").write_text("x")
+    assert [end.returncode for end in run_ranks(*[[*command, str(tmp_path / "two")]] * 2)] == [0, 0]
+    ends = run_ranks(*[[*command, str(tmp_path / "used")]] * 2)
+    assert [end.returncode for end in ends] == [2, 2]
+    assert all("holds something else; name a new folder" in end.stderr for end in ends)
+    assert ddpm_hf(*command[2:], tmp_path / "one") == 0
+    for name in ("samples.png", WEIGHTS):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
 def test_a_resume_command_says_what_the_launcher_chose(tmp_path, monkeypatch):
     run = trainer(tmp_path / "run")
     assert run._resume_command().endswith("--resume_from_checkpoint latest")
