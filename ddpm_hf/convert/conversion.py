@@ -17,6 +17,7 @@ from ..diffusion.noise_schedule import make_betas
 from ..diffusion.scheduling_ddpm import LEARNED_VARIANCES, DDPMScheduler
 from ..hub.model_card import CardFacts, ModelFacts, make_card
 from ..models.unet_2d import UNet2DModel, check_size, parameter_count
+from ..pipelines.checkpoints import is_run_or_checkpoint
 from ..pipelines.pipeline_ddpm import DDPMPipeline
 from ..presets import PAPER_PROCESS
 from ..utils.errors import UserError
@@ -70,7 +71,8 @@ def load_pipeline(from_format: str, checkpoint: str | Path, **options: Any) -> t
 
     Args:
         from_format: One of `FORMATS`, or `diffusers`.
-        checkpoint: The file (for TensorFlow the path without ending; for `diffusers` the folder).
+        checkpoint: The file (for TensorFlow the path without ending; for `diffusers` the folder, also that of a
+            training run of this package, or of one of its checkpoints).
         options: What the file does not say, by the names of `ddpm-hf convert`'s flags (docs/convert.md), of which each
             format takes some; `None` is not said. `ema=False` takes the raw weights.
 
@@ -81,6 +83,9 @@ def load_pipeline(from_format: str, checkpoint: str | Path, **options: Any) -> t
     options = {name: value for name, value in options.items() if value is not None and (name, value) != ("ema", True)}
     if from_format not in (*FORMATS, "diffusers"):
         raise UserError(f"unknown format {from_format!r}; it must be one of {', '.join((*FORMATS, 'diffusers'))}")
+    if from_format == "diffusers" and is_run_or_checkpoint(path) and not options.keys() - {"ema"}:
+        weights = "ema" if options.get("ema", True) else "raw"
+        return DDPMPipeline.from_pretrained(path, weights=weights), {"converted from": f"{path.name} (ddpm_hf)"}
     known = FORMATS[from_format].options if from_format in FORMATS else ()
     if refused := ["--no_ema" if name == "ema" else f"--{name}" for name in options if name not in known]:
         raise UserError(f"--from {from_format} takes no {', '.join(refused)}; leave it out")

@@ -49,7 +49,7 @@ class PushError(UserError):
 class Push:
     """What to push where; raises a UserError for a name or license that the Hub does not take."""
 
-    folder: str  # what a training run, `save_pretrained` or `convert` wrote
+    folder: str  # what a training run, `save_pretrained` or `convert` wrote; also a stopped run, or a checkpoint
     repo_id: str  # `namespace/name`, or a name in the token's own namespace; made if it does not exist
     private: bool = True  # as for `hub_errors.open_repository`
     token: str | None = field(default=None, repr=False)  # else the one that `hf auth login` or HF_TOKEN left
@@ -59,6 +59,7 @@ class Push:
     attempts: int = 5  # where the network or the Hub fails; 1, 2, 4, ... seconds in between
     timeout: float = 60.0  # seconds without any answer that count as such a failure
     create_pr: bool = False  # propose the commit as a pull request instead of making it
+    weights: str = "ema"  # `raw` for a checkpoint's weights in training
 
     def __post_init__(self) -> None:
         check_repo_id(self.repo_id)
@@ -68,6 +69,7 @@ class Push:
     def command(self) -> str:
         """What a person types to do it; tokens are not for command lines."""
         words = ["ddpm-hf", "push", self.folder, "--repo_id", self.repo_id]
+        words += [] if self.weights == "ema" else ["--weights", self.weights]
         words += [] if self.private else ["--private", "false"]
         for flag, value in {"--license": self.license, "--report": self.report}.items():
             words += [flag, value] if value is not None else []
@@ -84,7 +86,7 @@ class Push:
         """
         folder = Path(self.folder)
         token = known_token(self.token)
-        snapshot = make_snapshot(folder, token)
+        snapshot = make_snapshot(folder, token, self.weights)
         try:
             check_opens(snapshot, folder)
             if self.report is not None:

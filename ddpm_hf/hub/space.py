@@ -47,20 +47,26 @@ def space_texts(models: str, title: str, license: str | None = None, model_id: s
 
 
 def write_space(
-    run: str | Path, output: str | Path, model_id: str | None = None, license: str | None = None, token: Any = None
+    run: str | Path,
+    output: str | Path,
+    model_id: str | None = None,
+    license: str | None = None,
+    token: Any = None,
+    weights: str = "ema",
 ) -> None:
     """Write a Space for a trained model into a new folder, which appears complete or not at all.
 
     It gets what `ddpm-hf push` would publish of `run`, or loads `model_id` from the Hub instead. `license` is by
-    default what the run's card says; `token` is an access token that must not be in any of the files. Raises OSError
-    or UserError: there is no DDPM in `run` that opens, or `output` is not empty.
+    default what the run's card says; `token` is an access token that must not be in any of the files; `weights` is
+    `raw` for a checkpoint's weights in training. Raises OSError or UserError: there is no DDPM in `run` that opens, or
+    `output` is not empty.
     """
     run, output = Path(run), Path(output)
     if output.is_file() or (output.is_dir() and any(output.iterdir())):
         raise UserError(f"--output {str(output)!r} is not empty; name another folder, or remove it first")
     check_repo_id(model_id or MODEL)
     check_license(license)
-    snapshot = make_snapshot(run, token)
+    snapshot = make_snapshot(run, token, weights)
 
     def fill(folder: Path) -> None:
         title, stated = f"DDPM: {model_id or run.resolve().name}", license
