@@ -19,6 +19,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -204,6 +205,16 @@ def find_checkpoint(output_dir: Path, which: str) -> tuple[Path, dict[str, dict[
     return None
 
 
+def recorded_state(config: TrainingConfig) -> dict[str, Any] | None:
+    """Return the state, without tensors, of the checkpoint that a run resumes from; `None` where there is none."""
+    folder, which = Path(config.output_dir), config.resume_from_checkpoint
+    paths = list_checkpoints(folder) if which == "latest" else [folder / which, Path(which)] if which else []
+    for path in reversed(paths):
+        with suppress(CheckpointError):
+            return _read_json(path / STATE_FILE)
+    return None
+
+
 # ---------------------------------------------------------------------- which run a folder or a checkpoint belongs to
 
 
@@ -240,6 +251,7 @@ def fixed_settings(run: Run) -> dict[str, Any]:
         "num_images": None if isinstance(run.data, StreamedImages) else len(run.data),
         "total_batch_size": run.plan.total,
         "seed": run.config.seed,
+        "init_from": run.initial.record if run.initial else None,
     }
 
 

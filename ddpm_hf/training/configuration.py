@@ -92,6 +92,12 @@ class TrainingConfig:
     """
 
     preset: str = _flag("cifar10", f"the experiment: {', '.join(PRESETS)}", group=f"network and process; {_PRESET}")
+    init_from: str | None = _flag(
+        None,
+        "fine-tune this model: a folder, a checkpoint, or a name on the Hub; its network and noise schedule take the "
+        "place of the preset's",
+        NOT_EMPTY,
+    )
     dropout: float | None = _flag(None, "dropout in the residual blocks", FRACTION, paper="dropout")
     prediction_type: str | None = _flag(
         None, "what the network predicts: epsilon, sample, v_prediction or posterior_mean", paper="prediction_type"
@@ -210,6 +216,11 @@ class TrainingConfig:
                 object.__setattr__(self, name, value[0] if len(value) == 1 else list(value))
         get_preset(self.preset)
         check_limits(self)
+        if self.init_from is not None and self.resume_from_checkpoint not in (None, "latest"):
+            raise UserError(
+                f"--init_from {self.init_from} and --resume_from_checkpoint {self.resume_from_checkpoint} both say "
+                "which weights to start from; leave out --init_from to resume that checkpoint"
+            )
         if self.hub_model_id is not None and not self.push_to_hub:
             raise UserError(f"--hub_model_id {self.hub_model_id} needs --push_to_hub")
         if self.best_metric is not None and self.validation_steps is None:
@@ -217,9 +228,12 @@ class TrainingConfig:
         if self.class_dropout and not self.class_conditional:
             raise UserError(f"--class_dropout {self.class_dropout} needs --class_conditional")
 
-    def resolved_preset(self) -> Preset:
-        """Return the preset with this run's changes, or raise UserError where loss and variance do not fit."""
-        preset = get_preset(self.preset)
+    def resolved_preset(self, preset: Preset | None = None) -> Preset:
+        """Return the preset with this run's changes, or raise UserError where loss and variance do not fit.
+
+        `preset` takes the place of the one that is named: it has the network of `init_from`.
+        """
+        preset = preset or get_preset(self.preset)
         unet, scheduler = dict(preset.unet), dict(preset.scheduler)
         if self.resolution is not None:
             sizes = self.resolution if isinstance(self.resolution, list) else [self.resolution]
@@ -286,14 +300,14 @@ class TrainingConfig:
         rest = total // product
         return per_process or rest, accumulation or (rest if per_process else 1), total
 
-    def evaluation_batch(self, num_processes: int, most: int = 256) -> int:
+    def evaluation_batch(self, recipe: Preset, num_processes: int, most: int = 256) -> int:
         """Return the images at a time and process where nothing is trained: `most`, unless `eval_batch_size` is set.
 
         A micro-batch always fits: without gradients an image takes a small part of the memory.
         """
         if self.eval_batch_size is not None:
             return self.eval_batch_size
-        size = self.resolved_preset().unet["sample_size"]
+        size = recipe.unet["sample_size"]
         pixels = size**2 if isinstance(size, int) else math.prod(size)
         return min(most, max(self.batch_plan(num_processes)[0], 256 * 32 * 32 // pixels, 1))
 

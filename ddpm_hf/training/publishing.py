@@ -133,7 +133,7 @@ class Publisher:
 
     def _write_card(self, step: int, report: EvaluationReport | None) -> None:
         folder, config = self.run.output_dir, self.run.config
-        on_hub = config.images_given().get("dataset_name")
+        on_hub, initial = config.images_given().get("dataset_name"), self.run.initial
         pictures = sorted(folder.glob("samples*.png"), key=lambda path: path.stat().st_mtime_ns)
         written = write_card(
             folder,
@@ -145,6 +145,7 @@ class Publisher:
                 report=dataclasses.asdict(report) if report is not None else None,
                 sample=pictures[-1].name if pictures else None,
                 license=config.license,
+                base_model=initial.base_model if initial else None,
             ),
         )
         if not written:
@@ -174,7 +175,7 @@ class Publisher:
         batches = generate(
             with_sampler(pipe, config.sampler),
             seeds,
-            batch_size=config.evaluation_batch(a.num_processes, most=64),
+            batch_size=config.evaluation_batch(self.run.recipe, a.num_processes, most=64),
             num_inference_steps=min(config.ddpm_num_inference_steps, pipe.scheduler.config.num_train_timesteps),
             class_labels=[ClassIndex(seed % len(classes)) for seed in seeds] if classes else None,
         )
@@ -199,6 +200,9 @@ class Publisher:
             "EMA weights": f"decay {recipe.ema_decay}{warmup}",
             "objective": f"{recipe.loss}, {recipe.timestep_sampling} timesteps, dropout {recipe.unet['dropout']:g}",
         }
+        if run.initial is not None:
+            model = run.initial.base_model or recorded_name(run.initial.name)
+            facts["started from"] = f"the weights of {model} (SHA-256 {run.initial.digest[:12]}...)"
         if config.class_conditional:
             facts["classes"] = f"{len(run.data.class_names or [])}, dropped for {config.class_dropout:.0%}"
         device = f"{run.device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"

@@ -120,6 +120,8 @@ def reproduce(config: TrainingConfig, options: ReproductionConfig) -> Reproducti
     """
     if config.resume_from_checkpoint not in (None, "latest"):
         raise UserError("reproduce resumes from the latest checkpoint by itself; leave out --resume_from_checkpoint")
+    if config.init_from is not None:
+        raise UserError("reproduce trains the paper's networks from their initialisation; leave out --init_from")
     config = dataclasses.replace(config, resume_from_checkpoint="latest")
     end_with_the_launcher()
     folder = Path(config.output_dir)
@@ -201,7 +203,7 @@ def _options(config: TrainingConfig, options: ReproductionConfig) -> EvaluationO
     return EvaluationOptions(
         num_images=options.num_images,
         num_samples=options.num_samples,
-        batch_size=options.batch_size or config.evaluation_batch(processes().num_processes),
+        batch_size=options.batch_size or config.evaluation_batch(config.resolved_preset(), processes().num_processes),
         sampler=config.sampler,
         num_inference_steps=options.num_inference_steps,
         features=options.feature_names(),
@@ -213,7 +215,7 @@ def _options(config: TrainingConfig, options: ReproductionConfig) -> EvaluationO
 
 def _load_sets(config: TrainingConfig) -> dict[str, Images]:
     """Load the training images and the held-out ones, as they are: cropped in the middle, not flipped."""
-    arguments = image_arguments(config, center=True)
+    arguments = image_arguments(config, config.resolved_preset(), center=True)
     if arguments.pop("streaming", False):
         raise UserError("reproduce compares samples with whole datasets; leave out --streaming")
     return load_splits(None, True, **arguments)
