@@ -33,7 +33,7 @@ from .configuration import TrainingConfig
 _CLASSES = "class_embedding.weight"  # [classes, D]
 _PROCESS = (
     *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas"),
-    "rescale_betas_zero_snr",
+    *("rescale_betas_zero_snr", "prediction_type", "variance_type"),
 )
 
 
@@ -88,7 +88,9 @@ def open_initial_model(config: TrainingConfig, state: dict[str, Any] | None) -> 
     preset = _with_network(config, network, process)
     planned = get_preset(config.preset).scheduler
     if other := [f"{key} {process[key]}"[:40] for key in _PROCESS if (process[key] or None) != planned.get(key)]:
-        log(f"the noise schedule is that of {name}, not the preset's: {', '.join(other)}")
+        log(f"taken from {name}, not from the preset: {', '.join(other)}")
+    if (channels := network["in_channels"]) != get_preset(config.preset).unet.get("in_channels", 3):
+        log(f"images are read with {channels} channel(s), as {name} has them")
     return InitialModel(name, base_model, weights_digest(pipe.unet), preset, network, pipe.unet.state_dict())
 
 

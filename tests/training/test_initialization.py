@@ -85,7 +85,16 @@ def test_weights_ema_and_process_are_the_model_s_and_the_recipe_is_the_preset_s(
     assert (run.recipe.learning_rate, run.recipe.timestep_sampling) == (1e-4, "stratified")
     said = capsys.readouterr().out
     assert "--preset digits is the recipe only" in said
-    assert f"the noise schedule is that of {model}, not the preset's: num_train_timesteps 50, beta_end 0.2" in said
+    differs = "num_train_timesteps 50, beta_end 0.2, variance_type fixed_small"
+    assert f"taken from {model}, not from the preset: {differs}" in said
+
+
+def test_colour_images_become_grey_for_a_grey_model(tmp_path, model, capsys):
+    (tmp_path / "images").mkdir()
+    Image.effect_noise((40, 30), 60).convert("RGB").save(tmp_path / "images" / "a.png")
+    run = trainer(tmp_path / "run", preset="cifar10", init_from=model, train_data_dir=str(tmp_path / "images"))
+    assert run.data.batch(torch.tensor([0]))[0].shape == (1, 1, 8, 8)
+    assert "images are read with 1 channel(s)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
