@@ -205,10 +205,9 @@ def find_checkpoint(output_dir: Path, which: str) -> tuple[Path, dict[str, dict[
     return None
 
 
-def recorded_state(config: TrainingConfig) -> dict[str, Any] | None:
-    """Return the state, without tensors, of the checkpoint that a run resumes from; `None` where there is none."""
-    folder, which = Path(config.output_dir), config.resume_from_checkpoint
-    paths = list_checkpoints(folder) if which == "latest" else [folder / which, Path(which)] if which else []
+def recorded_state(output_dir: Path, which: str | None) -> dict[str, Any] | None:
+    """Return the state, without tensors, of the checkpoint that `find_checkpoint` would find; `None` without one."""
+    paths = list_checkpoints(output_dir) if which == "latest" else [output_dir / which, Path(which)] if which else []
     for path in reversed(paths):
         with suppress(CheckpointError):
             return _read_json(path / STATE_FILE)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -300,14 +300,15 @@ class TrainingConfig:
         rest = total // product
         return per_process or rest, accumulation or (rest if per_process else 1), total
 
-    def evaluation_batch(self, recipe: Preset, num_processes: int, most: int = 256) -> int:
+    def evaluation_batch(self, network: Mapping[str, Any], num_processes: int, most: int = 256) -> int:
         """Return the images at a time and process where nothing is trained: `most`, unless `eval_batch_size` is set.
 
-        A micro-batch always fits: without gradients an image takes a small part of the memory.
+        A micro-batch always fits: without gradients an image takes a small part of the memory. `network` are the
+        arguments of `UNet2DModel`.
         """
         if self.eval_batch_size is not None:
             return self.eval_batch_size
-        size = recipe.unet["sample_size"]
+        size = network["sample_size"]
         pixels = size**2 if isinstance(size, int) else math.prod(size)
         return min(most, max(self.batch_plan(num_processes)[0], 256 * 32 * 32 // pixels, 1))
 

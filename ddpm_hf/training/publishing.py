@@ -175,7 +175,7 @@ class Publisher:
         batches = generate(
             with_sampler(pipe, config.sampler),
             seeds,
-            batch_size=config.evaluation_batch(self.run.recipe, a.num_processes, most=64),
+            batch_size=config.evaluation_batch(self.run.unet_config, a.num_processes, most=64),
             num_inference_steps=min(config.ddpm_num_inference_steps, pipe.scheduler.config.num_train_timesteps),
             class_labels=[ClassIndex(seed % len(classes)) for seed in seeds] if classes else None,
         )

@@ -203,7 +203,8 @@ def _options(config: TrainingConfig, options: ReproductionConfig) -> EvaluationO
     return EvaluationOptions(
         num_images=options.num_images,
         num_samples=options.num_samples,
-        batch_size=options.batch_size or config.evaluation_batch(config.resolved_preset(), processes().num_processes),
+        batch_size=options.batch_size
+        or config.evaluation_batch(config.resolved_preset().unet, processes().num_processes),
         sampler=config.sampler,
         num_inference_steps=options.num_inference_steps,
         features=options.feature_names(),
@@ -215,7 +216,7 @@ def _options(config: TrainingConfig, options: ReproductionConfig) -> EvaluationO
 
 def _load_sets(config: TrainingConfig) -> dict[str, Images]:
     """Load the training images and the held-out ones, as they are: cropped in the middle, not flipped."""
-    arguments = image_arguments(config, config.resolved_preset(), center=True)
+    arguments = image_arguments(config, config.resolved_preset().unet, center=True)
     if arguments.pop("streaming", False):
         raise UserError("reproduce compares samples with whole datasets; leave out --streaming")
     return load_splits(None, True, **arguments)

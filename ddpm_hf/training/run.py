@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -157,8 +158,8 @@ def resolve(config: TrainingConfig, accelerator: Accelerator, initial: InitialMo
     plan = BatchPlan(micro, accumulation, accelerator.process_index, accelerator.num_processes)
     computation = choose_computation(config, accelerator)
     with torch.device("meta"):  # sizes that the network cannot halve, before any image is read
-        check_size(UNet2DModel(**recipe.unet), *image_size(recipe))
-    data = load_split(config, recipe, "train")
+        check_size(UNet2DModel(**recipe.unet), *image_size(recipe.unet))
+    data = load_split(config, recipe.unet, "train")
     if not isinstance(data, StreamedImages) and not len(data):
         raise UserError(f"{data.name!r} has no images to train on")
     unet_config = dict(recipe.unet)
@@ -174,21 +175,21 @@ def resolve(config: TrainingConfig, accelerator: Accelerator, initial: InitialMo
     return Run(config, recipe, accelerator, computation, plan, data, unet_config, initial)
 
 
-def image_size(recipe: Preset) -> tuple[int, int]:
-    """Return height and width of the images that a recipe trains on."""
-    size = recipe.unet["sample_size"]
+def image_size(network: Mapping[str, Any]) -> tuple[int, int]:
+    """Return height and width of the images of a network with these arguments."""
+    size = network["sample_size"]
     return (size, size) if isinstance(size, int) else tuple(size)
 
 
-def image_arguments(config: TrainingConfig, recipe: Preset, center: bool) -> dict[str, Any]:
+def image_arguments(config: TrainingConfig, network: Mapping[str, Any], center: bool) -> dict[str, Any]:
     """Return `data.load_images`'s arguments but for the split; `center` crops no image at random."""
     options = config.image_options()
     if center and "crop" in options:
         options["crop"] = "center"
-    options |= {"channels": recipe.unet.get("in_channels", 3), "resolution": image_size(recipe)}
+    options |= {"channels": network.get("in_channels", 3), "resolution": image_size(network)}
     return {**config.images_given(), **options, "validation_split": config.validation_split}
 
 
-def load_split(config: TrainingConfig, recipe: Preset, split: str) -> Images:
+def load_split(config: TrainingConfig, network: Mapping[str, Any], split: str) -> Images:
     """Load a run's images: `train`, or the `validation` images, which are never cropped at random."""
-    return load_images(split=split, **image_arguments(config, recipe, center=split != "train"))
+    return load_images(split=split, **image_arguments(config, network, center=split != "train"))

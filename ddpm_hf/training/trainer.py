@@ -65,9 +65,10 @@ class Trainer:
             )
         with raise_on_all_ranks():
             checkpointing.check_output_is_ours(config)
-            initial = open_initial_model(config, checkpointing.recorded_state(config))
+            state = checkpointing.recorded_state(self.output_dir, config.resume_from_checkpoint)
+            initial = open_initial_model(config, state)
             self.run = resolve(config, self.accelerator, initial)
-            self.evaluation = TrainingEvaluation(config, self.run.recipe, self.run.data)
+            self.evaluation = TrainingEvaluation(config, self.run.unet_config, self.run.data)
         self.recipe, self.data, self.plan = self.run.recipe, self.run.data, self.run.plan
         same_everywhere(self.run.describe_images(), "all of them need the same images")
         if initial is not None:
