@@ -20,8 +20,8 @@ import sys
 import time
 from pathlib import Path
 
+import ddpm_hf.pipelines.checkpoints as checkpoints
 import ddpm_hf.presets as presets
-import ddpm_hf.training.checkpointing as checkpointing
 import ddpm_hf.utils.files as files_module
 from ddpm_hf import Trainer, TrainingConfig
 
@@ -80,16 +80,14 @@ def run_to_the_end(folder: Path) -> None:
 
 def newest(folder: Path) -> int:
     """The update of the checkpoint that a run would resume from; raises if there is a damaged one."""
-    found = checkpointing.list_checkpoints(folder)
+    found = checkpoints.list_checkpoints(folder)
     for path in found:
-        checkpointing.load_checkpoint(path)
+        checkpoints.load_checkpoint(path)
     return int(found[-1].name.split("-")[1]) if found else 0
 
 
 def final_tensors_equal(a: Path, b: Path) -> bool:
-    one, two = (
-        checkpointing.load_checkpoint(path / f"checkpoint-{settings['max_train_steps']}")[0] for path in (a, b)
-    )
+    one, two = (checkpoints.load_checkpoint(path / f"checkpoint-{settings['max_train_steps']}")[0] for path in (a, b))
     return all(
         one[part].keys() == two[part].keys() and all(one[part][k].equal(two[part][k]) for k in one[part])
         for part in ("model", "ema", "optimizer")
@@ -152,7 +150,7 @@ def kills_in_writes(folder: Path) -> dict:
 
             for name in ("fsync", "rename", "unlink"):
                 setattr(os, name, counted(getattr(os, name)))
-            checkpointing.save_file = counted(checkpointing.save_file)
+            checkpoints.save_file = counted(checkpoints.save_file)
             files_module.shutil.rmtree = counted(files_module.shutil.rmtree)
 
         status = os.waitpid(start(run, armed), 0)[1]

@@ -26,7 +26,9 @@ for run in settings:
     for step in range(trainer.recipe.max_train_steps):
         losses.append(trainer._update(step)[0].item())
         trainer.step = step + 1
-    pipe = trainer.publisher.publish(trainer._ema_state_dict(), trainer.step)
+    pipe = trainer.publisher.pipeline(trainer._ema_state_dict())
+    trainer.publisher.write_model(pipe, trainer.step)
+    trainer.publisher.complete(pipe, trainer.step)
     rows = gather_object([losses])
     weights = torch.cat([p.flatten() for p in pipe.unet.parameters()])
     report = EvaluationReport.load(trainer.output_dir / "evaluation.json")

@@ -17,8 +17,8 @@ from conftest import make_small_unet
 from ddpm_hf import DDPMPipeline, DDPMScheduler
 from ddpm_hf.data.datasets import load_images
 from ddpm_hf.evaluation import run as evaluation
+from ddpm_hf.pipelines.checkpoints import find_checkpoint
 from ddpm_hf.sampling import generation
-from ddpm_hf.training.checkpointing import find_checkpoint
 from ddpm_hf.utils.errors import UserError
 from ddpm_hf.utils.processes import gather, processes, raise_on_all_ranks
 

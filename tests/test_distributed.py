@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from ddpm_hf import DDPMPipeline
 from ddpm_hf.cli import parse_training_config
-from ddpm_hf.training.checkpointing import save_checkpoint
+from ddpm_hf.pipelines.checkpoints import save_checkpoint
 
 DRIVER = Path(__file__).with_name("driver_losses.py")
 SETTINGS = {
@@ -90,6 +90,8 @@ def test_sharded_weights_are_saved_whole_and_resume_to_the_same_bits(tmp_path, a
     shutil.copytree(tmp_path / "whole" / "checkpoint-3", tmp_path / "resumed" / "checkpoint-3")
     assert "started at update 3" in ranks(2, "driver_sharded.py", tmp_path / "resumed")
     assert same_end(tmp_path / "whole", tmp_path / "resumed")
+    for name, value in DDPMPipeline.from_pretrained(tmp_path / "whole" / "checkpoint-6").unet.state_dict().items():
+        assert torch.equal(value, DDPMPipeline.from_pretrained(tmp_path / "whole").unet.state_dict()[name])
     # And what was saved are whole tensors, the same as of a run without shards.
     pipe = DDPMPipeline.from_pretrained(tmp_path / "whole")
     weights = torch.cat([p.flatten() for p in pipe.unet.parameters()])

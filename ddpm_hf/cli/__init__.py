@@ -23,6 +23,7 @@ from .command_line import Parser
 from .convert import convert, convert_parser
 from .evaluate import evaluate, evaluate_parser
 from .optimal_variance import optimal_variance, optimal_variance_parser
+from .publish import publish, publish_parser
 from .push import push, push_parser
 from .sample import sample, sample_parser
 from .space import space, space_parser
@@ -38,6 +39,7 @@ _ALL: dict[str, tuple[Callable[..., int], Callable[[str | None], Parser]]] = {
     "evaluate": (evaluate, evaluate_parser),
     "optimal_variance": (optimal_variance, optimal_variance_parser),
     "convert": (convert, convert_parser),
+    "publish": (publish, publish_parser),
     "push": (push, push_parser),
     "space": (space, space_parser),
 }

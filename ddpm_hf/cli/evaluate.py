@@ -79,7 +79,7 @@ def evaluate(arguments: Sequence[str], prog: str | None = None) -> int:
     start_process()
     here = processes()
     with raise_on_all_ranks():
-        pipe = model.load_pipeline(values.model, values.dtype, values.tf32)
+        pipe = model.load_pipeline(values.model, values.dtype, values.tf32, values.weights)
         sets = load_splits(
             None if values.split is None else _parts(values.split),
             bool(set(metrics) - set(LIKELIHOOD_METRICS)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,31 @@ _LONG_RUN = 5000
 
 def add_model_flags(flag: Callable[..., None], batch_size: int, required: bool = True) -> None:
     """Add the flags for a model and its batches."""
-    flag("--model", str, None, "a pipeline's folder, or its name on the Hub", required=required)
+    text = "a pipeline's folder, its name on the Hub, a run that was stopped, or one of its checkpoints"
+    flag("--model", str, None, text, required=required)
+    add_weights_flag(flag)
     flag("--batch_size", int, batch_size, "images at a time; changes no image and no number", POSITIVE)
+
+
+def add_weights_flag(flag: Callable[..., None]) -> None:
+    """Add which weights of a checkpoint are taken."""
+    text = "of a checkpoint: ema (the paper's), or raw (those that the last update left)"
+    flag("--weights", str, "ema", text, one_of("ema", "raw"))
+
+
+def add_run(flag: Callable[..., None]) -> None:
+    """Add the folder of a model, by itself or after --model."""
+    text = "a folder: a run's, stopped or finished, a checkpoint's, or what save_pretrained wrote"
+    flag("run", str, argparse.SUPPRESS, text, metavar="RUN", nargs="?")
+    flag("--model", str, None, "the same RUN, as other commands call it", dest="run")
+    add_weights_flag(flag)
+
+
+def run_folder(values: Any) -> str:
+    """Return the folder that `add_run` took, or raise UserError: none was given."""
+    if values.run is None:
+        raise UserError("give the folder of the run or model: RUN, or --model RUN")
+    return str(values.run)
 
 
 def add_sampler_flags(parser: Parser) -> None:
@@ -60,11 +84,11 @@ def sampling_arguments(values: Any) -> dict[str, Any]:
     return given(values, "num_inference_steps", "eta", "guidance_scale")
 
 
-def load_pipeline(model: str, dtype: str = "float32", tf32: bool = False) -> Any:
-    """Return the `DDPMPipeline` in a folder or on the Hub, on this process's device.
+def load_pipeline(model: str, dtype: str = "float32", tf32: bool = False, weights: str = "ema") -> Any:
+    """Return the `DDPMPipeline` in a folder (a run's or a checkpoint's, too) or on the Hub, on this process's device.
 
     Raises:
-        UserError: There is no pipeline, or a weight is NaN or infinite.
+        UserError: There is no model, or a weight is NaN or infinite.
     """
     import torch
     from diffusers.utils import logging
@@ -76,10 +100,8 @@ def load_pipeline(model: str, dtype: str = "float32", tf32: bool = False) -> Any
 
     use_tf32(tf32)
     logging.disable_progress_bar()  # loading takes no time worth a bar
-    if Path(model).exists() and not (Path(model) / "model_index.json").is_file():
-        raise UserError(f"--model {model} holds no pipeline: there is no model_index.json in it")
     try:
-        pipe = DDPMPipeline.from_pretrained(model, dtype=getattr(torch, dtype))
+        pipe = DDPMPipeline.from_pretrained(model, weights=weights, dtype=getattr(torch, dtype))
         check_weights(pipe.unet)  # before hours of work, not after them
         return pipe.to(processes().device)
     except (OSError, ValueError) as error:
@@ -94,7 +116,8 @@ def load_sampling_pipeline(values: Any) -> Any:
     """
     from ..sampling.generation import with_sampler
 
-    return with_sampler(load_pipeline(values.model, values.dtype, values.tf32), **sampler_arguments(values))
+    pipe = load_pipeline(values.model, values.dtype, values.tf32, values.weights)
+    return with_sampler(pipe, **sampler_arguments(values))
 
 
 def sampling_evaluations(pipe: Any, values: Any, count: int) -> int:

@@ -18,6 +18,7 @@ def optimal_variance_parser(prog: str | None = None) -> Parser:
     flag = parser.group("model")
     model.add_model_flags(flag, batch_size=256)
     text = "leave the model's own variance in use; take the new one with --variance_type optimal"
+    flag("--output", str, None, "a new folder for the model with it; left out: the scheduler of --model is rewritten")
     flag("--keep_variance_type", bool, False, text)
     flag = parser.group("images")
     add_image_flags(flag)
@@ -32,13 +33,19 @@ def optimal_variance(arguments: Sequence[str], prog: str | None = None) -> int:
     from ..data.datasets import load_images
     from ..evaluation.optimal_variance import prediction_error, save_optimal_variance
     from ..evaluation.run import first_images
+    from ..utils.hub_errors import INDEX
     from ..utils.processes import log, processes, raise_on_all_ranks, start_process
 
-    if not Path(values.model).is_dir():
-        raise UserError(f"--model {values.model!r} must be a folder on this machine: its scheduler is rewritten")
+    target = Path(values.model if values.output is None else values.output)
+    if values.output is None and (values.weights == "raw" or not (target / INDEX).is_file()):
+        raise UserError(
+            f"--model {values.model!r} is no published model here whose scheduler can be rewritten; give --output"
+        )
+    if values.output is not None and target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"--output {values.output!r} is there already; name a new folder")
     start_process()
     with raise_on_all_ranks():
-        pipe = model.load_pipeline(values.model)
+        pipe = model.load_pipeline(values.model, weights=values.weights)
         if not values.keep_variance_type and "learned" in (pipe.scheduler.config.get("variance_type") or ""):
             raise UserError("this network predicts its own variance; add --keep_variance_type")
         data = load_images(split="train", **image_arguments(values, pipe.image_shape))
@@ -46,6 +53,8 @@ def optimal_variance(arguments: Sequence[str], prog: str | None = None) -> int:
     error = prediction_error(pipe, images, batch_size=values.batch_size, seed=values.seed, progress=True)
     with raise_on_all_ranks():
         if processes().is_main_process:
-            save_optimal_variance(values.model, pipe, error, use=not values.keep_variance_type)
-    log(f"wrote the error on {len(images)} images into {values.model}/scheduler")
+            if values.output is not None:
+                pipe.save_pretrained(target)
+            save_optimal_variance(target, pipe, error, use=not values.keep_variance_type)
+    log(f"wrote the error on {len(images)} images into {target}/scheduler")
     return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from . import model
 from .command_line import Parser, given
 
 
@@ -11,7 +12,7 @@ def push_parser(prog: str | None = None) -> Parser:
     """Return the parser of `ddpm-hf push`."""
     parser = Parser(prog, "Publish a model's folder on the Hub, in one commit.", "RUN --repo_id ORG/NAME [flags]")
     flag = parser.group("model and card")
-    add_run(flag)
+    model.add_run(flag)
     flag("--license", str, None, "for the card, such as apache-2.0")
     flag("--report", str, None, "an evaluation to show instead of the run's own")
     flag = parser.group("Hub")
@@ -19,11 +20,6 @@ def push_parser(prog: str | None = None) -> Parser:
     add_hub_flags(flag)
     flag("--commit_message", str, "Upload a DDPM", "what the commit is called")
     return parser
-
-
-def add_run(flag: Callable[..., None]) -> None:
-    """Add the folder of a model."""
-    flag("run", str, None, "a run's output folder, or any folder that save_pretrained wrote", metavar="RUN")
 
 
 def add_hub_flags(flag: Callable[..., None]) -> None:
@@ -36,9 +32,10 @@ def add_hub_flags(flag: Callable[..., None]) -> None:
 def push(arguments: Sequence[str], prog: str | None = None) -> int:
     """Run `ddpm-hf push`."""
     values = push_parser(prog).parse_args(arguments)
+    run = model.run_folder(values)
     from ..hub.publish import Push, quiet_client
 
     quiet_client()
-    options = given(values, "private", "token", "license", "report", "commit_message")
-    print(Push(values.run, values.repo_id, **options).run())
+    options = given(values, "private", "token", "license", "report", "commit_message", "weights")
+    print(Push(run, values.repo_id, **options).run())
     return 0

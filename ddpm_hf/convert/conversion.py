@@ -18,6 +18,7 @@ from ..diffusion.noise_schedule import make_betas
 from ..diffusion.scheduling_ddpm import LEARNED_VARIANCES, DDPMScheduler
 from ..hub.model_card import CardFacts, ModelFacts, make_card
 from ..models.unet_2d import UNet2DModel, check_size, parameter_count
+from ..pipelines.checkpoints import is_run_or_checkpoint
 from ..pipelines.pipeline_ddpm import DDPMPipeline
 from ..presets import PAPER_PROCESS
 from ..utils.errors import UserError
@@ -76,7 +77,8 @@ def load_pipeline(from_format: str, checkpoint: str | Path, **options: Any) -> t
 
     Args:
         from_format: One of `FORMATS`, or `diffusers`.
-        checkpoint: The file (for TensorFlow the path without ending; for `diffusers` the folder).
+        checkpoint: The file (for TensorFlow the path without ending; for `diffusers` the folder, also that of a
+            training run of this package, or of one of its checkpoints).
         options: What the file does not say, by the names of `ddpm-hf convert`'s flags (docs/convert.md), of which each
             format takes some; `None` is not said. `ema=False` takes the raw weights.
 
@@ -86,6 +88,10 @@ def load_pipeline(from_format: str, checkpoint: str | Path, **options: Any) -> t
     """
     path = Path(checkpoint)
     options = {name: value for name, value in options.items() if value is not None and (name, value) != ("ema", True)}
+    if from_format == "diffusers" and is_run_or_checkpoint(path):
+        weights = "ema" if options.pop("ema", True) else "raw"
+        if not options:
+            return DDPMPipeline.from_pretrained(path, weights=weights), {"converted from": f"{path.name} (ddpm_hf)"}
     if from_format == "diffusers" and options:
         raise UserError(f"--from diffusers takes no {_flags(options)}: the repository says it; leave it out")
     if from_format == "diffusers":

@@ -13,12 +13,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from ..evaluation.report import EvaluationReport, report_file
 from ..utils.errors import UserError, first_line
 from ..utils.files import write_directory, write_text
 from ..utils.hub_errors import INDEX, check_pipeline
 from ..utils.text import public_name
-from .model_card import WEIGHTS, CardFacts, ModelFacts, generated_facts, make_card
+from .model_card import WEIGHTS, CardFacts, ModelFacts, generated_facts, make_card, training_facts
 
 if TYPE_CHECKING:  # torch and diffusers take seconds, which mistakes on the command line need not wait for
     from ..pipelines.pipeline_ddpm import DDPMPipeline
@@ -154,14 +156,17 @@ def check_opens(snapshot: Path, folder: Path) -> None:
             )
 
 
-def make_snapshot(folder: Path, token: str | None = None) -> Path:
+def make_snapshot(folder: Path, token: str | None = None, weights: str = "ema") -> Path:
     """Copy the published files as they are now into a folder of their own, without paths of this machine in them.
 
-    Who calls this removes it.
+    Of a stopped run's folder or of a checkpoint, the model and a card are written there. Who calls this removes it.
+    `weights` is as for `DDPMPipeline.from_pretrained`.
 
     Raises:
         OSError, ValueError: There is no DDPM in the folder, or a file holds an access token.
     """
+    if weights == "raw" or not (folder / INDEX).is_file():
+        return _snapshot_of_checkpoint(folder, token, weights)
     prefix, suffix = _SNAPSHOT
     for left in folder.glob(f"{prefix}*{suffix}"):  # by a push that was killed
         if time.time() - left.stat().st_mtime > _ONE_DAY:
@@ -181,9 +186,40 @@ def make_snapshot(folder: Path, token: str | None = None) -> Path:
             staging.mkdir()
         else:
             raise OSError(f"{str(folder)!r} is being written; try again when that is done")
-        for path in staging.rglob("*"):
-            if path.suffix in (".json", ".md"):
-                _remove_private(path, token)
+        _remove_all_private(staging, token)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    return staging
+
+
+def _snapshot_of_checkpoint(folder: Path, token: str | None, weights: str) -> Path:
+    from ..pipelines.checkpoints import CONFIG, RAW, read_checkpoint
+    from ..pipelines.pipeline_ddpm import DDPMPipeline
+    from ..utils.processes import log
+
+    checkpoint = read_checkpoint(folder, weights)
+    pipe, run, step = DDPMPipeline(*checkpoint.model()), checkpoint.path.parent, checkpoint.state["step"]
+    log(str(checkpoint))
+    config: dict[str, Any] = {}
+    with suppress(OSError, ValueError, yaml.YAMLError):  # a checkpoint that was copied elsewhere has none beside it
+        config = dict(yaml.safe_load((run / CONFIG).read_text(encoding="utf-8")))
+    facts = training_facts(
+        folder.resolve().name,
+        checkpoint.state,
+        step,
+        raw=checkpoint.file == RAW,
+        dataset_name=config.get("dataset_name"),
+        license=config.get("license"),
+    )
+    staging = Path(tempfile.mkdtemp(prefix="ddpm-hf-push-"))
+    try:
+        pipe.save_pretrained(staging)
+        for name in (CARD, f"samples-{step}.png"):  # a person's own card, and the run's grid of this update
+            if (folder / name).is_file():
+                shutil.copyfile(folder / name, staging / name)
+        write_card(staging, facts)
+        _remove_all_private(staging, token)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
@@ -213,6 +249,12 @@ def take_report(report: Path, staging: Path, token: str | None) -> None:
     EvaluationReport.load(report)
     shutil.copyfile(report_file(report), staging / REPORT)  # with what this version of the package does not know
     _remove_private(staging / REPORT, token)
+
+
+def _remove_all_private(staging: Path, token: str | None) -> None:
+    for path in staging.rglob("*"):
+        if path.suffix in (".json", ".md"):
+            _remove_private(path, token)
 
 
 def _remove_private(path: Path, token: str | None) -> None:

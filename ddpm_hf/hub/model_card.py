@@ -21,7 +21,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, parse_local_sa
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from ..utils.errors import UserError
-from ..utils.text import number, public_name
+from ..utils.text import is_local, number, public_name, recorded_name
 
 WEIGHTS = re.compile(r"diffusion_pytorch_model(-\d+-of-\d+)?\.safetensors")
 _TEMPLATE = Path(__file__).with_name("model_card.md")
@@ -104,6 +104,51 @@ class CardFacts:
     sample: str | None = None
     license: str | None = None
     base_model: str | None = None
+
+
+def training_facts(
+    name: str,
+    settings: Mapping[str, Any],
+    step: int,
+    raw: bool = False,
+    dataset_name: str | None = None,
+    **more: Any,
+) -> CardFacts:
+    """Return what a card says of a training run's weights after update `step`.
+
+    Args:
+        name: What `from_pretrained` is called with.
+        settings: The run's, as the `state.json` of its checkpoints holds them; 0.1.0 did not record all of them.
+        step: The update that the weights are of.
+        raw: They are those in training, not the EMA weights.
+        dataset_name: What `--dataset_name` was, for a link if it is on the Hub.
+        more: Further fields of `CardFacts`.
+    """
+    recipe, network, dataset = settings["recipe"], settings["network"], recorded_name(settings["images"])
+    count = "a stream" if settings["num_images"] is None else f"{settings['num_images']} images"
+    planned = recipe["max_train_steps"]
+    facts = {
+        "images": f"{count} of {dataset}" + ", random flips" * recipe["random_flip"],
+        "updates": f"{step} of {settings['total_batch_size']} images, seed {settings['seed']}"
+        + f"; {planned} updates were planned" * (step < planned),
+        "optimizer": f"Adam(0.9, 0.999), learning rate {recipe['learning_rate']:g} after {recipe['lr_warmup_steps']} "
+        f"warm-up updates, then {recipe['lr_scheduler']}, gradient norm at most {recipe['max_grad_norm']:g}",
+        "EMA weights": f"decay {recipe['ema_decay']}" + " after a warm-up" * recipe["ema_warmup"],
+        "objective": f"{settings['loss']}, {recipe['timestep_sampling']} timesteps, dropout {recipe['dropout']:g}",
+    }
+    if raw:
+        facts["EMA weights"] = "not these: the raw weights after the last update"
+    if initial := settings.get("init_from"):
+        model = initial["base_model"] or recorded_name(initial["model"])
+        facts["started from"] = f"the weights of {model} (SHA-256 {initial['digest'][:12]}...)"
+        more["base_model"] = initial["base_model"]
+    if classes := network.get("_class_names"):
+        facts["classes"] = f"{len(classes)}, dropped for {recipe.get('class_dropout', 0):.0%}"
+    facts["precision"] = recipe["precision"]
+    if "device" in recipe:
+        facts["hardware"] = f"{recipe['number of processes']} x {recipe['device']}"
+    on_hub = dataset_name if dataset_name is not None and not is_local(dataset_name) else None
+    return CardFacts(name, dataset, on_hub, facts, **more)
 
 
 def check_license(license: str | None) -> None:

@@ -51,7 +51,7 @@ class Push:
     """What to push where.
 
     Attributes:
-        folder: What a training run, `save_pretrained` or `convert` wrote.
+        folder: What a training run, `save_pretrained` or `convert` wrote; also a stopped run, or a checkpoint.
         repo_id: `namespace/name`, or a name in the token's own namespace; made if it does not exist.
         private: Whether only its owners may see what is pushed: a public repository is refused then. `False` makes a
             new repository public; an existing one stays what it is.
@@ -63,6 +63,7 @@ class Push:
         attempts: How often to try where the network or the Hub fails; 1, 2, 4, ... seconds in between.
         timeout: Seconds without any answer that count as such a failure.
         create_pr: Propose the commit as a pull request instead of making it.
+        weights: `raw` for a checkpoint's weights in training, instead of the EMA weights.
 
     Raises:
         ValueError: An argument cannot be taken.
@@ -78,6 +79,7 @@ class Push:
     attempts: int = 5
     timeout: float = 60.0
     create_pr: bool = False
+    weights: str = "ema"
 
     def __post_init__(self) -> None:
         check_repo_id(self.repo_id)
@@ -87,6 +89,7 @@ class Push:
     def command(self) -> str:
         """What a person types to do it; tokens are not for command lines."""
         words = ["ddpm-hf", "push", self.folder, "--repo_id", self.repo_id]
+        words += [] if self.weights == "ema" else ["--weights", self.weights]
         words += [] if self.private else ["--private", "false"]
         words += ["--license", self.license] if self.license is not None else []
         words += ["--report", self.report] if self.report is not None else []
@@ -109,7 +112,7 @@ class Push:
         if not folder.is_dir():
             raise OSError(f"there is no folder {self.folder!r}")
         token = known_token(self.token)
-        snapshot = make_snapshot(folder, token)
+        snapshot = make_snapshot(folder, token, self.weights)
         try:
             check_opens(snapshot, folder)
             if self.report is not None:

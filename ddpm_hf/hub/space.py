@@ -63,15 +63,18 @@ def write_space(
     model_id: str | None = None,
     license: str | None = None,
     token: str | None = None,
+    weights: str = "ema",
 ) -> None:
     """Write a Space for a trained model into a new folder, which appears complete or not at all.
 
     Args:
-        run: The model's folder, which is copied as far as `ddpm-hf push` would publish it.
+        run: The model's folder, which is copied as far as `ddpm-hf push` would publish it; also a stopped run, or a
+            checkpoint.
         output: The folder to make.
         model_id: The model's name on the Hub, from where the Space then loads it instead of holding a copy.
         license: The model's license; by default what the run's card says.
         token: An access token, which must not be in any of the files.
+        weights: `raw` for a checkpoint's weights in training, instead of the EMA weights.
 
     Raises:
         OSError, UserError: There is no DDPM in `run` that opens, it is too large, or `output` is not empty.
@@ -83,7 +86,7 @@ def write_space(
         raise UserError(f"--output {str(output)!r} is not empty; name another folder, or remove it first")
     check_repo_id(model_id or MODEL)
     check_license(license)
-    snapshot = make_snapshot(run, token)
+    snapshot = make_snapshot(run, token, weights)
 
     def fill(folder: Path) -> None:
         for name, text in texts.items():

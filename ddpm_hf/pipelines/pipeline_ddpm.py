@@ -21,11 +21,17 @@ from ..data.class_labels import Classes, ClassLabels
 from ..diffusion.scheduling_ddpm import DDPMScheduler
 from ..models.unet_2d import PortableConfigMixin, UNet2DModel, check_size, check_weights
 from ..utils.errors import NotFiniteError, UserError
-from ..utils.hub_errors import PrivateByDefault, check_pipeline, retried
+from ..utils.hub_errors import INDEX, PrivateByDefault, check_pipeline, retried
+from ..utils.processes import log
 from ..utils.randomness import NOISE_OF_SEEDS, Generators, standard_normal
+from .checkpoints import newer_checkpoint, read_checkpoint
 from .denoising import Denoiser, DenoisingStep, check_repaint, repaint
 from .inputs import count_and_generators, images_in_model_range, mask_of, one_per_image
 from .schedulers import checked_eta, checked_steps, set_timesteps
+
+# Arguments of from_pretrained that say where on the Hub, or how to read it: a checkpoint has no use for them.
+_OF_REPOSITORIES = {"cache_dir", "force_download", "local_files_only", "low_cpu_mem_usage", "proxies", "revision"}
+_OF_REPOSITORIES |= {"token", "use_safetensors"}
 
 # What stock repositories name, and our class of the same name that opens it.
 _OURS = {("diffusers", "UNet2DModel"), ("diffusers", "DDPMScheduler")}
@@ -84,19 +90,57 @@ class DDPMPipeline(PortableConfigMixin, PrivateByDefault, StockDDPMPipeline):
         return loaded
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> DDPMPipeline:
-        """Load a folder or a repository on the Hub, from safetensors only; what is in the cache needs no network.
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *, weights: str = "ema", **kwargs: Any
+    ) -> DDPMPipeline:
+        """Load a model from safetensors: a folder, a repository on the Hub, a training run or one of its checkpoints.
 
-        `kwargs` are those of `diffusers.DiffusionPipeline.from_pretrained`: `revision`, `cache_dir`, `token`, ...
-        Raises an OSError if it is not there, may not be read or is incomplete, and a UserError for what is no DDPM, or
-        a pickle.
+        A folder with a `model_index.json` is loaded as stock does, also where a run has newer checkpoints in it. Of a
+        run without one the newest complete checkpoint is taken; a line says which.
+
+        Args:
+            pretrained_model_name_or_path: The folder or the repository; what is in the cache needs no network.
+            weights: `ema`, or `raw` for those that a run's last update left, which only checkpoints hold.
+            kwargs: Those of `diffusers.DiffusionPipeline.from_pretrained`: `dtype`, `revision`, `cache_dir`, ...
+
+        Raises:
+            OSError: It is not there, may not be read or is incomplete.
+            UserError: It is no DDPM, a pickle, a damaged checkpoint, or has no such weights.
         """
         if kwargs.get("use_safetensors") is False:
             raise UserError("use_safetensors=False would read a pickle; convert the repository to safetensors first")
+        if weights not in ("ema", "raw"):
+            raise UserError(f"weights must be 'ema' or 'raw', got {weights!r}")
+        name, load, folder = (
+            pretrained_model_name_or_path,
+            super().from_pretrained,
+            Path(pretrained_model_name_or_path),
+        )
+        if folder.is_dir() and (weights == "raw" or not (folder / INDEX).is_file()):
+            return cls._from_checkpoint(folder, weights, **kwargs)
+        if weights == "raw":
+            raise UserError(f"{name!r} is no folder here, and raw weights are in the checkpoints of a run only")
         kwargs["use_safetensors"] = True  # for None, diffusers would fall back to pickles
-        name, load = pretrained_model_name_or_path, super().from_pretrained
         check_pipeline(name, **kwargs)
-        return retried(lambda: load(name, **kwargs), name)
+        pipe = retried(lambda: load(name, **kwargs), name)
+        if folder.is_dir() and (newer := newer_checkpoint(folder)) is not None:
+            log(f"the published model of {name}, which is older than {newer}; to replace it: ddpm-hf publish {name}")
+        return pipe
+
+    @classmethod
+    def _from_checkpoint(cls, folder: Path, weights: str, **kwargs: Any) -> DDPMPipeline:
+        """Return the model of a run's folder or of a checkpoint; see `from_pretrained`."""
+        known = {"dtype", "torch_dtype", "unet", "scheduler"}
+        options = {key: value for key, value in kwargs.items() if key not in _OF_REPOSITORIES and value is not None}
+        if other := sorted(options.keys() - known):
+            raise UserError(f"a checkpoint takes no {', '.join(other)}; make a pipeline of it first: ddpm-hf publish")
+        checkpoint = read_checkpoint(folder, weights)
+        unet, scheduler = checkpoint.model()
+        log(str(checkpoint))
+        dtype = options.get("dtype", options.get("torch_dtype"))
+        if isinstance(dtype, torch.dtype):
+            torch.nn.Module.to(unet, dtype)  # diffusers' own warns
+        return cls(options.get("unet", unet), options.get("scheduler", scheduler))
 
     @classmethod
     def from_pipe(cls, pipeline: Any, **kwargs: Any) -> DDPMPipeline:

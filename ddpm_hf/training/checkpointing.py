@@ -1,30 +1,15 @@
-"""Training state on disk: a checkpoint directory is either complete or does not exist, and belongs to one run.
+"""Training state as a checkpoint holds it, and which run a folder or a checkpoint belongs to.
 
-```
-output_dir/
-  checkpoint-500/              written as .checkpoint-500.partial, fsynced, then renamed
-    model.safetensors          the weights in training
-    ema.safetensors            the EMA weights
-    optimizer.safetensors      Adam's moments and step counts
-    state.json                 the update, and small state
-    manifest.json              SHA-256 and size of every file above
-  checkpoint-1000/
-```
-
-safetensors and JSON only; no pickle is read or written.
+`pipelines/checkpoints.py` draws a checkpoint's folder, writes and reads it.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import re
-from contextlib import suppress
+import platform
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -38,20 +23,13 @@ from torch.optim import Optimizer
 
 from ..data.datasets import StreamedImages
 from ..hub.files import CARD, INDEX, REPORT, SAMPLES
+from ..pipelines.checkpoints import CONFIG, list_checkpoints, step_of
 from ..utils.errors import UserError
-from ..utils.files import remove_directory, write_directory
 from ..utils.processes import log
 from ..utils.text import plain
 from .configuration import TrainingConfig
 from .evaluation import BEST, HISTORY
 from .run import Run
-
-STATE_FILE, MANIFEST_FILE = "state.json", "manifest.json"
-CONFIG = "training_config.yaml"  # what a run writes first: the mark of its folder
-
-
-class CheckpointError(UserError):
-    """A checkpoint is missing or damaged; the message names the file."""
 
 
 def training_state(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Tensor], Any]:
@@ -99,119 +77,6 @@ def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
     if isinstance(like, DTensor):
         tensor = distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
     return torch.empty_like(like).copy_(tensor)
-
-
-# ---------------------------------------------------------------------- files
-
-
-def _manifest_entry(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "size": path.stat().st_size}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return {**json.loads(path.read_text(encoding="utf-8"))}
-    except (OSError, ValueError, TypeError):
-        raise CheckpointError(f"the checkpoint {str(path.parent)!r} is damaged: {path.name} is not readable") from None
-
-
-def save_checkpoint(
-    output_dir: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any], keep: int | None = None
-) -> Path:
-    """Write `output_dir/checkpoint-<step>`, then remove all but the `keep` newest ones (`None`: keep all).
-
-    `tensors` are by file, without ending, and name; `state` is JSON values. Raises OSError where it could not be
-    written; older checkpoints are untouched.
-    """
-
-    def fill(folder: Path) -> None:
-        for name, content in tensors.items():
-            whole = {key: value.detach().contiguous().cpu() for key, value in content.items()}
-            save_file(whole, folder / f"{name}.safetensors")
-        (folder / STATE_FILE).write_text(json.dumps({"step": step, **state}, indent=1), encoding="utf-8")
-        manifest = {file.name: _manifest_entry(file) for file in folder.iterdir()}
-        (folder / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-
-    target = output_dir / f"checkpoint-{step}"
-    try:
-        write_directory(target, fill)
-    except OSError as error:
-        last = f"the last complete checkpoint is {[None, *list_checkpoints(output_dir)][-1] or 'none'}"
-        raise OSError(f"cannot write {target}: {error.strerror or error}; {last}") from error
-    if keep is not None:
-        older = [path for path in list_checkpoints(output_dir) if path != target]
-        for old in older[: max(0, len(older) - keep + 1)]:
-            remove_directory(old)
-    return target
-
-
-def list_checkpoints(output_dir: Path) -> list[Path]:
-    """Return the checkpoints of a run, oldest first."""
-    found = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted(found, key=_step_of)
-
-
-def _step_of(path: Path) -> int:
-    return int(path.name.split("-")[1])
-
-
-def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """Return the tensors and the state that `save_checkpoint` wrote, every file checked against its SHA-256.
-
-    Raises:
-        CheckpointError: No such checkpoint, or a damaged one.
-    """
-    if not (path / MANIFEST_FILE).is_file():
-        raise CheckpointError(f"{str(path)!r} is not a complete checkpoint: it has no {MANIFEST_FILE}")
-    manifest = _read_json(path / MANIFEST_FILE)
-    for name, recorded in manifest.items():
-        if not (path / name).is_file():
-            raise CheckpointError(f"the checkpoint {str(path)!r} is damaged: {name} is missing")
-        if _manifest_entry(path / name) != recorded:
-            raise CheckpointError(f"the checkpoint {str(path)!r} is damaged: {name} does not match its checksum")
-    state = _read_json(path / STATE_FILE)
-    tensors = {Path(name).stem: load_file(path / name) for name in manifest if name.endswith(".safetensors")}
-    return tensors, state
-
-
-def fingerprint(path: Path) -> str:
-    """Return the SHA-256 of a checkpoint's manifest, which holds those of all its files."""
-    return _manifest_entry(path / MANIFEST_FILE)["sha256"]
-
-
-def find_checkpoint(output_dir: Path, which: str) -> tuple[Path, dict[str, dict[str, Tensor]], dict[str, Any]] | None:
-    """Return the checkpoint to resume from and what it holds; `None` where `latest` finds no checkpoint at all.
-
-    `which` is `latest` (the newest one that is not damaged), a path, or the name of a checkpoint in `output_dir`.
-
-    Raises:
-        CheckpointError: A named checkpoint is missing or damaged, or all are damaged.
-    """
-    checkpoints = list_checkpoints(output_dir)
-    if which != "latest":
-        path = Path(which) if Path(which).is_dir() else output_dir / which
-        if not path.is_dir():
-            have = ", ".join(p.name for p in checkpoints) or "none"
-            raise CheckpointError(f"no checkpoint {which!r}; {str(output_dir)!r} has {have}")
-        return path, *load_checkpoint(path)
-    for path in reversed(checkpoints):
-        try:
-            return path, *load_checkpoint(path)
-        except CheckpointError as error:
-            log(f"warning: {error}; trying the one before it")
-    if checkpoints:
-        raise CheckpointError(f"all {len(checkpoints)} checkpoints in {str(output_dir)!r} are damaged")
-    return None
-
-
-def recorded_state(output_dir: Path, which: str | None) -> dict[str, Any] | None:
-    """Return the state, without tensors, of the checkpoint that `find_checkpoint` would find; `None` without one."""
-    paths = list_checkpoints(output_dir) if which == "latest" else [output_dir / which, Path(which)] if which else []
-    for path in reversed(paths):
-        with suppress(CheckpointError):
-            return _read_json(path / STATE_FILE)
-    return None
 
 
 # ---------------------------------------------------------------------- which run a folder or a checkpoint belongs to
@@ -266,7 +131,19 @@ def changeable_settings(run: Run) -> dict[str, Any]:
         **run.computation._asdict(),
         "train_batch_size": run.plan.micro,
         "number of processes": run.plan.num_processes,
+        "device": _describe_device(run),
     }
+
+
+def _describe_device(run: Run) -> str:
+    if run.device.type == "cuda":
+        return torch.cuda.get_device_name(run.device)
+    return f"{run.device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def settings_of(run: Run) -> dict[str, Any]:
+    """Return what a checkpoint records of its run: with the weights, all that a model and its card are made of."""
+    return {**fixed_settings(run), "recipe": changeable_settings(run)}
 
 
 def check_checkpoint(run: Run, path: Path, state: dict[str, Any]) -> None:
@@ -284,7 +161,7 @@ def check_checkpoint(run: Run, path: Path, state: dict[str, Any]) -> None:
     for name, here in changeable_settings(run).items():
         if (was := state["recipe"].get(name, here)) != here:  # 0.1.0 did not write all of them
             log(f"changed since {path.name}: {name} was {was} and is {here} from now on")
-    later = [other.name for other in list_checkpoints(run.output_dir) if _step_of(other) > state["step"]]
+    later = [other.name for other in list_checkpoints(run.output_dir) if step_of(other) > state["step"]]
     # "latest" has passed over damaged ones, which the run will write again.
     if later and run.config.resume_from_checkpoint != "latest":
         raise UserError(

@@ -6,9 +6,9 @@ All processes take part. Nothing here touches the network in training or its ran
 from __future__ import annotations
 
 import dataclasses
-import platform
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,22 +16,21 @@ from accelerate.utils import broadcast
 from torch import Tensor
 
 from ..data.class_labels import ClassIndex
-from ..diffusion.scheduling_ddpm import DDPMScheduler
 from ..evaluation.report import EvaluationReport
 from ..hub.background import BackgroundPush
-from ..hub.files import CARD, REPORT, SAMPLES, write_card, write_pipeline
-from ..hub.model_card import CardFacts, check_license
+from ..hub.files import CARD, INDEX, REPORT, SAMPLES, write_card, write_pipeline
+from ..hub.model_card import check_license, training_facts
 from ..hub.publish import Push, check_destination
-from ..models.unet_2d import UNet2DModel
+from ..models.unet_2d import UNet2DModel, check_weights
+from ..pipelines.checkpoints import CONFIG, RAW, Checkpoint, make_model
 from ..pipelines.pipeline_ddpm import DDPMPipeline
 from ..sampling.generation import generate, with_sampler
-from ..utils.errors import NotFiniteError
-from ..utils.processes import gather, log, raise_on_all_ranks
-from ..utils.text import is_local, recorded_name
+from ..utils.errors import NotFiniteError, UserError
+from ..utils.processes import from_first, gather, log, only_run_in, processes, raise_on_all_ranks
 from ..utils.visualize import image_grid, save_picture
-from .configuration import TrainingError, due
+from .configuration import TrainingConfig, TrainingError, due
 from .evaluation import TrainingEvaluation
-from .run import Run
+from .run import load_split
 
 
 @contextmanager
@@ -47,17 +46,31 @@ def _memory_advice(step: int) -> Iterator[None]:
 
 
 class Publisher:
-    """Writes what a run shows into its output folder, or raises UserError: a license or name cannot be taken."""
+    """Writes what a run shows into its output folder, or raises UserError: a license or name cannot be taken.
 
-    def __init__(self, run: Run, evaluation: TrainingEvaluation):
-        self.run, self.evaluation, self.accelerator, config = run, evaluation, run.accelerator, run.config
-        self.pushes: BackgroundPush | None = None  # to the Hub, in the main process of a run with `--push_to_hub`
+    Args:
+        config: The run's configuration.
+        settings: What its checkpoints record (`checkpointing.settings_of`).
+        evaluation: What measures the model, if anything does.
+        raw: The weights to come are not the EMA weights, as the card then says.
+    """
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        settings: dict[str, Any],
+        evaluation: TrainingEvaluation | None = None,
+        raw: bool = False,
+    ):
+        self.config, self.settings, self.evaluation, self.raw = config, settings, evaluation, raw
+        self.folder = Path(config.output_dir)
+        self.pushes: BackgroundPush | None = None
         check_license(config.license)
         self._push = None
         if config.push_to_hub:
             self._push = Push(
                 config.output_dir,
-                config.hub_model_id or run.output_dir.resolve().name,
+                config.hub_model_id or self.folder.resolve().name,
                 private=config.hub_private_repo,
                 token=config.hub_token,
                 license=config.license,
@@ -66,16 +79,17 @@ class Publisher:
     def open_hub(self) -> None:
         """Check where the run's pushes will go, if it has any, or raise UserError; only the main process pushes."""
         with raise_on_all_ranks():
-            if self._push is not None and self.accelerator.is_main_process:
+            if self._push is not None and processes().is_main_process:
                 self.pushes = BackgroundPush(check_destination(self._push, log), log)
 
     def push(self, ema_weights: dict[str, Tensor], step: int) -> None:
         """Put the model as it is after update `step` into the output folder, and on its way to the Hub."""
+        pipe = self.pipeline(ema_weights)
         with raise_on_all_ranks():
             if self.pushes is None:
                 return
             try:
-                self._write_pipeline(self.pipeline(ema_weights))
+                self._write_pipeline(pipe)
                 self._write_card(step, None)
             except (OSError, ValueError) as error:  # a full disk, or a card that cannot be read: training continues
                 log(f"not published after update {step}: {error}")
@@ -87,125 +101,163 @@ class Publisher:
 
         If images or numbers of the model are not finite, a line says so and training continues.
         """
-        config = self.run.config
+        config = self.config
         with _memory_advice(step):
-            pipe = self._shared_pipeline(ema_weights)
+            pipe = self.pipeline(ema_weights)
             try:
                 if due(step, config.save_images_steps):
                     self.sample_grid(pipe, f"samples-{step}.png")
-                return pipe, self.evaluation.measure(pipe) if due(step, config.validation_steps) else None
+                if self.evaluation is None or not due(step, config.validation_steps):
+                    return pipe, None
+                return pipe, self.evaluation.measure(pipe)
             except NotFiniteError as error:
                 log(f"nothing to show after update {step}: {error}")
                 return pipe, None
 
-    def publish(self, ema_weights: dict[str, Tensor], step: int) -> DDPMPipeline:
-        """Write the pipeline (safetensors), sample grid, report and card into the output folder.
+    def write_model(self, pipe: DDPMPipeline, step: int) -> None:
+        """Write the pipeline (safetensors) and a card without numbers into the output folder: in seconds."""
+        with raise_on_all_ranks():
+            if processes().is_main_process:
+                self._write_pipeline(pipe)
+        log(f"wrote the pipeline to {self.folder}")
+        with raise_on_all_ranks():
+            if processes().is_main_process:
+                self._write_card(step, None)
+
+    def complete(self, pipe: DDPMPipeline, step: int) -> None:
+        """Add the sample grid, the numbers and a card with both to what `write_model` wrote.
 
         Raises:
             NotFiniteError: Images or numbers of the model are not finite; nothing is pushed.
         """
-        folder, main = self.run.output_dir, self.accelerator.is_main_process
-        pipe = self._shared_pipeline(ema_weights)
-        with raise_on_all_ranks():
-            if main:
-                self._write_pipeline(pipe)
-        log(f"wrote the pipeline to {folder}")
         with _memory_advice(step):
             self.sample_grid(pipe, SAMPLES)
-            report = self.evaluation.measure(pipe)
-        if report is not None:
+            report = self.evaluation.measure(pipe) if self.evaluation is not None else None
+        if report is not None and self.evaluation is not None:
             self.evaluation.record(pipe, report, step)
-        with raise_on_all_ranks():
-            if main:
-                if report is not None:
-                    report.save(folder / REPORT)
-                self._write_card(step, report)
-        log(f"wrote {folder / CARD}")
+        self._write_report_and_card(step, report)
         if self.pushes is not None:
             self.pushes.offer(f"After update {step}, the last")
-        return pipe
+
+    def missing(self) -> list[str]:
+        """Return what a run that was stopped after `write_model` lacks, for people."""
+        wanted = [SAMPLES, *([REPORT] if self.evaluation is not None and self.evaluation.metrics else [])]
+        names = [name for name in wanted if not (self.folder / name).exists()]
+        return names + ["its push to the Hub"] * (self.pushes is not None)
+
+    def _write_report_and_card(self, step: int, report: EvaluationReport | None) -> None:
+        with raise_on_all_ranks():
+            if processes().is_main_process:
+                if report is not None:
+                    report.save(self.folder / REPORT)
+                if self._write_card(step, report):
+                    log(f"wrote {self.folder / CARD}")
+                else:
+                    log(f"{self.folder / CARD} was edited, so it stays as it is")
 
     def _write_pipeline(self, pipe: DDPMPipeline) -> None:
         """Write the model into the output folder, and remove the former one's numbers and samples."""
         for name in (REPORT, SAMPLES):
-            (self.run.output_dir / name).unlink(missing_ok=True)
-        write_pipeline(pipe, self.run.output_dir)
+            (self.folder / name).unlink(missing_ok=True)
+        write_pipeline(pipe, self.folder)
 
-    def _write_card(self, step: int, report: EvaluationReport | None) -> None:
-        folder, config = self.run.output_dir, self.run.config
-        on_hub, initial = config.images_given().get("dataset_name"), self.run.initial
-        pictures = sorted(folder.glob("samples*.png"), key=lambda path: path.stat().st_mtime_ns)
-        written = write_card(
-            folder,
-            CardFacts(
-                name=folder.resolve().name,
-                dataset=recorded_name(self.run.data.name),
-                dataset_id=on_hub if on_hub is not None and not is_local(on_hub) else None,
-                recipe=self._recipe_for_card(step),
-                report=dataclasses.asdict(report) if report is not None else None,
-                sample=pictures[-1].name if pictures else None,
-                license=config.license,
-                base_model=initial.base_model if initial else None,
-            ),
+    def _write_card(self, step: int, report: EvaluationReport | None) -> bool:
+        """Write the card, unless a person has edited it; return whether it was written."""
+        pictures = sorted(self.folder.glob("samples*.png"), key=lambda path: path.stat().st_mtime_ns)
+        facts = training_facts(
+            self.folder.resolve().name,
+            self.settings,
+            step,
+            raw=self.raw,
+            dataset_name=self.config.images_given().get("dataset_name"),
+            report=dataclasses.asdict(report) if report is not None else None,
+            sample=pictures[-1].name if pictures else None,
+            license=self.config.license,
         )
-        if not written:
-            log(f"{folder / CARD} was edited, so it stays as it is")
+        return write_card(self.folder, facts)
 
-    def pipeline(self, ema_weights: dict[str, Tensor]) -> DDPMPipeline:
-        """Return the EMA weights in a float32 pipeline of their own, apart from the network in training."""
-        unet = UNet2DModel(**self.run.unet_config)
-        unet.load_state_dict(ema_weights)
-        pipe = DDPMPipeline(unet.to(self.run.device), DDPMScheduler(**self.run.recipe.scheduler))
-        pipe.set_progress_bar_config(disable=True)
-        return pipe
-
-    def _shared_pipeline(self, ema_weights: dict[str, Tensor]) -> DDPMPipeline:
-        """Return `pipeline` with the first process's weights in all, as rounding may differ between them."""
+    def pipeline(self, weights: dict[str, Tensor]) -> DDPMPipeline:
+        """Return the weights in a float32 pipeline of their own, the first process's in all; all have to call this."""
         with raise_on_all_ranks():
-            pipe = self.pipeline(ema_weights)
-        if self.accelerator.num_processes > 1:
+            copies = {n: x.detach().clone(memory_format=torch.contiguous_format) for n, x in weights.items()}
+            pipe = DDPMPipeline(*make_model(self.settings, copies))
+            pipe.set_progress_bar_config(disable=True)
+        if processes().num_processes > 1:  # rounding may differ between them
             broadcast(pipe.unet.state_dict())
         return pipe
 
     def sample_grid(self, pipe: DDPMPipeline, name: str) -> None:
         """Write images 0, 1, ... as a grid; every process draws a share of them."""
-        config, a = self.run.config, self.accelerator
-        seeds = range(a.process_index, config.num_sample_images, a.num_processes)
-        classes = self.run.data.class_names if config.class_conditional else None
+        config, here = self.config, processes()
+        seeds = range(here.process_index, config.num_sample_images, here.num_processes)
+        classes = self.settings["network"].get("_class_names")
         batches = generate(
             with_sampler(pipe, config.sampler),
             seeds,
-            batch_size=config.evaluation_batch(self.run.unet_config, a.num_processes, most=64),
+            batch_size=config.evaluation_batch(self.settings["network"], here.num_processes, most=64),
             num_inference_steps=min(config.ddpm_num_inference_steps, pipe.scheduler.config.num_train_timesteps),
             class_labels=[ClassIndex(seed % len(classes)) for seed in seeds] if classes else None,
         )
         with raise_on_all_ranks():
             drawn = [(seed, image) for part, images in batches for seed, image in zip(part, images, strict=True)]
         whole = dict(pair for share in gather(drawn) for pair in share)
-        path = self.run.output_dir / name
+        path = self.folder / name
         with raise_on_all_ranks():
-            if a.is_main_process:
+            if here.is_main_process:
                 save_picture(image_grid(torch.stack([whole[seed] for seed in range(config.num_sample_images)])), path)
         log(f"wrote {path}")
 
-    def _recipe_for_card(self, step: int) -> dict[str, Any]:
-        """Return what the card lists under "Training"."""
-        run, recipe, config = self.run, self.run.recipe, self.run.config
-        flips, warmup = ", random flips" * recipe.random_flip, " after a warm-up" * recipe.ema_warmup
-        facts = {
-            "images": run.describe_images(recorded_name(run.data.name)) + flips,
-            "updates": f"{step} of {run.plan.total} images, seed {config.seed}",
-            "optimizer": f"Adam(0.9, 0.999), learning rate {recipe.learning_rate:g} after {recipe.lr_warmup_steps} "
-            f"warm-up updates, then {recipe.lr_scheduler}, gradient norm at most {recipe.max_grad_norm:g}",
-            "EMA weights": f"decay {recipe.ema_decay}{warmup}",
-            "objective": f"{recipe.loss}, {recipe.timestep_sampling} timesteps, dropout {recipe.unet['dropout']:g}",
-        }
-        if run.initial is not None:
-            model = run.initial.base_model or recorded_name(run.initial.name)
-            facts["started from"] = f"the weights of {model} (SHA-256 {run.initial.digest[:12]}...)"
-        if config.class_conditional:
-            facts["classes"] = f"{len(run.data.class_names or [])}, dropped for {config.class_dropout:.0%}"
-        device = f"{run.device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
-        if run.device.type == "cuda":
-            device = torch.cuda.get_device_name(run.device)
-        return {**facts, "precision": run.precision, "hardware": f"{self.accelerator.num_processes} x {device}"}
+
+def publish_checkpoint(
+    checkpoint: Checkpoint, config: TrainingConfig, samples: bool = True, evaluate: bool = False
+) -> None:
+    """Write a checkpoint's model into `config.output_dir` as a run that ended there would: model, samples, card.
+
+    A model that is there already with these weights stays, with its samples, numbers and scheduler; what is missing
+    is added.
+
+    Args:
+        checkpoint: Where the weights are.
+        config: The run's configuration, for the samples and the card; with `evaluate` also for images and numbers.
+        samples: Draw the sample grid.
+        evaluate: Measure what the run would have measured at its end, on its images.
+
+    Raises:
+        UserError: The weights are not finite or do not fit; another process writes into the folder.
+    """
+    folder, step = Path(config.output_dir), checkpoint.state["step"]
+    with raise_on_all_ranks():
+        network = checkpoint.state["network"]
+        evaluation = TrainingEvaluation(config, network, load_split(config, network, "train")) if evaluate else None
+        pipe = DDPMPipeline(*checkpoint.model()).to(processes().device)
+        pipe.set_progress_bar_config(disable=True)
+        check_weights(pipe.unet)
+        if evaluation is not None:
+            evaluation.check(pipe)
+    publisher = Publisher(config, checkpoint.state, evaluation, raw=checkpoint.file == RAW)
+    with ExitStack() as cleanup:
+        with raise_on_all_ranks():
+            if processes().is_main_process and (folder / CONFIG).exists():
+                cleanup.enter_context(only_run_in(folder))
+            there = from_first(holds_model(folder, pipe))
+            own = there or folder.resolve() == checkpoint.path.parent.resolve()
+            if not own and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+                raise UserError(f"--output {str(folder)!r} holds something else; name a new folder")
+        if not there:
+            publisher.write_model(pipe, step)
+        if samples and not from_first((folder / SAMPLES).exists()):
+            publisher.sample_grid(pipe, SAMPLES)
+        report = evaluation.measure(pipe) if evaluation is not None else None
+        if report is None and (folder / REPORT).exists():  # of these weights
+            report = EvaluationReport.load(folder / REPORT)
+        publisher._write_report_and_card(step, report)
+
+
+def holds_model(folder: Path, pipe: DDPMPipeline) -> bool:
+    """Return whether a folder holds a published model with the same weights."""
+    try:
+        there = UNet2DModel.from_pretrained(folder / "unet").state_dict() if (folder / INDEX).is_file() else {}
+    except (OSError, ValueError):  # a damaged one is none
+        return False
+    own = pipe.unet.state_dict()
+    return there.keys() == own.keys() and all(torch.equal(there[name], own[name].cpu()) for name in own)

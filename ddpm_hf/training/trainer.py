@@ -6,13 +6,17 @@ shows, `checkpointing.py` what it resumes from. Everything random in update n is
 
 from __future__ import annotations
 
+import os
+import shlex
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor
@@ -21,6 +25,7 @@ from tqdm.auto import tqdm
 
 from ..diffusion.scheduling_ddpm import DDPMScheduler
 from ..models.unet_2d import UNet2DModel, parameter_count, use_plain_attention
+from ..pipelines import checkpoints
 from ..pipelines.pipeline_ddpm import DDPMPipeline
 from ..utils.errors import UserError
 from ..utils.files import remove_leftovers, writable_folder
@@ -35,8 +40,6 @@ from .initialization import initialize, open_initial_model
 from .publishing import Publisher
 from .run import resolve, start_accelerator
 from .update import CapturedUpdate, Update
-
-_T = TypeVar("_T")
 
 # How often the progress bar reads the loss, for which the host waits for the device.
 _SECONDS_BETWEEN_READINGS = 1.0
@@ -65,7 +68,7 @@ class Trainer:
             )
         with raise_on_all_ranks():
             checkpointing.check_output_is_ours(config)
-            state = checkpointing.recorded_state(self.output_dir, config.resume_from_checkpoint)
+            state = checkpoints.recorded_state(self.output_dir, config.resume_from_checkpoint)
             initial = open_initial_model(config, state)
             self.run = resolve(config, self.accelerator, initial)
             self.evaluation = TrainingEvaluation(config, self.run.unet_config, self.run.data)
@@ -73,7 +76,7 @@ class Trainer:
         same_everywhere(self.run.describe_images(), "all of them need the same images")
         if initial is not None:
             same_everywhere(f"{initial.name} ({initial.digest[:12]})", "all of them need the same --init_from")
-        self.publisher = Publisher(self.run, self.evaluation)
+        self.publisher = Publisher(config, checkpointing.settings_of(self.run), self.evaluation)
         self.unet = self._new_network()
         self._prepare_optimization()
         self.batches = Batches(self.run)
@@ -136,7 +139,8 @@ class Trainer:
             end_processes: End the process group; `False` where the processes have more to do together.
 
         Returns:
-            The published pipeline (EMA weights), or `None` where the run was asked to stop: its state is saved.
+            The published pipeline (EMA weights), or `None` where the run was asked to stop: its state is saved, and
+            after the last update its model too; only samples and numbers are left out.
 
         Raises:
             TrainingError: Loss or gradients are no longer finite.
@@ -151,21 +155,21 @@ class Trainer:
                     cleanup.enter_context(only_run_in(self.output_dir))
                     remove_leftovers(self.output_dir)
                     self.evaluation.discard_after(self.step)
-                    self.config.save(self.output_dir / checkpointing.CONFIG)
+                    self.config.save(self.output_dir / checkpoints.CONFIG)
             self.publisher.open_hub()
             self._start_trackers()
             cleanup.callback(self._close, end_processes)
             with stop_signals() as stop:
                 self._run_updates(stop)
-                trained = self.step == self.recipe.max_train_steps
-                pipe = self._unless_stopped(stop, self.publisher.publish) if trained else None
-            if pipe is None:
-                remark = "; only the published model is not complete" if trained else ""
-                log(
-                    f"stopped after update {self.step}{remark}; resume with --resume_from_checkpoint latest "
-                    f"--output_dir {self.config.output_dir}"
-                )
-            elif self.publisher.pushes is not None:
+                pipe, complete = None, False
+                if self.step == self.recipe.max_train_steps:
+                    pipe = self.publisher.pipeline(self._ema_state_dict())
+                    self.publisher.write_model(pipe, self.step)  # after a stop, too: a finished run has its model
+                    complete = self._unless_stopped(stop, partial(self.publisher.complete, pipe, self.step))
+            if not complete:
+                self._log_stop()
+                return None
+            if self.publisher.pushes is not None:
                 self.publisher.pushes.finish()
             return pipe
 
@@ -217,7 +221,7 @@ class Trainer:
         # On GPUs `read` gives the number at the check before, for which the host need not wait. All processes have the
         # same gradients, so the same number, and end at the same update.
         if (step + 1) % _UPDATES_BETWEEN_CHECKS == 0 and self.update.skipped_on_host.read() >= _MOST_SKIPPED_UPDATES:
-            kept, skipped = checkpointing.list_checkpoints(self.output_dir), int(self.update.skipped_in_a_row.item())
+            kept, skipped = checkpoints.list_checkpoints(self.output_dir), int(self.update.skipped_in_a_row.item())
             rate, precision = self._adam.param_groups[0]["lr"], f"precision {self.run.precision}"
             raise TrainingError(
                 f"loss {loss.item()} and gradient norm {norm.item()} at update {step + 1}: {skipped} updates in a "
@@ -245,34 +249,40 @@ class Trainer:
         if not (due(self.step, self.config.save_images_steps) or due(self.step, self.config.validation_steps)):
             return
         try:
-            shown = self._unless_stopped(stop, self.publisher.show)
-            pipe, report = shown or (None, None)
-            if pipe is not None and report is not None:
-                self.evaluation.record(pipe, report, self.step)
-                self._log_numbers()  # some trackers take updates in their order only
-                self.accelerator.log({name: entry["value"] for name, entry in report.values.items()}, step=self.step)
+            self._unless_stopped(stop, self._show)
         except (UserError, OSError, MemoryError):
             self._save()  # what was trained is not lost
             raise
 
-    def _unless_stopped(self, stop: StopFlag, make: Callable[[dict[str, Tensor], int], _T]) -> _T | None:
-        """Return what `make` gives of the EMA weights; `None` after a stop, with one process also in between."""
-        if self.accelerator.num_processes > 1:
-            return make(self._ema_state_dict(), self.step)
+    def _show(self) -> None:
+        pipe, report = self.publisher.show(self._ema_state_dict(), self.step)
+        if report is not None:
+            self.evaluation.record(pipe, report, self.step)
+            self._log_numbers()  # some trackers take updates in their order only
+            self.accelerator.log({name: entry["value"] for name, entry in report.values.items()}, step=self.step)
+
+    def _unless_stopped(self, stop: StopFlag, make: Callable[[], None]) -> bool:
+        """Call `make` and return whether it ended: not after a stop, with one process also in between."""
+        if self._all_agree_to_stop(stop):
+            return False
         try:
-            stop.interrupts = True
-            return None if stop.requested else make(self._ema_state_dict(), self.step)
+            stop.interrupts = self.accelerator.num_processes == 1
+            if stop.interrupts and stop.requested:  # since the line above
+                return False
+            make()
+            return True
         except KeyboardInterrupt:
             if not stop.requested:
                 raise
-            return None
+            return False
         finally:
             stop.interrupts = False
 
     def _all_agree_to_stop(self, stop: StopFlag) -> bool:
         if self.accelerator.num_processes == 1:
             return stop.requested
-        if self.step % _UPDATES_BETWEEN_CHECKS and not due(self.step, self.config.checkpointing_steps):
+        regular = self.step % _UPDATES_BETWEEN_CHECKS == 0 or due(self.step, self.config.checkpointing_steps)
+        if not regular and self.step < self.recipe.max_train_steps:
             return False  # asking the others waits for the device
         flag = torch.tensor(float(stop.requested), device=self.device)
         return self.accelerator.reduce(flag, reduction="sum").item() > 0
@@ -289,6 +299,32 @@ class Trainer:
                 tracker.finish()
 
     # ------------------------------------------------------------------ words and numbers
+
+    def _log_stop(self) -> None:
+        """Say what a stopped run has made, and the commands that come next, ready to be copied."""
+        folder, last, resume = shlex.quote(self.config.output_dir), self.recipe.max_train_steps, self._resume_command()
+        if self.step == last:
+            missing = " and ".join(self.publisher.missing()) or "the end of its card"
+            what = f"stopped after update {last}, the last: the model is in {folder}; missing: {missing}"
+            return log(f"{what}, made by\n  {resume}")
+        images = shlex.quote(f"{self.config.output_dir}/samples-{self.step}")
+        log(
+            f"stopped after update {self.step} of {last}, saved in {self.output_dir / f'checkpoint-{self.step}'}\n"
+            f"  resume:   {resume}\n"
+            f"  sample:   ddpm-hf sample --model {folder} --output {images}\n"
+            f"  publish:  ddpm-hf publish {folder}"
+        )
+
+    def _resume_command(self) -> str:
+        """Return what resumes this run; where its launcher has more to say than can be known here, that in words."""
+        number, flag = self.accelerator.num_processes, "--resume_from_checkpoint latest"
+        several_machines = int(os.environ.get("LOCAL_WORLD_SIZE", number)) != number
+        if several_machines or self.accelerator.distributed_type == DistributedType.FSDP:
+            return f"the command that started it, with {flag}"
+        if self.config.mixed_precision is None and "ACCELERATE_MIXED_PRECISION" in os.environ:  # as its launcher chose
+            flag += f" --mixed_precision {self.accelerator.mixed_precision}"
+        command = "ddpm-hf" if number == 1 else f"torchrun --nproc_per_node {number} -m ddpm_hf.cli"
+        return f"{command} train --config {shlex.quote(str(self.output_dir / checkpoints.CONFIG))} {flag}"
 
     def _introduction(self) -> str:
         run, plan, updates = self.run, self.plan, self.recipe.max_train_steps - self.step
@@ -345,18 +381,17 @@ class Trainer:
             "optimizer": values,
             "ema_steps": self.ema.optimization_step,
             "scaler": scaler.state_dict() if scaler is not None else None,
-            **checkpointing.fixed_settings(self.run),
-            "recipe": checkpointing.changeable_settings(self.run),
+            **self.publisher.settings,
         }
         with raise_on_all_ranks():  # no process continues before it is written
             if self.accelerator.is_main_process:
-                checkpointing.save_checkpoint(self.output_dir, self.step, tensors, state, keep)
+                checkpoints.save_checkpoint(self.output_dir, self.step, tensors, state, keep)
         self._saved_at = self.step
 
     def _resume(self, which: str) -> None:
         with raise_on_all_ranks():
-            found = checkpointing.find_checkpoint(self.output_dir, which)
-        where = f"{found[0].name} ({checkpointing.fingerprint(found[0])[:12]})" if found else "no checkpoint"
+            found = checkpoints.find_checkpoint(self.output_dir, which)
+        where = f"{found[0].name} ({checkpoints.fingerprint(found[0])[:12]})" if found else "no checkpoint"
         advice = "put --output_dir on a disk that all machines share, or copy the first one's folder to all of them"
         same_everywhere(where, advice)
         if found is None:

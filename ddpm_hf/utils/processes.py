@@ -41,7 +41,8 @@ def processes() -> PartialState:
 
 def log(text: str) -> None:
     """Print a line above the progress bar, from the main process only."""
-    if processes().is_main_process:
+    # Loading a model in a program of one's own must not start the process group.
+    if processes().is_main_process if PartialState._shared_state else int(os.environ.get("RANK", 0)) == 0:
         tqdm.write(text)
 
 

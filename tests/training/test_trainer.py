@@ -35,10 +35,11 @@ from ddpm_hf import (
 from ddpm_hf.diffusion.objectives import simple_loss
 from ddpm_hf.evaluation.features import make_extractor
 from ddpm_hf.hub.files import published_files
+from ddpm_hf.pipelines.checkpoints import list_checkpoints
 from ddpm_hf.presets import PRESETS
 from ddpm_hf.training import run as training_run
 from ddpm_hf.training import trainer as training_trainer
-from ddpm_hf.training.checkpointing import changeable_settings, check_checkpoint, fixed_settings, list_checkpoints
+from ddpm_hf.training.checkpointing import changeable_settings, check_checkpoint, fixed_settings
 from ddpm_hf.training.configuration import TrainingError
 from ddpm_hf.training.evaluation import names_of_numbers
 from ddpm_hf.training.run import choose_computation
@@ -879,8 +880,8 @@ def test_checkpoints_of_0_1_0_resume_and_nothing_is_said(tmp_path, capsys):
     run = trainer(tmp_path / "run", channels_last=True)
     here = changeable_settings(run.run)
     new = {"class_dropout", "center_crop", "tf32", "channels_last", "compile", "train_batch_size"}
-    old = {k: v for k, v in here.items() if k not in new | {"number of processes"}}
-    assert len(old) == len(here) - 7
+    old = {k: v for k, v in here.items() if k not in new | {"number of processes", "device"}}
+    assert len(old) == len(here) - 8
     state = {"step": 3, **fixed_settings(run.run), "recipe": old}
     check_checkpoint(run.run, tmp_path / "checkpoint-3", json.loads(json.dumps(state)))
     assert capsys.readouterr().out == ""
@@ -903,7 +904,9 @@ def test_a_stop_signal_does_not_wait_for_the_published_samples(tmp_path, monkeyp
 
     monkeypatch.setattr(run.publisher, "sample_grid", interrupted)
     assert run.train() is None
-    assert "stopped after update 6; only the published model is not complete" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"the model is in {tmp_path}/stopped; missing: samples.png and evaluation.json, made by" in said
+    assert DDPMPipeline.from_pretrained(tmp_path / "stopped").unet.config.sample_size == 8
     assert not (tmp_path / "stopped" / "samples.png").exists()
     assert trainer(tmp_path / "stopped", resume_from_checkpoint="latest").train() is not None
     for name in ("samples.png", "unet/diffusion_pytorch_model.safetensors"):
