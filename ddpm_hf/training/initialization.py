@@ -3,9 +3,9 @@
 Network and noise schedule are the given model's, the rest of the recipe is the preset's. Every weight that fits is
 copied; what is new starts so that the network computes what it computed before:
 
-- classes, by name: known ones keep their row of the embedding; new ones start at the mean of the known rows, a vector
-  between those that the network has seen (PyTorch's N(0, 1) is far outside of them). In a network that had no classes
-  all rows start at 0, which adds nothing to the time embedding.
+- classes, by name: known ones keep their row of the embedding; new ones start at the mean of the known rows, which is
+  nearest to all of them together (a random row would be a class that the network has never seen). In a network that
+  had no classes all rows start at 0, which adds nothing to the time embedding.
 - the outputs of a learned variance: weights 0, and the bias with which `learned_range` is the fixed variance.
 """
 
