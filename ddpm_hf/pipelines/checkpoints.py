@@ -225,6 +225,7 @@ def read_checkpoint(folder: Path, weights: str = "ema") -> Checkpoint:
 
     Raises:
         CheckpointError: There is none, or none that is complete.
+        OSError: The folder holds no run.
     """
     file, state = {"ema": EMA, "raw": RAW}[weights], None
     if any((folder / name).exists() for name in (MANIFEST_FILE, STATE_FILE, f"{EMA}.safetensors")):
@@ -239,7 +240,7 @@ def read_checkpoint(folder: Path, weights: str = "ema") -> Checkpoint:
             f"the run in {str(folder)!r} has no checkpoint yet, so no model; it writes one when it is stopped"
         )
     else:
-        raise CheckpointError(
+        raise OSError(
             f"{str(folder)!r} holds no pipeline (there is no {INDEX} in it) and no checkpoint of a training run"
         )
     if file not in tensors:

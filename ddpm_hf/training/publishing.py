@@ -239,7 +239,8 @@ def publish_checkpoint(
         with raise_on_all_ranks():
             if processes().is_main_process and (folder / CONFIG).exists():
                 cleanup.enter_context(only_run_in(folder))
-            there = from_first(holds_model(folder, pipe))
+        there = from_first(holds_model(folder, pipe))
+        with raise_on_all_ranks():
             own = there or folder.resolve() == checkpoint.path.parent.resolve()
             if not own and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
                 raise UserError(f"--output {str(folder)!r} holds something else; name a new folder")

@@ -197,7 +197,12 @@ def test_other_mistakes(tmp_path, capsys, small_pipeline):
             ["sample", *model, *out, "--optimize", "fast"],
             "--optimize: must be one of auto, yes, no, compile, got 'fast'",
         ),
-        (["push"], "required: RUN, --repo_id"),
+        (["push"], "required: --repo_id"),
+        (["push", "--repo_id", "a/b"], "give the folder of the run or model: RUN, or --model RUN"),
+        (
+            ["sample", *model, *out, "--weights", "raw"],
+            "holds a published model and no checkpoint: raw weights are in",
+        ),
         (["convert", "--from", "diffusers", "--checkpoint", str(tmp_path / "no"), *out], "no folder"),
         (["sample", *model, *out, "--class_labels", "cats"], "not class-conditional"),
         (["sample", *model, *out, "--class_labels", "null"], "class 'null'"),

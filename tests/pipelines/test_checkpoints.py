@@ -274,7 +274,7 @@ def test_folders_without_a_model(tmp_path, small_pipeline):
         ("published", "raw", "holds a published model and no checkpoint: raw weights are in checkpoints only"),
         ("no ema", "ema", "checkpoint-1' has no ema weights: no ema.safetensors"),
     ]:
-        with pytest.raises(CheckpointError, match=words):
+        with pytest.raises(OSError if folder == "empty" else CheckpointError, match=words):
             DDPMPipeline.from_pretrained(tmp_path / folder, weights=weights)
     with pytest.raises(ValueError, match="'org/x' is no folder here, and raw weights are in the checkpoints of a run"):
         DDPMPipeline.from_pretrained("org/x", weights="raw")

@@ -6,11 +6,14 @@ import re
 import shlex
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import DDPMPipeline as StockDDPMPipeline
+from hub.server import HubServer
 from programs import ROOT, run_ranks
 from safetensors.torch import load_file
 
@@ -206,6 +209,28 @@ def test_commands_take_stopped_runs_and_checkpoints(tmp_path, stopped, capsys):
     assert "3 of 16 images, seed 0; 400 updates were planned" in (tmp_path / "space/model/README.md").read_text()
 
 
+def test_a_stopped_run_is_pushed_with_a_card_that_says_so(tmp_path, stopped):
+    before = {path: path.stat().st_mtime_ns for path in stopped.rglob("*") if path.is_file()}
+    with HubServer(tmp_path / "hub") as hub:
+        for folder, name, more in [(stopped, "run", []), (stopped / "checkpoint-3", "raw", ["--weights", "raw"])]:
+            command = [sys.executable, "-m", "ddpm_hf.cli", "push", str(folder), "--repo_id", f"org/{name}", *more]
+            environment = {**os.environ, **hub.environment(tmp_path / "home", "hf_test_token")}
+            done = subprocess.run(command, capture_output=True, text=True, env=environment)
+            assert done.returncode == 0, done.stderr
+            assert f"weights of {stopped}/checkpoint-3, after 3 updates" in done.stdout
+            card = hub.read("models", f"org/{name}", "README.md").decode()
+            assert "3 of 16 images, seed 0; 400 updates were planned" in card
+            assert f'from_pretrained("org/{name}")' in card
+            (tmp_path / name).write_bytes(hub.read("models", f"org/{name}", WEIGHTS))
+    for name, file in (("run", "ema"), ("raw", "model")):
+        weights = load_file(stopped / "checkpoint-3" / f"{file}.safetensors")
+        assert all(torch.equal(value, weights[key]) for key, value in load_file(tmp_path / name).items())
+    after = {
+        path: path.stat().st_mtime_ns for path in stopped.rglob("*") if path.is_file() and path.name != ".hub.json"
+    }
+    assert after == before
+
+
 @pytest.mark.parametrize("moment", ["the last update", "the last checkpoint", "writing the model", "the samples"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_near_the_end_leaves_the_model_and_resuming_the_rest(
@@ -250,6 +275,19 @@ def test_two_processes_that_are_stopped_in_the_last_update_write_the_model(tmp_p
     ema = load_file(tmp_path / "run" / "checkpoint-3" / "ema.safetensors")
     weights = load_file(tmp_path / "run" / WEIGHTS)
     assert all(torch.equal(weights[name], ema[name]) for name in ema)
+
+
+def test_two_processes_publish_what_one_does_and_refuse_together(tmp_path, stopped):
+    command = ["-m", "ddpm_hf.cli", "publish", str(stopped / "checkpoint-3"), "--output"]
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "notes").write_text("x")
+    assert [end.returncode for end in run_ranks(*[[*command, str(tmp_path / "two")]] * 2)] == [0, 0]
+    ends = run_ranks(*[[*command, str(tmp_path / "used")]] * 2)
+    assert [end.returncode for end in ends] == [2, 2]
+    assert all("holds something else; name a new folder" in end.stderr for end in ends)
+    assert ddpm_hf(*command[2:], tmp_path / "one") == 0
+    for name in ("samples.png", WEIGHTS):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
 def test_a_resume_command_says_what_the_launcher_chose(tmp_path, monkeypatch):
