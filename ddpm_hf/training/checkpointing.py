@@ -115,6 +115,7 @@ def fixed_settings(run: Run) -> dict[str, Any]:
         "num_images": None if isinstance(run.data, StreamedImages) else len(run.data),
         "total_batch_size": run.plan.total,
         "seed": run.config.seed,
+        "init_from": run.initial.record if run.initial else None,
     }
 
 

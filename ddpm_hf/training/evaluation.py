@@ -12,6 +12,7 @@ import json
 import math
 import re
 import shutil
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -49,10 +50,10 @@ def names_of_numbers(metrics: list[str], extractors: list[FeatureExtractor], spl
 
 
 class TrainingEvaluation:
-    """Measures a run's EMA weights; knows its configuration and its training images."""
+    """Measures a run's EMA weights; knows its configuration, the network's arguments and its training images."""
 
-    def __init__(self, config: TrainingConfig, train: Images):
-        self.config, self.folder = config, Path(config.output_dir)
+    def __init__(self, config: TrainingConfig, network: Mapping[str, Any], train: Images):
+        self.config, self.network, self.folder = config, network, Path(config.output_dir)
         self.metrics = parse_metrics(config.eval_metrics, IN_LOOP_METRICS, "--eval_metrics")
         self._of_samples = [metric for metric in self.metrics if metric in SAMPLE_METRICS]
         held_out = self._load_held_out()
@@ -70,10 +71,10 @@ class TrainingEvaluation:
                 raise UserError(f"--validation_steps needs images that are held out; {advice}")
             return None
         if self._of_samples:
-            return load_split(config, "validation")
+            return load_split(config, self.network, "validation")
         if not config.eval_num_images:
             return None
-        held_out = first_images(load_split(config, "validation"), config.eval_num_images)
+        held_out = first_images(load_split(config, self.network, "validation"), config.eval_num_images)
         if not len(held_out):
             what = f"--validation_split {config.validation_split} of {held_out.name!r} holds out no image"
             raise UserError(f"{what}; use a larger share, or --eval_num_images 0")
@@ -96,7 +97,7 @@ class TrainingEvaluation:
         same_name = ("num_images", "num_evaluations", "num_samples", "features", "inception_weights")
         return EvaluationOptions(
             **{name: getattr(config, f"eval_{name}") for name in same_name},
-            batch_size=config.evaluation_batch(processes().num_processes),
+            batch_size=config.evaluation_batch(self.network, processes().num_processes),
             sampler=config.sampler,
             num_inference_steps=min(config.ddpm_num_inference_steps, pipe.scheduler.config.num_train_timesteps),
         )

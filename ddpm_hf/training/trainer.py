@@ -36,6 +36,7 @@ from . import checkpointing
 from .batches import Batches
 from .configuration import TrainingConfig, TrainingError, due
 from .evaluation import TrainingEvaluation
+from .initialization import initialize, open_initial_model
 from .publishing import Publisher
 from .run import resolve, start_accelerator
 from .update import CapturedUpdate, Update
@@ -67,10 +68,14 @@ class Trainer:
             )
         with raise_on_all_ranks():
             checkpointing.check_output_is_ours(config)
-            self.run = resolve(config, self.accelerator)
-            self.evaluation = TrainingEvaluation(config, self.run.data)
+            state = checkpoints.recorded_state(self.output_dir, config.resume_from_checkpoint)
+            initial = open_initial_model(config, state)
+            self.run = resolve(config, self.accelerator, initial)
+            self.evaluation = TrainingEvaluation(config, self.run.unet_config, self.run.data)
         self.recipe, self.data, self.plan = self.run.recipe, self.run.data, self.run.plan
         same_everywhere(self.run.describe_images(), "all of them need the same images")
+        if initial is not None:
+            same_everywhere(f"{initial.name} ({initial.digest[:12]})", "all of them need the same --init_from")
         self.publisher = Publisher(config, checkpointing.settings_of(self.run), self.evaluation)
         self.unet = self._new_network()
         self._prepare_optimization()
@@ -87,6 +92,9 @@ class Trainer:
         """Return the network at its start, on the device, laid out as the run wants it."""
         torch.manual_seed(derive_seed(self.config.seed, "weights"))
         unet = UNet2DModel(**self.run.unet_config).to(self.device)
+        if (initial := self.run.initial) is not None and initial.weights is not None:
+            with raise_on_all_ranks():
+                initialize(unet, initial)
         with raise_on_all_ranks():  # can everything be measured that is to be measured on the way?
             self.evaluation.check(DDPMPipeline(unet, DDPMScheduler(**self.recipe.scheduler)))
         if self.device.type == "cpu":
