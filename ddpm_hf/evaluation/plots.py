@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,4 +84,18 @@ def distances_figure(samples: Tensor, held_out: Tensor, held_out_name: str, titl
     axis.set(xlabel="distance to the nearest training image", ylabel="percent")
     axis.legend()
     axis.set_title(title, fontsize=10)
+    return figure
+
+
+def sweep_figure(lengths: Sequence[float], numbers: Mapping[str, Sequence[float]], paper: Mapping[str, float]) -> Any:
+    """Draw each number over the averaging length sigma_rel; `paper` has that of the paper's EMA, a dashed line."""
+    figure, axes = _figure(4.2 * len(numbers), 3.6, 1, len(numbers))
+    for axis, (name, values) in zip(axes[0], numbers.items(), strict=True):
+        axis.plot(lengths, values, color=_BLUE, linewidth=1.8, marker="o", markersize=4)
+        if name in paper:
+            axis.axhline(paper[name], color="#7f8c8d", linestyle="--", linewidth=1.2, label="the run's own EMA")
+            axis.legend(fontsize=8)
+        axis.set(xlabel="sigma_rel", title=name)
+        axis.title.set_fontsize(9)
+        axis.grid(alpha=0.3)
     return figure

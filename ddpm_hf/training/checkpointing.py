@@ -6,6 +6,7 @@ output_dir/
     model.safetensors          the weights in training
     ema.safetensors            the EMA weights
     optimizer.safetensors      Adam's moments and step counts
+    posthoc_ema.safetensors    the averages for post-hoc EMA
     state.json                 the update, and small state
     manifest.json              SHA-256 and size of every file above
   checkpoint-1000/
@@ -43,6 +44,7 @@ from ..utils.processes import log
 from ..utils.text import plain
 from .configuration import TrainingConfig
 from .evaluation import BEST, HISTORY
+from .posthoc_ema import FOLDER
 from .run import Run
 
 STATE_FILE, MANIFEST_FILE = "state.json", "manifest.json"
@@ -222,7 +224,7 @@ def check_output_is_ours(config: TrainingConfig) -> None:
             f"{where} already holds a run; resume it with --resume_from_checkpoint latest, or name another folder"
         )
     if not (folder / CONFIG).exists():
-        for name in (INDEX, "unet", "scheduler", CARD, SAMPLES, REPORT, BEST, HISTORY):
+        for name in (INDEX, "unet", "scheduler", CARD, SAMPLES, REPORT, BEST, HISTORY, FOLDER):
             if (folder / name).exists():
                 raise UserError(f"{where} holds {name}, which a run would overwrite; name another folder")
     # Models are written after checkpoints, so these were removed: to save space, not to train all over again.

@@ -83,7 +83,7 @@ def whole(small_preset, tmp_path_factory) -> Path:
 
 
 def same_files(a, b, step):
-    for name in ("model", "ema", "optimizer"):
+    for name in ("model", "ema", "optimizer", "posthoc_ema"):
         one = load_file(a / f"checkpoint-{step}" / f"{name}.safetensors")
         two = load_file(b / f"checkpoint-{step}" / f"{name}.safetensors")
         assert one.keys() == two.keys()
@@ -96,7 +96,7 @@ def test_a_run_publishes_a_pipeline_with_card_numbers_and_samples(tmp_path, caps
     names = {p.name for p in folder.iterdir()}
     assert names == {
         *("model_index.json", "unet", "scheduler", "README.md", "samples.png", "evaluation.json"),
-        *("training_config.yaml", "checkpoint-3", "checkpoint-6", ".lock"),
+        *("training_config.yaml", "checkpoint-3", "checkpoint-6", "ema", ".lock"),
     }
     loaded = DDPMPipeline.from_pretrained(folder)
     ema = load_file(folder / "checkpoint-6" / "ema.safetensors")
