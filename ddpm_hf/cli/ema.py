@@ -16,6 +16,7 @@ from .evaluate import add_evaluation_flags, measure
 SWEEP = "ema_sweep"
 _GRID = (0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.06, 0.075, 0.10, 0.125, 0.15, 0.175, 0.20, 0.25)
 _LOWER_IS_BETTER, _HIGHER_IS_BETTER = ("bits_per_dim", "fid_", "fd_", "kid_", "kd_"), ("is_", "precision_", "recall_")
+_OF_BOTH = ("run", "sigma_rel", "step", "output")  # flags; those of ddpm-hf evaluate are for the sweep
 _OWN = "the run's own EMA"
 
 
@@ -39,13 +40,17 @@ def ema_parser(prog: str | None = None) -> Parser:
 
 def ema(arguments: Sequence[str], prog: str | None = None) -> int:
     """Run `ddpm-hf ema`."""
-    values = ema_parser(prog).parse_args(arguments)
+    parser = ema_parser(prog)
+    values = parser.parse_args(arguments)
     if values.model is not None or values.compare is not None:
         raise UserError("--model and --compare go with ddpm-hf evaluate; here the model is RUN")
     if values.sweep and values.output is not None:
         raise UserError(f"--sweep writes into RUN/{SWEEP}; leave out --output")
     if not values.sweep and (values.sigma_rel is None or values.output is None):
         raise UserError("give the lengths and where to: --sigma_rel 0.05,0.1 --output FOLDER; or --sweep")
+    for name, default in vars(parser.parse_args([values.run])).items():
+        if not values.sweep and name not in _OF_BOTH and getattr(values, name) != default:
+            raise UserError(f"--{name} goes with --sweep")
     from ..training.posthoc_ema import Snapshots
 
     snapshots = Snapshots(Path(values.run))

@@ -15,6 +15,7 @@ nothing else: they also hold the configurations of network and scheduler.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
@@ -40,6 +41,9 @@ LONGEST = 12**-0.5  # sigma_rel of gamma = 0: the mean of all updates
 # Snapshots are due after updates that do not depend on the run's last one, so it does not matter where it was stopped,
 # or whether it becomes longer.
 _PER_DOUBLING = 3
+# What the rounding of snapshots adds to the inner products, in units of t: without it, two snapshots of nearly the
+# same update get large coefficients of opposite signs.
+_ROUNDING = 1e-6
 # The largest predicted error of a reconstruction, see `coefficients`.
 LARGEST_ERROR = 0.1
 
@@ -48,6 +52,7 @@ LARGEST_ERROR = 0.1
 Profile = tuple[float, float]  # sigma_rel, and the update t after which the average was, or would have been, taken
 
 
+@functools.cache
 def gamma_of(sigma_rel: float) -> float:
     """Return the exponent gamma >= 0 of the power function whose relative width is `sigma_rel`, in (0, 12^-1/2].
 
@@ -96,9 +101,9 @@ def coefficients(known: list[Profile], wanted: Profile) -> tuple[np.ndarray, flo
     end = wanted[1]
     profiles = [(sigma_rel, update / end) for sigma_rel, update in [*known, wanted]]
     products = np.array([[inner_product(p, q) for q in profiles] for p in profiles])
-    A, b = products.copy(), np.append(products[:-1, -1], 1.0)  # [[A, 1], [1, 0]] [x, lambda] = [b, 1]
-    A[-1], A[:, -1], A[-1, -1] = 1.0, 1.0, 0.0
-    x = np.linalg.lstsq(A, b, rcond=None)[0][:-1]
+    A, b = products + _ROUNDING * np.eye(len(products)), np.append(products[:-1, -1], 1.0)
+    A[-1], A[:, -1], A[-1, -1] = 1.0, 1.0, 0.0  # [[A, 1], [1, 0]] [x, lambda] = [b, 1]
+    x = np.linalg.solve(A, b)[:-1]
     difference = np.append(x / x.sum(), -1.0)
     square = max(0.0, difference @ products @ difference)
     return difference[:-1], math.sqrt(square * (2 * gamma_of(wanted[0]) + 3))  # int C^2 d tau = t / (2 gamma + 3)

@@ -83,6 +83,7 @@ def test_a_sweep_measures_every_length_and_the_run_s_own_ema(run, capsys):
         (["{run}", "--sigma_rel", "0.1", "--output", "{run}"], "is there already"),
         (["{run}", "--sweep", "--output", "{tmp}/x"], "leave out --output"),
         (["{run}", "--sweep", "--metrics", "fud"], "'fud'"),
+        (["{run}", "--sigma_rel", "0.1", "--output", "{tmp}/x", "--metrics", "fid"], "--metrics goes with --sweep"),
         (["{run}", "--sweep", "--model", "{run}"], "the model is RUN"),
     ],
 )
