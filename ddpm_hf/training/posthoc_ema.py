@@ -183,7 +183,8 @@ def save_snapshot(run: Path, update: int, averages: dict[str, Tensor], config: d
     """
     half = {name: average.to("cpu", torch.float16).contiguous() for name, average in averages.items()}
     path = run / FOLDER / f"update-{update}.safetensors"
-    write_whole(path, lambda partial: _save(half, partial, {name: json.dumps(c) for name, c in config.items()}))
+    # One entry: safetensors writes several in any order, and the same snapshot is to be the same file.
+    write_whole(path, lambda partial: _save(half, partial, {"config": json.dumps(config)}))
     others = {t: old for t, old in list_snapshots(run).items() if t != update}
     kept = sorted((t for t in others if t < update and is_due(t)), reverse=True)[: keep - 1]
     for t in others.keys() - kept:
@@ -247,12 +248,12 @@ class Snapshots:
         for t, path in self.files.items():
             try:
                 with safe_open(path, "pt") as file:
-                    config = {name: json.loads(text) for name, text in file.metadata().items()}
+                    config = json.loads(file.metadata()["config"])
                     for key in file.keys():  # noqa: SIM118 (it is no dict)
                         length, _, name = key.partition("/")
                         value = file.get_tensor(key).double() * x[self.known.index((float(length), t))]
                         total[name] = total.get(name, 0.0) + value
-            except (OSError, SafetensorError, ValueError, AttributeError) as error:
+            except (OSError, SafetensorError, ValueError, TypeError, KeyError) as error:
                 raise UserError(f"the snapshot {str(path)!r} is damaged: {first_line(error)}") from None
         unet = UNet2DModel(**config["unet"])
         unet.load_state_dict({**dict(unet.named_buffers()), **{name: value.float() for name, value in total.items()}})

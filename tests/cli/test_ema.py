@@ -28,7 +28,7 @@ def ema(*arguments: object) -> int:
 
 def test_one_length_is_a_pipeline_that_stock_opens(run, tmp_path, capsys):
     assert ema(run, "--sigma_rel", "0.1", "--output", tmp_path / "model") == 0
-    assert "sigma_rel 0.1 after update 10, predicted error 0.00%" in capsys.readouterr().out
+    assert "sigma_rel 0.1 after update 10, predicted error 0.01%" in capsys.readouterr().out
     stock = diffusers.DDPMPipeline.from_pretrained(tmp_path / "model")
     tracked = load_file(run / "checkpoint-10" / "posthoc_ema.safetensors")
     for name, weight in stock.unet.state_dict().items():
