@@ -363,8 +363,10 @@ class Trainer:
 
     def _save_snapshot(self) -> None:
         """Write what post-hoc EMA is made from, if it is kept."""
+        if self.update.powers is None:
+            return
         with raise_on_all_ranks():
-            if self.update.powers is not None and self.accelerator.is_main_process:
+            if self.accelerator.is_main_process:
                 config = {"unet": self.run.unet_config, "scheduler": dict(self.recipe.scheduler)}
                 averages, keep = self.update.powers.state_dict(), self.config.posthoc_ema_snapshots
                 save_snapshot(self.output_dir, self.step, averages, config, keep)
