@@ -184,18 +184,14 @@ def save_snapshot(run: Path, update: int, averages: dict[str, Tensor], config: d
     half = {name: average.to("cpu", torch.float16).contiguous() for name, average in averages.items()}
     path = run / FOLDER / f"update-{update}.safetensors"
     # One entry: safetensors writes several in any order, and the same snapshot is to be the same file.
-    write_whole(path, lambda partial: _save(half, partial, {"config": json.dumps(config)}))
+    try:
+        write_whole(path, lambda partial: save_file(half, partial, {"config": json.dumps(config)}))
+    except (OSError, SafetensorError) as error:  # safetensors has its own for a full disk
+        raise OSError(f"cannot write {path}: {error}; checkpoints are intact") from error
     others = {t: old for t, old in list_snapshots(run).items() if t != update}
     kept = sorted((t for t in others if t < update and is_due(t)), reverse=True)[: keep - 1]
     for t in others.keys() - kept:
         others[t].unlink()
-
-
-def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    try:
-        save_file(tensors, path, metadata)
-    except SafetensorError as error:  # its own error for a full disk
-        raise OSError(f"cannot write {path}: {error}") from error
 
 
 def discard_snapshots(run: Path, after: int) -> None:

@@ -660,7 +660,7 @@ def test_a_disk_that_refuses_gets_a_sentence_and_the_last_checkpoint_is_intact(t
     update = run._update
 
     def fill_the_disk(step):
-        if step == 4:
+        if step == 5:
             limit = (tmp_path / "run" / "checkpoint-3" / "model.safetensors").stat().st_size // 2
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
         return update(step)
@@ -674,7 +674,7 @@ def test_a_disk_that_refuses_gets_a_sentence_and_the_last_checkpoint_is_intact(t
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         signal.signal(signal.SIGXFSZ, before)
     names = {p.name for p in (tmp_path / "run").iterdir()}
-    assert names == {"training_config.yaml", "checkpoint-3", ".lock"}
+    assert names == {"training_config.yaml", "checkpoint-3", "ema", ".lock"}
     trainer(tmp_path / "run", resume_from_checkpoint="latest").train()
     same_files(whole, tmp_path / "run", 6)
 
