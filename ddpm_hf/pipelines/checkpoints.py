@@ -7,6 +7,7 @@ output_dir/
     model.safetensors          the weights in training
     ema.safetensors            the EMA weights
     optimizer.safetensors      Adam's moments and step counts
+    posthoc_ema.safetensors    the averages for post-hoc EMA
     state.json                 the update, the network's and scheduler's configuration, and small state
     manifest.json              SHA-256 and size of every file above
   checkpoint-1000/

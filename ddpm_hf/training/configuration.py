@@ -143,6 +143,8 @@ class TrainingConfig:
     lr_warmup_steps: int | None = _flag(None, "updates of linear warm-up", NOT_NEGATIVE, paper="lr_warmup_steps")
     max_grad_norm: float | None = _flag(None, "larger gradients are scaled down", NORM, paper="max_grad_norm")
     ema_max_decay: float | None = _flag(None, "decay of the EMA weights", FRACTION, paper="ema_decay")
+    posthoc_ema: bool = _flag(True, "keep what ddpm-hf ema makes averages of other lengths from, after the training")
+    posthoc_ema_snapshots: int = _flag(3, "for that: snapshots on disk, each as large as the weights", POSITIVE)
     loss: str | None = _preset("loss", "simple (Eq. 14), vlb (the bound) or hybrid (learned variance)")
     timestep_sampling: str | None = _preset("timestep_sampling", "uniform, or stratified over each batch")
     seed: int = _flag(0, "seed of everything random")

@@ -22,7 +22,7 @@ from ..evaluation.features import FeatureExtractor
 from ..evaluation.options import EvaluationOptions
 from ..evaluation.report import EvaluationReport
 from ..evaluation.run import check_evaluation, evaluate, first_images, parse_metrics
-from ..evaluation.samples import SAMPLE_METRICS, number_name
+from ..evaluation.samples import SAMPLE_METRICS, higher_is_better, number_name
 from ..hub.files import REPORT
 from ..pipelines.pipeline_ddpm import DDPMPipeline
 from ..utils.errors import UserError
@@ -34,7 +34,6 @@ from .run import load_split
 
 BEST, HISTORY = "best", "evaluations.json"
 IN_LOOP_METRICS = ("nll", *(name for name, metric in SAMPLE_METRICS.items() if metric.numbers))
-_HIGHER_IS_BETTER = tuple(f"{n}_" for m in SAMPLE_METRICS.values() if m.higher_is_better for n in m.numbers)
 
 
 def names_of_numbers(metrics: list[str], extractors: list[FeatureExtractor], splits: list[str]) -> list[str]:
@@ -142,7 +141,7 @@ class TrainingEvaluation:
                 before = best.values[name]["value"]
             else:
                 log(f"{folder} was chosen by another number than {name} as it is measured now, and is chosen again")
-        worse = value <= before if name.startswith(_HIGHER_IS_BETTER) else value >= before
+        worse = value <= before if higher_is_better(name) else value >= before
         if math.isnan(value) or worse:
             return
         report = dataclasses.replace(report, model={**report.model, "update": step, "best_metric": name})
