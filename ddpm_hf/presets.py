@@ -202,6 +202,22 @@ _ALL = (
 PRESETS: Mapping[str, Preset] = MappingProxyType({preset.name: preset for preset in _ALL})
 """Every `Preset` by its name."""
 
+# `ddpm-hf distill`, not in the paper; network and process are the teacher's
+DISTILLATION = Preset(
+    name="distillation",
+    source="docs/distillation.md",
+    unet={},
+    scheduler={},
+    total_batch_size=16,
+    learning_rate=2e-3,
+    max_train_steps=3000,
+    lr_warmup_steps=100,
+    lr_scheduler="cosine",
+    ema_decay=0.998,
+    ema_warmup=True,
+    random_flip=False,
+)
+
 
 def get_preset(name: str) -> Preset:
     """Return the preset called `name`; raise a `ValueError` that lists all presets where there is none."""

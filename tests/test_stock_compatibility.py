@@ -12,6 +12,9 @@ from conftest import SMALL_NETWORK, make_small_unet
 from safetensors.torch import load_file
 
 from ddpm_hf import DDPMPipeline, DDPMScheduler, UNet2DModel
+from ddpm_hf.pipelines.schedulers import make_scheduler
+from ddpm_hf.training.configuration import DistillationConfig
+from ddpm_hf.training.distillation import Distillation
 
 WITHOUT_US = "import sys; sys.modules['ddpm_hf'] = None\n"  # from here on, importing it raises ImportError
 
@@ -186,3 +189,16 @@ def test_from_pipe_takes_stock_pipelines(small_pipeline):
     assert type(ddim.scheduler) is diffusers.DDIMScheduler
     with pytest.raises(ValueError, match="no vae"):
         DDPMPipeline.from_pipe(small_pipeline, vae=None)
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_a_student_samples_the_same_in_stock(run, tmp_path, steps):
+    DDPMPipeline(make_small_unet(), DDPMScheduler()).save_pretrained(tmp_path / "teacher")
+    config = DistillationConfig(model=str(tmp_path / "teacher"), steps=steps, teacher_steps=4)
+    preset = Distillation.load(config).preset
+    pipe = DDPMPipeline(make_small_unet(1, _distilled_steps=steps), make_scheduler(preset.unet, preset.scheduler))
+    pipe.save_pretrained(tmp_path / "student")
+    code = STOCK_SAMPLES.replace("is diffusers.DDPMScheduler", "is diffusers.DDIMScheduler")
+    run(code, "DDPMPipeline", str(tmp_path / "student"), str(tmp_path / "images.npy"), str(steps))
+    ours = pipe(batch_size=3, generator=torch.Generator().manual_seed(5)).images
+    assert np.abs(levels(ours) - np.load(tmp_path / "images.npy")).max() <= 1

@@ -25,7 +25,15 @@ from .publish import publish, publish_parser
 from .push import push, push_parser
 from .sample import sample, sample_parser
 from .space import space, space_parser
-from .train import parse_training_config, reproduce, reproduction_parser, train, training_parser
+from .train import (
+    distill,
+    distillation_parser,
+    parse_training_config,
+    reproduce,
+    reproduction_parser,
+    train,
+    training_parser,
+)
 
 __all__ = ["COMMANDS", "PARSERS", "main", "parse_training_config", "run", "train", "training_parser"]
 
@@ -33,6 +41,7 @@ __all__ = ["COMMANDS", "PARSERS", "main", "parse_training_config", "run", "train
 _ALL: dict[str, tuple[Callable[..., int], Callable[[str | None], Parser]]] = {
     "train": (train, training_parser),
     "reproduce": (reproduce, reproduction_parser),
+    "distill": (distill, distillation_parser),
     "sample": (sample, sample_parser),
     "evaluate": (evaluate, evaluate_parser),
     "ema": (ema, ema_parser),

@@ -102,16 +102,20 @@ class Parser(argparse.ArgumentParser):
 
 def add_config_flags(parser: Parser, config_class: type) -> None:
     """Add a flag for each field of a configuration."""
-    hints = typing.get_type_hints(config_class)
+    hints, left_out = typing.get_type_hints(config_class), getattr(config_class, "not_flags", ())
     for field in dataclasses.fields(config_class):
         if field.metadata["group"] is not None:
-            flag = parser.group(field.metadata["group"])
+            title = field.metadata["group"]  # which may speak of --preset
+            flag = parser.group(title.partition("; ")[0] if "preset" in left_out else title)
+        if field.name in left_out:
+            continue
+        names = "--output_dir --output" if left_out and field.name == "output_dir" else f"--{field.name}"
         hint = hints[field.name]  # such as int | list[int] | None, of which the flag takes the last that is not None
         kind = [kind for kind in typing.get_args(hint) or (hint,) if kind is not NoneType][-1]
         several = {"nargs": "+"} if typing.get_origin(kind) is list else {}
         kind = typing.get_args(kind)[0] if several else kind
         null = field.default is None  # which takes the place of what a file says
-        flag(f"--{field.name}", kind, field.default, field.metadata["help"], null=null, **several)
+        flag(names, kind, field.default, field.metadata["help"], null=null, **several)
 
 
 def parse_configs(parser: Parser, arguments: Sequence[str], *config_classes: type) -> list[Any]:
@@ -122,7 +126,8 @@ def parse_configs(parser: Parser, arguments: Sequence[str], *config_classes: typ
     files = parser.parse_args(arguments).config or []
     from_files = [argument for file in files for argument in _arguments_of_file(parser, file)]
     values = vars(parser.parse_args([*from_files, *arguments]))
-    return [cls(**{field.name: values[field.name] for field in dataclasses.fields(cls)}) for cls in config_classes]
+    names = [[field.name for field in dataclasses.fields(cls) if field.name in values] for cls in config_classes]
+    return [cls(**{n: values[n] for n in own}) for cls, own in zip(config_classes, names, strict=True)]
 
 
 def _arguments_of_file(parser: Parser, path: str) -> list[str]:

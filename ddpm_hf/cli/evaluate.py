@@ -83,7 +83,7 @@ def measure(values: Any) -> int:
     # About how many evaluations of the network follow, of a batch each.
     T, size = pipe.scheduler.config.num_train_timesteps, sum(len(x) for x in sets.values() if isinstance(x, Sized))
     evaluations = min(values.num_images or size, size) * (values.num_evaluations or T) * bool(likelihood)
-    evaluations += values.num_samples * (values.num_inference_steps or T) * bool(samples)
+    evaluations += values.num_samples * (values.num_inference_steps or pipe.distilled_steps or T) * bool(samples)
     names = ("num_images", "num_evaluations", "num_samples", "batch_size", "seed", "features", "inception_weights")
     try:
         report = run.evaluate(

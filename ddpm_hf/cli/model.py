@@ -47,8 +47,10 @@ def run_folder(values: Any) -> str:
 def add_sampler_flags(parser: Parser) -> None:
     """Add the flags of sampling, with which `sample` and `evaluate` draw the same images."""
     flag = parser.group("sampling")
-    flag("--sampler", str, "ddpm", "ddpm (Algorithm 2; the paper), ddim, dpmsolver++ or unipc")
-    flag("--num_inference_steps", int, None, f"sampler steps; default: T; {paper_value('num_train_timesteps')}")
+    text = "ddpm (Algorithm 2; the paper), ddim, dpmsolver++ or unipc; default: ddpm, or a distilled model's own"
+    flag("--sampler", str, None, text)
+    text = "sampler steps; default: T, or what a model is distilled for"
+    flag("--num_inference_steps", int, None, f"{text}; {paper_value('num_train_timesteps')}")
     flag(
         "--variance_type",
         str,
@@ -123,7 +125,7 @@ def load_sampling_pipeline(values: Any) -> Any:
 def sampling_evaluations(pipe: Any, values: Any, count: int) -> int:
     """Return how many evaluations of the network, of a batch each, `count` images take."""
     batches = -(-count // values.batch_size)
-    return batches * (values.num_inference_steps or pipe.scheduler.config.num_train_timesteps)
+    return batches * pipe.checked_steps(values.num_inference_steps)
 
 
 def inference_optimization(values: Any, evaluations: int) -> Callable[[Any], None] | None:

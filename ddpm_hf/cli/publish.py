@@ -11,7 +11,7 @@ from ..training.configuration import NOT_NEGATIVE, POSITIVE, TrainingConfig, one
 from ..utils.errors import UserError
 from . import model
 from .command_line import Parser, given
-from .train import parse_training_config
+from .train import parse_distillation_config, parse_training_config
 
 if TYPE_CHECKING:
     from ..pipelines.checkpoints import Checkpoint
@@ -61,9 +61,13 @@ def _config(values: Any, checkpoint: Checkpoint, output: Path) -> TrainingConfig
     """Return the configuration of the checkpoint's run, with the flags."""
     from ..pipelines.checkpoints import CONFIG
 
-    run = checkpoint.path.parent
+    run, distilled = checkpoint.path.parent, "distillation" in checkpoint.state
+    if distilled and (values.evaluate or values.sampler or values.ddpm_num_inference_steps):
+        what = "a distilled model has a sampler and steps of its own, and was trained on no images"
+        raise UserError(f"{what}; leave out --evaluate, --sampler and --ddpm_num_inference_steps")
     if (run / CONFIG).is_file():
-        config = parse_training_config(["--config", str(run / CONFIG)])
+        parse = parse_distillation_config if distilled else parse_training_config
+        config = parse(["--config", str(run / CONFIG)])
     elif values.evaluate:
         raise UserError(f"--evaluate needs the images of the run: there is no {CONFIG} beside {checkpoint.path}")
     else:  # a checkpoint that was copied elsewhere; its state says the rest

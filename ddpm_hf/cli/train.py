@@ -1,11 +1,11 @@
-"""`ddpm-hf train | reproduce`: a recipe in flags and YAML, trained, and measured beside the paper's numbers."""
+"""`ddpm-hf train | reproduce | distill`: a recipe in flags and YAML, trained; measured beside the paper's numbers."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
 
-from ..training.configuration import ReproductionConfig, TrainingConfig
+from ..training.configuration import DistillationConfig, ReproductionConfig, TrainingConfig
 from .command_line import Parser, add_config_flags, parse_configs
 
 
@@ -18,6 +18,11 @@ def reproduction_parser(prog: str | None = None) -> Parser:
     """Return the parser of `ddpm-hf reproduce`."""
     what = "An experiment of the paper from start to end: train, sample, measure, compare."
     return _parser(prog, what, TrainingConfig, ReproductionConfig)
+
+
+def distillation_parser(prog: str | None = None) -> Parser:
+    """Return the parser of `ddpm-hf distill`."""
+    return _parser(prog, "Distil a trained model into one that samples in a few steps.", DistillationConfig)
 
 
 def _parser(prog: str | None, description: str, *config_classes: type) -> Parser:
@@ -37,9 +42,23 @@ def parse_training_config(arguments: Sequence[str], prog: str | None = None) -> 
     return parse_configs(training_parser(prog), arguments, TrainingConfig)[0]
 
 
+def parse_distillation_config(arguments: Sequence[str], prog: str | None = None) -> DistillationConfig:
+    """Return the same of `ddpm-hf distill`."""
+    return parse_configs(distillation_parser(prog), arguments, DistillationConfig)[0]
+
+
 def train(arguments: Sequence[str], prog: str | None = None) -> int:
     """Run `ddpm-hf train`, and all that `examples/train.py` does."""
     config = parse_training_config(arguments, prog)
+    from ..training.trainer import Trainer
+
+    Trainer(config).train()
+    return 0
+
+
+def distill(arguments: Sequence[str], prog: str | None = None) -> int:
+    """Run `ddpm-hf distill`."""
+    config = parse_distillation_config(arguments, prog)
     from ..training.trainer import Trainer
 
     Trainer(config).train()

@@ -19,7 +19,7 @@ class EvaluationOptions:
     num_evaluations: int | None = None  # of the network per image, for a stratified estimate; all T for `None`
     # samples
     num_samples: int = 50_000
-    sampler: str = "ddpm"
+    sampler: str | None = None
     variance_type: str | None = None
     timestep_spacing: str | None = None
     num_inference_steps: int | None = None

@@ -126,7 +126,8 @@ def evaluate(
     for split in splits:
         with raise_on_all_ranks():
             data = first_images(sets[split], options.num_images)
-        bound_pipe = with_sampler(pipe, "ddpm", options.variance_type)  # the bound is the ancestral process's
+        # the bound is the ancestral process's; a distilled model has none, and is refused
+        bound_pipe = pipe if pipe.distilled_steps else with_sampler(pipe, "ddpm", options.variance_type)
         part = evaluate_likelihood(bound_pipe, data, split, options, "rate_distortion" in metrics)
         if split == main_split:
             report.num_images = part.num_images

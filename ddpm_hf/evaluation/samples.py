@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..data.class_labels import ClassIndex
 from ..pipelines.pipeline_ddpm import DDPMPipeline, without_bar
-from ..pipelines.schedulers import checked_eta, checked_steps
+from ..pipelines.schedulers import checked_eta
 from ..sampling.shards import Rows, all_rows
 from ..utils.digests import digest, images_digest, weights_digest
 from ..utils.processes import from_first, processes, raise_on_all_ranks
@@ -96,7 +96,7 @@ def draw_samples(
     A class-conditional network is sampled with the class frequencies of the `train` images. Raises a UserError for a
     count or number of steps out of range, or classes that the network does not know.
     """
-    count, seed, steps = options.num_samples, options.seed, checked_steps(pipe.scheduler, options.num_inference_steps)
+    count, seed, steps = options.num_samples, options.seed, pipe.checked_steps(options.num_inference_steps)
     chain = {name: getattr(options, name) for name in ("num_inference_steps", "eta", "guidance_scale")}
     sampling: dict[str, Any] = {
         "sampler": type(pipe.scheduler).__name__,

@@ -51,6 +51,7 @@ class ModelFacts:
     prediction_type: str
     classes: int | None
     first_class: str | int = 0
+    distilled_steps: int | None = None
 
     @classmethod
     def read(cls, folder: Path) -> ModelFacts:
@@ -64,7 +65,8 @@ class ModelFacts:
         T, predicted = scheduler["num_train_timesteps"], scheduler.get("prediction_type", "epsilon")
         names = unet.get("_class_names") or [0]
         shape = unet["in_channels"], height, width
-        return cls(shape, parameters, T, predicted, unet.get("num_class_embeds"), names[0])
+        steps = unet.get("_distilled_steps")
+        return cls(shape, parameters, T, predicted, unet.get("num_class_embeds"), names[0], steps)
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,10 @@ def training_facts(
         model = initial["base_model"] or recorded_name(initial["model"])
         facts["started from"] = f"the weights of {model} (SHA-256 {initial['digest'][:12]}...)"
         more["base_model"] = initial["base_model"]
+    if teacher := settings.get("distillation"):
+        facts |= {"images": f"none but those of the teacher, {teacher['model']}", "objective": teacher["description"]}
+        facts["teacher"] = f"{teacher['model']} (SHA-256 {teacher['digest'][:12]}...)"
+        more["base_model"] = teacher["base_model"]
     if classes := network.get("_class_names"):
         facts["classes"] = f"{len(classes)}, dropped for {recipe.get('class_dropout', 0):.0%}"
     facts["precision"] = recipe["precision"]

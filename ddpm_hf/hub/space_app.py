@@ -21,7 +21,6 @@ from ..diffusion.scheduling_ddpm import DDPMScheduler
 from ..models.unet_2d import check_weights, parameter_count
 from ..pipelines.figures import interpolate
 from ..pipelines.pipeline_ddpm import DDPMPipeline
-from ..pipelines.schedulers import checked_steps
 from ..sampling.generation import SAMPLERS, parse_seeds, with_sampler
 from ..utils.errors import UserError, in_one_line
 from ..utils.visualize import image_grid
@@ -59,9 +58,10 @@ class Demo:
 
     def _chain(self, model: str, steps: int, sampler: str, label: Any, guidance: float) -> tuple[DDPMPipeline, dict]:
         """Return a pipeline with a scheduler of its own, which remembers how far a chain has come, and its options."""
-        pipe = with_sampler(self.pipes[model], sampler)
+        own = self.pipes[model].distilled_steps  # then the page's sampler and number do not count
+        pipe = with_sampler(self.pipes[model], None if own else sampler)
         pipe = DDPMPipeline(pipe.unet, type(pipe.scheduler).from_config(pipe.scheduler.config))
-        steps = checked_steps(pipe.scheduler, steps)
+        steps = pipe.checked_steps(own or steps)
         return pipe, {"num_inference_steps": steps, "class_labels": label or None, "guidance_scale": guidance}
 
     def sample(

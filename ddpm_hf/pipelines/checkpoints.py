@@ -30,12 +30,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..diffusion.scheduling_ddpm import DDPMScheduler
 from ..models.unet_2d import UNet2DModel
 from ..utils.errors import UserError, first_line
 from ..utils.files import remove_directory, write_directory
 from ..utils.hub_errors import INDEX
 from ..utils.processes import log
+from .schedulers import make_scheduler
 
 STATE_FILE, MANIFEST_FILE = "state.json", "manifest.json"
 CONFIG = "training_config.yaml"  # what a run writes first: the mark of its folder
@@ -191,7 +191,7 @@ class Checkpoint:
         kind = "EMA" if self.file == EMA else "raw"
         return f"{kind} weights of {self.path}, after {self.state['step']} updates"
 
-    def model(self) -> tuple[UNet2DModel, DDPMScheduler]:
+    def model(self) -> tuple[UNet2DModel, Any]:
         """Return the network, in evaluation mode, and its scheduler, or raise CheckpointError: they do not fit."""
         try:
             return make_model(self.state, self.weights)
@@ -202,7 +202,7 @@ class Checkpoint:
             ) from error
 
 
-def make_model(settings: dict[str, Any], weights: dict[str, Tensor]) -> tuple[UNet2DModel, DDPMScheduler]:
+def make_model(settings: dict[str, Any], weights: dict[str, Tensor]) -> tuple[UNet2DModel, Any]:
     """Return the network around these weights, not around copies of them, and the scheduler of a training run.
 
     `settings` are a run's, as `state.json` holds them. Raises KeyError, TypeError or ValueError where they describe no
@@ -216,7 +216,7 @@ def make_model(settings: dict[str, Any], weights: dict[str, Tensor]) -> tuple[UN
         if has != needs:
             raise UserError(f"the weights {name} have the shape {has}, and the network needs {needs}")
     unet.load_state_dict(weights, assign=True)
-    return unet.eval(), DDPMScheduler(**settings["scheduler"])
+    return unet.eval(), make_scheduler(settings["network"], settings["scheduler"])
 
 
 def read_checkpoint(folder: Path, weights: str = "ema") -> Checkpoint:

@@ -27,7 +27,7 @@ from ..utils.randomness import NOISE_OF_SEEDS, Generators, standard_normal
 from .checkpoints import newer_checkpoint, read_checkpoint
 from .denoising import Denoiser, DenoisingStep, check_repaint, repaint
 from .inputs import count_and_generators, images_in_model_range, mask_of, one_per_image
-from .schedulers import checked_eta, checked_steps, set_timesteps
+from .schedulers import DISTILLED_STEPS, checked_eta, checked_steps, set_timesteps
 
 # Arguments of from_pretrained that say where on the Hub, or how to read it: a checkpoint has no use for them.
 _OF_REPOSITORIES = {"cache_dir", "force_download", "local_files_only", "low_cpu_mem_usage", "proxies", "revision"}
@@ -224,7 +224,8 @@ class DDPMPipeline(PortableConfigMixin, PrivateByDefault, StockDDPMPipeline):
         Args:
             batch_size: How many images; 1 by default, or as many as there are seeds or given images. 0 gives none.
             generator: One generator for all, or one per image; draws as in stock.
-            num_inference_steps: Steps of the chain; the scheduler's T by default (1000 in the paper).
+            num_inference_steps: Steps of the chain; by default the scheduler's T (1000 in the paper), or what the
+                model is distilled for.
             output_type: `pil`, or in [0, 1] `np` (`[B, H, W, C]`; also `numpy` or `None`) or `pt` (`[B, C, H, W]`).
             return_dict: `False` gives a tuple.
             seeds: One seed per image, instead of `generator`: image i depends on its own seed only, on every device.
@@ -260,7 +261,7 @@ class DDPMPipeline(PortableConfigMixin, PrivateByDefault, StockDDPMPipeline):
         if unknown := set(inputs) - set(self._callback_tensor_inputs):
             known = ", ".join(self._callback_tensor_inputs)
             raise UserError(f"callback_on_step_end_tensor_inputs knows {known}, got {min(unknown)!r}")
-        num_inference_steps = checked_steps(self.scheduler, num_inference_steps)
+        num_inference_steps = self.checked_steps(num_inference_steps)
         given = None if image is None else images_in_model_range(image, self.image_shape)
         if seeds is None and batch_size is None and given is not None:
             batch_size = len(given)
@@ -355,7 +356,7 @@ class DDPMPipeline(PortableConfigMixin, PrivateByDefault, StockDDPMPipeline):
         replaced; the next one starts from there. `options` are `num_inference_steps`, `class_labels`,
         `guidance_scale` and `eta`, as in `__call__`.
         """
-        set_timesteps(self.scheduler, checked_steps(self.scheduler, options.pop("num_inference_steps", None)))
+        set_timesteps(self.scheduler, self.checked_steps(options.pop("num_inference_steps", None)))
         denoiser = self._denoiser(generator, len(x_t), **options)
         with evaluating(self.unet):
             yield from denoiser.steps(x_t, start, stop)
@@ -364,7 +365,10 @@ class DDPMPipeline(PortableConfigMixin, PrivateByDefault, StockDDPMPipeline):
         self, generator: Generators, count: int, class_labels: Any = None, guidance_scale: float = 1.0, eta: Any = None
     ) -> Denoiser:
         """Return what takes steps down the chain that is set, with its options checked."""
-        checked_eta(self.scheduler, eta)
+        if checked_eta(self.scheduler, eta) and self.distilled_steps:
+            raise UserError(f"a distilled model is deterministic, got eta={eta}; leave it out")
+        if guidance_scale != 1 and self.distilled_steps:
+            raise UserError("a distilled model is not guided, its teacher is: ddpm-hf distill --guidance_scale")
         labels = self.classes.checked(class_labels, guidance_scale, count)
         labels = None if labels is None else labels.to(self._execution_device)
         return Denoiser(self.network, self.scheduler, generator, labels, guidance_scale, eta)
@@ -373,9 +377,22 @@ class DDPMPipeline(PortableConfigMixin, PrivateByDefault, StockDDPMPipeline):
         self, batch_size: int | None = None, generator: Generators = None, *, seeds: Any = None, **options: Any
     ) -> Iterator[DenoisingStep]:
         """Yield a `DenoisingStep` per step, from x_T on (Section 4.3); see `__call__`, and `denoise` for `options`."""
-        checked_steps(self.scheduler, options.get("num_inference_steps"))
+        self.checked_steps(options.get("num_inference_steps"))
         batch_size, source = count_and_generators(batch_size, generator, seeds, self._execution_device)
         yield from self.denoise(self._noisy_start(source, batch_size), source, **options)
+
+    @property
+    def distilled_steps(self) -> int | None:
+        """How many steps a distilled model takes, which can do no other number; `None` for other models."""
+        return self.unet.config.get(DISTILLED_STEPS)
+
+    def checked_steps(self, num_inference_steps: int | None) -> int:
+        """Return the number of sampler steps, T or a distilled model's own for `None`, or raise a UserError."""
+        own = self.distilled_steps
+        if own is not None and num_inference_steps not in (None, own):
+            what = f"this model is distilled for num_inference_steps={own}"
+            raise UserError(f"{what}, and can do no other number, got {num_inference_steps}")
+        return checked_steps(self.scheduler, own or num_inference_steps)
 
     @property
     def classes(self) -> Classes:

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -22,6 +23,12 @@ _FIXED_STRIDE = (DDIMScheduler, DDIMParallelScheduler, CogVideoXDDIMScheduler)
 # More than stock's DDIM loses by rounding in float32, near 1; its root, 7e-4, is a tenth of a pixel value.
 _ROUNDING = 2.0**-21
 _warned_of_a_late_start = False
+DISTILLED_STEPS = "_distilled_steps"  # in a network's configuration, where stock keeps and ignores it
+
+
+def make_scheduler(network: Mapping[str, Any], settings: Mapping[str, Any]) -> DDPMScheduler | DDIMScheduler:
+    """Return a scheduler of these settings for a network's configuration: DDIM's for a distilled one."""
+    return (DDIMScheduler if DISTILLED_STEPS in network else DDPMScheduler)(**settings)
 
 
 def check_is_ddpm(scheduler: Any) -> None:

@@ -23,7 +23,7 @@ from ..diffusion.noise_schedule import check_choice
 from ..diffusion.scheduling_ddpm import TIMESTEP_SPACINGS, DDPMScheduler
 from ..pipelines.inputs import one_per_image
 from ..pipelines.pipeline_ddpm import DDPMPipeline, without_bar
-from ..pipelines.schedulers import check_is_ddpm, checked_eta, checked_steps
+from ..pipelines.schedulers import check_is_ddpm, checked_eta
 from ..utils.digests import digest, weights_digest
 from ..utils.errors import NotFiniteError, UserError, in_one_line
 from ..utils.files import write_text, write_whole
@@ -65,17 +65,26 @@ def parse_seeds(text: str) -> list[int]:
 
 
 def with_sampler(
-    pipe: DDPMPipeline, sampler: str, variance_type: str | None = None, timestep_spacing: str | None = None
+    pipe: DDPMPipeline,
+    sampler: str | None = None,
+    variance_type: str | None = None,
+    timestep_spacing: str | None = None,
 ) -> DDPMPipeline:
     """Return a pipeline of the same network with another sampler; a UserError for one, or a setting, that is unknown.
 
     Args:
         pipe: The network, with the scheduler that it was trained with, whose betas and settings are kept.
         sampler: `ddpm` (Algorithm 2), `ddim` (Song et al. 2021), `dpmsolver++` (Lu et al. 2022) or `unipc` (Zhao et
-            al. 2023); all clip the predicted x_0 if the pipeline's scheduler does.
+            al. 2023); all clip the predicted x_0 if the pipeline's scheduler does. By default `ddpm`, and for a
+            distilled model its own, the only one it has.
         variance_type: For `ddpm`: another variance than the pipeline's, of those that need no other network.
         timestep_spacing: Which timesteps a short chain takes: `leading`, `linspace` or `trailing`.
     """
+    if pipe.distilled_steps:
+        if sampler or variance_type or timestep_spacing:
+            raise UserError("a distilled model has one sampler, its own; leave out sampler and its settings")
+        return pipe
+    sampler = sampler or "ddpm"
     check_choice("sampler", sampler, SAMPLERS)
     if sampler == "ddpm" and isinstance(pipe.scheduler, DDPMScheduler) and not (variance_type or timestep_spacing):
         return pipe
@@ -142,7 +151,7 @@ def generate(
         raise UserError(f"batch_size must be at least 1, got {batch_size}")
     if class_labels is not None:
         _check_labels(class_labels, seeds)
-    steps = checked_steps(pipe.scheduler, options.get("num_inference_steps"))  # before a progress bar is shown
+    steps = pipe.checked_steps(options.get("num_inference_steps"))  # before a progress bar is shown
     strength = options.get("strength")
     if strength is not None and 0 <= strength <= 1:  # the pipeline refuses others
         steps = round(steps * strength)
@@ -297,7 +306,7 @@ def _claim(folder: Path, has_images: bool, pipe: DDPMPipeline, seeds: Sequence[i
     made = {
         "weights": weights_digest(pipe.unet),
         **json.loads(json.dumps(pipe.settings)),
-        "num_inference_steps": checked_steps(pipe.scheduler, options.get("num_inference_steps")),
+        "num_inference_steps": pipe.checked_steps(options.get("num_inference_steps")),
         "guidance_scale": options.get("guidance_scale", 1.0),
         "eta": checked_eta(pipe.scheduler, options.get("eta")),
         "strength": options.get("strength"),

@@ -117,6 +117,7 @@ def fixed_settings(run: Run) -> dict[str, Any]:
         "total_batch_size": run.plan.total,
         "seed": run.config.seed,
         "init_from": run.initial.record if run.initial else None,
+        **({"distillation": run.distillation.record} if run.distillation else {}),
     }
 
 

@@ -11,11 +11,11 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
-from ..presets import CHOICES, PRESETS, Preset, get_preset
+from ..presets import CHOICES, DISTILLATION, PRESETS, Preset, get_preset
 from ..utils.errors import UserError
 from ..utils.files import write_text
 
@@ -102,6 +102,8 @@ class TrainingConfig:
     Raises:
         UserError: A value is outside its range, or does not go with another.
     """
+
+    not_flags: ClassVar[frozenset[str]] = frozenset()  # fields that are none
 
     preset: str = _flag("cifar10", f"the experiment: {', '.join(PRESETS)}", group=f"network and process; {_PRESET}")
     init_from: str | None = _flag(
@@ -202,12 +204,17 @@ class TrainingConfig:
                 "which weights to start from; leave out --init_from to resume that checkpoint"
             )
 
+    @property
+    def base(self) -> Preset:
+        """The recipe before this run's changes."""
+        return get_preset(self.preset)
+
     def resolved_preset(self, preset: Preset | None = None) -> Preset:
         """Return the preset with this run's changes, or raise UserError where loss and variance do not fit.
 
         `preset` takes the place of the one that is named: it has the network of `init_from`.
         """
-        preset = preset or get_preset(self.preset)
+        preset = preset or self.base
         unet, scheduler = dict(preset.unet), dict(preset.scheduler)
         if self.resolution is not None:
             sizes = self.resolution if isinstance(self.resolution, list) else [self.resolution]
@@ -216,8 +223,8 @@ class TrainingConfig:
             unet["dropout"] = self.dropout
         names = ("prediction_type", "variance_type")
         scheduler |= {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        learned = "learned" in scheduler["variance_type"]
-        if learned or "learned" in preset.scheduler["variance_type"]:
+        learned = "learned" in scheduler.get("variance_type", "")
+        if learned or "learned" in preset.scheduler.get("variance_type", ""):
             unet["out_channels"] = (2 if learned else 1) * unet.get("in_channels", 3)
         changes = {name: value for name, value in vars(self).items() if name in vars(preset) and name != "dataset"}
         changes |= {"ema_decay": self.ema_max_decay}
@@ -233,7 +240,7 @@ class TrainingConfig:
         """Return the flags that say where images come from; the preset's own dataset if none was given."""
         names = ("dataset", "dataset_name", "train_data_dir")
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        if not given and (default := get_preset(self.preset).dataset) is not None:
+        if not given and (default := self.base.dataset) is not None:
             return {"dataset" if default == "digits" else "dataset_name": default}
         return given
 
@@ -255,7 +262,7 @@ class TrainingConfig:
         per_process, accumulation = self.train_batch_size, self.gradient_accumulation_steps
         product = (per_process or 1) * (accumulation or 1) * num_processes
         whole = per_process is not None and accumulation is not None
-        total = self.total_batch_size or (product if whole else get_preset(self.preset).total_batch_size)
+        total = self.total_batch_size or (product if whole else self.base.total_batch_size)
         if total % product or (whole and total != product):
             names = ("train_batch_size", "gradient_accumulation_steps")
             factors = [f"--{name} {getattr(self, name)}" for name in names if getattr(self, name) is not None]
@@ -278,13 +285,59 @@ class TrainingConfig:
         pixels = size**2 if isinstance(size, int) else math.prod(size)
         return min(most, max(self.batch_plan(num_processes)[0], 256 * 32 * 32 // pixels, 1))
 
+    def sampling(self, pipe: Any) -> dict[str, Any]:
+        """Return the sampler and its steps for the run's samples; a distilled model has its own."""
+        if pipe.distilled_steps:
+            return {"sampler": None, "num_inference_steps": pipe.distilled_steps}
+        steps = min(self.ddpm_num_inference_steps, pipe.scheduler.config.num_train_timesteps)
+        return {"sampler": self.sampler, "num_inference_steps": steps}
+
     def public_values(self) -> dict[str, Any]:
-        """Return all values but the access token, for files and trackers."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if name != "hub_token"}
+        """Return all values of flags but the access token, for files and trackers."""
+        private = {"hub_token", *self.not_flags}
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in private}
 
     def save(self, path: Path) -> None:
         """Write the run's configuration as YAML that `--config` reads, completely or not at all."""
         write_text(path, yaml.safe_dump(self.public_values(), sort_keys=False))
+
+
+# What a teacher decides, and what a student has no use for: images, and the likelihood that it does not have.
+_OF_TRAINING = """preset init_from dropout prediction_type variance_type class_conditional class_dropout dataset
+dataset_name dataset_config_name train_data_dir cache_dir image_column label_column resolution center_crop random_flip
+background value_range array_layout on_bad_image streaming dataloader_num_workers validation_split loss
+timestep_sampling ddpm_num_inference_steps sampler validation_steps eval_metrics eval_num_images eval_num_evaluations
+eval_num_samples eval_features eval_inception_weights best_metric"""
+
+
+@dataclass(frozen=True)
+class DistillationConfig(TrainingConfig):
+    """One run of `ddpm-hf distill`: a training whose images are those that the teacher makes.
+
+    Raises:
+        UserError: As in `TrainingConfig`, and for a `teacher_steps` that is no multiple of `steps`.
+    """
+
+    not_flags: ClassVar[frozenset[str]] = frozenset(_OF_TRAINING.split())
+
+    model: str | None = _flag(None, "the teacher: a folder, a checkpoint, or a name on the Hub", group="distillation")
+    steps: int = _flag(4, "network evaluations of the student for an image; divides T", POSITIVE)
+    teacher_steps: int = _flag(16, "network evaluations of the teacher for an image, a multiple of --steps", POSITIVE)
+    guidance_scale: float = _flag(1.0, "the teacher's classifier-free guidance, which the student learns", POSITIVE)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.model is None:
+            raise UserError("--model names the teacher: the folder of a trained model, or its name on the Hub")
+        if self.teacher_steps % self.steps:
+            near = self.steps * max(1, round(self.teacher_steps / self.steps))
+            what = f"--teacher_steps must be a multiple of --steps {self.steps}, got {self.teacher_steps}"
+            raise UserError(f"{what}; for example {near}")
+
+    @property
+    def base(self) -> Preset:
+        """The default recipe of distillation."""
+        return DISTILLATION
 
 
 @dataclass(frozen=True)

@@ -97,8 +97,7 @@ class TrainingEvaluation:
         return EvaluationOptions(
             **{name: getattr(config, f"eval_{name}") for name in same_name},
             batch_size=config.evaluation_batch(self.network, processes().num_processes),
-            sampler=config.sampler,
-            num_inference_steps=min(config.ddpm_num_inference_steps, pipe.scheduler.config.num_train_timesteps),
+            **config.sampling(pipe),
         )
 
     def measure(self, pipe: DDPMPipeline) -> EvaluationReport | None:

@@ -29,9 +29,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..diffusion.scheduling_ddpm import DDPMScheduler
 from ..models.unet_2d import UNet2DModel
 from ..pipelines.pipeline_ddpm import DDPMPipeline
+from ..pipelines.schedulers import make_scheduler
 from ..utils.errors import UserError, first_line
 from ..utils.files import write_whole
 
@@ -253,4 +253,4 @@ class Snapshots:
                 raise UserError(f"the snapshot {str(path)!r} is damaged: {first_line(error)}") from None
         unet = UNet2DModel(**config["unet"])
         unet.load_state_dict({**dict(unet.named_buffers()), **{name: value.float() for name, value in total.items()}})
-        return DDPMPipeline(unet.eval(), DDPMScheduler(**config["scheduler"]))
+        return DDPMPipeline(unet.eval(), make_scheduler(config["unet"], config["scheduler"]))

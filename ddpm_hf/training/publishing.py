@@ -188,14 +188,14 @@ class Publisher:
 
     def sample_grid(self, pipe: DDPMPipeline, name: str) -> None:
         """Write images 0, 1, ... as a grid; every process draws a share of them."""
-        config, here = self.config, processes()
+        config, here, sampling = self.config, processes(), self.config.sampling(pipe)
         seeds = range(here.process_index, config.num_sample_images, here.num_processes)
         classes = self.settings["network"].get("_class_names")
         batches = generate(
-            with_sampler(pipe, config.sampler),
+            with_sampler(pipe, sampling["sampler"]),
             seeds,
             batch_size=config.evaluation_batch(self.settings["network"], here.num_processes, most=64),
-            num_inference_steps=min(config.ddpm_num_inference_steps, pipe.scheduler.config.num_train_timesteps),
+            num_inference_steps=sampling["num_inference_steps"],
             class_labels=[ClassIndex(seed % len(classes)) for seed in seeds] if classes else None,
         )
         with raise_on_all_ranks():

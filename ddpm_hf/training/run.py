@@ -19,6 +19,7 @@ from ..utils.machine import choose_precision, compiler_problem, keep_freed_memor
 from ..utils.processes import cpu_only, end_with_the_launcher, known_trackers, log, reduce_in_float32, set_cpu_threads
 from ..utils.text import listed
 from .configuration import TrainingConfig
+from .distillation import Distillation
 from .initialization import InitialModel
 
 
@@ -62,6 +63,7 @@ class Run:
     data: Images  # for training
     unet_config: dict[str, Any]  # `UNet2DModel` arguments, with the images' classes
     initial: InitialModel | None  # what `--init_from` names
+    distillation: Distillation | None = None
 
     @property
     def output_dir(self) -> Path:
@@ -80,6 +82,8 @@ class Run:
 
     def describe_images(self, name: str | None = None) -> str:
         """Return how many images of what; `name` for readers who are not to see where on this machine they are."""
+        if self.distillation is not None:
+            return self.data.name
         count = "a stream" if isinstance(self.data, StreamedImages) else f"{len(self.data)} images"
         return f"{count} of {name or self.data.name}"
 
@@ -151,14 +155,24 @@ def choose_computation(config: TrainingConfig, accelerator: Accelerator) -> Comp
     return Computation(channels_last, compiled, captured)
 
 
-def resolve(config: TrainingConfig, accelerator: Accelerator, initial: InitialModel | None = None) -> Run:
+def resolve(
+    config: TrainingConfig,
+    accelerator: Accelerator,
+    initial: InitialModel | None = None,
+    distillation: Distillation | None = None,
+) -> Run:
     """Open the images and decide everything that follows from configuration and machine, or raise UserError."""
-    recipe = config.resolved_preset(None if initial is None else initial.preset)
+    given = initial or distillation
+    recipe = config.resolved_preset(None if given is None else given.preset)
     micro, accumulation, _ = config.batch_plan(accelerator.num_processes)
     plan = BatchPlan(micro, accumulation, accelerator.process_index, accelerator.num_processes)
     computation = choose_computation(config, accelerator)
     with torch.device("meta"):  # sizes that the network cannot halve, before any image is read
         check_size(UNet2DModel(**recipe.unet), *image_size(recipe.unet))
+    if distillation is not None:
+        distillation.to(accelerator.device)
+        data, network = distillation.images(), dict(recipe.unet)
+        return Run(config, recipe, accelerator, computation, plan, data, network, None, distillation)
     data = load_split(config, recipe.unet, "train")
     if not isinstance(data, StreamedImages) and not len(data):
         raise UserError(f"{data.name!r} has no images to train on")

@@ -11,6 +11,7 @@ import shlex
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,10 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
-from ..diffusion.scheduling_ddpm import DDPMScheduler
 from ..models.unet_2d import UNet2DModel, parameter_count, use_plain_attention
 from ..pipelines import checkpoints
 from ..pipelines.pipeline_ddpm import DDPMPipeline
+from ..pipelines.schedulers import make_scheduler
 from ..utils.errors import UserError
 from ..utils.files import remove_leftovers, writable_folder
 from ..utils.machine import deterministic_algorithms, has_deterministic_algorithms
@@ -35,7 +36,8 @@ from ..utils.processes import StopFlag, log, only_run_in, raise_on_all_ranks, sa
 from ..utils.randomness import derive_seed
 from . import checkpointing
 from .batches import Batches
-from .configuration import TrainingConfig, TrainingError, due
+from .configuration import DistillationConfig, TrainingConfig, TrainingError, due
+from .distillation import Distillation
 from .evaluation import TrainingEvaluation
 from .initialization import initialize, open_initial_model
 from .posthoc_ema import PowerAverages, discard_snapshots, is_due, save_snapshot
@@ -59,8 +61,7 @@ class Trainer:
     """
 
     def __init__(self, config: TrainingConfig):
-        self.config, self.output_dir = config, Path(config.output_dir)
-        self.accelerator = start_accelerator(config)
+        self.output_dir, self.accelerator = Path(config.output_dir), start_accelerator(config)
         self.device = self.accelerator.device
         self._deterministic = has_deterministic_algorithms(self.device)
         if self.device.type == "cuda" and not self._deterministic:
@@ -71,8 +72,12 @@ class Trainer:
         with raise_on_all_ranks():
             checkpointing.check_output_is_ours(config)
             state = checkpoints.recorded_state(self.output_dir, config.resume_from_checkpoint)
-            initial = open_initial_model(config, state)
-            self.run = resolve(config, self.accelerator, initial)
+            initial, distillation = open_initial_model(config, state), None
+            if isinstance(config, DistillationConfig):
+                distillation = Distillation.load(config)
+                config = replace(config, class_conditional=distillation.teacher.classes.count is not None)
+            self.config = config
+            self.run = resolve(config, self.accelerator, initial, distillation)
             self.evaluation = TrainingEvaluation(config, self.run.unet_config, self.run.data)
         self.recipe, self.data, self.plan = self.run.recipe, self.run.data, self.run.plan
         same_everywhere(self.run.describe_images(), "all of them need the same images")
@@ -98,8 +103,10 @@ class Trainer:
         if (initial := self.run.initial) is not None and initial.weights is not None:
             with raise_on_all_ranks():
                 initialize(unet, initial)
+        if (distillation := self.run.distillation) is not None:
+            unet.load_state_dict(distillation.teacher.unet.state_dict())
         with raise_on_all_ranks():  # can everything be measured that is to be measured on the way?
-            self.evaluation.check(DDPMPipeline(unet, DDPMScheduler(**self.recipe.scheduler)))
+            self.evaluation.check(DDPMPipeline(unet, make_scheduler(unet.config, self.recipe.scheduler)))
         if self.device.type == "cpu":
             use_plain_attention(unet)
         if self.config.gradient_checkpointing:
@@ -337,12 +344,13 @@ class Trainer:
         if self.config.mixed_precision is None and "ACCELERATE_MIXED_PRECISION" in os.environ:  # as its launcher chose
             flag += f" --mixed_precision {self.accelerator.mixed_precision}"
         command = "ddpm-hf" if number == 1 else f"torchrun --nproc_per_node {number} -m ddpm_hf.cli"
-        return f"{command} train --config {shlex.quote(str(self.output_dir / checkpoints.CONFIG))} {flag}"
+        command += " train" if self.run.distillation is None else " distill"
+        return f"{command} --config {shlex.quote(str(self.output_dir / checkpoints.CONFIG))} {flag}"
 
     def _introduction(self) -> str:
         run, plan, updates = self.run, self.plan, self.recipe.max_train_steps - self.step
         lines = [
-            f"{self.config.preset}: {parameter_count(self.unet):,} parameters, {run.describe_images()}, "
+            f"{self.recipe.name}: {parameter_count(self.unet):,} parameters, {run.describe_images()}, "
             f"{updates} updates of {plan.total} images on {self.device.type} ({plan.num_processes} process(es), "
             f"{run.describe_computation()})",
             run.describe_classes() or "",

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..data.tensors import flip_images, to_model_range
 from ..diffusion.objectives import OBJECTIVES
-from ..diffusion.scheduling_ddpm import DDPMScheduler
+from ..pipelines.schedulers import make_scheduler
 from ..utils import cuda_graphs
 from ..utils.cuda_graphs import record, warm_up
 from ..utils.errors import first_line
@@ -49,8 +49,9 @@ class Update:
 
     def __post_init__(self) -> None:
         self.accelerator: Accelerator = self.run.accelerator
-        self.scheduler = DDPMScheduler(**self.run.recipe.scheduler)
-        self.objective: Callable[..., Tensor] = OBJECTIVES[self.run.recipe.loss]
+        self.scheduler = make_scheduler(self.run.unet_config, self.run.recipe.scheduler)
+        distillation = self.run.distillation
+        self.objective: Callable[..., Tensor] = distillation.loss if distillation else OBJECTIVES[self.run.recipe.loss]
         self.loss, self.norm, self.skipped_in_a_row = torch.zeros(3, device=self.run.device).unbind()
         self.skipped_on_host = DelayedScalar(self.skipped_in_a_row)
 
