@@ -365,10 +365,9 @@ class DDPMPipeline(PortableConfigMixin, PrivateByDefault, StockDDPMPipeline):
         self, generator: Generators, count: int, class_labels: Any = None, guidance_scale: float = 1.0, eta: Any = None
     ) -> Denoiser:
         """Return what takes steps down the chain that is set, with its options checked."""
-        if checked_eta(self.scheduler, eta) and self.distilled_steps:
-            raise UserError(f"a distilled model is deterministic, got eta={eta}; leave it out")
-        if guidance_scale != 1 and self.distilled_steps:
-            raise UserError("a distilled model is not guided, its teacher is: ddpm-hf distill --guidance_scale")
+        if self.distilled_steps and (eta or guidance_scale != 1):
+            raise UserError("a distilled model takes no eta and no guidance_scale, which was for ddpm-hf distill")
+        checked_eta(self.scheduler, eta)
         labels = self.classes.checked(class_labels, guidance_scale, count)
         labels = None if labels is None else labels.to(self._execution_device)
         return Denoiser(self.network, self.scheduler, generator, labels, guidance_scale, eta)

@@ -315,7 +315,7 @@ class DistillationConfig(TrainingConfig):
     """One run of `ddpm-hf distill`: a training whose images are those that the teacher makes.
 
     Raises:
-        UserError: As in `TrainingConfig`, and for a `teacher_steps` that is no multiple of `steps`.
+        UserError: As in `TrainingConfig`, and without a teacher.
     """
 
     not_flags: ClassVar[frozenset[str]] = frozenset(_OF_TRAINING.split())
@@ -329,10 +329,6 @@ class DistillationConfig(TrainingConfig):
         super().__post_init__()
         if self.model is None:
             raise UserError("--model names the teacher: the folder of a trained model, or its name on the Hub")
-        if self.teacher_steps % self.steps:
-            near = self.steps * max(1, round(self.teacher_steps / self.steps))
-            what = f"--teacher_steps must be a multiple of --steps {self.steps}, got {self.teacher_steps}"
-            raise UserError(f"{what}; for example {near}")
 
     @property
     def base(self) -> Preset:

@@ -38,6 +38,7 @@ class Distillation:
 
     name: str  # the teacher's, as it may be published
     base_model: str | None  # its name on the Hub, if it has one
+    digest: str  # SHA-256 of its weights
     teacher: DDPMPipeline
     stops: list[int]  # the student's timesteps, from high to low
     times: list[int]  # where the teacher is evaluated, from high to low; the stops are among them
@@ -74,16 +75,16 @@ class Distillation:
             need = "epsilon, sample or v_prediction with a fixed variance"
             raise UserError(f"--model {model} predicts {what}, which cannot be distilled; a teacher needs {need}")
         T = scheduler.config.num_train_timesteps
-        if T % K:  # DDIM's step is T // K timesteps long, wherever the next timestep is
-            raise UserError(f"--steps must divide the teacher's T = {T}, got {K}")
-        if config.teacher_steps > T:
-            raise UserError(f"--teacher_steps must be at most the teacher's T = {T}, got {config.teacher_steps}")
+        if T % K or config.teacher_steps % K or config.teacher_steps > T:  # DDIM's step is T // K timesteps long
+            what = f"--steps must divide the teacher's T = {T}, and --teacher_steps, which is at most T"
+            raise UserError(f"{what}; got {K} and {config.teacher_steps}")
         pipe.classes.checked(0 if pipe.classes.count else None, config.guidance_scale, 1)
         pipe.unet.requires_grad_(False).eval()
         stops = list(range(T - 1, -1, -T // K))
         times, base = teacher_times(stops, config.teacher_steps // K), None if is_local(model) else model
         teacher = DDPMPipeline(pipe.unet, scheduler)
-        return cls(recorded_name(model), base, teacher, stops, times, config.guidance_scale)
+        name, digest = recorded_name(model), weights_digest(pipe.unet)
+        return cls(name, base, digest, teacher, stops, times, config.guidance_scale)
 
     @property
     def record(self) -> dict[str, Any]:
@@ -93,7 +94,7 @@ class Distillation:
         return {
             "model": self.name,
             "base_model": self.base_model,
-            "digest": weights_digest(self.teacher.unet),
+            "digest": self.digest,
             "teacher_timesteps": self.times,
             "description": f"DDIM steps from t = {stops} of {len(self.times)} steps of the teacher{guided}, in v",
         }

@@ -155,24 +155,18 @@ def choose_computation(config: TrainingConfig, accelerator: Accelerator) -> Comp
     return Computation(channels_last, compiled, captured)
 
 
-def resolve(
-    config: TrainingConfig,
-    accelerator: Accelerator,
-    initial: InitialModel | None = None,
-    distillation: Distillation | None = None,
-) -> Run:
+def resolve(config: TrainingConfig, accelerator: Accelerator, initial: InitialModel | Distillation | None) -> Run:
     """Open the images and decide everything that follows from configuration and machine, or raise UserError."""
-    given = initial or distillation
-    recipe = config.resolved_preset(None if given is None else given.preset)
+    recipe = config.resolved_preset(None if initial is None else initial.preset)
     micro, accumulation, _ = config.batch_plan(accelerator.num_processes)
     plan = BatchPlan(micro, accumulation, accelerator.process_index, accelerator.num_processes)
     computation = choose_computation(config, accelerator)
     with torch.device("meta"):  # sizes that the network cannot halve, before any image is read
         check_size(UNet2DModel(**recipe.unet), *image_size(recipe.unet))
-    if distillation is not None:
-        distillation.to(accelerator.device)
-        data, network = distillation.images(), dict(recipe.unet)
-        return Run(config, recipe, accelerator, computation, plan, data, network, None, distillation)
+    if isinstance(initial, Distillation):
+        initial.to(accelerator.device)
+        rest = initial.images(), dict(recipe.unet), None, initial
+        return Run(config, recipe, accelerator, computation, plan, *rest)
     data = load_split(config, recipe.unet, "train")
     if not isinstance(data, StreamedImages) and not len(data):
         raise UserError(f"{data.name!r} has no images to train on")

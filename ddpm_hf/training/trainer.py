@@ -39,7 +39,7 @@ from .batches import Batches
 from .configuration import DistillationConfig, TrainingConfig, TrainingError, due
 from .distillation import Distillation
 from .evaluation import TrainingEvaluation
-from .initialization import initialize, open_initial_model
+from .initialization import InitialModel, initialize, open_initial_model
 from .posthoc_ema import PowerAverages, discard_snapshots, is_due, save_snapshot
 from .publishing import Publisher
 from .run import resolve, start_accelerator
@@ -72,17 +72,16 @@ class Trainer:
         with raise_on_all_ranks():
             checkpointing.check_output_is_ours(config)
             state = checkpoints.recorded_state(self.output_dir, config.resume_from_checkpoint)
-            initial, distillation = open_initial_model(config, state), None
+            initial: InitialModel | Distillation | None = open_initial_model(config, state)
             if isinstance(config, DistillationConfig):
-                distillation = Distillation.load(config)
-                config = replace(config, class_conditional=distillation.teacher.classes.count is not None)
-            self.config = config
-            self.run = resolve(config, self.accelerator, initial, distillation)
+                initial = Distillation.load(config)
+                config = replace(config, class_conditional=initial.teacher.classes.count is not None)
+            self.config, self.run = config, resolve(config, self.accelerator, initial)
             self.evaluation = TrainingEvaluation(config, self.run.unet_config, self.run.data)
         self.recipe, self.data, self.plan = self.run.recipe, self.run.data, self.run.plan
         same_everywhere(self.run.describe_images(), "all of them need the same images")
         if initial is not None:
-            same_everywhere(f"{initial.name} ({initial.digest[:12]})", "all of them need the same --init_from")
+            same_everywhere(f"{initial.name} ({initial.digest[:12]})", "all of them need the same model to start from")
         self.publisher = Publisher(config, checkpointing.settings_of(self.run), self.evaluation)
         self.unet = self._new_network()
         self._prepare_optimization()
