@@ -44,7 +44,7 @@ SMALLER = {
     "evaluate": "--num_images 2 --num_samples 12 --num_inference_steps 5",
     "reproduce": f"{_TRAIN} --num_images 1 --num_samples 12 --num_inference_steps 5",
     "optimal_variance": "--num_images 2",
-    "distill": "--max_train_steps 2 --total_batch_size 2 --num_sample_images 2 --teacher_steps 4",
+    "distill": "--max_train_steps 2 --total_batch_size 2 --num_sample_images 2 --steps 5 --teacher_steps 5",
     "ema": "--num_images 2 --num_samples 12 --num_inference_steps 5",
 }
 # These only where the text has them, too: `--seeds 0-63` becomes `--seeds 0-3`.
