@@ -4,8 +4,6 @@ A user's mistake gets one sentence on stderr and exit code 2. A fault, of this p
 that names the file with its traceback, and exit code 1. Heavy libraries are imported by the command that needs them.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 import tempfile

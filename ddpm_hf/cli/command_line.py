@@ -1,7 +1,5 @@
 """Flags and YAML files: what all commands of `ddpm-hf` share."""
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import functools

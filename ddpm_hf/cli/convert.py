@@ -1,7 +1,5 @@
 """`ddpm-hf convert`: other implementations' weights as a folder that diffusers opens."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from ..training.configuration import paper_value

@@ -1,7 +1,5 @@
 """`ddpm-hf ema`: averages of other lengths from a run's snapshots, after the training; and which is best."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import shutil

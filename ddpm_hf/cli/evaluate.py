@@ -1,7 +1,5 @@
 """`ddpm-hf evaluate`: the paper's numbers for a model, in one report."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence, Sized
 from pathlib import Path

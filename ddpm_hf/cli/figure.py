@@ -1,7 +1,5 @@
 """`ddpm-hf sample --figure`: the paper's figures, drawn for a model."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

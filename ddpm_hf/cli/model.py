@@ -1,7 +1,5 @@
 """Which model a command loads and how it is sampled: the flags, and what they name."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`ddpm-hf optimal_variance`: the best variance of the ddpm sampler, measured once and kept in the scheduler."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

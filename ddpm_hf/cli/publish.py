@@ -1,20 +1,15 @@
 """`ddpm-hf publish`: the model, sample grid and card of a stopped run, without training."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..training.configuration import NOT_NEGATIVE, POSITIVE, TrainingConfig, one_of
 from ..utils.errors import UserError
 from . import model
 from .command_line import Parser, given
 from .train import parse_training_config
-
-if TYPE_CHECKING:
-    from ..pipelines.checkpoints import Checkpoint
 
 
 def publish_parser(prog: str | None = None) -> Parser:
@@ -57,7 +52,7 @@ def publish(arguments: Sequence[str], prog: str | None = None) -> int:
     return 0
 
 
-def _config(values: Any, checkpoint: Checkpoint, output: Path) -> TrainingConfig:
+def _config(values: Any, checkpoint: Any, output: Path) -> TrainingConfig:
     """Return the configuration of the checkpoint's run, with the flags."""
     from ..pipelines.checkpoints import CONFIG
 

@@ -1,7 +1,5 @@
 """`ddpm-hf push`: a model on the Hub."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 from . import model

@@ -1,7 +1,5 @@
 """`ddpm-hf sample`: images of a model, from noise or from given images."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

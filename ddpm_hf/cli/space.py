@@ -1,7 +1,5 @@
 """`ddpm-hf space`: a web page on the Hub to try a model out."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

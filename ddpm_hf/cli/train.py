@@ -1,7 +1,5 @@
 """`ddpm-hf train | reproduce`: a recipe in flags and YAML, trained, and measured beside the paper's numbers."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 

@@ -5,8 +5,6 @@ report, `.evaluation/` the finished batches of an evaluation under way. A resume
 update, and so the same numbers and best model: nothing of them has to be in the checkpoints.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math
@@ -141,8 +139,7 @@ class TrainingEvaluation:
                 before = best.values[name]["value"]
             else:
                 log(f"{folder} was chosen by another number than {name} as it is measured now, and is chosen again")
-        worse = value <= before if higher_is_better(name) else value >= before
-        if math.isnan(value) or worse:
+        if math.isnan(value) or (value <= before if higher_is_better(name) else value >= before):
             return
         report = dataclasses.replace(report, model={**report.model, "update": step, "best_metric": name})
 
@@ -155,8 +152,8 @@ class TrainingEvaluation:
 
     def _history(self) -> dict[str, dict[str, float | None]]:
         with suppress(OSError, ValueError, AttributeError):  # what is not there is measured again
-            content = json.loads((self.folder / HISTORY).read_text(encoding="utf-8"))
-            return {key: value for key, value in content.items() if key.isdecimal()}
+            content = json.loads((self.folder / HISTORY).read_text(encoding="utf-8")).items()
+            return {key: value for key, value in content if key.isdecimal()}
         return {}
 
     def _write_history(self, history: dict[str, Any]) -> None:

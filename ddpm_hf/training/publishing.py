@@ -3,8 +3,6 @@
 All processes take part. Nothing here touches the network in training or its random numbers.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -39,27 +37,23 @@ def _memory_advice(step: int) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise TrainingError(
-            f"too little memory on the device for the samples and numbers after update {step}; give a smaller "
-            "--eval_batch_size, and resume with --resume_from_checkpoint latest"
-        ) from error
+        what = f"too little memory on the device for the samples and numbers after update {step}"
+        how = "give a smaller --eval_batch_size, and resume with --resume_from_checkpoint latest"
+        raise TrainingError(f"{what}; {how}") from error
 
 
 class Publisher:
     """Writes what a run shows into its output folder, or raises UserError: a license or name cannot be taken.
 
-    Args:
-        config: The run's configuration.
-        settings: What its checkpoints record (`checkpointing.settings_of`).
-        evaluation: What measures the model, if anything does.
-        raw: The weights to come are not the EMA weights, as the card then says.
+    `settings` are what its checkpoints record (`checkpointing.settings_of`). With `raw` the weights to come are not
+    the EMA weights, as the card then says.
     """
 
     def __init__(
         self,
         config: TrainingConfig,
         settings: dict[str, Any],
-        evaluation: TrainingEvaluation | None = None,
+        evaluation: TrainingEvaluation | None,
         raw: bool = False,
     ):
         self.config, self.settings, self.evaluation, self.raw = config, settings, evaluation, raw
@@ -68,13 +62,8 @@ class Publisher:
         check_license(config.license)
         self._push = None
         if config.push_to_hub:
-            self._push = Push(
-                config.output_dir,
-                config.hub_model_id or self.folder.resolve().name,
-                private=config.hub_private_repo,
-                token=config.hub_token,
-                license=config.license,
-            )
+            options = {"private": config.hub_private_repo, "token": config.hub_token, "license": config.license}
+            self._push = Push(config.output_dir, config.hub_model_id or self.folder.resolve().name, **options)
 
     def open_hub(self) -> None:
         """Check where the run's pushes will go, if it has any, or raise UserError; only the main process pushes."""
@@ -96,8 +85,8 @@ class Publisher:
             else:
                 self.pushes.offer(f"After update {step}")
 
-    def show(self, ema_weights: dict[str, Tensor], step: int) -> tuple[DDPMPipeline, EvaluationReport | None]:
-        """Make the sample grid and the evaluation that are due after update `step`; return the model and its numbers.
+    def show(self, ema_weights: dict[str, Tensor], step: int) -> EvaluationReport | None:
+        """Make the sample grid and the evaluation that are due after update `step`, and record and return the numbers.
 
         If images or numbers of the model are not finite, a line says so and training continues.
         """
@@ -107,12 +96,16 @@ class Publisher:
             try:
                 if due(step, config.save_images_steps):
                     self.sample_grid(pipe, f"samples-{step}.png")
-                if self.evaluation is None or not due(step, config.validation_steps):
-                    return pipe, None
-                return pipe, self.evaluation.measure(pipe)
+                return self._measure(pipe, step) if due(step, config.validation_steps) else None
             except NotFiniteError as error:
                 log(f"nothing to show after update {step}: {error}")
-                return pipe, None
+                return None
+
+    def _measure(self, pipe: DDPMPipeline, step: int) -> EvaluationReport | None:
+        if self.evaluation is None or (report := self.evaluation.measure(pipe)) is None:
+            return None
+        self.evaluation.record(pipe, report, step)
+        return report
 
     def write_model(self, pipe: DDPMPipeline, step: int) -> None:
         """Write the pipeline (safetensors) and a card without numbers into the output folder: in seconds."""
@@ -127,14 +120,11 @@ class Publisher:
     def complete(self, pipe: DDPMPipeline, step: int) -> None:
         """Add the sample grid, the numbers and a card with both to what `write_model` wrote.
 
-        Raises:
-            NotFiniteError: Images or numbers of the model are not finite; nothing is pushed.
+        Raises NotFiniteError where images or numbers of the model are not finite; nothing is pushed.
         """
         with _memory_advice(step):
             self.sample_grid(pipe, SAMPLES)
-            report = self.evaluation.measure(pipe) if self.evaluation is not None else None
-        if report is not None and self.evaluation is not None:
-            self.evaluation.record(pipe, report, step)
+            report = self._measure(pipe, step)
         self._write_report_and_card(step, report)
         if self.pushes is not None:
             self.pushes.offer(f"After update {step}, the last")
@@ -164,17 +154,10 @@ class Publisher:
     def _write_card(self, step: int, report: EvaluationReport | None) -> bool:
         """Write the card, unless a person has edited it; return whether it was written."""
         pictures = sorted(self.folder.glob("samples*.png"), key=lambda path: path.stat().st_mtime_ns)
-        facts = training_facts(
-            self.folder.resolve().name,
-            self.settings,
-            step,
-            raw=self.raw,
-            dataset_name=self.config.images_given().get("dataset_name"),
-            report=dataclasses.asdict(report) if report is not None else None,
-            sample=pictures[-1].name if pictures else None,
-            license=self.config.license,
-        )
-        return write_card(self.folder, facts)
+        options: dict[str, Any] = {"dataset_name": self.config.images_given().get("dataset_name"), "raw": self.raw}
+        options |= {"report": dataclasses.asdict(report) if report is not None else None}
+        options |= {"sample": pictures[-1].name if pictures else None, "license": self.config.license}
+        return write_card(self.folder, training_facts(self.folder.resolve().name, self.settings, step, **options))
 
     def pipeline(self, weights: dict[str, Tensor]) -> DDPMPipeline:
         """Return the weights in a float32 pipeline of their own, the first process's in all; all have to call this."""
@@ -208,22 +191,12 @@ class Publisher:
         log(f"wrote {path}")
 
 
-def publish_checkpoint(
-    checkpoint: Checkpoint, config: TrainingConfig, samples: bool = True, evaluate: bool = False
-) -> None:
+def publish_checkpoint(checkpoint: Checkpoint, config: TrainingConfig, samples: bool, evaluate: bool) -> None:
     """Write a checkpoint's model into `config.output_dir` as a run that ended there would: model, samples, card.
 
-    A model that is there already with these weights stays, with its samples, numbers and scheduler; what is missing
-    is added.
-
-    Args:
-        checkpoint: Where the weights are.
-        config: The run's configuration, for the samples and the card; with `evaluate` also for images and numbers.
-        samples: Draw the sample grid.
-        evaluate: Measure what the run would have measured at its end, on its images.
-
-    Raises:
-        UserError: The weights are not finite or do not fit; another process writes into the folder.
+    With `samples` it has a sample grid, with `evaluate` the numbers that the run would have measured, on its images. A
+    model that is there already with these weights stays, with its samples, numbers and scheduler; what is missing is
+    added. Raises UserError: the weights are not finite or do not fit, or another process writes into the folder.
     """
     folder, step = Path(config.output_dir), checkpoint.state["step"]
     with raise_on_all_ranks():
@@ -248,7 +221,7 @@ def publish_checkpoint(
             publisher.write_model(pipe, step)
         if samples and not from_first((folder / SAMPLES).exists()):
             publisher.sample_grid(pipe, SAMPLES)
-        report = evaluation.measure(pipe) if evaluation is not None else None
+        report = None if evaluation is None else evaluation.measure(pipe)
         if report is None and (folder / REPORT).exists():  # of these weights
             report = EvaluationReport.load(folder / REPORT)
         publisher._write_report_and_card(step, report)

@@ -4,8 +4,6 @@ The output folder is that of `ddpm-hf train`, with `reproduction.md` and `reprod
 ours) and `reproduction/`, the folder of `ddpm-hf evaluate`, whose `training.json` says what was trained and how.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections.abc import Mapping

@@ -4,8 +4,6 @@ A graph reads and writes the same memory whenever it is replayed, so what change
 lie in tensors that keep their place. (PyTorch, "CUDA semantics", section "CUDA Graphs".)
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """What every access to the Hub shares: one sentence per error, retries, private repositories, is it a DDPM?"""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """Settings of the machine that decide how fast, and to which bits, tensors are computed, handed out and copied."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Sibling processes, cores, signals, locks, trackers."""
 
-from __future__ import annotations
-
 import ctypes
 import dataclasses
 import os

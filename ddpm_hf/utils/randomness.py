@@ -3,8 +3,6 @@
 A run that is resumed, split over processes or sampled in other batches draws the same numbers.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 import operator

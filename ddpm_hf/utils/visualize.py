@@ -1,7 +1,5 @@
 """Show uint8 images to people: grids, grids with titles, animations."""
 
-from __future__ import annotations
-
 import math
 import tempfile
 from collections.abc import Sequence

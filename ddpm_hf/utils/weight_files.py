@@ -3,8 +3,6 @@
 Unpickling could run code; `weights_only=True` reads tensors and plain values and nothing else.
 """
 
-from __future__ import annotations
-
 import pickle
 import re
 from pathlib import Path

@@ -300,6 +300,6 @@ def test_a_resume_command_says_what_the_launcher_chose(tmp_path, monkeypatch):
 
 
 def test_a_push_that_waits_is_named_as_missing(tmp_path):
-    publisher = Publisher(TrainingConfig(**RUN, output_dir=str(tmp_path)), {})
+    publisher = Publisher(TrainingConfig(**RUN, output_dir=str(tmp_path)), {}, None)
     publisher.pushes = object()
     assert publisher.missing() == ["samples.png", "its push to the Hub"]
