@@ -46,13 +46,11 @@ PARSERS = {name: parser for name, (_, parser) in _ALL.items()}
 _CLEAR_ERRORS = ("ddpm_hf", "huggingface_hub", "diffusers", "transformers", "datasets")
 
 
-def _help() -> str:
-    lines = "\n".join(f"  {name:18}{parser(None).description}" for name, parser in PARSERS.items())
-    return f"""usage: ddpm-hf COMMAND [flags]
+_HELP = """usage: ddpm-hf COMMAND [flags]
 
 The DDPM of Ho, Jain and Abbeel (2020).
 
-{lines}
+{}
 
 ddpm-hf COMMAND --help lists the flags of a command, with their defaults and the paper's values; ddpm-hf --version says
 which version this is. --debug, with any command (or DDPM_HF_TRACEBACK=1), shows the traceback of an error."""
@@ -63,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     name = next((argument for argument in arguments if argument != "--debug"), None)
     if name in (None, "-h", "--help"):
-        print(_help())
+        print(_HELP.format("\n".join(f"  {of:18}{parser(None).description}" for of, parser in PARSERS.items())))
         return 0 if name else 2
     if name == "--version":
         print(__version__)
@@ -122,10 +120,9 @@ def _fault(error: Exception, prog: str) -> str:
     where = "--debug shows its traceback"
     with suppress(OSError):
         # What was typed stays out of it: there may be an access token among that.
-        with tempfile.NamedTemporaryFile(
-            "w", prefix="ddpm-hf-", suffix=".txt", delete=False, encoding="utf-8"
-        ) as file:
+        descriptor, path = tempfile.mkstemp(prefix="ddpm-hf-", suffix=".txt", text=True)
+        with open(descriptor, "w", encoding="utf-8") as file:
             file.write(f"{prog}\n{''.join(traceback.format_exception(error))}")
-        where = f"its traceback is in {file.name}, and --debug shows it"
+        where = f"its traceback is in {path}, and --debug shows it"
     kind = " ".join("".join(traceback.format_exception_only(error)).split())
     return f"unexpected, and not your mistake but a fault of ddpm-hf or of a library: {kind}; {where}"

@@ -24,9 +24,7 @@ def ema_parser(prog: str | None = None) -> Parser:
     parser = Parser(prog, what, usage)
     flag = parser.group("run and lengths")
     flag("run", str, None, "the folder of a run that was trained with --posthoc_ema, the default", metavar="RUN")
-    text = (
-        "widths of the averages relative to the run: 0.05,0.1,0.15; with --sweep, left out: all that are possible of "
-    )
+    text = "widths of the averages relative to the run: 0.05,0.1; with --sweep, left out: all that are possible of "
     flag("--sigma_rel", str, None, text + ",".join(f"{length:g}" for length in _GRID))
     flag("--step", int, None, "the update after which the averages end; left out: the last")
     text = "measure each length, and the run's own EMA, as ddpm-hf evaluate does, and say which is best"
@@ -83,22 +81,19 @@ def _lengths(text: str | None, snapshots: Any, update: int) -> list[float]:
 
 def _write(snapshots: Any, length: float, update: int, folder: Path) -> None:
     """Write the model of a length, with a card that says so."""
-    from diffusers.utils import logging
-
     from ..hub.files import CARD, read_card, write_card
     from ..hub.model_card import CardFacts, generated_facts
     from ..models.unet_2d import check_weights
     from ..utils.files import write_directory
 
-    logging.disable_progress_bar()
     pipe = snapshots.pipeline(length, update)
     check_weights(pipe.unet)
     card = snapshots.run / CARD
     facts = (generated_facts(read_card(card)) if card.exists() else None) or CardFacts("")
     text = (
         f"power function of relative width sigma_rel {length:g}, ending after update {update} (post-hoc EMA, Karras "
-        f"et al. 2024), reconstructed from snapshots after updates {', '.join(map(str, snapshots.files))}"
     )
+    text += f"et al. 2024), reconstructed from snapshots after updates {', '.join(map(str, snapshots.files))}"
     facts = dataclasses.replace(facts, name=folder.name, recipe={**facts.recipe, "EMA weights": text})
 
     def fill(target: Path) -> None:
@@ -121,31 +116,24 @@ def _sweep(values: Any, snapshots: Any, lengths: list[float], update: int) -> in
     with raise_on_all_ranks():
         writable_folder(folder, "RUN")
     reports: dict[str, EvaluationReport] = {}
-    for length in lengths:
-        name = f"sigma_rel-{length:g}"
-        model = folder / "model" / name
+    for length in [*lengths, None]:
+        name = _OWN if length is None else f"sigma_rel-{length:g}"
+        model = snapshots.run if length is None else folder / "model" / name
+        output = folder / ("own" if length is None else name)
         try:
             with raise_on_all_ranks():
-                if processes().is_main_process:
+                if length is not None and processes().is_main_process:
                     _write(snapshots, length, update, model)
             log(f"\n{name}")
-            reports[f"{length:g}"] = _measured(values, model, folder / name)
+            values.model, values.output = str(model), str(output)
+            measure(values)
+            reports[_OWN if length is None else f"{length:g}"] = EvaluationReport.load(output)
         finally:
             if processes().is_main_process:
-                shutil.rmtree(model.parent, ignore_errors=True)
-    log(f"\n{_OWN}")
-    reports[_OWN] = _measured(values, snapshots.run, folder / "own")
+                shutil.rmtree(folder / "model", ignore_errors=True)
     if processes().is_main_process:
         _write_sweep(folder, reports, update)
     return 0
-
-
-def _measured(values: Any, model: Path, output: Path) -> Any:
-    from ..evaluation.report import EvaluationReport
-
-    values.model, values.output = str(model), str(output)
-    measure(values)
-    return EvaluationReport.load(output)
 
 
 def _write_sweep(folder: Path, reports: dict[str, Any], update: int) -> None:
@@ -158,10 +146,8 @@ def _write_sweep(folder: Path, reports: dict[str, Any], update: int) -> None:
     first = next(iter(reports.values()))
     names = [name for name in first.values if higher_is_better(name) is not None]
     found = {key: {name: report.values[name] for name in names} for key, report in reports.items()}
-    best = {}
-    for name in names:
-        choose = max if higher_is_better(name) else min
-        best[name] = choose(found, key=lambda key: found[key][name]["value"])
+    choose = {name: max if higher_is_better(name) else min for name in names}
+    best = {name: choose[name](found, key=lambda key, name=name: found[key][name]["value"]) for name in names}
     rows = [["sigma_rel", *names]]
     for key, numbers in found.items():
         cells = [number(entry["value"], entry["standard_error"]) for entry in numbers.values()]

@@ -83,22 +83,15 @@ def measure(values: Any) -> int:
     evaluations = min(values.num_images or size, size) * (values.num_evaluations or T) * bool(likelihood)
     evaluations += values.num_samples * (values.num_inference_steps or T) * bool(samples)
     names = ("num_images", "num_evaluations", "num_samples", "batch_size", "seed", "features", "inception_weights")
+    options = {"model_name": values.model, "output": None if file is not None else output, "progress": True}
+    options |= {"cache_dir": None if values.cache_dir is None else Path(values.cache_dir)}
+    options |= {
+        "likelihood_splits": splits and sorted(sets, key=lambda split: split == "train")
+    }  # held-out ones first
+    options |= {"prepare": model.inference_optimization(values, evaluations // values.batch_size)}
+    options |= given(values, *names, *model.SAMPLER, *model.SAMPLING)
     try:
-        report = run.evaluate(
-            pipe,
-            sets,
-            metrics,
-            # what is held out comes first
-            likelihood_splits=splits and sorted(sets, key=lambda split: split == "train"),
-            cache_dir=None if values.cache_dir is None else Path(values.cache_dir),
-            output=None if file is not None else output,
-            model_name=values.model,
-            progress=True,
-            prepare=model.inference_optimization(values, evaluations // values.batch_size),
-            **given(values, *names),
-            **model.sampler_arguments(values),
-            **model.sampling_arguments(values),
-        )
+        report = run.evaluate(pipe, sets, metrics, **options)
     except KeyboardInterrupt:
         print("finished batches are kept: the same command resumes from there", file=sys.stderr)
         raise

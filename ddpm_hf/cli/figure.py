@@ -41,8 +41,9 @@ def draw_figure(values: Any) -> int:
     """Draw `--figure`; everything is checked before anything is sampled."""
     from ..pipelines import figures
     from ..sampling.generation import class_sequence
+    from ..utils.files import writable_folder
     from ..utils.processes import processes
-    from ..utils.visualize import check_writable, save_animation, save_picture
+    from ..utils.visualize import save_animation, save_picture
 
     seeds = _checked_seeds(values)
     if not processes().is_main_process:
@@ -52,10 +53,10 @@ def draw_figure(values: Any) -> int:
         raise UserError(f"a figure needs images of 1 or 3 channels, and the model's have {pipe.image_shape[0]}")
     labels = class_sequence(pipe, values.class_labels, len(seeds))
     options = {"batch_size": values.batch_size, "class_labels": labels, "progress": True}
-    options |= model.sampling_arguments(values)
+    options |= given(values, *model.SAMPLING)
     ends = _given_images(values, 2 * len(seeds), pipe.image_shape)
-    for path in filter(None, (values.output, values.animation)):
-        check_writable(path)
+    for flag in given(values, "output", "animation"):
+        writable_folder(Path(getattr(values, flag)).parent, f"--{flag}")
     prepare = model.inference_optimization(values, model.sampling_evaluations(pipe, values, len(seeds)))
     if prepare is not None:
         prepare(pipe)
@@ -97,10 +98,8 @@ def _checked_seeds(values: Any) -> list[int]:
     if figure in _TAKEN_BY["images"]:
         sources = list(given(values, "images", *IMAGE_SOURCES))
         if len(sources) != 1:
-            raise UserError(
-                f"--figure {figure} needs images to interpolate between: give --images A.png B.png, or exactly one of "
-                f"--dataset, --dataset_name and --train_data_dir; got {' and '.join(sources) or 'none'}"
-            )
+            which = "--images A.png B.png, or exactly one of --dataset, --dataset_name and --train_data_dir"
+            raise UserError(f"--figure {figure} needs images: give {which}; got {' and '.join(sources) or 'none'}")
         if figure == "coarse_to_fine" and (len(seeds) != 1 or len(images or [0, 0]) != 2):
             raise UserError("--figure coarse_to_fine is of one pair of images: give two, and one seed or none")
         if images is not None and len(images) != 2 * len(seeds):

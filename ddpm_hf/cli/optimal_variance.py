@@ -36,9 +36,8 @@ def optimal_variance(arguments: Sequence[str], prog: str | None = None) -> int:
 
     target = Path(values.model if values.output is None else values.output)
     if values.output is None and (values.weights == "raw" or not (target / INDEX).is_file()):
-        raise UserError(
-            f"--model {values.model!r} is no published model here whose scheduler can be rewritten; give --output"
-        )
+        what = f"--model {values.model!r} is no published model here whose scheduler can be rewritten"
+        raise UserError(f"{what}; give --output")
     if values.output is not None and target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"--output {values.output!r} is there already; name a new folder")
     start_process()

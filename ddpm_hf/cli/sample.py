@@ -61,7 +61,7 @@ def sample(arguments: Sequence[str], prog: str | None = None) -> int:
         labels = class_sequence(pipe, values.class_labels, len(seeds))
         images = _given_images(values, len(seeds), pipe.image_shape)
     prepare = model.inference_optimization(values, model.sampling_evaluations(pipe, values, len(seeds)))
-    options = {"progress": True, "class_labels": labels, **model.sampling_arguments(values), **images}
+    options = {"progress": True, "class_labels": labels, **given(values, *model.SAMPLING), **images}
     drawn = write_samples(pipe, seeds, values.output, batch_size=values.batch_size, prepare=prepare, **options)
     already = f", {len(seeds) - drawn} were there already" if drawn < len(seeds) else ""
     log(f"wrote {drawn} images to {values.output}{already}")
@@ -69,10 +69,7 @@ def sample(arguments: Sequence[str], prog: str | None = None) -> int:
 
 
 def _given_images(values: Any, count: int, image_shape: tuple[int, int, int]) -> dict[str, Any]:
-    """Return the images and masks of the flags as `write_samples` takes them: one for all seeds, or one for each.
-
-    Raises a UserError where a file cannot be read, or there are too many.
-    """
+    """Return the images and masks of the flags as `write_samples` takes them: one for all seeds, or one for each."""
     if values.image is None:
         return {}
     if len(values.image) > count:

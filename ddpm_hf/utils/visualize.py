@@ -1,7 +1,6 @@
 """Show uint8 images to people: grids, grids with titles, animations."""
 
 import math
-import tempfile
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -118,16 +117,3 @@ def animation_format(path: str | Path) -> str:
     if suffix not in ANIMATION_FORMATS:
         raise UserError(f"an animation is written as FILE{', FILE'.join(ANIMATION_FORMATS)}, got {str(path)!r}")
     return ANIMATION_FORMATS[suffix]
-
-
-def check_writable(path: str | Path) -> None:
-    """Raise a UserError with the reason where a file could not be written later; leave nothing behind."""
-    path = Path(path)
-    if path.is_dir():
-        raise UserError(f"cannot write {path}: it is a folder")
-    there = next(folder for folder in path.absolute().parents if folder.exists())
-    try:
-        with tempfile.TemporaryFile(dir=there):  # asking for permissions would believe those that root has in /proc
-            pass
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
