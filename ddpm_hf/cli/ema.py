@@ -46,11 +46,19 @@ def ema(arguments: Sequence[str], prog: str | None = None) -> int:
     for name, default in vars(parser.parse_args([values.run])).items():
         if not values.sweep and name not in _OF_BOTH and getattr(values, name) != default:
             raise UserError(f"--{name} goes with --sweep")
-    from ..training.posthoc_ema import Snapshots
+    from ..training.posthoc_ema import Snapshots, possible_lengths
 
     snapshots = Snapshots(Path(values.run))
     update = snapshots.last if values.step is None else values.step
-    lengths = _lengths(values.sigma_rel, snapshots, update)
+    if values.sigma_rel is None:
+        lengths = possible_lengths(snapshots.known, update, _GRID)
+    else:
+        try:
+            lengths = list(dict.fromkeys(float(part) for part in values.sigma_rel.split(",")))
+        except ValueError:
+            raise UserError(f"--sigma_rel takes numbers such as 0.05,0.1, got {values.sigma_rel!r}") from None
+        for length in lengths:
+            snapshots.check(length, update)
     if values.sweep:
         return _sweep(values, snapshots, lengths, update)
     output = Path(values.output)
@@ -62,21 +70,6 @@ def ema(arguments: Sequence[str], prog: str | None = None) -> int:
         _write(snapshots, length, update, folder)
         print(f"wrote {folder}: sigma_rel {length:g} after update {update}, predicted error {error:.2%}")
     return 0
-
-
-def _lengths(text: str | None, snapshots: Any, update: int) -> list[float]:
-    """Return the lengths of the flag, or the possible ones of the grid, or raise UserError."""
-    if text is None:
-        from ..training.posthoc_ema import possible_lengths
-
-        return possible_lengths(snapshots.known, update, _GRID)
-    try:
-        lengths = list(dict.fromkeys(float(part) for part in text.split(",")))
-    except ValueError:
-        raise UserError(f"--sigma_rel takes numbers such as 0.05,0.1, got {text!r}") from None
-    for length in lengths:
-        snapshots.check(length, update)
-    return lengths
 
 
 def _write(snapshots: Any, length: float, update: int, folder: Path) -> None:

@@ -66,10 +66,7 @@ SAMPLING = ("num_inference_steps", "eta", "guidance_scale")  # what `DDPMPipelin
 
 
 def load_pipeline(model: str, dtype: str = "float32", tf32: bool = False, weights: str = "ema") -> Any:
-    """Return the `DDPMPipeline` in a folder (a run's or a checkpoint's, too) or on the Hub, on this process's device.
-
-    Raises UserError where there is no model, or a weight is NaN or infinite.
-    """
+    """Return the `DDPMPipeline` of `--model` on this process's device, or raise UserError: none, or not finite."""
     import torch
     from diffusers.utils import logging
 

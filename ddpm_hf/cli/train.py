@@ -28,10 +28,7 @@ def _parser(prog: str | None, description: str, *config_classes: type) -> Parser
 
 
 def parse_training_config(arguments: Sequence[str], prog: str | None = None) -> TrainingConfig:
-    """Return flags, and the YAML files that they name, as a checked `TrainingConfig`.
-
-    Raises UserError: anything that cannot be taken, in one sentence.
-    """
+    """Return flags, and the YAML files that they name, as a `TrainingConfig`, or raise UserError: one is wrong."""
     return parse_configs(training_parser(prog), arguments, TrainingConfig)[0]
 
 

@@ -44,10 +44,7 @@ class Batches:
         self._reader.shutdown(cancel_futures=True)
 
     def micro_batch(self, step: int, micro: int, draws: dict[str, Tensor]) -> MicroBatch:
-        """Return this process's share of one micro-batch of update `step` (from 0), with the update's `draws`.
-
-        Raises TrainingError for a class-conditional network and an image without a class.
-        """
+        """Return this process's share of a micro-batch of update `step`; TrainingError: an image has no class."""
         images, labels = self.read_ahead(step, micro)
         rows = self.plan.rows(micro)
         if not self.run.config.class_conditional:

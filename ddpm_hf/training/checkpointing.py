@@ -28,8 +28,7 @@ from .run import Run
 def training_state(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Tensor], Any]:
     """Return whole weights, the optimizer's tensors as `<parameter>.<entry>`, and its JSON values.
 
-    Wrappers (DDP, `torch.compile`) leave no trace in the names. All processes have to call this, as shards of FSDP 2
-    are gathered, and the first one gets the result.
+    The names are without wrappers (DDP, `torch.compile`). All processes call this, and the first one gets the result.
     """
     options = distributed.StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights: dict[str, Any] = dict(distributed.get_model_state_dict(model, options=options))
@@ -129,10 +128,7 @@ def settings_of(run: Run) -> dict[str, Any]:
 
 
 def check_checkpoint(run: Run, path: Path, state: dict[str, Any]) -> None:
-    """Log what is different from now on where a run resumes from a checkpoint with this `state`.
-
-    Raises UserError for another run's, and where it would lead away from this one's later checkpoints.
-    """
+    """Log what changes where a run resumes from this checkpoint; raise UserError: it is not one to resume from."""
     for name, here in plain(fixed_settings(run)).items():  # plain as in the checkpoint: tuples are lists there
         if state.get(name) != here:
             what = f"{str(path)!r} was trained with {name} {state.get(name)}, and this run has {here}"

@@ -96,10 +96,7 @@ class TrainingError(UserError):
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """One training run. Every field is a flag of `examples/train.py` and a key of its YAML file.
-
-    Raises UserError where a value is outside its range, or does not go with another.
-    """
+    """One training run: each field is a flag and a YAML key. Raises UserError for values that cannot be taken."""
 
     preset: str = _flag("cifar10", f"the experiment: {', '.join(PRESETS)}", group=f"network and process; {_PRESET}")
     init_from: str | None = _flag(None, _INIT_FROM, NOT_EMPTY)
@@ -194,10 +191,7 @@ class TrainingConfig:
             raise UserError(f"{both} say which weights to start from; leave one of them out")
 
     def resolved_preset(self, preset: Preset | None = None) -> Preset:
-        """Return the preset with this run's changes, or raise UserError where loss and variance do not fit.
-
-        `preset` takes the place of the one that is named: it has the network of `init_from`.
-        """
+        """Return `preset` (default: the named one) with this run's changes; UserError: loss and variance differ."""
         preset = preset or get_preset(self.preset)
         unet, scheduler = dict(preset.unet), dict(preset.scheduler)
         if self.resolution is not None:
@@ -239,10 +233,7 @@ class TrainingConfig:
         return options | ({} if self.value_range is None else {"value_range": tuple(self.value_range)})
 
     def batch_plan(self, num_processes: int) -> tuple[int, int, int]:
-        """Return images per micro-batch and process, micro-batches per update, and images per update.
-
-        Raises UserError where the total batch size cannot be reached exactly.
-        """
+        """Return images per micro-batch and process, micro-batches and images per update, or raise UserError."""
         per_process, accumulation = self.train_batch_size, self.gradient_accumulation_steps
         product = (per_process or 1) * (accumulation or 1) * num_processes
         whole = per_process is not None and accumulation is not None

@@ -1,8 +1,7 @@
 """What a training run measures of its EMA weights, and the best model so far.
 
 `evaluations.json` holds the numbers after each measured update, `best/` the best pipeline by `--best_metric` with its
-report, `.evaluation/` the finished batches of an evaluation under way. A resumed run has the same weights after each
-update, and so the same numbers and best model: nothing of them has to be in the checkpoints.
+report. A resumed run has the same weights after each update, and so measures the same numbers and best model again.
 """
 
 import dataclasses

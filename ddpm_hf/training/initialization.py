@@ -1,12 +1,7 @@
 """The model that a run starts from (`--init_from`): what its network, classes and variance become in the run.
 
 Network and noise schedule are the given model's, the rest of the recipe is the preset's. Every weight that fits is
-copied; what is new starts so that the network computes what it computed before:
-
-- classes, by name: known ones keep their row of the embedding; new ones start at the mean of the known rows, which is
-  nearest to all of them together (a random row would be a class that the network has never seen). In a network that
-  had no classes all rows start at 0, which adds nothing to the time embedding.
-- the outputs of a learned variance: weights 0, and the bias with which `learned_range` is the fixed variance.
+copied; what is new starts so that the network computes what it computed before.
 """
 
 import dataclasses
@@ -138,10 +133,7 @@ def _check_flags(config: TrainingConfig, classes: Classes, process: dict[str, An
 
 
 def initialize(unet: UNet2DModel, initial: InitialModel) -> None:
-    """Copy a model's weights into a run's new network, and log what is not a plain copy.
-
-    Raises UserError with the names of all weights that are missing, left over or of another shape.
-    """
+    """Copy a model's weights into a run's new network; log what is not a plain copy; UserError: weights do not fit."""
     assert initial.weights is not None  # else the run resumes, from weights of its own
     old, new = dict(initial.weights), unet.state_dict()
     log(f"starting from {initial.name} ({initial.digest[:12]}); --preset {initial.preset.name} is the recipe only")
@@ -167,7 +159,11 @@ def initialize(unet: UNet2DModel, initial: InitialModel) -> None:
 
 
 def _class_rows(initial: InitialModel, classes: Classes, count: int, width: int) -> Tensor:
-    """Return the class embedding `[count, width]` of the run's classes, and log which of them are new."""
+    """Return the class embedding `[count, width]` of the run's classes, and log which of them are new.
+
+    Known ones, by name, keep their row; new ones start at the mean of these, which is nearest to all of them together
+    (a random row would be a class that the network has never seen), or at 0, which adds nothing to the time embedding.
+    """
     before, old = Classes.of(initial.config), (initial.weights or {}).get(_CLASSES)
     if old is None:
         log(f"{initial.name} had no classes: the rows of all {len(classes.names)} start at 0")

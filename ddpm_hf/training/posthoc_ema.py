@@ -1,16 +1,8 @@
 """Post-hoc EMA (Karras et al. 2024, arXiv 2312.02696, Section 3, appendix C): any averaging length, after training.
 
-A run keeps two power-function averages of its weights beside the paper's EMA, and snapshots of both:
-
-```
-output_dir/ema/
-  update-1625.safetensors    both averages after update 1625, in float16; of updates 2^(k / 3) the newest few are kept
-  update-2048.safetensors
-  update-2500.safetensors    and the newest checkpoint's
-```
-
-An average of another length is the linear combination of these that comes closest to it. It needs these files and
-nothing else: they also hold the configurations of network and scheduler.
+A run keeps two power-function averages of its weights, and snapshots of both in float16 (`ema/update-N.safetensors`
+after updates 2^(k / 3), of which the newest few are kept, and after the newest checkpoint's). An average of another
+length is the linear combination of these that comes closest to it.
 """
 
 import functools
@@ -32,7 +24,7 @@ from ..diffusion.scheduling_ddpm import DDPMScheduler
 from ..models.unet_2d import UNet2DModel
 from ..pipelines.pipeline_ddpm import DDPMPipeline
 from ..utils.errors import UserError, first_line
-from ..utils.files import write_whole
+from ..utils.files import remove_leftovers, write_whole
 
 FOLDER = "ema"
 TRACKED = (0.05, 0.10)  # the lengths sigma_rel that a run keeps, as in the paper
@@ -86,10 +78,8 @@ def coefficients(known: list[Profile], wanted: Profile) -> tuple[np.ndarray, flo
     With sum_i x_i = 1, which keeps weights that do not change, the error is the integral of E d theta with
     E = sum_i x_i C_i - C. For weights that walk at random its square is as the integral of E^2, of which this is the
     least. (The paper's least squares of sum_i x_i p_i - p do so for weights that are noise around a mean; measured in
-    training, their errors were two to three times as large.)
-
-    The error is relative to the distance between the wanted average and the weights at its end, by the same measure:
-    their difference is the integral of C d theta.
+    training, their errors were two to three times as large.) It is relative to the distance between the wanted average
+    and the weights at its end, the integral of C d theta.
     """
     end = wanted[1]
     profiles = [(sigma_rel, update / end) for sigma_rel, update in [*known, wanted]]
@@ -157,10 +147,7 @@ def list_snapshots(run: Path) -> dict[int, Path]:
 
 
 def save_snapshot(run: Path, update: int, averages: dict[str, Tensor], config: dict[str, Any], keep: int) -> None:
-    """Write the averages after an update; remove all but the `keep` newest of those that are due, this one included.
-
-    `config` is what `unet` and `scheduler` are made from. Raises OSError where it cannot be written.
-    """
+    """Write the averages after an update, with the `config` of unet and scheduler; keep the `keep` newest due."""
     half = {name: average.to("cpu", torch.float16).contiguous() for name, average in averages.items()}
     path = run / FOLDER / f"update-{update}.safetensors"
     # One entry: safetensors writes several in any order, and the same snapshot is to be the same file.
@@ -175,7 +162,8 @@ def save_snapshot(run: Path, update: int, averages: dict[str, Tensor], config: d
 
 
 def discard_snapshots(run: Path, after: int) -> None:
-    """Remove the snapshots of later updates, which a resumed run makes again."""
+    """Remove the snapshots of later updates, which a resumed run makes again, and what killed writes have left."""
+    remove_leftovers(run / FOLDER)
     for update, path in list_snapshots(run).items():
         if update > after:
             path.unlink()
@@ -207,10 +195,7 @@ class Snapshots:
         return x, error
 
     def pipeline(self, sigma_rel: float, update: int) -> DDPMPipeline:
-        """Return the model whose weights are the average of length `sigma_rel` that ends after `update`.
-
-        Raises UserError: the snapshots do not give it, or a file is damaged.
-        """
+        """Return the model of length `sigma_rel` that ends after `update`; UserError: snapshots damaged or too few."""
         x, _ = self.check(sigma_rel, update)
         total: dict[str, Tensor] = {}
         for t, path in self.files.items():

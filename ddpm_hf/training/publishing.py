@@ -86,10 +86,7 @@ class Publisher:
                 self.pushes.offer(f"After update {step}")
 
     def show(self, ema_weights: dict[str, Tensor], step: int) -> EvaluationReport | None:
-        """Make the sample grid and the evaluation that are due after update `step`, and record and return the numbers.
-
-        If images or numbers of the model are not finite, a line says so and training continues.
-        """
+        """Make the sample grid and the evaluation that are due after update `step`, unless they are not finite."""
         config = self.config
         with _memory_advice(step):
             pipe = self.pipeline(ema_weights)
@@ -112,16 +109,11 @@ class Publisher:
         with raise_on_all_ranks():
             if processes().is_main_process:
                 self._write_pipeline(pipe)
-        log(f"wrote the pipeline to {self.folder}")
-        with raise_on_all_ranks():
-            if processes().is_main_process:
+                log(f"wrote the pipeline to {self.folder}")
                 self._write_card(step, None)
 
     def complete(self, pipe: DDPMPipeline, step: int) -> None:
-        """Add the sample grid, the numbers and a card with both to what `write_model` wrote.
-
-        Raises NotFiniteError where images or numbers of the model are not finite; nothing is pushed.
-        """
+        """Add sample grid, numbers and a card with both to what `write_model` wrote, or raise NotFiniteError."""
         with _memory_advice(step):
             self.sample_grid(pipe, SAMPLES)
             report = self._measure(pipe, step)
@@ -140,10 +132,8 @@ class Publisher:
             if processes().is_main_process:
                 if report is not None:
                     report.save(self.folder / REPORT)
-                if self._write_card(step, report):
-                    log(f"wrote {self.folder / CARD}")
-                else:
-                    log(f"{self.folder / CARD} was edited, so it stays as it is")
+                written, card = self._write_card(step, report), self.folder / CARD
+                log(f"wrote {card}" if written else f"{card} was edited, so it stays as it is")
 
     def _write_pipeline(self, pipe: DDPMPipeline) -> None:
         """Write the model into the output folder, and remove the former one's numbers and samples."""

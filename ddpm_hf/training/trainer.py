@@ -136,10 +136,8 @@ class Trainer:
         after the last update its model too; only samples and numbers are left out. `end_processes=False` leaves the
         process group to processes that have more to do together.
 
-        Raises:
-            TrainingError: Loss or gradients are no longer finite.
-            OSError: The disk refuses; the last checkpoint is intact.
-            KeyboardInterrupt: A second Ctrl-C, or one while the last push is waited for.
+        Raises TrainingError (loss or gradients are no longer finite), OSError (the disk refuses; the last checkpoint
+        is intact) or KeyboardInterrupt (a second Ctrl-C, or one while the last push is waited for).
         """
         log(self._introduction())
         with ExitStack() as cleanup:

@@ -119,11 +119,9 @@ class CapturedUpdate(Update):
 
     What changes from update to update lies in tensors that keep their place: the micro-batch, the learning rate, the
     weights of the averages. Dropout draws from the default generator, whose seed a replay reads when it starts. For
-    one process without loss scaling. If the capture fails, one line says so and updates are made without.
-
-    A graph knows addresses, not names. So it is captured again where weights, EMA weights, moments or gradients have
-    been replaced from Python (`ema.load_state_dict`, `adam.load_state_dict`, another parameter), Adam's constants, or
-    the state of the default generator (after a capture of samples that failed).
+    one process without loss scaling. If the capture fails, one line says so and updates are made without. A graph
+    knows addresses, not names: it is captured again where weights, EMA weights, moments, gradients, Adam's constants
+    or the state of the default generator (after a capture of samples that failed) have been replaced from Python.
     """
 
     @classmethod

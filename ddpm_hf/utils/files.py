@@ -1,23 +1,16 @@
 """Write files and folders whole or not at all."""
 
 import errno
-import functools
 import os
-import re
 import shutil
-import time
 import uuid
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
 from .errors import UserError
-
-# A file while it is written (`write_whole`); after a day its writer was killed.
-_PARTIAL, _ONE_DAY = re.compile(r"\..+\.[0-9a-f]{32}\.partial"), 86_400.0
 
 
 def write_directory(target: Path, fill: Callable[[Path], Any]) -> None:
@@ -90,11 +83,9 @@ def write_whole(path: Path, write: Callable[[Path], Any], durable: bool = True) 
     """Write a file completely or not at all: `write` a partial one, flush it to the disk, rename it.
 
     Each writer has a partial file of its own; the last one counts. `durable=False` leaves the flushing, of
-    milliseconds, to the system: for many small files that can be made again. Raises OSError; what was there before
-    still is.
+    milliseconds, to the system: for many small files that can be made again. Raises OSError and leaves what was there.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_partial_files(path.parent)
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:
         write(partial)
@@ -125,12 +116,3 @@ def flush(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
-
-
-@functools.cache
-def _remove_partial_files(folder: Path) -> None:
-    """Remove what killed writers have left in a folder; each folder is looked at once per process."""
-    for path in folder.glob(".*.partial"):
-        with suppress(OSError):  # another process removes them too
-            if _PARTIAL.fullmatch(path.name) and time.time() - path.stat().st_mtime > _ONE_DAY:
-                path.unlink()

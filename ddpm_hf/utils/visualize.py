@@ -51,9 +51,6 @@ def labelled_grid(
 
     The font is Pillow's own, which has Latin letters only; it grows with the tiles, and they with the column titles.
     """
-    for name, titles, count in (("row", rows, images.shape[0]), ("column", columns, images.shape[1])):
-        if titles and len(titles) != count:
-            raise UserError(f"got {len(titles)} {name} titles for {count} {name}s")
     _, across, _, height, width = images.shape
     size = max(14, _scale(height, width, tile) * height // 8)
     font = ImageFont.load_default(size)
@@ -95,12 +92,9 @@ def save_picture(picture: Image.Image, path: str | Path, durable: bool = True) -
 def save_animation(frames: Sequence[Image.Image], path: str | Path, duration: int = 60, hold: int = 2000) -> None:
     """Write an endless animation completely or not at all: GIF, animated PNG or lossless WebP, by the file's suffix.
 
-    Smaller frames get a white border on the right and below. `duration` is in milliseconds per frame, `hold` for the
-    last one.
+    Smaller frames get a white border. `duration` is in milliseconds per frame, `hold` for the last one.
     """
     file_format = animation_format(path)
-    if not frames:
-        raise UserError("an animation needs at least one frame")
     width, height = max(frame.width for frame in frames), max(frame.height for frame in frames)
     first, *others = [
         ImageOps.expand(frame, (0, 0, width - frame.width, height - frame.height), "white") for frame in frames

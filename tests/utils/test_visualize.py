@@ -95,17 +95,15 @@ def test_titles_grow_with_the_images():
 
 
 @pytest.mark.parametrize(
-    ("shape", "options", "message"),
+    ("shape", "message"),
     [
-        ((1, 2, 1, 8, 8), {"rows": ["a", "b"]}, "2 row titles for 1 row"),
-        ((1, 2, 1, 8, 8), {"columns": ["a"]}, "1 column titles for 2 column"),
-        ((1, 2, 4, 8, 8), {}, "1 or 3 channels"),
-        ((0, 2, 1, 8, 8), {}, "at least one image"),
+        ((1, 2, 4, 8, 8), "1 or 3 channels"),
+        ((0, 2, 1, 8, 8), "at least one image"),
     ],
 )
-def test_bad_labelled_grids(shape, options, message):
+def test_bad_labelled_grids(shape, message):
     with pytest.raises(ValueError, match=message):
-        labelled_grid(torch.zeros(shape, dtype=torch.uint8), **options)
+        labelled_grid(torch.zeros(shape, dtype=torch.uint8))
 
 
 # ---------------------------------------------------------------------- animations and files
@@ -138,8 +136,6 @@ def test_animations_come_back_frame_by_frame(tmp_path, name, mode):
 def test_bad_animations(tmp_path):
     with pytest.raises(ValueError, match=r"FILE\.gif.*x\.mp4"):
         save_animation([Image.new("L", (2, 2))], tmp_path / "x.mp4")
-    with pytest.raises(ValueError, match="at least one frame"):
-        save_animation([], tmp_path / "x.gif")
     assert list(tmp_path.iterdir()) == []
 
 
