@@ -27,21 +27,11 @@ from .train import parse_training_config, reproduce, reproduction_parser, train,
 
 __all__ = ["COMMANDS", "PARSERS", "main", "parse_training_config", "run", "train", "training_parser"]
 
-# What runs each command, and its parser.
-_ALL: dict[str, tuple[Callable[..., int], Callable[[str | None], Parser]]] = {
-    "train": (train, training_parser),
-    "reproduce": (reproduce, reproduction_parser),
-    "sample": (sample, sample_parser),
-    "evaluate": (evaluate, evaluate_parser),
-    "ema": (ema, ema_parser),
-    "optimal_variance": (optimal_variance, optimal_variance_parser),
-    "convert": (convert, convert_parser),
-    "publish": (publish, publish_parser),
-    "push": (push, push_parser),
-    "space": (space, space_parser),
-}
-COMMANDS = {name: command for name, (command, _) in _ALL.items()}
-PARSERS = {name: parser for name, (_, parser) in _ALL.items()}
+_FUNCTIONS = (train, reproduce, sample, evaluate, ema, optimal_variance, convert, publish, push, space)
+COMMANDS: dict[str, Callable[..., int | None]] = {function.__name__: function for function in _FUNCTIONS}
+_PARSERS = [training_parser, reproduction_parser, sample_parser, evaluate_parser, ema_parser, optimal_variance_parser]
+_PARSERS += [convert_parser, publish_parser, push_parser, space_parser]
+PARSERS: dict[str, Callable[[str | None], Parser]] = dict(zip(COMMANDS, _PARSERS, strict=True))
 # Libraries whose errors about files and connections are written for users, and have no number of the system's.
 _CLEAR_ERRORS = ("ddpm_hf", "huggingface_hub", "diffusers", "transformers", "datasets")
 
@@ -74,14 +64,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run(COMMANDS[name], arguments, f"ddpm-hf {name}")
 
 
-def run(command: Callable[..., int], arguments: Sequence[str], prog: str) -> int:
+def run(command: Callable[..., int | None], arguments: Sequence[str], prog: str) -> int:
     """Run one command and return its exit code: 0, 2 for a user's mistake, 130 for Ctrl-C, 1 for a fault.
 
     A file, a disk or a connection that fails, and too little memory, are one sentence and exit code 2 as well. With
     `--debug` among the arguments, or the environment variable DDPM_HF_TRACEBACK=1, exceptions are raised instead.
     """
     try:
-        return command([argument for argument in arguments if argument != "--debug"], prog)
+        return command([argument for argument in arguments if argument != "--debug"], prog) or 0
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -38,11 +38,10 @@ def convert_parser(prog: str | None = None) -> Parser:
     return parser
 
 
-def convert(arguments: Sequence[str], prog: str | None = None) -> int:
+def convert(arguments: Sequence[str], prog: str | None = None) -> None:
     """Run `ddpm-hf convert`."""
     values = vars(convert_parser(prog).parse_args(arguments))
     source, checkpoint, output, no_ema = (values.pop(name) for name in ("from", "checkpoint", "output", "no_ema"))
     from ..convert import convert as write_converted
 
     write_converted(source, checkpoint, output, tell=print, ema=not no_ema, **values)
-    return 0

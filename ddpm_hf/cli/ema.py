@@ -33,7 +33,7 @@ def ema_parser(prog: str | None = None) -> Parser:
     return parser
 
 
-def ema(arguments: Sequence[str], prog: str | None = None) -> int:
+def ema(arguments: Sequence[str], prog: str | None = None) -> None:
     """Run `ddpm-hf ema`."""
     parser = ema_parser(prog)
     values = parser.parse_args(arguments)
@@ -47,6 +47,7 @@ def ema(arguments: Sequence[str], prog: str | None = None) -> int:
         if not values.sweep and name not in _OF_BOTH and getattr(values, name) != default:
             raise UserError(f"--{name} goes with --sweep")
     from ..training.posthoc_ema import Snapshots, possible_lengths
+    from ..utils.files import check_new_folder
 
     snapshots = Snapshots(Path(values.run))
     update = snapshots.last if values.step is None else values.step
@@ -60,16 +61,14 @@ def ema(arguments: Sequence[str], prog: str | None = None) -> int:
         for length in lengths:
             snapshots.check(length, update)
     if values.sweep:
-        return _sweep(values, snapshots, lengths, update)
-    output = Path(values.output)
-    if output.exists() and (output.is_file() or any(output.iterdir())):
-        raise UserError(f"--output {output} is there already; name a new folder")
+        _sweep(values, snapshots, lengths, update)
+        return
+    check_new_folder(output := Path(values.output))
     for length in lengths:
         folder = output if len(lengths) == 1 else output / f"sigma_rel-{length:g}"
         error = snapshots.check(length, update)[1]
         _write(snapshots, length, update, folder)
         print(f"wrote {folder}: sigma_rel {length:g} after update {update}, predicted error {error:.2%}")
-    return 0
 
 
 def _write(snapshots: Any, length: float, update: int, folder: Path) -> None:
@@ -96,7 +95,7 @@ def _write(snapshots: Any, length: float, update: int, folder: Path) -> None:
     write_directory(folder, fill)
 
 
-def _sweep(values: Any, snapshots: Any, lengths: list[float], update: int) -> int:
+def _sweep(values: Any, snapshots: Any, lengths: list[float], update: int) -> None:
     """Measure every length and the run's own EMA; write a table, JSON and a plot."""
     from ..evaluation.report import EvaluationReport
     from ..evaluation.run import parse_metrics
@@ -126,7 +125,6 @@ def _sweep(values: Any, snapshots: Any, lengths: list[float], update: int) -> in
                 shutil.rmtree(folder / "model", ignore_errors=True)
     if processes().is_main_process:
         _write_sweep(folder, reports, update)
-    return 0
 
 
 def _write_sweep(folder: Path, reports: dict[str, Any], update: int) -> None:
@@ -139,8 +137,10 @@ def _write_sweep(folder: Path, reports: dict[str, Any], update: int) -> None:
     first = next(iter(reports.values()))
     names = [name for name in first.values if higher_is_better(name) is not None]
     found = {key: {name: report.values[name] for name in names} for key, report in reports.items()}
-    choose = {name: max if higher_is_better(name) else min for name in names}
-    best = {name: choose[name](found, key=lambda key, name=name: found[key][name]["value"]) for name in names}
+    best = {}
+    for name in names:
+        choose = max if higher_is_better(name) else min
+        best[name] = choose(found, key=lambda key: found[key][name]["value"])
     rows = [["sigma_rel", *names]]
     for key, numbers in found.items():
         cells = [number(entry["value"], entry["standard_error"]) for entry in numbers.values()]

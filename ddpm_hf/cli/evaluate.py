@@ -50,13 +50,13 @@ def add_evaluation_flags(parser: Parser) -> None:
     flag("--cache_dir", str, None, text)
 
 
-def evaluate(arguments: Sequence[str], prog: str | None = None) -> int:
+def evaluate(arguments: Sequence[str], prog: str | None = None) -> None:
     """Run `ddpm-hf evaluate`."""
     values = evaluate_parser(prog).parse_args(arguments)
-    return measure(values) if values.compare is None else _compare(values)
+    (measure if values.compare is None else _compare)(values)
 
 
-def measure(values: Any) -> int:
+def measure(values: Any) -> None:
     """Evaluate the model that the flags name."""
     if values.model is None:
         raise UserError("give the model as --model FOLDER_OR_NAME, or reports as --compare A.json B.json")
@@ -101,10 +101,9 @@ def measure(values: Any) -> int:
             report.save(file)
     if output is not None:
         log(f"wrote {output}")
-    return 0
 
 
-def _compare(values: Any) -> int:
+def _compare(values: Any) -> None:
     """Print reports side by side."""
     if strangers := list(given(values, "model", "output", *IMAGE_SOURCES)):
         raise UserError(f"--compare only reads reports: leave out --{strangers[0]}")
@@ -113,4 +112,3 @@ def _compare(values: Any) -> int:
     from ..evaluation.report import EvaluationReport, compare
 
     print(compare({path: EvaluationReport.load(path) for path in values.compare}))
-    return 0

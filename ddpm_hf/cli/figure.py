@@ -37,7 +37,7 @@ def refuse_figure_flags(values: Any, figure: str | None = None) -> None:
             raise UserError(f"--{name} goes with --figure {' or '.join(figures)}{other}")
 
 
-def draw_figure(values: Any) -> int:
+def draw_figure(values: Any) -> None:
     """Draw `--figure`; everything is checked before anything is sampled."""
     from ..pipelines import figures
     from ..sampling.generation import class_sequence
@@ -47,7 +47,7 @@ def draw_figure(values: Any) -> int:
 
     seeds = _checked_seeds(values)
     if not processes().is_main_process:
-        return 0  # one picture, one process
+        return  # one picture, one process
     pipe = model.load_sampling_pipeline(values)
     if pipe.image_shape[0] not in (1, 3):
         raise UserError(f"a figure needs images of 1 or 3 channels, and the model's have {pipe.image_shape[0]}")
@@ -74,7 +74,6 @@ def draw_figure(values: Any) -> int:
     if values.animation is not None:
         save_animation(made.frames(), values.animation)
         print(f"wrote {values.animation}")
-    return 0
 
 
 def _checked_seeds(values: Any) -> list[int]:

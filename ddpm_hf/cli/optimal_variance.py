@@ -25,12 +25,13 @@ def optimal_variance_parser(prog: str | None = None) -> Parser:
     return parser
 
 
-def optimal_variance(arguments: Sequence[str], prog: str | None = None) -> int:
+def optimal_variance(arguments: Sequence[str], prog: str | None = None) -> None:
     """Run `ddpm-hf optimal_variance`."""
     values = optimal_variance_parser(prog).parse_args(arguments)
     from ..data.datasets import load_images
     from ..evaluation.optimal_variance import prediction_error, save_optimal_variance
     from ..evaluation.run import first_images
+    from ..utils.files import check_new_folder
     from ..utils.hub_errors import INDEX
     from ..utils.processes import log, processes, raise_on_all_ranks, start_process
 
@@ -38,8 +39,8 @@ def optimal_variance(arguments: Sequence[str], prog: str | None = None) -> int:
     if values.output is None and (values.weights == "raw" or not (target / INDEX).is_file()):
         what = f"--model {values.model!r} is no published model here whose scheduler can be rewritten"
         raise UserError(f"{what}; give --output")
-    if values.output is not None and target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"--output {values.output!r} is there already; name a new folder")
+    if values.output is not None:
+        check_new_folder(target)
     start_process()
     with raise_on_all_ranks():
         pipe = model.load_pipeline(values.model, weights=values.weights)
@@ -54,4 +55,3 @@ def optimal_variance(arguments: Sequence[str], prog: str | None = None) -> int:
                 pipe.save_pretrained(target)
             save_optimal_variance(target, pipe, error, use=not values.keep_variance_type)
     log(f"wrote the error on {len(images)} images into {target}/scheduler")
-    return 0

@@ -28,7 +28,7 @@ def publish_parser(prog: str | None = None) -> Parser:
     return parser
 
 
-def publish(arguments: Sequence[str], prog: str | None = None) -> int:
+def publish(arguments: Sequence[str], prog: str | None = None) -> None:
     """Run `ddpm-hf publish`."""
     values = publish_parser(prog).parse_args(arguments)
     folder = Path(model.run_folder(values))
@@ -59,4 +59,3 @@ def publish(arguments: Sequence[str], prog: str | None = None) -> int:
     log(str(checkpoint))
     publish_checkpoint(checkpoint, config, samples=values.num_sample_images != 0, evaluate=values.evaluate)
     log(f"published in {output}")
-    return 0

@@ -23,7 +23,7 @@ def space_parser(prog: str | None = None) -> Parser:
     return parser
 
 
-def space(arguments: Sequence[str], prog: str | None = None) -> int:
+def space(arguments: Sequence[str], prog: str | None = None) -> None:
     """Run `ddpm-hf space`."""
     values = space_parser(prog).parse_args(arguments)
     run = model.run_folder(values)
@@ -39,4 +39,3 @@ def space(arguments: Sequence[str], prog: str | None = None) -> int:
     else:
         write_space(run, values.output, **options)
         print(f"wrote {values.output}; try it with: python {Path(values.output) / 'app.py'}")
-    return 0

@@ -32,13 +32,12 @@ def parse_training_config(arguments: Sequence[str], prog: str | None = None) -> 
     return parse_configs(training_parser(prog), arguments, TrainingConfig)[0]
 
 
-def train(arguments: Sequence[str], prog: str | None = None) -> int:
+def train(arguments: Sequence[str], prog: str | None = None) -> None:
     """Run `ddpm-hf train`, and all that `examples/train.py` does."""
     config = parse_training_config(arguments, prog)
     from ..training.trainer import Trainer
 
     Trainer(config).train()
-    return 0
 
 
 def reproduce(arguments: Sequence[str], prog: str | None = None) -> int:

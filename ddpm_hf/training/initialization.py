@@ -24,8 +24,8 @@ from ..utils.text import is_local, listed
 from .configuration import TrainingConfig
 
 _CLASSES = "class_embedding.weight"  # [classes, D]
-_PROCESS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
-_PROCESS += ("rescale_betas_zero_snr", "prediction_type", "variance_type")
+_PROCESS = ["num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas"]
+_PROCESS += ["rescale_betas_zero_snr", "prediction_type", "variance_type"]
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,7 @@ def open_initial_model(config: TrainingConfig, state: dict[str, Any] | None) -> 
         log(f"the optimal variance of {name} was measured for its weights; training goes by fixed_small")
         process["variance_type"] = "fixed_small"
     network = dict(pipe.unet.config)
-    _check_network(config, network, process)
-    _check_flags(config, Classes.of(network), process)
+    _check_fit(config, network, process)
     planned = get_preset(config.preset)
     here = {**planned.scheduler, "in_channels": planned.unet.get("in_channels", 3)}
     there = {**{key: process[key] or None for key in _PROCESS}, "in_channels": network["in_channels"]}
@@ -102,26 +101,21 @@ def _with_network(config: TrainingConfig, network: dict[str, Any], process: dict
     return dataclasses.replace(preset, unet={**kept, "dropout": preset.unet["dropout"]}, scheduler=process)
 
 
-def _check_network(config: TrainingConfig, network: dict[str, Any], process: dict[str, Any]) -> None:
-    """Check what a network is, or raise UserError where it cannot be trained as it is."""
-    name = config.init_from
+def _check_fit(config: TrainingConfig, network: dict[str, Any], process: dict[str, Any]) -> None:
+    """Raise UserError where a network cannot be trained as it is, or flags say that it computes something else."""
+    name, predicts, was = config.init_from, process["prediction_type"], process["variance_type"]
     if (kind := network["class_embed_type"]) is not None:
         raise UserError(f"--init_from {name}: class_embed_type {kind!r} takes other labels than the classes of images")
-    outputs = network["in_channels"] * (2 if process["variance_type"] in LEARNED_VARIANCES else 1)
+    outputs = network["in_channels"] * (2 if was in LEARNED_VARIANCES else 1)
     if network["out_channels"] != outputs:
-        belong = f"{network['in_channels']} image channels with variance_type {process['variance_type']!r}"
+        belong = f"{network['in_channels']} image channels with variance_type {was!r}"
         what = f"--init_from {name}: conv_out has {network['out_channels']} channels"
         raise UserError(f"{what}, and {outputs} belong to {belong}")
     if network["sample_size"] is None and config.resolution is None:
         raise UserError(f"--init_from {name} has no sample_size; add --resolution with the size of the images")
-
-
-def _check_flags(config: TrainingConfig, classes: Classes, process: dict[str, Any]) -> None:
-    """Check the flags that say what the network computes, or raise UserError where it would compute something else."""
-    name, predicts, was = config.init_from, process["prediction_type"], process["variance_type"]
     if config.prediction_type not in (None, predicts):
         raise UserError(f"--init_from {name} predicts {predicts}, not {config.prediction_type}; leave the flag out")
-    if classes.count and not config.class_conditional:
+    if (classes := Classes.of(network)).count and not config.class_conditional:
         raise UserError(f"--init_from {name} is class-conditional ({classes.known()}); add --class_conditional")
     wanted = config.variance_type or was
     if wanted == was or wanted not in LEARNED_VARIANCES:

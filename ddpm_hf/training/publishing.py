@@ -23,7 +23,8 @@ from ..models.unet_2d import UNet2DModel, check_weights
 from ..pipelines.checkpoints import CONFIG, RAW, Checkpoint, make_model
 from ..pipelines.pipeline_ddpm import DDPMPipeline
 from ..sampling.generation import generate, with_sampler
-from ..utils.errors import NotFiniteError, UserError
+from ..utils.errors import NotFiniteError
+from ..utils.files import check_new_folder
 from ..utils.processes import from_first, gather, log, only_run_in, processes, raise_on_all_ranks
 from ..utils.visualize import image_grid, save_picture
 from .configuration import TrainingConfig, TrainingError, due
@@ -62,7 +63,11 @@ class Publisher:
         check_license(config.license)
         self._push = None
         if config.push_to_hub:
-            options = {"private": config.hub_private_repo, "token": config.hub_token, "license": config.license}
+            options: dict[str, Any] = {
+                "private": config.hub_private_repo,
+                "token": config.hub_token,
+                "license": config.license,
+            }
             self._push = Push(config.output_dir, config.hub_model_id or self.folder.resolve().name, **options)
 
     def open_hub(self) -> None:
@@ -204,9 +209,8 @@ def publish_checkpoint(checkpoint: Checkpoint, config: TrainingConfig, samples: 
                 cleanup.enter_context(only_run_in(folder))
         there = from_first(holds_model(folder, pipe))
         with raise_on_all_ranks():
-            own = there or folder.resolve() == checkpoint.path.parent.resolve()
-            if not own and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-                raise UserError(f"--output {str(folder)!r} holds something else; name a new folder")
+            if not there and folder.resolve() != checkpoint.path.parent.resolve():
+                check_new_folder(folder)
         if not there:
             publisher.write_model(pipe, step)
         if samples and not from_first((folder / SAMPLES).exists()):

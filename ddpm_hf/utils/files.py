@@ -79,6 +79,13 @@ def writable_folder(folder: Path, flag: str) -> None:
         raise UserError(f"cannot write to {flag} {folder}: {error.strerror}") from None
 
 
+def check_new_folder(output: str | Path) -> None:
+    """Raise UserError where `--output`, a folder to be made, is a file or holds files."""
+    folder = Path(output)
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise UserError(f"--output {str(output)!r} holds something else; name a new folder")
+
+
 def write_whole(path: Path, write: Callable[[Path], Any], durable: bool = True) -> None:
     """Write a file completely or not at all: `write` a partial one, flush it to the disk, rename it.
 

@@ -80,7 +80,7 @@ def test_a_sweep_measures_every_length_and_the_run_s_own_ema(run, capsys):
         (["{run}", "--sigma_rel", "0.5", "--output", "{tmp}/x"], "at most 0.2887"),
         (["{run}", "--sigma_rel", "0.01", "--output", "{tmp}/x"], "possible with at most 10%: 0.0"),
         (["{run}", "--sigma_rel", "0.1", "--step", "11", "--output", "{tmp}/x"], "up to 10"),
-        (["{run}", "--sigma_rel", "0.1", "--output", "{run}"], "is there already"),
+        (["{run}", "--sigma_rel", "0.1", "--output", "{run}"], "holds something else"),
         (["{run}", "--sweep", "--output", "{tmp}/x"], "leave out --output"),
         (["{run}", "--sweep", "--metrics", "fud"], "'fud'"),
         (["{run}", "--sigma_rel", "0.1", "--output", "{tmp}/x", "--metrics", "fid"], "--metrics goes with --sweep"),
