@@ -56,7 +56,8 @@ def draw_figure(values: Any) -> None:
     options |= given(values, *model.SAMPLING)
     ends = _given_images(values, 2 * len(seeds), pipe.image_shape)
     for flag in given(values, "output", "animation"):
-        writable_folder(Path(getattr(values, flag)).parent, f"--{flag}")
+        there = next(folder for folder in Path(getattr(values, flag)).absolute().parents if folder.exists())
+        writable_folder(there, f"--{flag}")
     prepare = model.inference_optimization(values, model.sampling_evaluations(pipe, values, len(seeds)))
     if prepare is not None:
         prepare(pipe)

@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -73,8 +74,8 @@ def writable_folder(folder: Path, flag: str) -> None:
     """Make the folder that a flag names; raise UserError, before hours of work, if files cannot be written into it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise PermissionError(errno.EACCES, "permission denied")
+        with tempfile.TemporaryFile(dir=folder):  # asking for permissions would believe those that root has in /proc
+            pass
     except OSError as error:
         raise UserError(f"cannot write to {flag} {folder}: {error.strerror}") from None
 
