@@ -87,21 +87,22 @@ def _write(snapshots: Any, length: float, update: int, folder: Path) -> None:
     """Write the model of a length, with a card that says so."""
     from diffusers.utils import logging
 
-    from ..hub.files import CARD, read_card, write_card
-    from ..hub.model_card import CardFacts, generated_facts
+    from ..hub.files import facts_of_run, write_card
+    from ..hub.model_card import CardFacts
     from ..models.unet_2d import check_weights
+    from ..pipelines.checkpoints import recorded_state
     from ..utils.files import write_directory
 
     logging.disable_progress_bar()
     pipe = snapshots.pipeline(length, update)
     check_weights(pipe.unet)
-    card = snapshots.run / CARD
-    facts = (generated_facts(read_card(card)) if card.exists() else None) or CardFacts("")
+    state = recorded_state(snapshots.run, "latest")  # whose checkpoints may have been removed
+    facts = CardFacts(folder.name) if state is None else facts_of_run(snapshots.run, folder.name, state, update)
     text = (
         f"power function of relative width sigma_rel {length:g}, ending after update {update} (post-hoc EMA, Karras "
         f"et al. 2024), reconstructed from snapshots after updates {', '.join(map(str, snapshots.files))}"
     )
-    facts = dataclasses.replace(facts, name=folder.name, recipe={**facts.recipe, "EMA weights": text})
+    facts = dataclasses.replace(facts, recipe={**facts.recipe, "EMA weights": text})
 
     def fill(target: Path) -> None:
         pipe.save_pretrained(target)
@@ -135,8 +136,11 @@ def _sweep(values: Any, snapshots: Any, lengths: list[float], update: int) -> in
         finally:
             if processes().is_main_process:
                 shutil.rmtree(model.parent, ignore_errors=True)
-    log(f"\n{_OWN}")
-    reports[_OWN] = _measured(values, snapshots.run, folder / "own")
+    own, name = snapshots.run / f"checkpoint-{update}", _OWN  # the published model may be of another update
+    if not own.exists():
+        own, name = snapshots.run, f"{_OWN}, the newest (there is no {own.name})"
+    log(f"\n{name}")
+    reports[name] = _measured(values, own, folder / "own")
     if processes().is_main_process:
         _write_sweep(folder, reports, update)
     return 0
@@ -169,12 +173,12 @@ def _write_sweep(folder: Path, reports: dict[str, Any], update: int) -> None:
         cells = [number(entry["value"], entry["standard_error"]) for entry in numbers.values()]
         rows.append([key, *(cell + " *" * (best[n] == key) for n, cell in zip(names, cells, strict=True))])
     lines = [f"averages that end after update {update}; * is the best\n", table(rows), ""]
-    lines += [f"best by {name}: {key if key == _OWN else f'sigma_rel {key}'}" for name, key in best.items()]
+    *lengths, own = found
+    lines += [f"best by {name}: {key if key == own else f'sigma_rel {key}'}" for name, key in best.items()]
     write_text(folder / "sweep.md", "\n".join(lines) + "\n")
     content = {"update": update, "best": best, "values": found, "settings": first.settings}
     write_text(folder / "sweep.json", json.dumps(finite(content), indent=1) + "\n")
-    lengths = [key for key in found if key != _OWN]
     curves = {name: [found[key][name]["value"] for key in lengths] for name in names}
-    paper = {name: entry["value"] for name, entry in found.get(_OWN, {}).items()}
+    paper = {name: entry["value"] for name, entry in found[own].items()}
     save_figure(sweep_figure([float(key) for key in lengths], curves, paper), folder / "sweep.png")
     print("\n" + "\n".join(lines) + f"\nwrote sweep.md, sweep.json and sweep.png into {folder}")

@@ -52,7 +52,9 @@ def publish(arguments: Sequence[str], prog: str | None = None) -> int:
             raise UserError(f"{str(folder)!r} is a checkpoint: say where its model goes with --output FOLDER")
         config = _config(values, checkpoint, output)
     log(str(checkpoint))
-    publish_checkpoint(checkpoint, config, samples=values.num_sample_images != 0, evaluate=values.evaluate)
+    redraw = bool(values.num_sample_images or given(values, "ddpm_num_inference_steps", "sampler"))
+    samples = values.num_sample_images != 0
+    publish_checkpoint(checkpoint, config, samples, values.evaluate, redraw=samples and redraw)
     log(f"published in {output}")
     return 0
 
@@ -61,7 +63,7 @@ def _config(values: Any, checkpoint: Checkpoint, output: Path) -> TrainingConfig
     """Return the configuration of the checkpoint's run, with the flags."""
     from ..pipelines.checkpoints import CONFIG
 
-    run = checkpoint.path.parent
+    run = checkpoint.run
     if (run / CONFIG).is_file():
         config = parse_training_config(["--config", str(run / CONFIG)])
     elif values.evaluate:

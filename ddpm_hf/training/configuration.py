@@ -196,11 +196,6 @@ class TrainingConfig:
         for name, other in _NEEDS.items():
             if getattr(self, name) and not getattr(self, other):
                 raise UserError(f"--{name} {getattr(self, name)} needs --{other}")
-        if self.init_from is not None and self.resume_from_checkpoint not in (None, "latest"):
-            raise UserError(
-                f"--init_from {self.init_from} and --resume_from_checkpoint {self.resume_from_checkpoint} both say "
-                "which weights to start from; leave out --init_from to resume that checkpoint"
-            )
 
     def resolved_preset(self, preset: Preset | None = None) -> Preset:
         """Return the preset with this run's changes, or raise UserError where loss and variance do not fit.

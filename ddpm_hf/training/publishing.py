@@ -209,7 +209,7 @@ class Publisher:
 
 
 def publish_checkpoint(
-    checkpoint: Checkpoint, config: TrainingConfig, samples: bool = True, evaluate: bool = False
+    checkpoint: Checkpoint, config: TrainingConfig, samples: bool = True, evaluate: bool = False, redraw: bool = False
 ) -> None:
     """Write a checkpoint's model into `config.output_dir` as a run that ended there would: model, samples, card.
 
@@ -219,8 +219,9 @@ def publish_checkpoint(
     Args:
         checkpoint: Where the weights are.
         config: The run's configuration, for the samples and the card; with `evaluate` also for images and numbers.
-        samples: Draw the sample grid.
+        samples: Draw the sample grid where there is none.
         evaluate: Measure what the run would have measured at its end, on its images.
+        redraw: Draw the sample grid in any case.
 
     Raises:
         UserError: The weights are not finite or do not fit; another process writes into the folder.
@@ -241,12 +242,12 @@ def publish_checkpoint(
                 cleanup.enter_context(only_run_in(folder))
         there = from_first(holds_model(folder, pipe))
         with raise_on_all_ranks():
-            own = there or folder.resolve() == checkpoint.path.parent.resolve()
+            own = there or folder.resolve() == checkpoint.run
             if not own and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
                 raise UserError(f"--output {str(folder)!r} holds something else; name a new folder")
         if not there:
             publisher.write_model(pipe, step)
-        if samples and not from_first((folder / SAMPLES).exists()):
+        if redraw or (samples and not from_first((folder / SAMPLES).exists())):
             publisher.sample_grid(pipe, SAMPLES)
         report = evaluation.measure(pipe) if evaluation is not None else None
         if report is None and (folder / REPORT).exists():  # of these weights
