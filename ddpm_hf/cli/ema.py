@@ -73,20 +73,19 @@ def ema(arguments: Sequence[str], prog: str | None = None) -> None:
 
 def _write(snapshots: Any, length: float, update: int, folder: Path) -> None:
     """Write the model of a length, with a card that says so."""
-    from ..hub.files import CARD, read_card, write_card
-    from ..hub.model_card import CardFacts, generated_facts
+    from ..hub.files import facts_of_run, write_card
+    from ..hub.model_card import CardFacts
     from ..models.unet_2d import check_weights
+    from ..pipelines.checkpoints import recorded_state
     from ..utils.files import write_directory
 
     pipe = snapshots.pipeline(length, update)
     check_weights(pipe.unet)
-    card = snapshots.run / CARD
-    facts = (generated_facts(read_card(card)) if card.exists() else None) or CardFacts("")
-    text = (
-        f"power function of relative width sigma_rel {length:g}, ending after update {update} (post-hoc EMA, Karras "
-    )
-    text += f"et al. 2024), reconstructed from snapshots after updates {', '.join(map(str, snapshots.files))}"
-    facts = dataclasses.replace(facts, name=folder.name, recipe={**facts.recipe, "EMA weights": text})
+    state = recorded_state(snapshots.run, "latest")  # whose checkpoints may have been removed
+    facts = CardFacts(folder.name) if state is None else facts_of_run(snapshots.run, folder.name, state, update)
+    text = f"power function of relative width sigma_rel {length:g}, ending after update {update} (post-hoc EMA, "
+    text += f"Karras et al. 2024), reconstructed from snapshots after updates {', '.join(map(str, snapshots.files))}"
+    facts = dataclasses.replace(facts, recipe={**facts.recipe, "EMA weights": text})
 
     def fill(target: Path) -> None:
         pipe.save_pretrained(target)
@@ -108,10 +107,12 @@ def _sweep(values: Any, snapshots: Any, lengths: list[float], update: int) -> No
     with raise_on_all_ranks():
         writable_folder(folder, "RUN")
     reports: dict[str, EvaluationReport] = {}
+    own, own_name = snapshots.run / f"checkpoint-{update}", _OWN  # the published model may be of another update
+    if not own.exists():
+        own, own_name = snapshots.run, f"{_OWN}, the newest (there is no {own.name})"
     for length in [*lengths, None]:
-        name = _OWN if length is None else f"sigma_rel-{length:g}"
-        model = snapshots.run if length is None else folder / "model" / name
-        output = folder / ("own" if length is None else name)
+        name = own_name if length is None else f"sigma_rel-{length:g}"
+        model, output = (own, folder / "own") if length is None else (folder / "model" / name, folder / name)
         try:
             with raise_on_all_ranks():
                 if length is not None and processes().is_main_process:
@@ -119,7 +120,7 @@ def _sweep(values: Any, snapshots: Any, lengths: list[float], update: int) -> No
             log(f"\n{name}")
             values.model, values.output = str(model), str(output)
             measure(values)
-            reports[_OWN if length is None else f"{length:g}"] = EvaluationReport.load(output)
+            reports[own_name if length is None else f"{length:g}"] = EvaluationReport.load(output)
         finally:
             if processes().is_main_process:
                 shutil.rmtree(folder / "model", ignore_errors=True)
@@ -146,12 +147,12 @@ def _write_sweep(folder: Path, reports: dict[str, Any], update: int) -> None:
         cells = [number(entry["value"], entry["standard_error"]) for entry in numbers.values()]
         rows.append([key, *(cell + " *" * (best[n] == key) for n, cell in zip(names, cells, strict=True))])
     lines = [f"averages that end after update {update}; * is the best\n", table(rows), ""]
-    lines += [f"best by {name}: {key if key == _OWN else f'sigma_rel {key}'}" for name, key in best.items()]
+    *lengths, own = found
+    lines += [f"best by {name}: {key if key == own else f'sigma_rel {key}'}" for name, key in best.items()]
     write_text(folder / "sweep.md", "\n".join(lines) + "\n")
     content = {"update": update, "best": best, "values": found, "settings": first.settings}
     write_text(folder / "sweep.json", json.dumps(finite(content), indent=1) + "\n")
-    lengths = [key for key in found if key != _OWN]
     curves = {name: [found[key][name]["value"] for key in lengths] for name in names}
-    paper = {name: entry["value"] for name, entry in found.get(_OWN, {}).items()}
+    paper = {name: entry["value"] for name, entry in found[own].items()}
     save_figure(sweep_figure([float(key) for key in lengths], curves, paper), folder / "sweep.png")
     print("\n" + "\n".join(lines) + f"\nwrote sweep.md, sweep.json and sweep.png into {folder}")

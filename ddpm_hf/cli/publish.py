@@ -44,7 +44,7 @@ def publish(arguments: Sequence[str], prog: str | None = None) -> None:
         output = folder if values.output is None else Path(values.output)
         if checkpoint.path == output:
             raise UserError(f"{str(folder)!r} is a checkpoint: say where its model goes with --output FOLDER")
-        yaml = checkpoint.path.parent / CONFIG
+        yaml = checkpoint.run / CONFIG
         if yaml.is_file():
             config = parse_training_config(["--config", str(yaml)])
         elif values.evaluate:
@@ -57,5 +57,7 @@ def publish(arguments: Sequence[str], prog: str | None = None) -> None:
         flags |= {"output_dir": str(output), "push_to_hub": False, "hub_model_id": None}
         config = dataclasses.replace(config, **flags)
     log(str(checkpoint))
-    publish_checkpoint(checkpoint, config, samples=values.num_sample_images != 0, evaluate=values.evaluate)
+    samples = values.num_sample_images != 0
+    redraw = samples and bool(given(values, "num_sample_images", "ddpm_num_inference_steps", "sampler"))
+    publish_checkpoint(checkpoint, config, samples, values.evaluate, redraw)
     log(f"published in {output}")

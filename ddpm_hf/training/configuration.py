@@ -186,9 +186,6 @@ class TrainingConfig:
         for name, other in _NEEDS.items():
             if getattr(self, name) and not getattr(self, other):
                 raise UserError(f"--{name} {getattr(self, name)} needs --{other}")
-        if self.init_from is not None and self.resume_from_checkpoint not in (None, "latest"):
-            both = f"--init_from {self.init_from} and --resume_from_checkpoint {self.resume_from_checkpoint} both"
-            raise UserError(f"{both} say which weights to start from; leave one of them out")
 
     def resolved_preset(self, preset: Preset | None = None) -> Preset:
         """Return `preset` (default: the named one) with this run's changes; UserError: loss and variance differ."""

@@ -42,13 +42,13 @@ Profile = tuple[float, float]  # sigma_rel, and the update t after which the ave
 
 @functools.cache
 def gamma_of(sigma_rel: float) -> float:
-    """Return the exponent gamma >= 0 of the power function whose relative width is `sigma_rel`, in (0, 12^-1/2].
+    """Return the exponent gamma >= 0 of the power function whose relative width is `sigma_rel`, in [1e-6, 12^-1/2].
 
     The profile p(tau) = (gamma + 1) tau^gamma / t^(gamma + 1) on [0, t] has the standard deviation sigma_rel t:
     sigma_rel^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)), a cubic equation in gamma. Raises UserError outside.
     """
-    if not 0 < sigma_rel <= LONGEST:
-        raise UserError(f"sigma_rel must be above 0 and at most {LONGEST:.4f} (the mean of all), got {sigma_rel:g}")
+    if not 1e-6 <= sigma_rel <= LONGEST:
+        raise UserError(f"sigma_rel must be above 1e-6 and at most {LONGEST:.4f} (the mean of all), got {sigma_rel:g}")
     s = sigma_rel**-2.0  # (gamma + 2)^2 (gamma + 3) - s (gamma + 1) = 0
     return max(0.0, float(np.polynomial.Polynomial([12 - s, 16 - s, 7, 1]).roots().real.max()))
 

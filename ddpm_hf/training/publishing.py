@@ -186,12 +186,15 @@ class Publisher:
         log(f"wrote {path}")
 
 
-def publish_checkpoint(checkpoint: Checkpoint, config: TrainingConfig, samples: bool, evaluate: bool) -> None:
+def publish_checkpoint(
+    checkpoint: Checkpoint, config: TrainingConfig, samples: bool, evaluate: bool, redraw: bool = False
+) -> None:
     """Write a checkpoint's model into `config.output_dir` as a run that ended there would: model, samples, card.
 
-    With `samples` it has a sample grid, with `evaluate` the numbers that the run would have measured, on its images. A
-    model that is there already with these weights stays, with its samples, numbers and scheduler; what is missing is
-    added. Raises UserError: the weights are not finite or do not fit, or another process writes into the folder.
+    With `samples` it has a sample grid (with `redraw` a new one), with `evaluate` the numbers that the run would have
+    measured, on its images. A model that is there already with these weights stays, with its samples, numbers and
+    scheduler; what is missing is added. Raises UserError: the weights are not finite or do not fit, or another process
+    writes into the folder.
     """
     folder, step = Path(config.output_dir), checkpoint.state["step"]
     with raise_on_all_ranks():
@@ -209,11 +212,11 @@ def publish_checkpoint(checkpoint: Checkpoint, config: TrainingConfig, samples: 
                 cleanup.enter_context(only_run_in(folder))
         there = from_first(holds_model(folder, pipe))
         with raise_on_all_ranks():
-            if not there and folder.resolve() != checkpoint.path.parent.resolve():
+            if not there and folder.resolve() != checkpoint.run:
                 check_new_folder(folder)
         if not there:
             publisher.write_model(pipe, step)
-        if samples and not from_first((folder / SAMPLES).exists()):
+        if redraw or (samples and not from_first((folder / SAMPLES).exists())):
             publisher.sample_grid(pipe, SAMPLES)
         report = None if evaluation is None else evaluation.measure(pipe)
         if report is None and (folder / REPORT).exists():  # of these weights

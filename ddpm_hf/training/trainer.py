@@ -149,6 +149,8 @@ class Trainer:
                     self.evaluation.discard_after(self.step)
                     discard_snapshots(self.output_dir, self.step)
                     self.config.save(self.output_dir / checkpoints.CONFIG)
+            if self.step:  # a kill may have come between its checkpoint and its snapshot
+                self._save_snapshot()
             self.publisher.open_hub()
             self._start_trackers()
             cleanup.callback(self._close, end_processes)

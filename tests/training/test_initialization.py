@@ -159,7 +159,8 @@ def test_a_run_resumes_to_the_same_bits_when_its_model_is_gone(tmp_path, model, 
     shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "resumed" / "checkpoint-2")
     shutil.rmtree(model)
     again = {"init_from": model} if named else {}
-    resumed = trainer(tmp_path / "resumed", resume_from_checkpoint="latest", **again, **modes)
+    which = "checkpoint-2" if named else "latest"
+    resumed = trainer(tmp_path / "resumed", resume_from_checkpoint=which, **again, **modes)
     assert resumed.step == 2
     said = capsys.readouterr().out
     assert ("was for its start" in said) == named
@@ -206,12 +207,7 @@ def test_an_optimal_variance_belongs_to_the_weights_it_was_measured_for(tmp_path
         ({}, {}, {"prediction_type": "sample"}, "predicts epsilon, not sample"),
         ({}, {}, {"variance_type": "learned", "loss": "vlb"}, "use learned_range"),
         ({}, {"variance_type": "learned_range"}, {}, "conv_out has 1 channels, and 2 belong to 1 image channels"),
-        (
-            {"out_channels": 2},
-            {"variance_type": "learned_range"},
-            {},
-            "--loss simple does not go with",
-        ),
+        ({"out_channels": 2}, {"variance_type": "learned_range"}, {}, "--loss simple does not go with"),
         (
             {"out_channels": 2},
             {"variance_type": "learned_range"},
@@ -222,7 +218,7 @@ def test_an_optimal_variance_belongs_to_the_weights_it_was_measured_for(tmp_path
         ({"class_embed_type": "timestep"}, {}, CLASSES, "class_embed_type 'timestep'"),
         ({"sample_size": None}, {}, {}, "has no sample_size; add --resolution"),
         ({}, {}, {"resolution": 9}, "cannot be halved"),
-        ({}, {}, {"resume_from_checkpoint": "checkpoint-2"}, "leave one of them out"),
+        ({}, {}, {"resume_from_checkpoint": "checkpoint-2"}, "no checkpoint 'checkpoint-2'"),
     ],
 )
 def test_what_contradicts_the_model_is_refused(tmp_path, network, scheduler, options, words):
@@ -266,8 +262,9 @@ def test_a_resumed_run_cannot_start_from_elsewhere(tmp_path, model):
         trainer(tmp_path / "run", init_from=other, resume_from_checkpoint="latest")
     fresh = {key: value for key, value in QUICK.items() if key != "preset"}
     Trainer(TrainingConfig(preset="digits", output_dir=str(tmp_path / "fresh"), **fresh)).train()
-    with pytest.raises(UserError, match=r"started with no --init_from"):
-        trainer(tmp_path / "fresh", init_from=model, resume_from_checkpoint="latest")
+    for which in ("latest", "checkpoint-4"):
+        with pytest.raises(UserError, match=r"started with no --init_from.* leave out --init_from"):
+            trainer(tmp_path / "fresh", init_from=model, resume_from_checkpoint=which)
 
 
 def test_reproductions_start_from_nothing(tmp_path, model, capsys):
