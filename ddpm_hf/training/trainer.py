@@ -229,12 +229,8 @@ class Trainer:
         return loss, norm
 
     def _settle_buckets(self) -> None:
-        """Make a backward pass of no effect, after which DDP adds gradients up as in the rest of the run.
-
-        It rearranges its buckets of gradients after the first one. With three processes and more, the order of the
-        sums depends on them: a resumed run's first update would differ by rounding.
-        """
-        if isinstance(self.model, DistributedDataParallel):
+        """Make a backward pass of no effect, after which DDP adds gradients up in the order of the rest of the run."""
+        if isinstance(self.model, DistributedDataParallel):  # else a resumed run's first update differs by rounding
             batch = self.batches.empty_micro_batch()
             self.model(batch.noise, batch.t, class_labels=batch.labels).sample.sum().backward()
             self.optimizer.zero_grad(set_to_none=True)

@@ -49,10 +49,7 @@ def _capture_stream(device: int) -> Any:
 
 
 def _renew_default_generator() -> None:
-    """Give the default generator a new state object of the same seed and offset.
-
-    Before PyTorch 2.14 a capture that failed left the old one refusing to draw outside of a capture.
-    """
+    """Copy the default generator's state: before PyTorch 2.14 a failed capture left the old one refusing to draw."""
     global renewals
     renewals += 1
     generator = torch.cuda.default_generators[torch.cuda.current_device()]
