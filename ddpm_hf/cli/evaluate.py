@@ -1,7 +1,5 @@
 """`ddpm-hf evaluate`: the paper's numbers for a model, in one report."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence, Sized
 from pathlib import Path
@@ -52,13 +50,13 @@ def add_evaluation_flags(parser: Parser) -> None:
     flag("--cache_dir", str, None, text)
 
 
-def evaluate(arguments: Sequence[str], prog: str | None = None) -> int:
+def evaluate(arguments: Sequence[str], prog: str | None = None) -> None:
     """Run `ddpm-hf evaluate`."""
     values = evaluate_parser(prog).parse_args(arguments)
-    return measure(values) if values.compare is None else _compare(values)
+    (measure if values.compare is None else _compare)(values)
 
 
-def measure(values: Any) -> int:
+def measure(values: Any) -> None:
     """Evaluate the model that the flags name."""
     if values.model is None:
         raise UserError("give the model as --model FOLDER_OR_NAME, or reports as --compare A.json B.json")
@@ -85,22 +83,15 @@ def measure(values: Any) -> int:
     evaluations = min(values.num_images or size, size) * (values.num_evaluations or T) * bool(likelihood)
     evaluations += values.num_samples * (values.num_inference_steps or T) * bool(samples)
     names = ("num_images", "num_evaluations", "num_samples", "batch_size", "seed", "features", "inception_weights")
+    options = {"model_name": values.model, "output": None if file is not None else output, "progress": True}
+    options |= {"cache_dir": None if values.cache_dir is None else Path(values.cache_dir)}
+    options |= {
+        "likelihood_splits": splits and sorted(sets, key=lambda split: split == "train")
+    }  # held-out ones first
+    options |= {"prepare": model.inference_optimization(values, evaluations // values.batch_size)}
+    options |= given(values, *names, *model.SAMPLER, *model.SAMPLING)
     try:
-        report = run.evaluate(
-            pipe,
-            sets,
-            metrics,
-            # what is held out comes first
-            likelihood_splits=splits and sorted(sets, key=lambda split: split == "train"),
-            cache_dir=None if values.cache_dir is None else Path(values.cache_dir),
-            output=None if file is not None else output,
-            model_name=values.model,
-            progress=True,
-            prepare=model.inference_optimization(values, evaluations // values.batch_size),
-            **given(values, *names),
-            **model.sampler_arguments(values),
-            **model.sampling_arguments(values),
-        )
+        report = run.evaluate(pipe, sets, metrics, **options)
     except KeyboardInterrupt:
         print("finished batches are kept: the same command resumes from there", file=sys.stderr)
         raise
@@ -110,10 +101,9 @@ def measure(values: Any) -> int:
             report.save(file)
     if output is not None:
         log(f"wrote {output}")
-    return 0
 
 
-def _compare(values: Any) -> int:
+def _compare(values: Any) -> None:
     """Print reports side by side."""
     if strangers := list(given(values, "model", "output", *IMAGE_SOURCES)):
         raise UserError(f"--compare only reads reports: leave out --{strangers[0]}")
@@ -122,4 +112,3 @@ def _compare(values: Any) -> int:
     from ..evaluation.report import EvaluationReport, compare
 
     print(compare({path: EvaluationReport.load(path) for path in values.compare}))
-    return 0

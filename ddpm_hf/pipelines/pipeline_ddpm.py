@@ -134,8 +134,9 @@ class DDPMPipeline(PortableConfigMixin, PrivateByDefault, StockDDPMPipeline):
         checkpoint = read_checkpoint(folder, weights)
         unet, scheduler = checkpoint.model()
         log(str(checkpoint))
-        dtype = options.get("dtype", options.get("torch_dtype"))
-        if isinstance(dtype, torch.dtype):
+        if (dtype := options.get("dtype", options.get("torch_dtype"))) is not None:
+            if not isinstance(dtype, torch.dtype):
+                raise UserError(f"dtype of a checkpoint must be one such as torch.float16, got {dtype!r}")
             torch.nn.Module.to(unet, dtype)  # diffusers' own warns
         return cls(options.get("unet", unet), options.get("scheduler", scheduler))
 

@@ -148,7 +148,7 @@ def test_inception_and_a_vision_model(tmp_path, capsys):
             ["divides 1000"],
         ),
         (["--dataset", "digits", "--metrics", "rate_distortion", "--num_evaluations", "4"], ["every term"]),
-        (["--train_data_dir", "{tmp}/empty"], ["no images"]),
+        (["--train_data_dir", "{tmp}/empty"], ["neither a folder that holds images"]),
         (["--train_data_dir", "{tmp}/one", "--metrics", "fid", *SMALL], ["at least 2 real images", "has 1"]),
         (["--train_data_dir", "{tmp}/one", "--split", "validation"], ["--validation_split"]),
         (["--dataset", "digits", "--output", "{tmp}/one/0.png"], ["is a file"]),
