@@ -23,6 +23,7 @@ from .optimal_variance import optimal_variance, optimal_variance_parser
 from .publish import publish, publish_parser
 from .push import push, push_parser
 from .sample import sample, sample_parser
+from .scale_epsilon import scale_epsilon, scale_epsilon_parser
 from .space import space, space_parser
 from .train import parse_training_config, reproduce, reproduction_parser, train, training_parser
 
@@ -35,6 +36,7 @@ _ALL: dict[str, tuple[Callable[..., int], Callable[[str | None], Parser]]] = {
     "sample": (sample, sample_parser),
     "evaluate": (evaluate, evaluate_parser),
     "optimal_variance": (optimal_variance, optimal_variance_parser),
+    "scale_epsilon": (scale_epsilon, scale_epsilon_parser),
     "convert": (convert, convert_parser),
     "publish": (publish, publish_parser),
     "push": (push, push_parser),

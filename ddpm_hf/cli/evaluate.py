@@ -69,7 +69,7 @@ def evaluate(arguments: Sequence[str], prog: str | None = None) -> int:
     splits = None if values.split is None else [part.strip() for part in values.split.split(",")]
     likelihood, samples = (set(metrics) & set(known) for known in (run.LIKELIHOOD_METRICS, run.SAMPLE_METRICS))
     with raise_on_all_ranks():
-        pipe = model.load_pipeline(values.model, values.dtype, values.tf32, values.weights)
+        pipe = model.load_guided_pipeline(values)
         images = image_arguments(values, pipe.image_shape)
         sets = run.load_splits(splits, bool(samples), validation_split=values.validation_split, **images)
     # About how many evaluations of the network follow, of a batch each.

@@ -44,9 +44,8 @@ def run_folder(values: Any) -> str:
     return str(values.run)
 
 
-def add_sampler_flags(parser: Parser) -> None:
-    """Add the flags of sampling, with which `sample` and `evaluate` draw the same images."""
-    flag = parser.group("sampling")
+def add_chain_flags(flag: Callable[..., None]) -> None:
+    """Add the flags of the chain that is sampled from."""
     flag("--sampler", str, "ddpm", "ddpm (Algorithm 2; the paper), ddim, dpmsolver++ or unipc")
     flag("--num_inference_steps", int, None, f"sampler steps; default: T; {paper_value('num_train_timesteps')}")
     flag(
@@ -59,7 +58,19 @@ def add_sampler_flags(parser: Parser) -> None:
     spacings = "leading, linspace or trailing"
     flag("--timestep_spacing", str, None, f"timesteps of a short chain: {spacings}; default: the model's")
     flag("--eta", float, None, "noise of ddim: 0 (the default) none, 1 as much as ddpm")
-    flag("--guidance_scale", float, 1.0, "classifier-free guidance; 1: none; larger values exaggerate the class")
+
+
+def add_sampler_flags(parser: Parser) -> None:
+    """Add the flags of sampling, with which `sample` and `evaluate` draw the same images."""
+    flag = parser.group("sampling")
+    add_chain_flags(flag)
+    text = "classifier-free guidance, or that of --guide; 1: none; larger values exaggerate the class, or the model"
+    flag("--guidance_scale", float, 1.0, text)
+    flag("--guide", str, None, "autoguidance: guide by this worse model, such as an earlier checkpoint of the run")
+    flag("--guide_weights", str, "ema", "of --guide, where it is a checkpoint: ema or raw", one_of("ema", "raw"))
+    flag("--guidance_interval", float, None, "the first and last timestep to be guided, such as 100 600", nargs=2)
+    text = "epsilon scaling: divide the predicted epsilon by B, or with B K by K t + B (see scale_epsilon)"
+    flag("--epsilon_scale", float, None, text, nargs="+")
     dtypes = one_of("float32", "bfloat16", "float16")
     flag("--dtype", str, "float32", "the network's, not the chain's: float32, bfloat16 or float16 (GPU)", dtypes)
     flag("--tf32", bool, False, "NVIDIA GPUs: faster float32 products with 10 bits of mantissa")
@@ -81,10 +92,29 @@ def sampler_arguments(values: Any) -> dict[str, Any]:
 
 def sampling_arguments(values: Any) -> dict[str, Any]:
     """Return what `DDPMPipeline` takes of the flags."""
-    return given(values, "num_inference_steps", "eta", "guidance_scale")
+    found = given(values, "num_inference_steps", "eta", "guidance_scale", "guidance_interval", "epsilon_scale")
+    if len(found.get("epsilon_scale", [])) == 1:
+        (found["epsilon_scale"],) = found["epsilon_scale"]
+    return found
 
 
-def load_pipeline(model: str, dtype: str = "float32", tf32: bool = False, weights: str = "ema") -> Any:
+def load_guided_pipeline(values: Any) -> Any:
+    """Return `load_pipeline` of the flags, with the model of `--guide`.
+
+    Raises:
+        UserError: No such model, or a guide that guides nothing.
+    """
+    pipe = load_pipeline(values.model, values.dtype, values.tf32, values.weights)
+    if values.guide is not None:
+        if values.guidance_scale == 1:
+            raise UserError("--guide needs --guidance_scale, such as 2; at 1 nothing is guided")
+        pipe.guide = load_pipeline(values.guide, values.dtype, values.tf32, values.guide_weights, flag="--guide")
+    return pipe
+
+
+def load_pipeline(
+    model: str, dtype: str = "float32", tf32: bool = False, weights: str = "ema", flag: str = "--model"
+) -> Any:
     """Return the `DDPMPipeline` in a folder (a run's or a checkpoint's, too) or on the Hub, on this process's device.
 
     Raises:
@@ -105,7 +135,7 @@ def load_pipeline(model: str, dtype: str = "float32", tf32: bool = False, weight
         check_weights(pipe.unet)  # before hours of work, not after them
         return pipe.to(processes().device)
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot load --model {model}: {first_line(error)}") from error
+        raise UserError(f"cannot load {flag} {model}: {first_line(error)}") from error
 
 
 def load_sampling_pipeline(values: Any) -> Any:
@@ -116,8 +146,7 @@ def load_sampling_pipeline(values: Any) -> Any:
     """
     from ..sampling.generation import with_sampler
 
-    pipe = load_pipeline(values.model, values.dtype, values.tf32, values.weights)
-    return with_sampler(pipe, **sampler_arguments(values))
+    return with_sampler(load_guided_pipeline(values), **sampler_arguments(values))
 
 
 def sampling_evaluations(pipe: Any, values: Any, count: int) -> int:
