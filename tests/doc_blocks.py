@@ -44,6 +44,7 @@ SMALLER = {
     "evaluate": "--num_images 2 --num_samples 12 --num_inference_steps 5",
     "reproduce": f"{_TRAIN} --num_images 1 --num_samples 12 --num_inference_steps 5",
     "optimal_variance": "--num_images 2",
+    "scale_epsilon": "--num_inference_steps 5 --num_images 64 --num_samples 64",
 }
 # These only where the text has them, too: `--seeds 0-63` becomes `--seeds 0-3`.
 SMALLER_IF_GIVEN = {"--seeds": "0-3", "--validation_steps": "2", "--save_images_steps": "2"}
@@ -194,6 +195,7 @@ def make_world(folder: Path) -> None:
     config = folder / "runs/digits/scheduler/scheduler_config.json"
     quarter = {"num_train_timesteps": 250, "beta_end": 0.08}  # a chain of a quarter, which ends in noise as well
     config.write_text(json.dumps({**json.loads(config.read_text()), **quarter}))
+    shutil.copytree(folder / "runs/digits", folder / "runs/digits-small")
     (folder / "examples").symlink_to(ROOT / "examples")
     (folder / "my-images").mkdir()
     random = np.random.default_rng(0)

@@ -14,10 +14,7 @@ from ..utils.errors import UserError
 
 @dataclass(frozen=True)
 class Adjustment:
-    """How the network's output is changed at (x_t, t).
-
-    Raises a UserError where a value is outside its range; `T` and `prediction_type` are the scheduler's.
-    """
+    """How the network's output is changed at (x_t, t)."""
 
     guidance_scale: float = 1.0  # w of D_guide + w (D - D_guide), or of classifier-free guidance; 1: none
     guidance_interval: tuple[float, float] | None = None  # guided at these timesteps only, both included
@@ -33,7 +30,7 @@ class Adjustment:
         epsilon_scale: Any = None,
         guide: Any = None,
     ) -> Adjustment:
-        """Return the adjustment of a pipeline's arguments (see `DDPMPipeline.__call__`)."""
+        """Return that of a pipeline's arguments (see `DDPMPipeline.__call__`); a UserError for one out of range."""
         if not math.isfinite(guidance_scale):
             raise UserError(f"guidance_scale must be a finite number, got {guidance_scale}")
         if guidance_interval is not None:
@@ -66,7 +63,7 @@ class Adjustment:
     def scaled(self, output: Tensor, x_t: Tensor, t: Tensor, without_noise: Tensor | None) -> Tensor:
         """Return the output `[B, C or 2C, H, W]` whose epsilon is divided by lambda(t); the variance stays.
 
-        Ning et al. 2024 (arXiv 2308.15321), Eq. 12. `without_noise` is that of `output_without_noise`.
+        Ning et al. 2024 (arXiv 2308.15321). `without_noise` is that of `output_without_noise`, on the device of x_t.
         """
         if not self.scales:
             return output
@@ -76,7 +73,7 @@ class Adjustment:
         if without_noise is None:
             predicted = predicted / (b + k * t)
         else:
-            at_0 = without_noise.to(x_t)[t.long()] * x_t
+            at_0 = without_noise[t.long()] * x_t
             predicted = at_0 + (predicted - at_0) / (b + k * t)
         return torch.cat([predicted, output[:, channels:]], dim=1)
 
@@ -92,7 +89,7 @@ def _two_numbers(name: str, what: str, values: Any) -> tuple[float, float]:
 
 
 def output_without_noise(scheduler: Any) -> Tensor | None:
-    """Return what the network's output is at every t where its epsilon is 0, in units of x_t, `[T]` float64.
+    """Return what the network's output is at every t where its epsilon is 0, in units of x_t, `[T]` float32.
 
     Whatever it predicts is linear in its epsilon: it is that plus a multiple of epsilon. `None`: it is the epsilon.
     A UserError where x_t says nothing of x_0, so that no output has an epsilon of 0.
@@ -104,9 +101,9 @@ def output_without_noise(scheduler: Any) -> Tensor | None:
     if not (alpha_bar > 0).all():
         raise UserError("epsilon_scale needs a schedule that leaves something of the image at every timestep")
     if kind == "posterior_mean":  # Eq. 11: mu = (x_t - beta_t / sqrt(1 - alpha_bar_t) eps) / sqrt(alpha_t)
-        return (torch.cat([torch.ones(1).double(), alpha_bar[:-1]]) / alpha_bar).sqrt()
+        return (torch.cat([torch.ones(1).double(), alpha_bar[:-1]]) / alpha_bar).sqrt().float()
     # Eq. 15: x_0 = x_t / sqrt(alpha_bar_t); v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x_0
-    return alpha_bar.rsqrt() if kind == "sample" else -(1 / alpha_bar - 1).sqrt()
+    return (alpha_bar.rsqrt() if kind == "sample" else -(1 / alpha_bar - 1).sqrt()).float()
 
 
 def check_guide(pipe: Any, guide: Any) -> None:

@@ -49,7 +49,8 @@ class Denoiser:
     ):
         self.network, self.scheduler, self.generator = network, scheduler, generator
         self.labels, self.adjustment = labels, adjustment
-        self._without_noise = output_without_noise(scheduler) if adjustment.scales else None
+        without_noise = output_without_noise(scheduler) if adjustment.scales else None
+        self._without_noise = None if without_noise is None else without_noise.to(network.device)
         self.dtype = network.dtype  # looked up once: it is searched for in all of the parameters
         # A learned variance is for the ancestral samplers only.
         learned = "learned" in (scheduler.config.get("variance_type") or "")
@@ -90,7 +91,7 @@ class Denoiser:
     def _guided(self, x_t: Tensor, t: Tensor, guided: bool) -> Tensor:
         guide, labels, channels = self.adjustment.guide, self.labels, x_t.shape[1]
         if guided and guide is not None:
-            # Karras et al. 2024 (arXiv 2406.02507), Eq. 3: D_guide + w (D - D_guide)
+            # Karras et al. 2024 (arXiv 2406.02507): D_guide + w (D - D_guide)
             better = self.network(x_t, t, class_labels=labels).sample.float()
             known = labels if guide.config.num_class_embeds is not None else None
             worse = guide(x_t.to(guide.dtype), t, class_labels=known).sample.float()
