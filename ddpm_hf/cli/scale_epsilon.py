@@ -84,7 +84,7 @@ def scale_epsilon(arguments: Sequence[str], prog: str | None = None) -> int:
     biases = [
         epsilon_scaling.exposure_bias(sampled, images, epsilon_scale=scale, **norms) for scale in scales.values()
     ]
-    log(_norms(list(scales), biases))
+    log("\n" + _norms(list(scales), biases))
     if output is not None:
         scaled = epsilon_scaling.scaled_model(pipe, scales["constant"][0], values.sampler, steps)
         with raise_on_all_ranks():
@@ -99,7 +99,7 @@ def _table(found: dict[str, tuple[tuple[float, float], float]]) -> str:
     from ..utils.text import table
 
     rows = [[name, f"{b:.4f}", f"{k:.3g}", f"{d:.5g}"] for name, ((b, k), d) in found.items()]
-    return table([["lambda(t) = k t + b", "b", "k", "distance, other seeds"], *rows])
+    return table([["lambda(t) = k t + b", "b", "k per timestep", "distance, other seeds"], *rows])
 
 
 def _norms(names: list[str], biases: list[Any]) -> str:
