@@ -45,6 +45,7 @@ SMALLER = {
     "reproduce": f"{_TRAIN} --num_images 1 --num_samples 12 --num_inference_steps 5",
     "optimal_variance": "--num_images 2",
     "scale_epsilon": "--num_inference_steps 5 --num_images 64 --num_samples 64",
+    "ema": "--num_images 2 --num_samples 12 --num_inference_steps 5",
 }
 # These only where the text has them, too: `--seeds 0-63` becomes `--seeds 0-3`.
 SMALLER_IF_GIVEN = {"--seeds": "0-3", "--validation_steps": "2", "--save_images_steps": "2"}
@@ -134,7 +135,7 @@ def reason_not_to_run(command: str) -> tuple[str, str] | None:
 
 def smaller(name: str, arguments: list[str]) -> list[str]:
     """The arguments of `ddpm-hf NAME`, with those that make it small."""
-    if "--compare" in arguments:
+    if "--compare" in arguments or (name == "ema" and "--sweep" not in arguments):
         return arguments
     added = SMALLER.get(name, "").split()
     metrics = arguments[arguments.index("--metrics") + 1] if "--metrics" in arguments else "nll"

@@ -36,6 +36,9 @@ SETTINGS = {
 }
 
 
+TUNED = {"max_train_steps": 3, "init_from": "tests/fixtures/digits_model", "class_conditional": True}
+
+
 def start(folder: Path, runs: dict[str, dict]) -> list[str]:
     """The program that makes runs with these settings, one after the other, into folders of these names."""
     settings = [{**SETTINGS, "output_dir": str(folder / name), **run} for name, run in runs.items()]
@@ -53,7 +56,7 @@ def alone(tmp_path_factory) -> dict[str, dict]:
     """What runs of one process found."""
     folder = tmp_path_factory.mktemp("alone")
     six = {"max_train_steps": 6, "lr_scheduler": "cosine"}
-    runs = {"whole": {}, "accumulated": {"train_batch_size": 8}, "six": six}
+    runs = {"whole": {}, "accumulated": {"train_batch_size": 8}, "six": six, "tuned": TUNED}
     return found(folder, run_program(*start(folder, runs)))
 
 
@@ -62,9 +65,17 @@ def test_one_process_accumulation_and_two_processes_are_the_same_run(tmp_path, a
     # --multi_gpu starts the processes, GPUs or not; --cpu would start a single one (without MPI).
     flags = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--multi_gpu"]
     flags += ["--main_process_port", "0", "--num_processes", "2"]
-    command = [sys.executable, "-m", "accelerate.commands.launch", *flags, *start(tmp_path, {"two": {}})]
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        *flags,
+        *start(tmp_path, {"two": {}, "tuned": TUNED}),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=DRIVER.parent.parent)
-    two = found(tmp_path, done)["two"]
+    two, tuned = (found(tmp_path, done)[name] for name in ("two", "tuned"))
+    assert np.abs(np.subtract(alone["tuned"]["losses"], tuned["losses"])).max() < 1e-5
+    assert np.abs(np.subtract(alone["tuned"]["weights"], tuned["weights"])).max() < 1e-3
     assert (whole["processes"], two["processes"]) == (1, 2)
     assert whole["losses"][0] - whole["losses"][-1] > 0.1  # it learns, so the trajectory is more than its start
     for other in (accumulated, two):

@@ -18,6 +18,7 @@ from ..utils.errors import UserError, in_one_line
 from ..utils.text import nearest
 from .command_line import Parser
 from .convert import convert, convert_parser
+from .ema import ema, ema_parser
 from .evaluate import evaluate, evaluate_parser
 from .optimal_variance import optimal_variance, optimal_variance_parser
 from .publish import publish, publish_parser
@@ -35,6 +36,7 @@ _ALL: dict[str, tuple[Callable[..., int], Callable[[str | None], Parser]]] = {
     "reproduce": (reproduce, reproduction_parser),
     "sample": (sample, sample_parser),
     "evaluate": (evaluate, evaluate_parser),
+    "ema": (ema, ema_parser),
     "optimal_variance": (optimal_variance, optimal_variance_parser),
     "scale_epsilon": (scale_epsilon, scale_epsilon_parser),
     "convert": (convert, convert_parser),

@@ -16,6 +16,12 @@ from .command_line import IMAGE_SOURCES, Parser, add_image_flags, given, image_a
 def evaluate_parser(prog: str | None = None) -> Parser:
     """Return the parser of `ddpm-hf evaluate`."""
     parser = Parser(prog, "The numbers of the paper's tables for a model.")
+    add_evaluation_flags(parser)
+    return parser
+
+
+def add_evaluation_flags(parser: Parser) -> None:
+    """Add what `measure` takes."""
     flag = parser.group("model and numbers")
     model.add_model_flags(flag, batch_size=256, required=False)
     text = "nll (bits/dim), rate_distortion, fid, is, kid, prc (precision and recall), dc (density and coverage), "
@@ -44,14 +50,16 @@ def evaluate_parser(prog: str | None = None) -> Parser:
     flag("--output", str, None, "a folder for report.json, report.md and pictures; or FILE.json")
     text = "where features of real images are kept; default: $DDPM_HF_CACHE, or ~/.cache/ddpm_hf"
     flag("--cache_dir", str, None, text)
-    return parser
 
 
 def evaluate(arguments: Sequence[str], prog: str | None = None) -> int:
     """Run `ddpm-hf evaluate`."""
     values = evaluate_parser(prog).parse_args(arguments)
-    if values.compare is not None:
-        return _compare(values)
+    return measure(values) if values.compare is None else _compare(values)
+
+
+def measure(values: Any) -> int:
+    """Evaluate the model that the flags name."""
     if values.model is None:
         raise UserError("give the model as --model FOLDER_OR_NAME, or reports as --compare A.json B.json")
     output = None if values.output is None else Path(values.output)

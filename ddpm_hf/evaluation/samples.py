@@ -224,11 +224,24 @@ SAMPLE_METRICS = {
 }
 
 
+# What a number is called where the features are not Inception's: only there it is the published one.
+_OTHER_NAMES = {"fid": "fd", "kid": "kd", "fid_infinity": "fd_infinity"}
+
+
 def number_name(what: str, features: str, split: str | None, kind: str) -> str:
     """Return what a number is called, such as `fid_inception_train_float`; of other features FID is `fd`, KID `kd`."""
-    if features != "inception":
-        what = {"fid": "fd", "kid": "kd", "fid_infinity": "fd_infinity"}.get(what, what)
+    what = what if features == "inception" else _OTHER_NAMES.get(what, what)
     return "_".join(filter(None, (what, features, split, kind)))
+
+
+def higher_is_better(name: str) -> bool | None:
+    """Return whether the larger one of two numbers of this name is the better one; `None` if neither is."""
+    if name == "bits_per_dim":
+        return False
+    for metric in SAMPLE_METRICS.values():
+        if name.startswith(tuple(f"{n}_" for what in metric.numbers for n in (what, _OTHER_NAMES.get(what, what)))):
+            return metric.higher_is_better
+    return None
 
 
 def add_sample_metrics(

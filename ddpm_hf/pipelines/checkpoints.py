@@ -7,6 +7,7 @@ output_dir/
     model.safetensors          the weights in training
     ema.safetensors            the EMA weights
     optimizer.safetensors      Adam's moments and step counts
+    posthoc_ema.safetensors    the averages for post-hoc EMA
     state.json                 the update, the network's and scheduler's configuration, and small state
     manifest.json              SHA-256 and size of every file above
   checkpoint-1000/
@@ -20,6 +21,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -154,6 +156,15 @@ def find_checkpoint(
             log(f"warning: {error}; trying the one before it")
     if checkpoints:
         raise CheckpointError(f"all {len(checkpoints)} checkpoints in {str(output_dir)!r} are damaged")
+    return None
+
+
+def recorded_state(output_dir: Path, which: str | None) -> dict[str, Any] | None:
+    """Return the state, without tensors, of the checkpoint that `find_checkpoint` would find; `None` without one."""
+    paths = list_checkpoints(output_dir) if which == "latest" else [output_dir / which, Path(which)] if which else []
+    for path in reversed(paths):
+        with suppress(CheckpointError):
+            return _read_json(path / STATE_FILE)
     return None
 
 

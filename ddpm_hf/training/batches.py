@@ -36,7 +36,7 @@ class Batches:
     def __init__(self, run: Run):
         self.run, self.plan, self.seed, self.device = run, run.plan, run.config.seed, run.device
         self.data: Images = run.data.on(self.device) if isinstance(run.data, ImageDataset) else run.data
-        self._image_shape = (run.unet_config.get("in_channels", 3), *image_size(run.recipe))
+        self._image_shape = (run.unet_config.get("in_channels", 3), *image_size(run.unet_config))
         self._order = (-1, torch.empty(0, dtype=torch.long))  # the current epoch and its permutation
         self._reader = ThreadPoolExecutor(1)  # decodes the next micro-batch while the network runs on this one
         self._next: tuple[tuple[int, int], Future] = (-1, 0), Future()  # update and micro-batch

@@ -29,6 +29,7 @@ from ..utils.processes import log
 from ..utils.text import plain
 from .configuration import TrainingConfig
 from .evaluation import BEST, HISTORY
+from .posthoc_ema import FOLDER
 from .run import Run
 
 
@@ -97,7 +98,7 @@ def check_output_is_ours(config: TrainingConfig) -> None:
             f"{where} already holds a run; resume it with --resume_from_checkpoint latest, or name another folder"
         )
     if not (folder / CONFIG).exists():
-        for name in (INDEX, "unet", "scheduler", CARD, SAMPLES, REPORT, BEST, HISTORY):
+        for name in (INDEX, "unet", "scheduler", CARD, SAMPLES, REPORT, BEST, HISTORY, FOLDER):
             if (folder / name).exists():
                 raise UserError(f"{where} holds {name}, which a run would overwrite; name another folder")
     # Models are written after checkpoints, so these were removed: to save space, not to train all over again.
@@ -115,6 +116,7 @@ def fixed_settings(run: Run) -> dict[str, Any]:
         "num_images": None if isinstance(run.data, StreamedImages) else len(run.data),
         "total_batch_size": run.plan.total,
         "seed": run.config.seed,
+        "init_from": run.initial.record if run.initial else None,
     }
 
 

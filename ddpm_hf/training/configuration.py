@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -104,6 +104,12 @@ class TrainingConfig:
     """
 
     preset: str = _flag("cifar10", f"the experiment: {', '.join(PRESETS)}", group=f"network and process; {_PRESET}")
+    init_from: str | None = _flag(
+        None,
+        "fine-tune this model: a folder, a checkpoint, or a name on the Hub; its network and noise schedule take the "
+        "place of the preset's",
+        NOT_EMPTY,
+    )
     dropout: float | None = _flag(None, "dropout in the residual blocks", FRACTION, paper="dropout")
     prediction_type: str | None = _preset("prediction_type", "epsilon, sample, v_prediction or posterior_mean")
     variance_type: str | None = _preset("variance_type", "fixed_small, fixed_large, learned or learned_range")
@@ -137,6 +143,8 @@ class TrainingConfig:
     lr_warmup_steps: int | None = _flag(None, "updates of linear warm-up", NOT_NEGATIVE, paper="lr_warmup_steps")
     max_grad_norm: float | None = _flag(None, "larger gradients are scaled down", NORM, paper="max_grad_norm")
     ema_max_decay: float | None = _flag(None, "decay of the EMA weights", FRACTION, paper="ema_decay")
+    posthoc_ema: bool = _flag(True, "keep what ddpm-hf ema makes averages of other lengths from, after the training")
+    posthoc_ema_snapshots: int = _flag(3, "for that: snapshots on disk, each as large as the weights", POSITIVE)
     loss: str | None = _preset("loss", "simple (Eq. 14), vlb (the bound) or hybrid (learned variance)")
     timestep_sampling: str | None = _preset("timestep_sampling", "uniform, or stratified over each batch")
     seed: int = _flag(0, "seed of everything random")
@@ -188,10 +196,18 @@ class TrainingConfig:
         for name, other in _NEEDS.items():
             if getattr(self, name) and not getattr(self, other):
                 raise UserError(f"--{name} {getattr(self, name)} needs --{other}")
+        if self.init_from is not None and self.resume_from_checkpoint not in (None, "latest"):
+            raise UserError(
+                f"--init_from {self.init_from} and --resume_from_checkpoint {self.resume_from_checkpoint} both say "
+                "which weights to start from; leave out --init_from to resume that checkpoint"
+            )
 
-    def resolved_preset(self) -> Preset:
-        """Return the preset with this run's changes, or raise UserError where loss and variance do not fit."""
-        preset = get_preset(self.preset)
+    def resolved_preset(self, preset: Preset | None = None) -> Preset:
+        """Return the preset with this run's changes, or raise UserError where loss and variance do not fit.
+
+        `preset` takes the place of the one that is named: it has the network of `init_from`.
+        """
+        preset = preset or get_preset(self.preset)
         unet, scheduler = dict(preset.unet), dict(preset.scheduler)
         if self.resolution is not None:
             sizes = self.resolution if isinstance(self.resolution, list) else [self.resolution]
@@ -250,14 +266,15 @@ class TrainingConfig:
         rest = total // product
         return per_process or rest, accumulation or (rest if per_process else 1), total
 
-    def evaluation_batch(self, num_processes: int, most: int = 256) -> int:
+    def evaluation_batch(self, network: Mapping[str, Any], num_processes: int, most: int = 256) -> int:
         """Return the images at a time and process where nothing is trained: `most`, unless `eval_batch_size` is set.
 
-        A micro-batch always fits: without gradients an image takes a small part of the memory.
+        A micro-batch always fits: without gradients an image takes a small part of the memory. `network` are the
+        arguments of `UNet2DModel`.
         """
         if self.eval_batch_size is not None:
             return self.eval_batch_size
-        size = self.resolved_preset().unet["sample_size"]
+        size = network["sample_size"]
         pixels = size**2 if isinstance(size, int) else math.prod(size)
         return min(most, max(self.batch_plan(num_processes)[0], 256 * 32 * 32 // pixels, 1))
 

@@ -12,6 +12,7 @@ import json
 import math
 import re
 import shutil
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from ..evaluation.features import FeatureExtractor
 from ..evaluation.options import EvaluationOptions
 from ..evaluation.report import EvaluationReport
 from ..evaluation.run import check_evaluation, evaluate, first_images, parse_metrics
-from ..evaluation.samples import SAMPLE_METRICS, number_name
+from ..evaluation.samples import SAMPLE_METRICS, higher_is_better, number_name
 from ..hub.files import REPORT
 from ..pipelines.pipeline_ddpm import DDPMPipeline
 from ..utils.errors import UserError
@@ -33,7 +34,6 @@ from .run import load_split
 
 BEST, HISTORY = "best", "evaluations.json"
 IN_LOOP_METRICS = ("nll", *(name for name, metric in SAMPLE_METRICS.items() if metric.numbers))
-_HIGHER_IS_BETTER = tuple(f"{n}_" for m in SAMPLE_METRICS.values() if m.higher_is_better for n in m.numbers)
 
 
 def names_of_numbers(metrics: list[str], extractors: list[FeatureExtractor], splits: list[str]) -> list[str]:
@@ -49,10 +49,10 @@ def names_of_numbers(metrics: list[str], extractors: list[FeatureExtractor], spl
 
 
 class TrainingEvaluation:
-    """Measures a run's EMA weights; knows its configuration and its training images."""
+    """Measures a run's EMA weights; knows its configuration, the network's arguments and its training images."""
 
-    def __init__(self, config: TrainingConfig, train: Images):
-        self.config, self.folder = config, Path(config.output_dir)
+    def __init__(self, config: TrainingConfig, network: Mapping[str, Any], train: Images):
+        self.config, self.network, self.folder = config, network, Path(config.output_dir)
         self.metrics = parse_metrics(config.eval_metrics, IN_LOOP_METRICS, "--eval_metrics")
         self._of_samples = [metric for metric in self.metrics if metric in SAMPLE_METRICS]
         held_out = self._load_held_out()
@@ -70,10 +70,10 @@ class TrainingEvaluation:
                 raise UserError(f"--validation_steps needs images that are held out; {advice}")
             return None
         if self._of_samples:
-            return load_split(config, "validation")
+            return load_split(config, self.network, "validation")
         if not config.eval_num_images:
             return None
-        held_out = first_images(load_split(config, "validation"), config.eval_num_images)
+        held_out = first_images(load_split(config, self.network, "validation"), config.eval_num_images)
         if not len(held_out):
             what = f"--validation_split {config.validation_split} of {held_out.name!r} holds out no image"
             raise UserError(f"{what}; use a larger share, or --eval_num_images 0")
@@ -96,7 +96,7 @@ class TrainingEvaluation:
         same_name = ("num_images", "num_evaluations", "num_samples", "features", "inception_weights")
         return EvaluationOptions(
             **{name: getattr(config, f"eval_{name}") for name in same_name},
-            batch_size=config.evaluation_batch(processes().num_processes),
+            batch_size=config.evaluation_batch(self.network, processes().num_processes),
             sampler=config.sampler,
             num_inference_steps=min(config.ddpm_num_inference_steps, pipe.scheduler.config.num_train_timesteps),
         )
@@ -141,7 +141,7 @@ class TrainingEvaluation:
                 before = best.values[name]["value"]
             else:
                 log(f"{folder} was chosen by another number than {name} as it is measured now, and is chosen again")
-        worse = value <= before if name.startswith(_HIGHER_IS_BETTER) else value >= before
+        worse = value <= before if higher_is_better(name) else value >= before
         if math.isnan(value) or worse:
             return
         report = dataclasses.replace(report, model={**report.model, "update": step, "best_metric": name})

@@ -194,7 +194,7 @@ class Publisher:
         batches = generate(
             with_sampler(pipe, config.sampler),
             seeds,
-            batch_size=config.evaluation_batch(here.num_processes, most=64),
+            batch_size=config.evaluation_batch(self.settings["network"], here.num_processes, most=64),
             num_inference_steps=min(config.ddpm_num_inference_steps, pipe.scheduler.config.num_train_timesteps),
             class_labels=[ClassIndex(seed % len(classes)) for seed in seeds] if classes else None,
         )
@@ -227,7 +227,8 @@ def publish_checkpoint(
     """
     folder, step = Path(config.output_dir), checkpoint.state["step"]
     with raise_on_all_ranks():
-        evaluation = TrainingEvaluation(config, load_split(config, "train")) if evaluate else None
+        network = checkpoint.state["network"]
+        evaluation = TrainingEvaluation(config, network, load_split(config, network, "train")) if evaluate else None
         pipe = DDPMPipeline(*checkpoint.model()).to(processes().device)
         pipe.set_progress_bar_config(disable=True)
         check_weights(pipe.unet)

@@ -96,6 +96,8 @@ def reproduce(config: TrainingConfig, options: ReproductionConfig) -> Reproducti
     """
     if config.resume_from_checkpoint not in (None, "latest"):
         raise UserError("reproduce resumes from the latest checkpoint by itself; leave out --resume_from_checkpoint")
+    if config.init_from is not None:
+        raise UserError("reproduce trains the paper's networks from their initialisation; leave out --init_from")
     config = dataclasses.replace(config, resume_from_checkpoint="latest")
     end_with_the_launcher()
     folder, here = Path(config.output_dir), processes()
@@ -103,7 +105,7 @@ def reproduce(config: TrainingConfig, options: ReproductionConfig) -> Reproducti
     if pipe is None:
         return None
     with raise_on_all_ranks():
-        sets = load_splits(None, True, **image_arguments(config, center=True))
+        sets = load_splits(None, True, **image_arguments(config, config.resolved_preset().unet, center=True))
     evaluation = _evaluation_options(config, options)
     report = evaluate(pipe.to(here.device), sets, options.metrics(), evaluation, output=folder / FOLDER)
     sizes = {split: len(images) for split, images in sets.items()}  # type: ignore[arg-type]  # none is a stream
@@ -145,7 +147,7 @@ def _train(config: TrainingConfig, options: ReproductionConfig) -> DDPMPipeline 
     with raise_on_all_ranks():  # what can be known of the evaluation, before days of training
         pipe = DDPMPipeline(trainer.unet, DDPMScheduler(**trainer.recipe.scheduler))
         for_samples = [metric for metric in options.metrics() if metric in SAMPLE_METRICS]
-        sets = load_splits(None, True, **image_arguments(config, center=True))
+        sets = load_splits(None, True, **image_arguments(config, config.resolved_preset().unet, center=True))
         check_evaluation(pipe, sets, for_samples, _evaluation_options(config, options))
     if trainer.train(end_processes=False) is None:
         return None
@@ -160,7 +162,8 @@ def _evaluation_options(config: TrainingConfig, options: ReproductionConfig) -> 
     same_name = ("num_images", "num_samples", "num_inference_steps", "features", "inception_weights")
     return EvaluationOptions(
         **{name: getattr(options, name) for name in same_name},
-        batch_size=options.batch_size or config.evaluation_batch(processes().num_processes),
+        batch_size=options.batch_size
+        or config.evaluation_batch(config.resolved_preset().unet, processes().num_processes),
         sampler=config.sampler,
         model_name=config.output_dir,
         progress=True,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +17,9 @@ from ..presets import Preset
 from ..utils.errors import UserError, in_one_line
 from ..utils.machine import choose_precision, compiler_problem, keep_freed_memory, use_tf32
 from ..utils.processes import cpu_only, end_with_the_launcher, known_trackers, log, reduce_in_float32, set_cpu_threads
+from ..utils.text import listed
 from .configuration import TrainingConfig
+from .initialization import InitialModel
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ class Run:
     plan: BatchPlan
     data: Images  # for training
     unet_config: dict[str, Any]  # `UNet2DModel` arguments, with the images' classes
+    initial: InitialModel | None  # what `--init_from` names
 
     @property
     def output_dir(self) -> Path:
@@ -88,10 +92,9 @@ class Run:
         """Return which classes are trained on, or not used; `None` where there are none."""
         if not (names := self.data.class_names):
             return None
-        named = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
         if self.config.class_conditional:
-            return f"{len(names)} classes: {named}"
-        return f"the images' {len(names)} classes are not used (--class_conditional): {named}"
+            return f"{len(names)} classes: {listed(names)}"
+        return f"the images' {len(names)} classes are not used (--class_conditional): {listed(names)}"
 
 
 def start_accelerator(config: TrainingConfig) -> Accelerator:
@@ -148,15 +151,15 @@ def choose_computation(config: TrainingConfig, accelerator: Accelerator) -> Comp
     return Computation(channels_last, compiled, captured)
 
 
-def resolve(config: TrainingConfig, accelerator: Accelerator) -> Run:
+def resolve(config: TrainingConfig, accelerator: Accelerator, initial: InitialModel | None = None) -> Run:
     """Open the images and decide everything that follows from configuration and machine, or raise UserError."""
-    recipe = config.resolved_preset()
+    recipe = config.resolved_preset(None if initial is None else initial.preset)
     micro, accumulation, _ = config.batch_plan(accelerator.num_processes)
     plan = BatchPlan(micro, accumulation, accelerator.process_index, accelerator.num_processes)
     computation = choose_computation(config, accelerator)
     with torch.device("meta"):  # sizes that the network cannot halve, before any image is read
-        check_size(UNet2DModel(**recipe.unet), *image_size(recipe))
-    data = load_split(config, "train")
+        check_size(UNet2DModel(**recipe.unet), *image_size(recipe.unet))
+    data = load_split(config, recipe.unet, "train")
     if not isinstance(data, StreamedImages) and not len(data):
         raise UserError(f"{data.name!r} has no images to train on")
     unet_config = dict(recipe.unet)
@@ -169,24 +172,24 @@ def resolve(config: TrainingConfig, accelerator: Accelerator) -> Run:
         unet_config |= {"num_class_embeds": len(names), "_class_names": list(names)}
         if config.class_dropout:  # one more class stands for none
             unet_config |= {"num_class_embeds": len(names) + 1, "_null_class": len(names)}
-    return Run(config, recipe, accelerator, computation, plan, data, unet_config)
+    return Run(config, recipe, accelerator, computation, plan, data, unet_config, initial)
 
 
-def image_size(recipe: Preset) -> tuple[int, int]:
-    """Return height and width of the images that a recipe trains on."""
-    size = recipe.unet["sample_size"]
+def image_size(network: Mapping[str, Any]) -> tuple[int, int]:
+    """Return height and width of the images of a network with these arguments."""
+    size = network["sample_size"]
     return (size, size) if isinstance(size, int) else tuple(size)
 
 
-def image_arguments(config: TrainingConfig, center: bool) -> dict[str, Any]:
+def image_arguments(config: TrainingConfig, network: Mapping[str, Any], center: bool) -> dict[str, Any]:
     """Return `data.load_images`'s arguments but for the split; `center` crops no image at random."""
-    recipe, options = config.resolved_preset(), config.image_options()
+    options = config.image_options()
     if center and "crop" in options:
         options["crop"] = "center"
-    options |= {"channels": recipe.unet.get("in_channels", 3), "resolution": image_size(recipe)}
+    options |= {"channels": network.get("in_channels", 3), "resolution": image_size(network)}
     return {**config.images_given(), **options, "validation_split": config.validation_split}
 
 
-def load_split(config: TrainingConfig, split: str) -> Images:
+def load_split(config: TrainingConfig, network: Mapping[str, Any], split: str) -> Images:
     """Load a run's images: `train`, or the `validation` images, which are never cropped at random."""
-    return load_images(split=split, **image_arguments(config, center=split != "train"))
+    return load_images(split=split, **image_arguments(config, network, center=split != "train"))

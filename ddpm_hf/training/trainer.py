@@ -20,6 +20,7 @@ from accelerate.utils import DistributedType
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
@@ -36,6 +37,8 @@ from . import checkpointing
 from .batches import Batches
 from .configuration import TrainingConfig, TrainingError, due
 from .evaluation import TrainingEvaluation
+from .initialization import initialize, open_initial_model
+from .posthoc_ema import PowerAverages, discard_snapshots, is_due, save_snapshot
 from .publishing import Publisher
 from .run import resolve, start_accelerator
 from .update import CapturedUpdate, Update
@@ -67,16 +70,21 @@ class Trainer:
             )
         with raise_on_all_ranks():
             checkpointing.check_output_is_ours(config)
-            self.run = resolve(config, self.accelerator)
-            self.evaluation = TrainingEvaluation(config, self.run.data)
+            state = checkpoints.recorded_state(self.output_dir, config.resume_from_checkpoint)
+            initial = open_initial_model(config, state)
+            self.run = resolve(config, self.accelerator, initial)
+            self.evaluation = TrainingEvaluation(config, self.run.unet_config, self.run.data)
         self.recipe, self.data, self.plan = self.run.recipe, self.run.data, self.run.plan
         same_everywhere(self.run.describe_images(), "all of them need the same images")
+        if initial is not None:
+            same_everywhere(f"{initial.name} ({initial.digest[:12]})", "all of them need the same --init_from")
         self.publisher = Publisher(config, checkpointing.settings_of(self.run), self.evaluation)
         self.unet = self._new_network()
         self._prepare_optimization()
         self.batches = Batches(self.run)
         make_update = CapturedUpdate if self.run.computation.cuda_graphs else Update
-        self.update = make_update(self.run, self.batches, self.model, self.unet, self._adam, self.optimizer, self.ema)
+        parts = (self.model, self.unet, self._adam, self.optimizer, self.ema, self._power_averages())
+        self.update = make_update(self.run, self.batches, *parts)
         self.step, self._saved_at = 0, -1  # optimizer updates done, and those in the last checkpoint
         # For the trackers: update, loss and gradient norm on the device, other numbers.
         self._unlogged: list[tuple[int, Tensor, dict[str, float]]] = []
@@ -87,6 +95,9 @@ class Trainer:
         """Return the network at its start, on the device, laid out as the run wants it."""
         torch.manual_seed(derive_seed(self.config.seed, "weights"))
         unet = UNet2DModel(**self.run.unet_config).to(self.device)
+        if (initial := self.run.initial) is not None and initial.weights is not None:
+            with raise_on_all_ranks():
+                initialize(unet, initial)
         with raise_on_all_ranks():  # can everything be measured that is to be measured on the way?
             self.evaluation.check(DDPMPipeline(unet, DDPMScheduler(**self.recipe.scheduler)))
         if self.device.type == "cpu":
@@ -113,6 +124,13 @@ class Trainer:
             update_after_step=-1,
             foreach=True,
         )
+
+    def _power_averages(self) -> PowerAverages | None:
+        """Return what is kept for post-hoc EMA, if anything is."""
+        if self.config.posthoc_ema and any(isinstance(weight, DTensor) for weight in self.unet.parameters()):
+            log("nothing is kept for post-hoc EMA, which does not go with FSDP")
+            return None
+        return PowerAverages(self.unet) if self.config.posthoc_ema else None
 
     def _learning_rate_schedule(self, step: int) -> Any:
         """Return the schedule as it is after `step` updates: a function of the update and the recipe alone."""
@@ -147,6 +165,7 @@ class Trainer:
                     cleanup.enter_context(only_run_in(self.output_dir))
                     remove_leftovers(self.output_dir)
                     self.evaluation.discard_after(self.step)
+                    discard_snapshots(self.output_dir, self.step)
                     self.config.save(self.output_dir / checkpoints.CONFIG)
             self.publisher.open_hub()
             self._start_trackers()
@@ -195,6 +214,8 @@ class Trainer:
                 checkpoint = due(self.step, config.checkpointing_steps)
                 if checkpoint or self.step == last:
                     self._save()
+                elif is_due(self.step):
+                    self._save_snapshot()
                 if self.step < last:
                     self._show_progress(stop)
                     if checkpoint and config.push_to_hub:
@@ -375,10 +396,23 @@ class Trainer:
             "scaler": scaler.state_dict() if scaler is not None else None,
             **self.publisher.settings,
         }
+        if self.update.powers is not None:
+            tensors["posthoc_ema"] = self.update.powers.state_dict()
         with raise_on_all_ranks():  # no process continues before it is written
             if self.accelerator.is_main_process:
                 checkpoints.save_checkpoint(self.output_dir, self.step, tensors, state, keep)
+        self._save_snapshot()
         self._saved_at = self.step
+
+    def _save_snapshot(self) -> None:
+        """Write what post-hoc EMA is made from, if it is kept."""
+        if self.update.powers is None:
+            return
+        with raise_on_all_ranks():
+            if self.accelerator.is_main_process:
+                config = {"unet": self.run.unet_config, "scheduler": dict(self.recipe.scheduler)}
+                averages, keep = self.update.powers.state_dict(), self.config.posthoc_ema_snapshots
+                save_snapshot(self.output_dir, self.step, averages, config, keep)
 
     def _resume(self, which: str) -> None:
         with raise_on_all_ranks():
@@ -400,6 +434,11 @@ class Trainer:
             for name, parameter in self.unet.named_parameters()
         ]
         self.ema.optimization_step = state["ema_steps"]
+        if self.update.powers is not None and "posthoc_ema" in tensors:
+            self.update.powers.load_state_dict(tensors["posthoc_ema"])
+        elif self.update.powers is not None:
+            log(f"{path.name} holds no averages for post-hoc EMA, so none are kept: they need all updates of a run")
+            self.update.powers = None
         self.lr_schedule = self._learning_rate_schedule(state["step"])  # a changed learning rate counts from here on
         if self.accelerator.scaler is not None and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])

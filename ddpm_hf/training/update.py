@@ -29,6 +29,7 @@ from ..utils.processes import log
 from ..utils.randomness import derive_seed
 from .batches import Batches, MicroBatch
 from .checkpointing import gather_shards
+from .posthoc_ema import PowerAverages, move_averages
 from .run import Run
 
 
@@ -43,6 +44,7 @@ class Update:
     adam: torch.optim.Optimizer
     optimizer: Any  # Adam as accelerate prepared it
     ema: EMAModel
+    powers: PowerAverages | None = None  # for post-hoc EMA
     _drop_gradients: bool = field(default=True, init=False)
 
     def __post_init__(self) -> None:
@@ -64,6 +66,8 @@ class Update:
         Returns loss and norm of the gradients, 0-d on the device.
         """
         plan = self.run.plan
+        if self.powers is not None:
+            self.powers.set_update(step + 1)
         self.loss.zero_()
         draws = self.batches.draws(step)  # lines 3 and 4, for the whole batch
         for micro in range(plan.accumulation):
@@ -103,8 +107,10 @@ class Update:
         self.skipped_in_a_row.add_(1).mul_(bad)
 
     def average(self) -> None:
-        """Move the EMA weights towards the weights."""
+        """Move the EMA weights, and the averages for post-hoc EMA, towards the weights."""
         self.ema.step(self.unet.parameters())
+        if self.powers is not None:
+            self.powers.average()
 
     def _seed_dropout(self, step: int, micro: int) -> None:
         torch.manual_seed(derive_seed(self.run.config.seed, "dropout", step, micro, self.run.plan.process_index))
@@ -114,8 +120,8 @@ class CapturedUpdate(Update):
     """The same update, captured once as CUDA graphs and replayed: one graph, or two where gradients are accumulated.
 
     What changes from update to update lies in tensors that keep their place: the micro-batch, the learning rate, the
-    weight of the EMA. Dropout draws from the default generator, whose seed a replay reads when it starts. For one
-    process without loss scaling. If the capture fails, one line says so and updates are made without.
+    weights of the averages. Dropout draws from the default generator, whose seed a replay reads when it starts. For
+    one process without loss scaling. If the capture fails, one line says so and updates are made without.
 
     A graph knows addresses, not names. So it is captured again where weights, EMA weights, moments or gradients have
     been replaced from Python (`ema.load_state_dict`, `adam.load_state_dict`, another parameter), Adam's constants, or
@@ -142,6 +148,8 @@ class CapturedUpdate(Update):
         self.ema.cur_decay_value = self.ema.get_decay(self.ema.optimization_step)
         self._learning_rate.fill_(self.adam.param_groups[0]["lr"])
         self._ema_weight.fill_(1 - self.ema.cur_decay_value)
+        if self.powers is not None:
+            self.powers.set_update(step + 1)
         # 1,640 addresses of the CIFAR-10 network take the host 0.4 ms, while the device is busy with earlier updates.
         if self._captured is None or (self._graphs and self._captured != self._bindings()):
             self._capture()
@@ -162,17 +170,18 @@ class CapturedUpdate(Update):
 
     @torch.no_grad()
     def average(self) -> None:
-        """Move the EMA weights towards the weights as `EMAModel.step` does, by a weight that is a tensor."""
-        difference = torch._foreach_sub(self.ema.shadow_params, list(self.unet.parameters()))
-        torch._foreach_mul_(difference, self._ema_weight)
-        torch._foreach_sub_(self.ema.shadow_params, difference)
+        """Move the averages towards the weights: the EMA as `EMAModel.step` does, by a weight that is a tensor."""
+        move_averages(self.ema.shadow_params, list(self.unet.parameters()), self._ema_weight)
+        if self.powers is not None:
+            self.powers.average()
 
     # ------------------------------------------------------------------ the capture
 
     def _state(self) -> list[Tensor]:
         """Return all that an update changes and that lasts; Adam's part is there after its first step."""
         moments = [value for state in self.adam.state.values() for value in state.values()]
-        return [*self.unet.parameters(), *self.ema.shadow_params, *moments]
+        powers = [] if self.powers is None else self.powers.state()
+        return [*self.unet.parameters(), *self.ema.shadow_params, *powers, *moments]
 
     def _bindings(self) -> tuple[Any, ...]:
         """Return what graphs are bound to: addresses of the state and of lasting gradients, constants, generator."""

@@ -6,6 +6,7 @@ import difflib
 import json
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
@@ -44,6 +45,11 @@ def table(rows: list[list[str]], texts: tuple[int, ...] = (0,)) -> str:
     rule = ["-" * width if i in texts else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
     aligned = [[c.ljust(widths[i]) if i in texts else c.rjust(widths[i]) for i, c in enumerate(row)] for row in rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (aligned[0], rule, *aligned[1:]))
+
+
+def listed(names: Sequence[str], most: int = 20) -> str:
+    """Return names separated by commas, of more than `most` the first ones and how many there are besides."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def nearest(name: str, known: Any) -> str:

@@ -56,8 +56,8 @@ def test_batch_plan(settings, processes, plan):
 )
 def test_images_at_a_time_where_nothing_is_trained(settings, processes, evaluation, grid):
     config = TrainingConfig(**settings)
-    assert config.evaluation_batch(processes) == evaluation
-    assert config.evaluation_batch(processes, most=64) == grid
+    assert config.evaluation_batch(config.resolved_preset().unet, processes) == evaluation
+    assert config.evaluation_batch(config.resolved_preset().unet, processes, most=64) == grid
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,7 @@ def whole(small_preset, tmp_path_factory) -> Path:
 
 
 def same_files(a, b, step):
-    for name in ("model", "ema", "optimizer"):
+    for name in ("model", "ema", "optimizer", "posthoc_ema"):
         one = load_file(a / f"checkpoint-{step}" / f"{name}.safetensors")
         two = load_file(b / f"checkpoint-{step}" / f"{name}.safetensors")
         assert one.keys() == two.keys()
@@ -97,7 +97,7 @@ def test_a_run_publishes_a_pipeline_with_card_numbers_and_samples(tmp_path, caps
     names = {p.name for p in folder.iterdir()}
     assert names == {
         *("model_index.json", "unet", "scheduler", "README.md", "samples.png", "evaluation.json"),
-        *("training_config.yaml", "checkpoint-3", "checkpoint-6", ".lock"),
+        *("training_config.yaml", "checkpoint-3", "checkpoint-6", "ema", ".lock"),
     }
     loaded = DDPMPipeline.from_pretrained(folder)
     ema = load_file(folder / "checkpoint-6" / "ema.safetensors")
@@ -661,7 +661,7 @@ def test_a_disk_that_refuses_gets_a_sentence_and_the_last_checkpoint_is_intact(t
     update = run._update
 
     def fill_the_disk(step):
-        if step == 4:
+        if step == 5:
             limit = (tmp_path / "run" / "checkpoint-3" / "model.safetensors").stat().st_size // 2
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
         return update(step)
@@ -675,7 +675,7 @@ def test_a_disk_that_refuses_gets_a_sentence_and_the_last_checkpoint_is_intact(t
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         signal.signal(signal.SIGXFSZ, before)
     names = {p.name for p in (tmp_path / "run").iterdir()}
-    assert names == {"training_config.yaml", "checkpoint-3", ".lock"}
+    assert names == {"training_config.yaml", "checkpoint-3", "ema", ".lock"}
     trainer(tmp_path / "run", resume_from_checkpoint="latest").train()
     same_files(whole, tmp_path / "run", 6)
 

@@ -1,0 +1,214 @@
+"""The model that a run starts from (`--init_from`): what its network, classes and variance become in the run.
+
+Network and noise schedule are the given model's, the rest of the recipe is the preset's. Every weight that fits is
+copied; what is new starts so that the network computes what it computed before:
+
+- classes, by name: known ones keep their row of the embedding; new ones start at the mean of the known rows, which is
+  nearest to all of them together (a random row would be a class that the network has never seen). In a network that
+  had no classes all rows start at 0, which adds nothing to the time embedding.
+- the outputs of a learned variance: weights 0, and the bias with which `learned_range` is the fixed variance.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.utils import logging
+from torch import Tensor
+
+from ..data.class_labels import Classes
+from ..diffusion.scheduling_ddpm import LEARNED_VARIANCES, OPTIMAL_VARIANCE, DDPMScheduler
+from ..models.unet_2d import UNet2DModel, check_weights
+from ..pipelines.pipeline_ddpm import DDPMPipeline
+from ..presets import Preset, get_preset
+from ..utils.digests import weights_digest
+from ..utils.errors import UserError, first_line
+from ..utils.processes import log
+from ..utils.text import is_local, listed
+from .configuration import TrainingConfig
+
+_CLASSES = "class_embedding.weight"  # [classes, D]
+_PROCESS = (
+    *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas"),
+    *("rescale_betas_zero_snr", "prediction_type", "variance_type"),
+)
+
+
+@dataclass(frozen=True)
+class InitialModel:
+    """A model as the start of a run; in a resumed run what its checkpoint records of it, without weights."""
+
+    name: str  # as in `--init_from`
+    base_model: str | None  # the name on the Hub, if it has one
+    digest: str  # SHA-256 of the weights
+    preset: Preset  # the recipe, with the model's network and noise schedule
+    config: dict[str, Any]  # of the model's network
+    weights: dict[str, Tensor] | None  # on the CPU
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What checkpoints keep of it."""
+        return {"model": self.name, "base_model": self.base_model, "digest": self.digest}
+
+
+def open_initial_model(config: TrainingConfig, state: dict[str, Any] | None) -> InitialModel | None:
+    """Return the model that a run starts from, or started from; `None` for a run from the paper's initialisation.
+
+    Args:
+        config: The run's configuration.
+        state: What the checkpoint records from which the run resumes; the model itself is not needed then.
+
+    Raises:
+        UserError: It cannot be loaded, the flags contradict it, or the checkpoint's run started from another one.
+    """
+    if state is not None:
+        return _recorded_model(config, state)
+    if config.init_from is None:
+        return None
+    name = config.init_from
+    logging.disable_progress_bar()  # loading takes no time worth a bar
+    try:
+        pipe = DDPMPipeline.from_pretrained(name, dtype=torch.float32)
+        check_weights(pipe.unet)
+        scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot load --init_from {name}: {first_line(error)}") from error
+    process = {key: value for key, value in scheduler.config.items() if not key.startswith("_")}
+    process["variance_type"] = scheduler.variance_type
+    if scheduler.variance_type == OPTIMAL_VARIANCE:
+        log(f"the optimal variance of {name} was measured for its weights; training goes by fixed_small")
+        process["variance_type"] = "fixed_small"
+    network = dict(pipe.unet.config)
+    _check_network(config, network, process)
+    _check_flags(config, Classes.of(network), process)
+    base_model = None if is_local(name) else name
+    preset = _with_network(config, network, process)
+    planned = get_preset(config.preset).scheduler
+    if other := [f"{key} {process[key]}"[:40] for key in _PROCESS if (process[key] or None) != planned.get(key)]:
+        log(f"taken from {name}, not from the preset: {', '.join(other)}")
+    if (channels := network["in_channels"]) != get_preset(config.preset).unet.get("in_channels", 3):
+        log(f"images are read with {channels} channel(s), as {name} has them")
+    return InitialModel(name, base_model, weights_digest(pipe.unet), preset, network, pipe.unet.state_dict())
+
+
+def _recorded_model(config: TrainingConfig, state: dict[str, Any]) -> InitialModel | None:
+    """Return what a checkpoint's `state` records of the model that its run started from."""
+    record = state.get("init_from")
+    if config.init_from not in (None, record and record["model"]):
+        started = f"--init_from {record['model']}" if record else "no --init_from"
+        raise UserError(
+            f"the run in {config.output_dir!r} started with {started}, not with {config.init_from}; leave out "
+            "--init_from to resume it, or name another --output_dir for a new run"
+        )
+    if record is None:
+        return None
+    if config.init_from is not None:
+        log(f"the run resumes from its own weights; --init_from {config.init_from} was for its start")
+    preset = _with_network(config, state["network"], state["scheduler"])
+    return InitialModel(record["model"], record["base_model"], record["digest"], preset, state["network"], None)
+
+
+def _with_network(config: TrainingConfig, network: dict[str, Any], process: dict[str, Any]) -> Preset:
+    """Return the preset with another network, but for classes, which are the images', and with another process."""
+    preset = get_preset(config.preset)
+    kept = {k: v for k, v in network.items() if not k.startswith("_") and k != "num_class_embeds"}
+    return dataclasses.replace(preset, unet={**kept, "dropout": preset.unet["dropout"]}, scheduler=process)
+
+
+def _check_network(config: TrainingConfig, network: dict[str, Any], process: dict[str, Any]) -> None:
+    """Check what a network is, or raise UserError where it cannot be trained as it is."""
+    name = config.init_from
+    if (kind := network["class_embed_type"]) is not None:
+        raise UserError(f"--init_from {name}: class_embed_type {kind!r} takes other labels than the classes of images")
+    outputs = network["in_channels"] * (2 if process["variance_type"] in LEARNED_VARIANCES else 1)
+    if network["out_channels"] != outputs:
+        raise UserError(
+            f"--init_from {name}: conv_out has {network['out_channels']} channels, and {outputs} belong to "
+            f"{network['in_channels']} image channels with variance_type {process['variance_type']!r}"
+        )
+    if network["sample_size"] is None and config.resolution is None:
+        raise UserError(f"--init_from {name} has no sample_size; add --resolution with the size of the images")
+
+
+def _check_flags(config: TrainingConfig, classes: Classes, process: dict[str, Any]) -> None:
+    """Check the flags that say what the network computes, or raise UserError where it would compute something else."""
+    name, predicts, was = config.init_from, process["prediction_type"], process["variance_type"]
+    if config.prediction_type not in (None, predicts):
+        raise UserError(f"--init_from {name} predicts {predicts}, not {config.prediction_type}; leave the flag out")
+    if classes.count and not config.class_conditional:
+        raise UserError(f"--init_from {name} is class-conditional ({classes.known()}); add --class_conditional")
+    wanted = config.variance_type or was
+    if wanted == was or wanted not in LEARNED_VARIANCES:
+        return
+    if was in LEARNED_VARIANCES:
+        raise UserError(
+            f"--init_from {name} has the variance {was}, whose outputs are no {wanted}; leave the flag out"
+        )
+    if wanted == "learned":
+        raise UserError(
+            f"--variance_type learned is the log-variance itself, with which no new output starts as the {was} of "
+            f"--init_from {name}; use learned_range"
+        )
+
+
+# ---------------------------------------------------------------------- weights
+
+
+def initialize(unet: UNet2DModel, initial: InitialModel) -> None:
+    """Copy a model's weights into a run's new network, and log what is not a plain copy.
+
+    Raises:
+        UserError: A weight is missing, left over or of another shape; names all of them.
+    """
+    assert initial.weights is not None  # else the run resumes, from weights of its own
+    old, new = dict(initial.weights), unet.state_dict()
+    log(f"starting from {initial.name} ({initial.digest[:12]}); --preset {initial.preset.name} is the recipe only")
+    size, before = (_sides(of["sample_size"]) for of in (unet.config, initial.config))
+    if size != before:
+        log(f"the images are {size}, and those of {initial.name} were {before}: its weights fit any such size")
+    if _CLASSES in new:
+        old[_CLASSES] = _class_rows(initial, Classes.of(unet.config), len(new[_CLASSES]), new[_CLASSES].shape[1])
+    if (outputs := unet.config.out_channels) != (had := initial.config["out_channels"]):
+        variance = initial.preset.scheduler["variance_type"]
+        # Nichol & Dhariwal 2021, Eq. 15, with v = (output + 1) / 2: beta_t is v = 1, beta_tilde_t is v = 0
+        bias = 1.0 if "large" in variance else -1.0
+        for part, value in (("weight", 0.0), ("bias", bias)):
+            rows = old[f"conv_out.{part}"][:outputs]
+            old[f"conv_out.{part}"] = torch.cat([rows, rows.new_full((outputs - len(rows), *rows.shape[1:]), value)])
+        learns = f"the {outputs - had} new ones start as {variance}" if outputs > had else "those of its variance go"
+        log(f"the network of {initial.name} had {had} output channels and has {outputs}: {learns}")
+    shapes = [{name: tuple(value.shape) for name, value in of.items()} for of in (old, new)]
+    if wrong := [name for name in {**shapes[0], **shapes[1]} if shapes[0].get(name) != shapes[1].get(name)]:
+        each = "; ".join(
+            f"{name} {shapes[0].get(name, 'missing')} for {shapes[1].get(name, 'none')}" for name in wrong
+        )
+        raise UserError(f"--init_from {initial.name} does not fit the network: {each}")
+    unet.load_state_dict(old)
+
+
+def _class_rows(initial: InitialModel, classes: Classes, count: int, width: int) -> Tensor:
+    """Return the class embedding `[count, width]` of the run's classes, and log which of them are new."""
+    before, old = Classes.of(initial.config), (initial.weights or {}).get(_CLASSES)
+    if old is None:
+        log(f"{initial.name} had no classes: the rows of all {len(classes.names)} start at 0")
+        return torch.zeros(count, width)
+    # Without names, as in stock's networks, classes are called by their numbers.
+    known = {name: row for row, name in enumerate(before.all_names()) if row != before.null}
+    mean = old[list(known.values())].mean(0)
+    if before.null is not None:
+        known["no class"] = before.null
+    wanted = [*classes.names, *(["no class"] if classes.null is not None else [])]
+    parts = {
+        "kept": [name for name in wanted if name in known],
+        "new, starting at the mean of those known": [name for name in wanted if name not in known],
+        "dropped": [name for name in known if name not in wanted],
+    }
+    log("; ".join(f"classes {what}: {listed(names)}" for what, names in parts.items() if names))
+    return torch.stack([old[known[name]] if name in known else mean for name in wanted])
+
+
+def _sides(sample_size: Any) -> str:
+    return "x".join(map(str, [sample_size] * 2 if isinstance(sample_size, int) else sample_size or ["of any size"]))

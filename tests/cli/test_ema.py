@@ -1,0 +1,96 @@
+"""`ddpm-hf ema`: models of other EMA lengths from a run's snapshots, the sweep, what is refused."""
+
+import json
+import sys
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ddpm_hf import DDPMPipeline, Trainer, TrainingConfig, cli
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "training"))
+from test_trainer import QUICK, small_preset  # noqa: F401  (the fixture, which is used by itself)
+
+
+@pytest.fixture(scope="module")
+def run(small_preset, tmp_path_factory) -> Path:  # noqa: F811
+    folder = tmp_path_factory.mktemp("ema") / "run"
+    Trainer(TrainingConfig(**{**QUICK, "max_train_steps": 10, "output_dir": str(folder)})).train()
+    return folder
+
+
+def ema(*arguments: object) -> int:
+    return cli.main(["ema", *map(str, arguments)])
+
+
+def test_one_length_is_a_pipeline_that_stock_opens(run, tmp_path, capsys):
+    assert ema(run, "--sigma_rel", "0.1", "--output", tmp_path / "model") == 0
+    assert "sigma_rel 0.1 after update 10, predicted error 0.01%" in capsys.readouterr().out
+    stock = diffusers.DDPMPipeline.from_pretrained(tmp_path / "model")
+    tracked = load_file(run / "checkpoint-10" / "posthoc_ema.safetensors")
+    for name, weight in stock.unet.state_dict().items():
+        assert torch.allclose(weight, tracked[f"0.1/{name}"], rtol=1e-3, atol=1e-6), name
+    assert stock.scheduler.config == diffusers.DDPMPipeline.from_pretrained(run).scheduler.config
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "EMA weights: power function of relative width sigma_rel 0.1, ending after update 10" in card
+    assert "trained on **digits**" in card
+    assert not list(tmp_path.glob("*/.*partial"))
+
+
+def test_several_lengths_are_several_folders_and_differ(run, tmp_path):
+    assert ema(run, "--sigma_rel", "0.05,0.12", "--step", "10", "--output", tmp_path / "models") == 0
+    weights = [
+        DDPMPipeline.from_pretrained(tmp_path / "models" / f"sigma_rel-{length}").unet.conv_in.weight
+        for length in (0.05, 0.12)
+    ]
+    assert not torch.equal(*weights)
+
+
+def test_a_sweep_measures_every_length_and_the_run_s_own_ema(run, capsys):
+    images = ["--dataset", "digits", "--num_samples", 8, "--num_inference_steps", 2, "--features", "pixels"]
+    assert ema(run, "--sweep", "--sigma_rel", "0.05,0.1", "--metrics", "nll,fid", "--num_images", 2, *images) == 0
+    folder = run / "ema_sweep"
+    assert {path.name for path in folder.iterdir()} == {
+        *("sweep.md", "sweep.json", "sweep.png", "sigma_rel-0.05", "sigma_rel-0.1", "own"),
+    }
+    content = json.loads((folder / "sweep.json").read_text())
+    assert list(content["values"]) == ["0.05", "0.1", "the run's own EMA"]
+    assert {"bits_per_dim", "fd_pixels_train_uint8"} <= set(content["best"])
+    for name, best in content["best"].items():
+        assert content["values"][best][name]["value"] == min(v[name]["value"] for v in content["values"].values())
+    said = capsys.readouterr().out
+    assert (folder / "sweep.md").read_text() in said
+    assert "best by bits_per_dim: " in said
+    report = json.loads((folder / "sigma_rel-0.05" / "report.json").read_text())
+    assert report["model"]["name"].endswith("sigma_rel-0.05")
+    assert report["values"]["bits_per_dim"] == content["values"]["0.05"]["bits_per_dim"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "RUN"),
+        (["{tmp}", "--sigma_rel", "0.1", "--output", "{tmp}/x"], "no snapshots for post-hoc EMA"),
+        (["{run}", "--sigma_rel", "0.1"], "--output"),
+        (["{run}", "--output", "{tmp}/x"], "--sigma_rel 0.05,0.1"),
+        (["{run}", "--sigma_rel", "a", "--output", "{tmp}/x"], "numbers such as 0.05,0.1, got 'a'"),
+        (["{run}", "--sigma_rel", "0.5", "--output", "{tmp}/x"], "at most 0.2887"),
+        (["{run}", "--sigma_rel", "0.01", "--output", "{tmp}/x"], "possible with at most 10%: 0.0"),
+        (["{run}", "--sigma_rel", "0.1", "--step", "11", "--output", "{tmp}/x"], "up to 10"),
+        (["{run}", "--sigma_rel", "0.1", "--output", "{run}"], "is there already"),
+        (["{run}", "--sweep", "--output", "{tmp}/x"], "leave out --output"),
+        (["{run}", "--sweep", "--metrics", "fud"], "'fud'"),
+        (["{run}", "--sigma_rel", "0.1", "--output", "{tmp}/x", "--metrics", "fid"], "--metrics goes with --sweep"),
+        (["{run}", "--sweep", "--model", "{run}"], "the model is RUN"),
+    ],
+)
+def test_mistakes_are_one_sentence(run, tmp_path, capsys, arguments, words):
+    assert ema(*(word.format(run=run, tmp=tmp_path) for word in arguments)) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1
+    assert words in said[0]
+    assert not list(tmp_path.iterdir())
+    assert not (run / "ema_sweep" / "model").exists()
