@@ -38,8 +38,9 @@ class Adjustment:
                 raise UserError("guidance_interval goes with a guidance_scale other than 1")
             guidance_interval = _two_numbers("guidance_interval", "two timesteps LOW and HIGH", guidance_interval)
             low, high = guidance_interval
-            if not 0 <= low <= high <= T - 1:
-                raise UserError(f"guidance_interval must be 0 <= LOW <= HIGH <= {T - 1}, got {low:g} and {high:g}")
+            if not 0 <= low <= min(high, T - 1):
+                what = f"must be 0 <= LOW <= HIGH, with LOW below T = {T}"
+                raise UserError(f"guidance_interval {what}, got {low:g} and {high:g}")
         if epsilon_scale is None:
             return cls(guidance_scale, guidance_interval, guide=guide)
         if isinstance(epsilon_scale, int | float):

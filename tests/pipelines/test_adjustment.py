@@ -193,7 +193,8 @@ def test_a_guide_that_does_not_fit_is_one_sentence(guide, message):
     ("options", "message"),
     [
         ({"guidance_interval": (1, 5)}, "guidance_interval goes with a guidance_scale"),
-        ({"guidance_scale": 2, "guidance_interval": (5, 1)}, "0 <= LOW <= HIGH <= 999, got 5 and 1"),
+        ({"guidance_scale": 2, "guidance_interval": (5, 1)}, "0 <= LOW <= HIGH, .*, got 5 and 1"),
+        ({"guidance_scale": 2, "guidance_interval": (1000, 2000)}, "with LOW below T = 1000, got 1000 and 2000"),
         ({"guidance_scale": 2, "guidance_interval": 5}, "two timesteps LOW and HIGH, got 5"),
         ({"guidance_scale": float("nan")}, "must be a finite number, got nan"),
         ({"epsilon_scale": 0}, "must stay above 0, got 0 at t=0"),
