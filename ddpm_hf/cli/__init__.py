@@ -22,15 +22,16 @@ from .optimal_variance import optimal_variance, optimal_variance_parser
 from .publish import publish, publish_parser
 from .push import push, push_parser
 from .sample import sample, sample_parser
+from .scale_epsilon import scale_epsilon, scale_epsilon_parser
 from .space import space, space_parser
 from .train import parse_training_config, reproduce, reproduction_parser, train, training_parser
 
 __all__ = ["COMMANDS", "PARSERS", "main", "parse_training_config", "run", "train", "training_parser"]
 
-_FUNCTIONS = (train, reproduce, sample, evaluate, ema, optimal_variance, convert, publish, push, space)
+_FUNCTIONS = (train, reproduce, sample, evaluate, ema, optimal_variance, scale_epsilon, convert, publish, push, space)
 COMMANDS: dict[str, Callable[..., int | None]] = {function.__name__: function for function in _FUNCTIONS}
 _PARSERS = [training_parser, reproduction_parser, sample_parser, evaluate_parser, ema_parser, optimal_variance_parser]
-_PARSERS += [convert_parser, publish_parser, push_parser, space_parser]
+_PARSERS += [scale_epsilon_parser, convert_parser, publish_parser, push_parser, space_parser]
 PARSERS: dict[str, Callable[[str | None], Parser]] = dict(zip(COMMANDS, _PARSERS, strict=True))
 # Libraries whose errors about files and connections are written for users, and have no number of the system's.
 _CLEAR_ERRORS = ("ddpm_hf", "huggingface_hub", "diffusers", "transformers", "datasets")

@@ -75,7 +75,7 @@ def measure(values: Any) -> None:
     splits = None if values.split is None else [part.strip() for part in values.split.split(",")]
     likelihood, samples = (set(metrics) & set(known) for known in (run.LIKELIHOOD_METRICS, run.SAMPLE_METRICS))
     with raise_on_all_ranks():
-        pipe = model.load_pipeline(values.model, values.dtype, values.tf32, values.weights)
+        pipe = model.load_guided_pipeline(values)
         images = image_arguments(values, pipe.image_shape)
         sets = run.load_splits(splits, bool(samples), validation_split=values.validation_split, **images)
     # About how many evaluations of the network follow, of a batch each.
@@ -89,7 +89,7 @@ def measure(values: Any) -> None:
         "likelihood_splits": splits and sorted(sets, key=lambda split: split == "train")
     }  # held-out ones first
     options |= {"prepare": model.inference_optimization(values, evaluations // values.batch_size)}
-    options |= given(values, *names, *model.SAMPLER, *model.SAMPLING)
+    options |= given(values, *names, *model.SAMPLER) | model.sampling_arguments(values)
     try:
         report = run.evaluate(pipe, sets, metrics, **options)
     except KeyboardInterrupt:

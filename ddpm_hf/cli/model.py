@@ -39,9 +39,8 @@ def run_folder(values: Any) -> str:
     return str(values.run)
 
 
-def add_sampler_flags(parser: Parser) -> None:
-    """Add the flags of sampling, with which `sample` and `evaluate` draw the same images."""
-    flag = parser.group("sampling")
+def add_chain_flags(flag: Callable[..., None]) -> None:
+    """Add the flags of the chain that is sampled from."""
     flag("--sampler", str, "ddpm", "ddpm (Algorithm 2; the paper), ddim, dpmsolver++ or unipc")
     flag("--num_inference_steps", int, None, f"sampler steps; default: T; {paper_value('num_train_timesteps')}")
     text = "of ddpm, instead of the model's: fixed_small, fixed_large, or optimal after ddpm-hf optimal_variance; "
@@ -49,7 +48,19 @@ def add_sampler_flags(parser: Parser) -> None:
     text = "timesteps of a short chain: leading, linspace or trailing; default: the model's"
     flag("--timestep_spacing", str, None, text)
     flag("--eta", float, None, "noise of ddim: 0 (the default) none, 1 as much as ddpm")
-    flag("--guidance_scale", float, 1.0, "classifier-free guidance; 1: none; larger values exaggerate the class")
+
+
+def add_sampler_flags(parser: Parser) -> None:
+    """Add the flags of sampling, with which `sample` and `evaluate` draw the same images."""
+    flag = parser.group("sampling")
+    add_chain_flags(flag)
+    text = "classifier-free guidance, or that of --guide; 1: none; larger values exaggerate the class, or the model"
+    flag("--guidance_scale", float, 1.0, text)
+    flag("--guide", str, None, "autoguidance: guide by this worse model, such as an earlier checkpoint of the run")
+    flag("--guide_weights", str, "ema", "of --guide, where it is a checkpoint: ema or raw", one_of("ema", "raw"))
+    flag("--guidance_interval", float, None, "the first and last timestep to be guided, such as 100 600", nargs=2)
+    text = "epsilon scaling: divide the predicted epsilon by B, or with B K by K t + B (see scale_epsilon)"
+    flag("--epsilon_scale", float, None, text, nargs="+")
     dtypes = one_of("float32", "bfloat16", "float16")
     flag("--dtype", str, "float32", "the network's, not the chain's: float32, bfloat16 or float16 (GPU)", dtypes)
     flag("--tf32", bool, False, "NVIDIA GPUs: faster float32 products with 10 bits of mantissa")
@@ -62,11 +73,30 @@ def add_sampler_flags(parser: Parser) -> None:
 
 
 SAMPLER = ("sampler", "variance_type", "timestep_spacing")  # what `generation.with_sampler` takes of the flags
-SAMPLING = ("num_inference_steps", "eta", "guidance_scale")  # what `DDPMPipeline` takes of them
 
 
-def load_pipeline(model: str, dtype: str = "float32", tf32: bool = False, weights: str = "ema") -> Any:
-    """Return the `DDPMPipeline` of `--model` on this process's device, or raise UserError: none, or not finite."""
+def sampling_arguments(values: Any) -> dict[str, Any]:
+    """Return what `DDPMPipeline` takes of the flags."""
+    found = given(values, "num_inference_steps", "eta", "guidance_scale", "guidance_interval", "epsilon_scale")
+    if len(found.get("epsilon_scale", [])) == 1:
+        (found["epsilon_scale"],) = found["epsilon_scale"]
+    return found
+
+
+def load_guided_pipeline(values: Any) -> Any:
+    """Return the model of the flags with that of `--guide`, or raise UserError: no such model, or nothing to guide."""
+    pipe = load_pipeline(values.model, values.dtype, values.tf32, values.weights)
+    if values.guide is not None:
+        if values.guidance_scale == 1:
+            raise UserError("--guide needs --guidance_scale, such as 2; at 1 nothing is guided")
+        pipe.guide = load_pipeline(values.guide, values.dtype, values.tf32, values.guide_weights, flag="--guide")
+    return pipe
+
+
+def load_pipeline(
+    model: str, dtype: str = "float32", tf32: bool = False, weights: str = "ema", flag: str = "--model"
+) -> Any:
+    """Return the `DDPMPipeline` of a flag on this process's device, or raise UserError: none, or not finite."""
     import torch
     from diffusers.utils import logging
 
@@ -82,15 +112,14 @@ def load_pipeline(model: str, dtype: str = "float32", tf32: bool = False, weight
         check_weights(pipe.unet)  # before hours of work, not after them
         return pipe.to(processes().device)
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot load --model {model}: {first_line(error)}") from error
+        raise UserError(f"cannot load {flag} {model}: {first_line(error)}") from error
 
 
 def load_sampling_pipeline(values: Any) -> Any:
     """Return the model with the sampler that the flags name, or raise UserError: there is no such model or sampler."""
     from ..sampling.generation import with_sampler
 
-    pipe = load_pipeline(values.model, values.dtype, values.tf32, values.weights)
-    return with_sampler(pipe, **given(values, *SAMPLER))
+    return with_sampler(load_guided_pipeline(values), **given(values, *SAMPLER))
 
 
 def sampling_evaluations(pipe: Any, values: Any, count: int) -> int:

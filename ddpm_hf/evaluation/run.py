@@ -181,8 +181,7 @@ def check_evaluation(
         raise UserError("no images to evaluate on")
     sampling_pipe = with_sampler(pipe, options.sampler, options.variance_type, options.timestep_spacing)
     if samples:
-        chosen = {name: getattr(options, name) for name in ("num_inference_steps", "eta", "guidance_scale")}
-        check_sampler(sampling_pipe, **chosen)
+        check_sampler(sampling_pipe, **options.chain)
     extractors = checked_extractors(pipe, sets, metrics, options) if metrics else []
     if metrics:  # features of real images are kept there
         usual = options.cache_dir == default_cache_dir()

@@ -51,6 +51,7 @@ class ModelFacts:
     prediction_type: str
     classes: int | None
     first_class: str | int = 0
+    epsilon_scale: Mapping[str, Any] | None = None  # see `evaluation.epsilon_scaling.scaled_model`
 
     @classmethod
     def read(cls, folder: Path) -> ModelFacts:
@@ -64,7 +65,8 @@ class ModelFacts:
         T, predicted = scheduler["num_train_timesteps"], scheduler.get("prediction_type", "epsilon")
         names = unet.get("_class_names") or [0]
         shape = unet["in_channels"], height, width
-        return cls(shape, parameters, T, predicted, unet.get("num_class_embeds"), names[0])
+        scale = unet.get("_epsilon_scale")
+        return cls(shape, parameters, T, predicted, unet.get("num_class_embeds"), names[0], scale)
 
 
 @dataclass(frozen=True)

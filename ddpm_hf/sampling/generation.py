@@ -98,7 +98,7 @@ def with_sampler(
         check_choice("timestep_spacing", timestep_spacing, TIMESTEP_SPACINGS)
         settings["timestep_spacing"] = timestep_spacing
     made = DDPMPipeline(pipe.unet, kind.from_config(config, **settings))
-    made.network = pipe.network
+    made.network, made.guide = pipe.network, pipe.guide
     return made
 
 
@@ -135,8 +135,8 @@ def generate(
         progress: One progress bar over all steps of all batches.
         class_labels: One per seed, for class-conditional networks.
         image, mask_image: Start from these, `[n, C, H, W]` uint8 and `[n, 1, H, W]` bool; one, or one per seed.
-        options: `num_inference_steps`, `guidance_scale`, `eta`, `strength`, `resample_length` and `resample_times` of
-            `DDPMPipeline`. Counts that disagree raise a UserError.
+        options: `num_inference_steps`, `guidance_scale`, `guidance_interval`, `epsilon_scale`, `eta`, `strength`,
+            `resample_length` and `resample_times` of `DDPMPipeline`. Counts that disagree raise a UserError.
     """
     if batch_size < 1:
         raise UserError(f"batch_size must be at least 1, got {batch_size}")
@@ -299,6 +299,8 @@ def _claim(folder: Path, has_images: bool, pipe: DDPMPipeline, seeds: Sequence[i
         **json.loads(json.dumps(pipe.settings)),
         "num_inference_steps": checked_steps(pipe.scheduler, options.get("num_inference_steps")),
         "guidance_scale": options.get("guidance_scale", 1.0),
+        **{name: options.get(name) for name in ("guidance_interval", "epsilon_scale")},
+        "guide": None if pipe.guide is None else weights_digest(pipe.guide.unet),
         "eta": checked_eta(pipe.scheduler, options.get("eta")),
         "strength": options.get("strength"),
         **{name: options.get(name, default) if inpainting else None for name, default in _RESAMPLE.items()},
