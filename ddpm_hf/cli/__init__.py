@@ -16,6 +16,7 @@ from contextlib import suppress
 from .. import __version__
 from ..utils.errors import UserError, in_one_line
 from ..utils.text import nearest
+from .best_timesteps import best_timesteps, best_timesteps_parser
 from .command_line import Parser
 from .convert import convert, convert_parser
 from .evaluate import evaluate, evaluate_parser
@@ -34,6 +35,7 @@ _ALL: dict[str, tuple[Callable[..., int], Callable[[str | None], Parser]]] = {
     "sample": (sample, sample_parser),
     "evaluate": (evaluate, evaluate_parser),
     "optimal_variance": (optimal_variance, optimal_variance_parser),
+    "best_timesteps": (best_timesteps, best_timesteps_parser),
     "convert": (convert, convert_parser),
     "push": (push, push_parser),
     "space": (space, space_parser),

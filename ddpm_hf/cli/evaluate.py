@@ -32,7 +32,8 @@ def evaluate_parser(prog: str | None = None) -> Parser:
     flag("--validation_split", float, 0.0, "the share that was held out in training")
     flag = parser.group("likelihood (nll, rate_distortion)")
     flag("--num_images", int, None, "the first this many images; all if left out", POSITIVE)
-    text = "network evaluations per image, for an estimate; left out: all T, the paper's full sum"
+    text = "network evaluations per image, for an estimate; left out: all T, the paper's full sum, or with "
+    text += "--num_inference_steps K (and --sampler ddpm) the bound of the chain of K steps, for nll"
     flag("--num_evaluations", int, None, text)
     model.add_sampler_flags(parser)
     flag = parser.group("comparison of samples (fid, is, kid, prc, dc, fd_infinity, mmd, sw, auth, nn)")
@@ -76,6 +77,7 @@ def evaluate(arguments: Sequence[str], prog: str | None = None) -> int:
     T, size = pipe.scheduler.config.num_train_timesteps, sum(len(x) for x in sets.values() if isinstance(x, Sized))
     evaluations = min(values.num_images or size, size) * (values.num_evaluations or T) * bool(likelihood)
     evaluations += values.num_samples * (values.num_inference_steps or T) * bool(samples)
+    of_few_steps = values.sampler == "ddpm" and values.num_evaluations is None
     names = ("num_images", "num_evaluations", "num_samples", "batch_size", "seed", "features", "inception_weights")
     try:
         report = run.evaluate(
@@ -85,6 +87,7 @@ def evaluate(arguments: Sequence[str], prog: str | None = None) -> int:
             # what is held out comes first
             likelihood_splits=splits and sorted(sets, key=lambda split: split == "train"),
             cache_dir=None if values.cache_dir is None else Path(values.cache_dir),
+            likelihood_steps=values.num_inference_steps if of_few_steps else None,
             output=None if file is not None else output,
             model_name=values.model,
             progress=True,

@@ -23,7 +23,7 @@ def add_model_flags(flag: Callable[..., None], batch_size: int, required: bool =
 def add_sampler_flags(parser: Parser) -> None:
     """Add the flags of sampling, with which `sample` and `evaluate` draw the same images."""
     flag = parser.group("sampling")
-    flag("--sampler", str, "ddpm", "ddpm (Algorithm 2; the paper), ddim, dpmsolver++ or unipc")
+    flag("--sampler", str, "ddpm", "ddpm (Algorithm 2; the paper), ddim, dpmsolver++, unipc, heun, deis or sa_solver")
     flag("--num_inference_steps", int, None, f"sampler steps; default: T; {paper_value('num_train_timesteps')}")
     flag(
         "--variance_type",
@@ -32,7 +32,7 @@ def add_sampler_flags(parser: Parser) -> None:
         "of ddpm, instead of the model's: fixed_small, fixed_large, or optimal after ddpm-hf optimal_variance; "
         + paper_value("variance_type"),
     )
-    spacings = "leading, linspace or trailing"
+    spacings = "leading, linspace, trailing, or best (after ddpm-hf best_timesteps)"
     flag("--timestep_spacing", str, None, f"timesteps of a short chain: {spacings}; default: the model's")
     flag("--eta", float, None, "noise of ddim: 0 (the default) none, 1 as much as ddpm")
     flag("--guidance_scale", float, 1.0, "classifier-free guidance; 1: none; larger values exaggerate the class")
