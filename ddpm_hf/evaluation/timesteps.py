@@ -67,8 +67,7 @@ def best_for_bound(
     """
     if pipe.scheduler.variance_type in LEARNED_VARIANCES:
         raise UserError("this network predicts its own variance; use --objective samples")
-    scheduler = with_sampler(pipe, "ddpm").scheduler
-    scheduler = type(scheduler).from_config(scheduler.config, variance_type=OPTIMAL_VARIANCE)
+    scheduler = with_sampler(pipe, "ddpm", OPTIMAL_VARIANCE).scheduler
     scheduler.set_prediction_error(error)
     T, x_0 = scheduler.config.num_train_timesteps, to_model_range(data.images).to(pipe.device)
     if (labels := pipe.classes.of_dataset(data)) is not None:

@@ -136,9 +136,8 @@ def test_the_command_writes_timesteps_that_every_sampler_takes(tmp_path, capsys)
     assert config.variance_type == "fixed_small"
     out = ["--seeds", "0", "--num_inference_steps", "4", "--timestep_spacing", "best", "--output"]
     for sampler in ("ddpm", "unipc"):
-        assert (
-            main(["sample", "--model", str(model), "--sampler", sampler, *out, str(tmp_path / f"{sampler}.npz")]) == 0
-        )
+        file = str(tmp_path / f"{sampler}.npz")
+        assert main(["sample", "--model", str(model), "--sampler", sampler, *out, file]) == 0
     capsys.readouterr()
     flags = ["--model", str(model), "--dataset", "digits", "--num_images", "2", "--num_inference_steps", "4"]
     flags += ["--variance_type", "optimal", "--timestep_spacing", "best", "--cache_dir", str(tmp_path / "cache")]
