@@ -73,28 +73,27 @@ def set_timesteps(scheduler: Any, steps: int) -> None:
     the spacing itself starts too late, `trailing` takes its place if nobody chose the spacing (`with_sampler`);
     otherwise a UserError says so.
     """
-    config, T, name = scheduler.config, scheduler.config.num_train_timesteps, type(scheduler).__name__
-    chosen = config.get("_timestep_spacing")
+    config, T = scheduler.config, scheduler.config.num_train_timesteps
+    chosen, wrong = config.get("_timestep_spacing"), None
     if chosen == BEST:
         use_timesteps(scheduler, best_timesteps(scheduler, steps))
-        return
-    scheduler.set_timesteps(steps)
+    else:
+        scheduler.set_timesteps(steps)
     if isinstance(scheduler, DDPMScheduler):
         _warn_of_a_late_start(scheduler)
         return
+    if chosen != BEST and (wrong := _what_is_wrong(scheduler)) and takes_timesteps(scheduler):
+        for spacing in (config.timestep_spacing, *(["trailing"] if chosen == "any" else [])):
+            use_timesteps(scheduler, spaced_timesteps(T, steps, spacing, config.get("steps_offset", 0)).tolist())
+            if not (wrong := _what_is_wrong(scheduler)):
+                break
     first = int(scheduler.timesteps[0])
     vanishes = scheduler.alphas_cumprod[first] == 0 or (config.get("rescale_betas_zero_snr") and first == T - 1)
     if vanishes and config.get("prediction_type") == "epsilon":  # stock divides by 0, and clips what comes of it
         raise UserError(vanished(first, "epsilon"))
-    if not (wrong := _what_is_wrong(scheduler)):
-        return
-    if takes_timesteps(scheduler):
-        for spacing in (config.timestep_spacing, *(["trailing"] if chosen == "any" else [])):
-            use_timesteps(scheduler, spaced_timesteps(T, steps, spacing, config.get("steps_offset", 0)).tolist())
-            if not _what_is_wrong(scheduler):
-                return
-    how = "--timestep_spacing trailing, in Python timestep_spacing='trailing'"
-    raise UserError(f"{name} {wrong} with {steps} steps; use {how}")
+    if wrong:
+        how = "--timestep_spacing trailing, in Python timestep_spacing='trailing'"
+        raise UserError(f"{type(scheduler).__name__} {wrong} with {steps} steps; use {how}")
 
 
 def _what_is_wrong(scheduler: Any) -> str | None:

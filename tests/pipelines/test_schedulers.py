@@ -151,3 +151,10 @@ def test_samplers_take_the_models_values_although_other_classes_have_other_defau
         scheduler = with_sampler(DDPMPipeline(make_small_unet(), DDPMScheduler()), sampler).scheduler
         config = scheduler.config
         assert (config.beta_start, config.beta_end, config.timestep_spacing) == (1e-4, 0.02, "leading")
+
+
+def test_a_spacing_taken_instead_does_not_start_where_nothing_is_left():
+    """`leading` starts late, and `trailing` starts where alpha_bar is 0."""
+    pipe = with_sampler(pipeline(rescale_betas_zero_snr=True), "ddim")
+    with pytest.raises(UserError, match="alpha_bar vanishes at t=99, where 'epsilon' says nothing about x_0"):
+        pipe(seeds=[0], num_inference_steps=2)
