@@ -45,6 +45,7 @@ SMALLER = {
     "reproduce": f"{_TRAIN} --num_images 1 --num_samples 12 --num_inference_steps 5",
     "optimal_variance": "--num_images 2",
     "ema": "--num_images 2 --num_samples 12 --num_inference_steps 5",
+    "best_timesteps": "--num_images 2 --num_inference_steps 5 --num_samples 4 --num_trials 2",
 }
 # These only where the text has them, too: `--seeds 0-63` becomes `--seeds 0-3`.
 SMALLER_IF_GIVEN = {"--seeds": "0-3", "--validation_steps": "2", "--save_images_steps": "2"}
@@ -56,6 +57,7 @@ SMALLER_PYTHON = {
     "max_train_steps=2500": "max_train_steps=4, total_batch_size=8, num_sample_images=2",
     "ddpm_num_inference_steps=100": "ddpm_num_inference_steps=5",
     "num_evaluations=50": "num_evaluations=2",
+    '["_timesteps"]["20"]': '["_timesteps"]["5"]',
     "range(16)": "range(2)",
     "batch_size=16": "batch_size=2",
     # Stock takes 1000 steps if none are given, whatever the chain has.

@@ -14,6 +14,7 @@ from contextlib import suppress
 from .. import __version__
 from ..utils.errors import UserError, in_one_line
 from ..utils.text import nearest
+from .best_timesteps import best_timesteps, best_timesteps_parser
 from .command_line import Parser
 from .convert import convert, convert_parser
 from .ema import ema, ema_parser
@@ -28,11 +29,23 @@ from .train import parse_training_config, reproduce, reproduction_parser, train,
 
 __all__ = ["COMMANDS", "PARSERS", "main", "parse_training_config", "run", "train", "training_parser"]
 
-_FUNCTIONS = (train, reproduce, sample, evaluate, ema, optimal_variance, scale_epsilon, convert, publish, push, space)
-COMMANDS: dict[str, Callable[..., int | None]] = {function.__name__: function for function in _FUNCTIONS}
-_PARSERS = [training_parser, reproduction_parser, sample_parser, evaluate_parser, ema_parser, optimal_variance_parser]
-_PARSERS += [scale_epsilon_parser, convert_parser, publish_parser, push_parser, space_parser]
-PARSERS: dict[str, Callable[[str | None], Parser]] = dict(zip(COMMANDS, _PARSERS, strict=True))
+# What runs each command, and its parser.
+_ALL: dict[str, tuple[Callable[..., int | None], Callable[[str | None], Parser]]] = {
+    "train": (train, training_parser),
+    "reproduce": (reproduce, reproduction_parser),
+    "sample": (sample, sample_parser),
+    "evaluate": (evaluate, evaluate_parser),
+    "ema": (ema, ema_parser),
+    "optimal_variance": (optimal_variance, optimal_variance_parser),
+    "best_timesteps": (best_timesteps, best_timesteps_parser),
+    "scale_epsilon": (scale_epsilon, scale_epsilon_parser),
+    "convert": (convert, convert_parser),
+    "publish": (publish, publish_parser),
+    "push": (push, push_parser),
+    "space": (space, space_parser),
+}
+COMMANDS = {name: command for name, (command, _) in _ALL.items()}
+PARSERS = {name: parser for name, (_, parser) in _ALL.items()}
 # Libraries whose errors about files and connections are written for users, and have no number of the system's.
 _CLEAR_ERRORS = ("ddpm_hf", "huggingface_hub", "diffusers", "transformers", "datasets")
 

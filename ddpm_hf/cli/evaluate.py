@@ -36,7 +36,8 @@ def add_evaluation_flags(parser: Parser) -> None:
     flag("--validation_split", float, 0.0, "the share that was held out in training")
     flag = parser.group("likelihood (nll, rate_distortion)")
     flag("--num_images", int, None, "the first this many images; all if left out", POSITIVE)
-    text = "network evaluations per image, for an estimate; left out: all T, the paper's full sum"
+    text = "network evaluations per image, for an estimate; left out: all T, the paper's full sum, or with "
+    text += "--num_inference_steps K (and --sampler ddpm) the bound of the chain of K steps, for nll"
     flag("--num_evaluations", int, None, text)
     model.add_sampler_flags(parser)
     flag = parser.group("comparison of samples (fid, is, kid, prc, dc, fd_infinity, mmd, sw, auth, nn)")
@@ -82,12 +83,13 @@ def measure(values: Any) -> None:
     T, size = pipe.scheduler.config.num_train_timesteps, sum(len(x) for x in sets.values() if isinstance(x, Sized))
     evaluations = min(values.num_images or size, size) * (values.num_evaluations or T) * bool(likelihood)
     evaluations += values.num_samples * (values.num_inference_steps or T) * bool(samples)
+    of_few_steps = values.sampler == "ddpm" and values.num_evaluations is None
     names = ("num_images", "num_evaluations", "num_samples", "batch_size", "seed", "features", "inception_weights")
     options = {"model_name": values.model, "output": None if file is not None else output, "progress": True}
     options |= {"cache_dir": None if values.cache_dir is None else Path(values.cache_dir)}
-    options |= {
-        "likelihood_splits": splits and sorted(sets, key=lambda split: split == "train")
-    }  # held-out ones first
+    # What is held out comes first.
+    options |= {"likelihood_splits": splits and sorted(sets, key=lambda split: split == "train")}
+    options |= {"likelihood_steps": values.num_inference_steps if of_few_steps else None}
     options |= {"prepare": model.inference_optimization(values, evaluations // values.batch_size)}
     options |= given(values, *names, *model.SAMPLER) | model.sampling_arguments(values)
     try:

@@ -18,6 +18,7 @@ class EvaluationOptions:
     likelihood_splits: Sequence[str] | None = None  # the first has the plain names; by default those held out
     num_images: int | None = None  # the first this many of each split; all for `None`
     num_evaluations: int | None = None  # of the network per image, for a stratified estimate; all T for `None`
+    likelihood_steps: int | None = None  # nll is the bound of the chain of so many steps; of all T for `None`
     # samples
     num_samples: int = 50_000
     sampler: str = "ddpm"

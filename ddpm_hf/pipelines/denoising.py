@@ -19,7 +19,7 @@ from ..utils.cuda_graphs import record, warm_up
 from ..utils.errors import UserError
 from ..utils.randomness import Generators, SeededNoise, normal_noise, standard_normal
 from .adjustment import Adjustment, output_without_noise
-from .schedulers import feasible_etas, step_options
+from .schedulers import feasible_etas, step_options, true_stride
 
 _UNCHANGED = Adjustment()
 
@@ -76,7 +76,8 @@ class Denoiser:
                 # Algorithm 2, line 4: eps_theta(x_t, t), then x_{t-1} from it and z
                 seen = scheduler.scale_model_input(x_t, timesteps[index])
                 output = self.predict(seen, on_device[index], guided[index])
-                made = scheduler.step(output, timesteps[index], x_t, **self._options_at(index, x_t))
+                with true_stride(scheduler, index):
+                    made = scheduler.step(output, timesteps[index], x_t, **self._options_at(index, x_t))
                 x_prev, x_0 = made.prev_sample, getattr(made, "pred_original_sample", None)
             step = DenoisingStep(index, int(timesteps[index]), x_t, x_0, x_prev)
             yield step

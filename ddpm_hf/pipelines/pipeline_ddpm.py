@@ -28,7 +28,7 @@ from .adjustment import Adjustment, check_guide
 from .checkpoints import newer_checkpoint, read_checkpoint
 from .denoising import Denoiser, DenoisingStep, check_repaint, repaint
 from .inputs import count_and_generators, images_in_model_range, mask_of, one_per_image
-from .schedulers import checked_eta, checked_steps, set_timesteps
+from .schedulers import BEST, checked_eta, checked_steps, set_timesteps
 
 # Arguments of from_pretrained that say where on the Hub, or how to read it: a checkpoint has no use for them.
 _OF_REPOSITORIES = {"cache_dir", "force_download", "local_files_only", "low_cpu_mem_usage", "proxies", "revision"}
@@ -191,6 +191,8 @@ class DDPMPipeline(PortableConfigMixin, PrivateByDefault, StockDDPMPipeline):
             {k: v for k, v in part.config.items() if not k.startswith("_") or k == "_prediction_error"}
             for part in (self.unet, self.scheduler)
         )
+        if self.scheduler.config.get("_timestep_spacing") == BEST:
+            scheduler |= {"timestep_spacing": BEST, "timesteps": self.scheduler.config.get("_timesteps")}
         dtype, sampler = str(self.network.dtype).removeprefix("torch."), type(self.scheduler).__name__
         return {"unet": unet, "dtype": dtype, "sampler": sampler, "noise": NOISE_OF_SEEDS, "scheduler": scheduler}
 
@@ -345,7 +347,9 @@ class DDPMPipeline(PortableConfigMixin, PrivateByDefault, StockDDPMPipeline):
             what = "image needs strength (the share of the chain to go back) or a mask_image"
             raise UserError(f"{what}; strength must be between 0 and 1, got {strength}")
         steps = len(self.scheduler.timesteps)
-        return steps - min(round(steps * strength), steps)
+        start = steps - min(round(steps * strength), steps)
+        # second-order solvers come to their timesteps twice, and start with the step that is taken from one
+        return start if start == steps else start - start % getattr(self.scheduler, "order", 1)
 
     def _noisy_start(self, source: Generators, batch_size: int, image: Tensor | None = None, start: int = 0) -> Tensor:
         """Return x_T; where an image is given, that image with the noise of the chain's timestep number `start`."""
