@@ -45,7 +45,7 @@ def add_chain_flags(flag: Callable[..., None]) -> None:
     flag("--num_inference_steps", int, None, f"sampler steps; default: T; {paper_value('num_train_timesteps')}")
     text = "of ddpm, instead of the model's: fixed_small, fixed_large, or optimal after ddpm-hf optimal_variance; "
     flag("--variance_type", str, None, text + paper_value("variance_type"))
-    text = "timesteps of a short chain: leading, linspace, trailing, best (of ddpm-hf best_timesteps); default: the model's"
+    text = "timesteps of a short chain: leading, linspace, trailing, best (see best_timesteps); default: the model's"
     flag("--timestep_spacing", str, None, text)
     flag("--eta", float, None, "noise of ddim: 0 (the default) none, 1 as much as ddpm")
 
