@@ -1,9 +1,9 @@
 """How good are few steps? `python benchmarks/few_steps.py runs/digits --output runs/few_steps`
 
 The Frechet distance (means and covariances of the pixels, levels 0..16) between samples of a digits model and the
-training images, for every sampler and number of steps, in several sets of seeds; and for each variance of the
-ancestral sampler over the whole chain once. If it is interrupted, the same command
-resumes. Writes table.md and results.json.
+training images, for every sampler and number of network evaluations, in several sets of seeds; and for each variance
+of the ancestral sampler over the whole chain once. If it is interrupted, the same command resumes. Writes table.md and
+results.json.
 """
 
 import argparse
@@ -29,6 +29,9 @@ ROWS = {
     "DDIM": ("ddim", None),
     "DPM-Solver++": ("dpmsolver++", None),
     "UniPC": ("unipc", None),
+    "DEIS": ("deis", None),
+    "SA-Solver": ("sa_solver", None),
+    "Heun": ("heun", None),
 }
 
 
@@ -43,7 +46,7 @@ def measured_error(pipe: DDPMPipeline, path: Path) -> list[float]:
 def table(results: dict[str, float], steps: list[int], T: int) -> str:
     """Mean and largest distance from it over the sets of seeds, as Markdown."""
     lines = [
-        "| sampler | " + " | ".join(f"{k} steps" for k in steps) + f" | {T} steps |",
+        "| sampler | " + " | ".join(f"{k} evaluations" for k in steps) + f" | {T} evaluations |",
         "|---|" + "---|" * (len(steps) + 1),
     ]
     for row in ROWS:
@@ -63,7 +66,9 @@ def main() -> None:
     parser.add_argument("model", help="folder of a digits pipeline")
     parser.add_argument("--output", default="runs/few_steps", help="folder for samples and results")
     parser.add_argument("--num_samples", type=int, default=2000, help="images per distance")
-    parser.add_argument("--steps", type=int, nargs="+", default=[50, 10, 20, 100], help="numbers of steps, in order")
+    parser.add_argument(
+        "--steps", type=int, nargs="+", default=[50, 10, 20, 100], help="network evaluations, in order"
+    )
     parser.add_argument("--seed_sets", type=int, default=3, help="sets of seeds for each number of steps")
     parser.add_argument("--batch_size", type=int, default=250)
     arguments = parser.parse_args()
@@ -93,7 +98,7 @@ def main() -> None:
             range(n * seed_set, n * (seed_set + 1)),
             file,
             batch_size=arguments.batch_size,
-            num_inference_steps=k,
+            num_inference_steps=(k + 1) // 2 if sampler == "heun" else k,  # K steps of Heun are 2K - 1 evaluations
             progress=True,
         )
         samples = np.load(file)["arr_0"].reshape(n, -1) * (16 / 255)

@@ -57,7 +57,7 @@ def gaussian_pipeline(scheduler, data) -> DDPMPipeline:
 
     class Best(UNet2DModel):
         def forward(self, sample, timestep, class_labels=None, return_dict=True):
-            best = torch.tensor([data.expected_noise(t) for t in torch.as_tensor(timestep).reshape(-1).tolist()])
+            best = torch.tensor([data.expected_noise(int(t)) for t in torch.as_tensor(timestep).reshape(-1).tolist()])
             slope, offset = best.to(sample).view(-1, 2, 1, 1, 1).unbind(1)
             return UNet2DOutput(sample=slope * sample + offset)
 

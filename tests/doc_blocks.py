@@ -46,6 +46,7 @@ SMALLER = {
     "optimal_variance": "--num_images 2",
     "distill": "--max_train_steps 2 --total_batch_size 2 --num_sample_images 2 --steps 5 --teacher_steps 5",
     "ema": "--num_images 2 --num_samples 12 --num_inference_steps 5",
+    "best_timesteps": "--num_images 2 --num_inference_steps 5 --num_samples 4 --num_trials 2",
 }
 # These only where the text has them, too: `--seeds 0-63` becomes `--seeds 0-3`.
 SMALLER_IF_GIVEN = {"--seeds": "0-3", "--validation_steps": "2", "--save_images_steps": "2"}
@@ -57,6 +58,7 @@ SMALLER_PYTHON = {
     "max_train_steps=2500": "max_train_steps=4, total_batch_size=8, num_sample_images=2",
     "ddpm_num_inference_steps=100": "ddpm_num_inference_steps=5",
     "num_evaluations=50": "num_evaluations=2",
+    '["_timesteps"]["20"]': '["_timesteps"]["5"]',
     "range(16)": "range(2)",
     "batch_size=16": "batch_size=2",
     # Stock takes 1000 steps if none are given, whatever the chain has.
@@ -69,6 +71,7 @@ NOT_RUN = {
     "source ": ("activates an environment; `make setup` makes it", "nothing"),
     "hf auth login": ("needs a person", "nothing"),
     "DDPM_HF_SPACE_MODELS=": ("serves until it is stopped; hub/test_space.py starts the same file", "script"),
+    "ddpm-hf scale_epsilon": ("the quarter chain is not the network's; evaluation/test_epsilon_scaling.py", "flags"),
     "ddpm-hf convert": ("needs others' checkpoints and TensorFlow; convert/test_conversion.py converts", "flags"),
 }
 # Blocks that cannot run, by page and first line.
@@ -196,6 +199,7 @@ def make_world(folder: Path) -> None:
     config = folder / "runs/digits/scheduler/scheduler_config.json"
     quarter = {"num_train_timesteps": 250, "beta_end": 0.08}  # a chain of a quarter, which ends in noise as well
     config.write_text(json.dumps({**json.loads(config.read_text()), **quarter}))
+    shutil.copytree(folder / "runs/digits", folder / "runs/digits-small")
     (folder / "examples").symlink_to(ROOT / "examples")
     (folder / "my-images").mkdir()
     random = np.random.default_rng(0)

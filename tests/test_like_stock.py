@@ -832,13 +832,6 @@ def test_every_scheduler_gives_an_image_or_a_sentence(name, unets):
         assert found == ["sentence", "sentence"] or not found
 
 
-@pytest.mark.parametrize("name", ["DDIMScheduler", "DDIMParallelScheduler"])
-def test_steps_that_do_not_divide_T(name, unets):
-    pipe = DDPMPipeline(unets[0], made(name, DDPMScheduler(timestep_spacing="trailing").config))
-    with pytest.raises(UserError, match=f"{name} takes each of 300 steps to be 3 of the 1000"):
-        pipe(seeds=[0], num_inference_steps=300)
-
-
 def test_eta_is_the_schedulers_own_unless_given(unets):
     seen = []
 

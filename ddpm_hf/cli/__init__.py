@@ -4,8 +4,6 @@ A user's mistake gets one sentence on stderr and exit code 2. A fault, of this p
 that names the file with its traceback, and exit code 1. Heavy libraries are imported by the command that needs them.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 import tempfile
@@ -16,6 +14,7 @@ from contextlib import suppress
 from .. import __version__
 from ..utils.errors import UserError, in_one_line
 from ..utils.text import nearest
+from .best_timesteps import best_timesteps, best_timesteps_parser
 from .command_line import Parser
 from .convert import convert, convert_parser
 from .ema import ema, ema_parser
@@ -24,6 +23,7 @@ from .optimal_variance import optimal_variance, optimal_variance_parser
 from .publish import publish, publish_parser
 from .push import push, push_parser
 from .sample import sample, sample_parser
+from .scale_epsilon import scale_epsilon, scale_epsilon_parser
 from .space import space, space_parser
 from .train import (
     distill,
@@ -38,7 +38,7 @@ from .train import (
 __all__ = ["COMMANDS", "PARSERS", "main", "parse_training_config", "run", "train", "training_parser"]
 
 # What runs each command, and its parser.
-_ALL: dict[str, tuple[Callable[..., int], Callable[[str | None], Parser]]] = {
+_ALL: dict[str, tuple[Callable[..., int | None], Callable[[str | None], Parser]]] = {
     "train": (train, training_parser),
     "reproduce": (reproduce, reproduction_parser),
     "distill": (distill, distillation_parser),
@@ -46,6 +46,8 @@ _ALL: dict[str, tuple[Callable[..., int], Callable[[str | None], Parser]]] = {
     "evaluate": (evaluate, evaluate_parser),
     "ema": (ema, ema_parser),
     "optimal_variance": (optimal_variance, optimal_variance_parser),
+    "best_timesteps": (best_timesteps, best_timesteps_parser),
+    "scale_epsilon": (scale_epsilon, scale_epsilon_parser),
     "convert": (convert, convert_parser),
     "publish": (publish, publish_parser),
     "push": (push, push_parser),
@@ -57,13 +59,11 @@ PARSERS = {name: parser for name, (_, parser) in _ALL.items()}
 _CLEAR_ERRORS = ("ddpm_hf", "huggingface_hub", "diffusers", "transformers", "datasets")
 
 
-def _help() -> str:
-    lines = "\n".join(f"  {name:18}{parser(None).description}" for name, parser in PARSERS.items())
-    return f"""usage: ddpm-hf COMMAND [flags]
+_HELP = """usage: ddpm-hf COMMAND [flags]
 
 The DDPM of Ho, Jain and Abbeel (2020).
 
-{lines}
+{}
 
 ddpm-hf COMMAND --help lists the flags of a command, with their defaults and the paper's values; ddpm-hf --version says
 which version this is. --debug, with any command (or DDPM_HF_TRACEBACK=1), shows the traceback of an error."""
@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     name = next((argument for argument in arguments if argument != "--debug"), None)
     if name in (None, "-h", "--help"):
-        print(_help())
+        print(_HELP.format("\n".join(f"  {of:18}{parser(None).description}" for of, parser in PARSERS.items())))
         return 0 if name else 2
     if name == "--version":
         print(__version__)
@@ -87,14 +87,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run(COMMANDS[name], arguments, f"ddpm-hf {name}")
 
 
-def run(command: Callable[..., int], arguments: Sequence[str], prog: str) -> int:
+def run(command: Callable[..., int | None], arguments: Sequence[str], prog: str) -> int:
     """Run one command and return its exit code: 0, 2 for a user's mistake, 130 for Ctrl-C, 1 for a fault.
 
     A file, a disk or a connection that fails, and too little memory, are one sentence and exit code 2 as well. With
     `--debug` among the arguments, or the environment variable DDPM_HF_TRACEBACK=1, exceptions are raised instead.
     """
     try:
-        return command([argument for argument in arguments if argument != "--debug"], prog)
+        return command([argument for argument in arguments if argument != "--debug"], prog) or 0
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -133,10 +133,9 @@ def _fault(error: Exception, prog: str) -> str:
     where = "--debug shows its traceback"
     with suppress(OSError):
         # What was typed stays out of it: there may be an access token among that.
-        with tempfile.NamedTemporaryFile(
-            "w", prefix="ddpm-hf-", suffix=".txt", delete=False, encoding="utf-8"
-        ) as file:
+        descriptor, path = tempfile.mkstemp(prefix="ddpm-hf-", suffix=".txt", text=True)
+        with open(descriptor, "w", encoding="utf-8") as file:
             file.write(f"{prog}\n{''.join(traceback.format_exception(error))}")
-        where = f"its traceback is in {file.name}, and --debug shows it"
+        where = f"its traceback is in {path}, and --debug shows it"
     kind = " ".join("".join(traceback.format_exception_only(error)).split())
     return f"unexpected, and not your mistake but a fault of ddpm-hf or of a library: {kind}; {where}"

@@ -1,7 +1,5 @@
 """`python -m ddpm_hf.cli`."""
 
-import sys
-
 from . import main
 
-sys.exit(main())
+raise SystemExit(main())

@@ -1,7 +1,5 @@
 """Flags and YAML files: what all commands of `ddpm-hf` share."""
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import functools
@@ -37,6 +35,7 @@ _KINDS: dict[Any, tuple[str, str, Callable[[str], Any]]] = {
 def _add_flag(
     group: Any, names: str, kind: Any, default: Any, help: str, limit: Limit | None = None, **more: Any
 ) -> None:
+    """Add a flag with these `names` (between spaces), of a kind in `_KINDS`; `more` is what `add_argument` takes."""
     placeholder, takes, read = _KINDS[kind]
 
     def convert(text: str) -> Any:
@@ -78,18 +77,11 @@ class Parser(argparse.ArgumentParser):
         self._negative_number_matcher = re.compile(r"-\.?\d")  # argparse would take -1e-3 for a flag
 
     def group(self, title: str) -> Callable[..., None]:
-        """Add a group of flags; return the function that adds a flag to it.
-
-        It takes the names (between spaces), `str`, `int`, `float` or `bool`, the default, the text of `--help`, the
-        limit of the values, if there is one, and what `add_argument` takes.
-        """
+        """Add a group of flags; return the function that adds a flag to it: `_add_flag` but for the group."""
         return functools.partial(_add_flag, self.add_argument_group(title))
 
     def parse_args(self, args: Sequence[str], namespace: Any = None) -> Any:  # type: ignore[override]
-        """Return the values of the flags.
-
-        Raises UserError: a flag is unknown, missing, or has a value of another kind.
-        """
+        """Return the values of the flags, or raise UserError: one is unknown, missing, or of another kind."""
         for name in (argument.partition("=")[0] for argument in args):
             if name.startswith("--") and name not in ("--", *self._option_string_actions):
                 hint = nearest(name, self._option_string_actions) or "; see --help"
@@ -119,10 +111,7 @@ def add_config_flags(parser: Parser, config_class: type) -> None:
 
 
 def parse_configs(parser: Parser, arguments: Sequence[str], *config_classes: type) -> list[Any]:
-    """Return flags, and the YAML files that `--config` names, as checked configurations; the command line wins.
-
-    Raises UserError: a flag, a file, a key or a value cannot be taken.
-    """
+    """Return flags, and the YAML files that `--config` names, as checked configurations; the command line wins."""
     files = parser.parse_args(arguments).config or []
     from_files = [argument for file in files for argument in _arguments_of_file(parser, file)]
     values = vars(parser.parse_args([*from_files, *arguments]))

@@ -1,7 +1,5 @@
 """`ddpm-hf convert`: other implementations' weights as a folder that diffusers opens."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from ..training.configuration import paper_value
@@ -40,11 +38,10 @@ def convert_parser(prog: str | None = None) -> Parser:
     return parser
 
 
-def convert(arguments: Sequence[str], prog: str | None = None) -> int:
+def convert(arguments: Sequence[str], prog: str | None = None) -> None:
     """Run `ddpm-hf convert`."""
     values = vars(convert_parser(prog).parse_args(arguments))
     source, checkpoint, output, no_ema = (values.pop(name) for name in ("from", "checkpoint", "output", "no_ema"))
     from ..convert import convert as write_converted
 
     write_converted(source, checkpoint, output, tell=print, ema=not no_ema, **values)
-    return 0

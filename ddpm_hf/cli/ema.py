@@ -1,7 +1,5 @@
 """`ddpm-hf ema`: averages of other lengths from a run's snapshots, after the training; and which is best."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import shutil
@@ -26,9 +24,7 @@ def ema_parser(prog: str | None = None) -> Parser:
     parser = Parser(prog, what, usage)
     flag = parser.group("run and lengths")
     flag("run", str, None, "the folder of a run that was trained with --posthoc_ema, the default", metavar="RUN")
-    text = (
-        "widths of the averages relative to the run: 0.05,0.1,0.15; with --sweep, left out: all that are possible of "
-    )
+    text = "widths of the averages relative to the run: 0.05,0.1; with --sweep, left out: all that are possible of "
     flag("--sigma_rel", str, None, text + ",".join(f"{length:g}" for length in _GRID))
     flag("--step", int, None, "the update after which the averages end; left out: the last")
     text = "measure each length, and the run's own EMA, as ddpm-hf evaluate does, and say which is best"
@@ -37,7 +33,7 @@ def ema_parser(prog: str | None = None) -> Parser:
     return parser
 
 
-def ema(arguments: Sequence[str], prog: str | None = None) -> int:
+def ema(arguments: Sequence[str], prog: str | None = None) -> None:
     """Run `ddpm-hf ema`."""
     parser = ema_parser(prog)
     values = parser.parse_args(arguments)
@@ -50,58 +46,46 @@ def ema(arguments: Sequence[str], prog: str | None = None) -> int:
     for name, default in vars(parser.parse_args([values.run])).items():
         if not values.sweep and name not in _OF_BOTH and getattr(values, name) != default:
             raise UserError(f"--{name} goes with --sweep")
-    from ..training.posthoc_ema import Snapshots
+    from ..training.posthoc_ema import Snapshots, possible_lengths
+    from ..utils.files import check_new_folder
 
     snapshots = Snapshots(Path(values.run))
     update = snapshots.last if values.step is None else values.step
-    lengths = _lengths(values.sigma_rel, snapshots, update)
+    if values.sigma_rel is None:
+        lengths = possible_lengths(snapshots.known, update, _GRID)
+    else:
+        try:
+            lengths = list(dict.fromkeys(float(part) for part in values.sigma_rel.split(",")))
+        except ValueError:
+            raise UserError(f"--sigma_rel takes numbers such as 0.05,0.1, got {values.sigma_rel!r}") from None
+        for length in lengths:
+            snapshots.check(length, update)
     if values.sweep:
-        return _sweep(values, snapshots, lengths, update)
-    output = Path(values.output)
-    if output.exists() and (output.is_file() or any(output.iterdir())):
-        raise UserError(f"--output {output} is there already; name a new folder")
+        _sweep(values, snapshots, lengths, update)
+        return
+    check_new_folder(output := Path(values.output))
     for length in lengths:
         folder = output if len(lengths) == 1 else output / f"sigma_rel-{length:g}"
         error = snapshots.check(length, update)[1]
         _write(snapshots, length, update, folder)
         print(f"wrote {folder}: sigma_rel {length:g} after update {update}, predicted error {error:.2%}")
-    return 0
-
-
-def _lengths(text: str | None, snapshots: Any, update: int) -> list[float]:
-    """Return the lengths of the flag, or the possible ones of the grid, or raise UserError."""
-    if text is None:
-        from ..training.posthoc_ema import possible_lengths
-
-        return possible_lengths(snapshots.known, update, _GRID)
-    try:
-        lengths = list(dict.fromkeys(float(part) for part in text.split(",")))
-    except ValueError:
-        raise UserError(f"--sigma_rel takes numbers such as 0.05,0.1, got {text!r}") from None
-    for length in lengths:
-        snapshots.check(length, update)
-    return lengths
 
 
 def _write(snapshots: Any, length: float, update: int, folder: Path) -> None:
     """Write the model of a length, with a card that says so."""
-    from diffusers.utils import logging
-
-    from ..hub.files import CARD, read_card, write_card
-    from ..hub.model_card import CardFacts, generated_facts
+    from ..hub.files import facts_of_run, write_card
+    from ..hub.model_card import CardFacts
     from ..models.unet_2d import check_weights
+    from ..pipelines.checkpoints import recorded_state
     from ..utils.files import write_directory
 
-    logging.disable_progress_bar()
     pipe = snapshots.pipeline(length, update)
     check_weights(pipe.unet)
-    card = snapshots.run / CARD
-    facts = (generated_facts(read_card(card)) if card.exists() else None) or CardFacts("")
-    text = (
-        f"power function of relative width sigma_rel {length:g}, ending after update {update} (post-hoc EMA, Karras "
-        f"et al. 2024), reconstructed from snapshots after updates {', '.join(map(str, snapshots.files))}"
-    )
-    facts = dataclasses.replace(facts, name=folder.name, recipe={**facts.recipe, "EMA weights": text})
+    state = recorded_state(snapshots.run, "latest")  # whose checkpoints may have been removed
+    facts = CardFacts(folder.name) if state is None else facts_of_run(snapshots.run, folder.name, state, update)
+    text = f"power function of relative width sigma_rel {length:g}, ending after update {update} (post-hoc EMA, "
+    text += f"Karras et al. 2024), reconstructed from snapshots after updates {', '.join(map(str, snapshots.files))}"
+    facts = dataclasses.replace(facts, recipe={**facts.recipe, "EMA weights": text})
 
     def fill(target: Path) -> None:
         pipe.save_pretrained(target)
@@ -110,7 +94,7 @@ def _write(snapshots: Any, length: float, update: int, folder: Path) -> None:
     write_directory(folder, fill)
 
 
-def _sweep(values: Any, snapshots: Any, lengths: list[float], update: int) -> int:
+def _sweep(values: Any, snapshots: Any, lengths: list[float], update: int) -> None:
     """Measure every length and the run's own EMA; write a table, JSON and a plot."""
     from ..evaluation.report import EvaluationReport
     from ..evaluation.run import parse_metrics
@@ -123,31 +107,25 @@ def _sweep(values: Any, snapshots: Any, lengths: list[float], update: int) -> in
     with raise_on_all_ranks():
         writable_folder(folder, "RUN")
     reports: dict[str, EvaluationReport] = {}
-    for length in lengths:
-        name = f"sigma_rel-{length:g}"
-        model = folder / "model" / name
+    own, own_name = snapshots.run / f"checkpoint-{update}", _OWN  # the published model may be of another update
+    if not own.exists():
+        own, own_name = snapshots.run, f"{_OWN}, the newest (there is no {own.name})"
+    for length in [*lengths, None]:
+        name = own_name if length is None else f"sigma_rel-{length:g}"
+        model, output = (own, folder / "own") if length is None else (folder / "model" / name, folder / name)
         try:
             with raise_on_all_ranks():
-                if processes().is_main_process:
+                if length is not None and processes().is_main_process:
                     _write(snapshots, length, update, model)
             log(f"\n{name}")
-            reports[f"{length:g}"] = _measured(values, model, folder / name)
+            values.model, values.output = str(model), str(output)
+            measure(values)
+            reports[own_name if length is None else f"{length:g}"] = EvaluationReport.load(output)
         finally:
             if processes().is_main_process:
-                shutil.rmtree(model.parent, ignore_errors=True)
-    log(f"\n{_OWN}")
-    reports[_OWN] = _measured(values, snapshots.run, folder / "own")
+                shutil.rmtree(folder / "model", ignore_errors=True)
     if processes().is_main_process:
         _write_sweep(folder, reports, update)
-    return 0
-
-
-def _measured(values: Any, model: Path, output: Path) -> Any:
-    from ..evaluation.report import EvaluationReport
-
-    values.model, values.output = str(model), str(output)
-    measure(values)
-    return EvaluationReport.load(output)
 
 
 def _write_sweep(folder: Path, reports: dict[str, Any], update: int) -> None:
@@ -169,12 +147,12 @@ def _write_sweep(folder: Path, reports: dict[str, Any], update: int) -> None:
         cells = [number(entry["value"], entry["standard_error"]) for entry in numbers.values()]
         rows.append([key, *(cell + " *" * (best[n] == key) for n, cell in zip(names, cells, strict=True))])
     lines = [f"averages that end after update {update}; * is the best\n", table(rows), ""]
-    lines += [f"best by {name}: {key if key == _OWN else f'sigma_rel {key}'}" for name, key in best.items()]
+    *lengths, own = found
+    lines += [f"best by {name}: {key if key == own else f'sigma_rel {key}'}" for name, key in best.items()]
     write_text(folder / "sweep.md", "\n".join(lines) + "\n")
     content = {"update": update, "best": best, "values": found, "settings": first.settings}
     write_text(folder / "sweep.json", json.dumps(finite(content), indent=1) + "\n")
-    lengths = [key for key in found if key != _OWN]
     curves = {name: [found[key][name]["value"] for key in lengths] for name in names}
-    paper = {name: entry["value"] for name, entry in found.get(_OWN, {}).items()}
+    paper = {name: entry["value"] for name, entry in found[own].items()}
     save_figure(sweep_figure([float(key) for key in lengths], curves, paper), folder / "sweep.png")
     print("\n" + "\n".join(lines) + f"\nwrote sweep.md, sweep.json and sweep.png into {folder}")

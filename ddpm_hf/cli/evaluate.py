@@ -1,7 +1,5 @@
 """`ddpm-hf evaluate`: the paper's numbers for a model, in one report."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence, Sized
 from pathlib import Path
@@ -38,7 +36,8 @@ def add_evaluation_flags(parser: Parser) -> None:
     flag("--validation_split", float, 0.0, "the share that was held out in training")
     flag = parser.group("likelihood (nll, rate_distortion)")
     flag("--num_images", int, None, "the first this many images; all if left out", POSITIVE)
-    text = "network evaluations per image, for an estimate; left out: all T, the paper's full sum"
+    text = "network evaluations per image, for an estimate; left out: all T, the paper's full sum, or with "
+    text += "--num_inference_steps K (and --sampler ddpm) the bound of the chain of K steps, for nll"
     flag("--num_evaluations", int, None, text)
     model.add_sampler_flags(parser)
     flag = parser.group("comparison of samples (fid, is, kid, prc, dc, fd_infinity, mmd, sw, auth, nn)")
@@ -52,13 +51,13 @@ def add_evaluation_flags(parser: Parser) -> None:
     flag("--cache_dir", str, None, text)
 
 
-def evaluate(arguments: Sequence[str], prog: str | None = None) -> int:
+def evaluate(arguments: Sequence[str], prog: str | None = None) -> None:
     """Run `ddpm-hf evaluate`."""
     values = evaluate_parser(prog).parse_args(arguments)
-    return measure(values) if values.compare is None else _compare(values)
+    (measure if values.compare is None else _compare)(values)
 
 
-def measure(values: Any) -> int:
+def measure(values: Any) -> None:
     """Evaluate the model that the flags name."""
     if values.model is None:
         raise UserError("give the model as --model FOLDER_OR_NAME, or reports as --compare A.json B.json")
@@ -77,30 +76,24 @@ def measure(values: Any) -> int:
     splits = None if values.split is None else [part.strip() for part in values.split.split(",")]
     likelihood, samples = (set(metrics) & set(known) for known in (run.LIKELIHOOD_METRICS, run.SAMPLE_METRICS))
     with raise_on_all_ranks():
-        pipe = model.load_pipeline(values.model, values.dtype, values.tf32, values.weights)
+        pipe = model.load_guided_pipeline(values)
         images = image_arguments(values, pipe.image_shape)
         sets = run.load_splits(splits, bool(samples), validation_split=values.validation_split, **images)
     # About how many evaluations of the network follow, of a batch each.
     T, size = pipe.scheduler.config.num_train_timesteps, sum(len(x) for x in sets.values() if isinstance(x, Sized))
     evaluations = min(values.num_images or size, size) * (values.num_evaluations or T) * bool(likelihood)
     evaluations += values.num_samples * (values.num_inference_steps or pipe.distilled_steps or T) * bool(samples)
+    of_few_steps = values.sampler in (None, "ddpm") and values.num_evaluations is None
     names = ("num_images", "num_evaluations", "num_samples", "batch_size", "seed", "features", "inception_weights")
+    options = {"model_name": values.model, "output": None if file is not None else output, "progress": True}
+    options |= {"cache_dir": None if values.cache_dir is None else Path(values.cache_dir)}
+    # What is held out comes first.
+    options |= {"likelihood_splits": splits and sorted(sets, key=lambda split: split == "train")}
+    options |= {"likelihood_steps": values.num_inference_steps if of_few_steps else None}
+    options |= {"prepare": model.inference_optimization(values, evaluations // values.batch_size)}
+    options |= given(values, *names, *model.SAMPLER) | model.sampling_arguments(values)
     try:
-        report = run.evaluate(
-            pipe,
-            sets,
-            metrics,
-            # what is held out comes first
-            likelihood_splits=splits and sorted(sets, key=lambda split: split == "train"),
-            cache_dir=None if values.cache_dir is None else Path(values.cache_dir),
-            output=None if file is not None else output,
-            model_name=values.model,
-            progress=True,
-            prepare=model.inference_optimization(values, evaluations // values.batch_size),
-            **given(values, *names),
-            **model.sampler_arguments(values),
-            **model.sampling_arguments(values),
-        )
+        report = run.evaluate(pipe, sets, metrics, **options)
     except KeyboardInterrupt:
         print("finished batches are kept: the same command resumes from there", file=sys.stderr)
         raise
@@ -110,10 +103,9 @@ def measure(values: Any) -> int:
             report.save(file)
     if output is not None:
         log(f"wrote {output}")
-    return 0
 
 
-def _compare(values: Any) -> int:
+def _compare(values: Any) -> None:
     """Print reports side by side."""
     if strangers := list(given(values, "model", "output", *IMAGE_SOURCES)):
         raise UserError(f"--compare only reads reports: leave out --{strangers[0]}")
@@ -122,4 +114,3 @@ def _compare(values: Any) -> int:
     from ..evaluation.report import EvaluationReport, compare
 
     print(compare({path: EvaluationReport.load(path) for path in values.compare}))
-    return 0

@@ -1,7 +1,5 @@
 """`ddpm-hf sample --figure`: the paper's figures, drawn for a model."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -39,16 +37,17 @@ def refuse_figure_flags(values: Any, figure: str | None = None) -> None:
             raise UserError(f"--{name} goes with --figure {' or '.join(figures)}{other}")
 
 
-def draw_figure(values: Any) -> int:
+def draw_figure(values: Any) -> None:
     """Draw `--figure`; everything is checked before anything is sampled."""
     from ..pipelines import figures
     from ..sampling.generation import class_sequence
+    from ..utils.files import writable_folder
     from ..utils.processes import processes
-    from ..utils.visualize import check_writable, save_animation, save_picture
+    from ..utils.visualize import save_animation, save_picture
 
     seeds = _checked_seeds(values)
     if not processes().is_main_process:
-        return 0  # one picture, one process
+        return  # one picture, one process
     pipe = model.load_sampling_pipeline(values)
     if pipe.image_shape[0] not in (1, 3):
         raise UserError(f"a figure needs images of 1 or 3 channels, and the model's have {pipe.image_shape[0]}")
@@ -56,8 +55,9 @@ def draw_figure(values: Any) -> int:
     options = {"batch_size": values.batch_size, "class_labels": labels, "progress": True}
     options |= model.sampling_arguments(values)
     ends = _given_images(values, 2 * len(seeds), pipe.image_shape)
-    for path in filter(None, (values.output, values.animation)):
-        check_writable(path)
+    for flag in given(values, "output", "animation"):
+        there = next(folder for folder in Path(getattr(values, flag)).absolute().parents if folder.exists())
+        writable_folder(there, f"--{flag}")
     prepare = model.inference_optimization(values, model.sampling_evaluations(pipe, values, len(seeds)))
     if prepare is not None:
         prepare(pipe)
@@ -75,7 +75,6 @@ def draw_figure(values: Any) -> int:
     if values.animation is not None:
         save_animation(made.frames(), values.animation)
         print(f"wrote {values.animation}")
-    return 0
 
 
 def _checked_seeds(values: Any) -> list[int]:
@@ -99,10 +98,8 @@ def _checked_seeds(values: Any) -> list[int]:
     if figure in _TAKEN_BY["images"]:
         sources = list(given(values, "images", *IMAGE_SOURCES))
         if len(sources) != 1:
-            raise UserError(
-                f"--figure {figure} needs images to interpolate between: give --images A.png B.png, or exactly one of "
-                f"--dataset, --dataset_name and --train_data_dir; got {' and '.join(sources) or 'none'}"
-            )
+            which = "--images A.png B.png, or exactly one of --dataset, --dataset_name and --train_data_dir"
+            raise UserError(f"--figure {figure} needs images: give {which}; got {' and '.join(sources) or 'none'}")
         if figure == "coarse_to_fine" and (len(seeds) != 1 or len(images or [0, 0]) != 2):
             raise UserError("--figure coarse_to_fine is of one pair of images: give two, and one seed or none")
         if images is not None and len(images) != 2 * len(seeds):

@@ -1,7 +1,5 @@
 """Which model a command loads and how it is sampled: the flags, and what they name."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,18 +13,15 @@ from .command_line import Parser, given
 _LONG_RUN = 5000
 
 
+_WEIGHTS = "of a checkpoint: ema (the paper's), or raw (those that the last update left)"
+
+
 def add_model_flags(flag: Callable[..., None], batch_size: int, required: bool = True) -> None:
     """Add the flags for a model and its batches."""
     text = "a pipeline's folder, its name on the Hub, a run that was stopped, or one of its checkpoints"
     flag("--model", str, None, text, required=required)
-    add_weights_flag(flag)
+    flag("--weights", str, "ema", _WEIGHTS, one_of("ema", "raw"))
     flag("--batch_size", int, batch_size, "images at a time; changes no image and no number", POSITIVE)
-
-
-def add_weights_flag(flag: Callable[..., None]) -> None:
-    """Add which weights of a checkpoint are taken."""
-    text = "of a checkpoint: ema (the paper's), or raw (those that the last update left)"
-    flag("--weights", str, "ema", text, one_of("ema", "raw"))
 
 
 def add_run(flag: Callable[..., None]) -> None:
@@ -34,7 +29,7 @@ def add_run(flag: Callable[..., None]) -> None:
     text = "a folder: a run's, stopped or finished, a checkpoint's, or what save_pretrained wrote"
     flag("run", str, argparse.SUPPRESS, text, metavar="RUN", nargs="?")
     flag("--model", str, None, "the same RUN, as other commands call it", dest="run")
-    add_weights_flag(flag)
+    flag("--weights", str, "ema", _WEIGHTS, one_of("ema", "raw"))
 
 
 def run_folder(values: Any) -> str:
@@ -44,54 +39,66 @@ def run_folder(values: Any) -> str:
     return str(values.run)
 
 
+def add_chain_flags(flag: Callable[..., None]) -> None:
+    """Add the flags of the chain that is sampled from."""
+    text = "ddpm (Algorithm 2; the paper; the default), ddim, dpmsolver++, unipc, heun, deis or sa_solver"
+    flag("--sampler", str, None, f"{text}; a distilled model has its own")
+    text = f"sampler steps; default: T, or what a model is distilled for; {paper_value('num_train_timesteps')}"
+    flag("--num_inference_steps", int, None, text)
+    text = "of ddpm, instead of the model's: fixed_small, fixed_large, or optimal after ddpm-hf optimal_variance; "
+    flag("--variance_type", str, None, text + paper_value("variance_type"))
+    text = "timesteps of a short chain: leading, linspace, trailing, best (see best_timesteps); default: the model's"
+    flag("--timestep_spacing", str, None, text)
+    flag("--eta", float, None, "noise of ddim: 0 (the default) none, 1 as much as ddpm")
+
+
 def add_sampler_flags(parser: Parser) -> None:
     """Add the flags of sampling, with which `sample` and `evaluate` draw the same images."""
     flag = parser.group("sampling")
-    text = "ddpm (Algorithm 2; the paper), ddim, dpmsolver++ or unipc; default: ddpm, or a distilled model's own"
-    flag("--sampler", str, None, text)
-    text = "sampler steps; default: T, or what a model is distilled for"
-    flag("--num_inference_steps", int, None, f"{text}; {paper_value('num_train_timesteps')}")
-    flag(
-        "--variance_type",
-        str,
-        None,
-        "of ddpm, instead of the model's: fixed_small, fixed_large, or optimal after ddpm-hf optimal_variance; "
-        + paper_value("variance_type"),
-    )
-    spacings = "leading, linspace or trailing"
-    flag("--timestep_spacing", str, None, f"timesteps of a short chain: {spacings}; default: the model's")
-    flag("--eta", float, None, "noise of ddim: 0 (the default) none, 1 as much as ddpm")
-    flag("--guidance_scale", float, 1.0, "classifier-free guidance; 1: none; larger values exaggerate the class")
+    add_chain_flags(flag)
+    text = "classifier-free guidance, or that of --guide; 1: none; larger values exaggerate the class, or the model"
+    flag("--guidance_scale", float, 1.0, text)
+    flag("--guide", str, None, "autoguidance: guide by this worse model, such as an earlier checkpoint of the run")
+    flag("--guide_weights", str, "ema", "of --guide, where it is a checkpoint: ema or raw", one_of("ema", "raw"))
+    flag("--guidance_interval", float, None, "the first and last timestep to be guided, such as 100 600", nargs=2)
+    text = "epsilon scaling: divide the predicted epsilon by B, or with B K by K t + B (see scale_epsilon)"
+    flag("--epsilon_scale", float, None, text, nargs="+")
     dtypes = one_of("float32", "bfloat16", "float16")
     flag("--dtype", str, "float32", "the network's, not the chain's: float32, bfloat16 or float16 (GPU)", dtypes)
     flag("--tf32", bool, False, "NVIDIA GPUs: faster float32 products with 10 bits of mantissa")
-    flag(
-        "--optimize",
-        str,
-        "auto",
-        "how the network is computed: no (as stock computes it), yes (as is fast on the device, on NVIDIA GPUs by "
+    text = "how the network is computed: no (as stock computes it), yes (as is fast on the device, on NVIDIA GPUs by "
+    text += (
         "CUDA graphs; images differ by rounding only), compile (by torch.compile as well), auto (yes on GPUs, with "
-        "compile for long runs; on CPUs yes for long runs)",
-        one_of("auto", "yes", "no", "compile"),
     )
+    text += "compile for long runs; on CPUs yes for long runs)"
+    flag("--optimize", str, "auto", text, one_of("auto", "yes", "no", "compile"))
 
 
-def sampler_arguments(values: Any) -> dict[str, Any]:
-    """Return what `generation.with_sampler` takes of the flags."""
-    return given(values, "sampler", "variance_type", "timestep_spacing")
+SAMPLER = ("sampler", "variance_type", "timestep_spacing")  # what `generation.with_sampler` takes of the flags
 
 
 def sampling_arguments(values: Any) -> dict[str, Any]:
     """Return what `DDPMPipeline` takes of the flags."""
-    return given(values, "num_inference_steps", "eta", "guidance_scale")
+    found = given(values, "num_inference_steps", "eta", "guidance_scale", "guidance_interval", "epsilon_scale")
+    if len(found.get("epsilon_scale", [])) == 1:
+        (found["epsilon_scale"],) = found["epsilon_scale"]
+    return found
 
 
-def load_pipeline(model: str, dtype: str = "float32", tf32: bool = False, weights: str = "ema") -> Any:
-    """Return the `DDPMPipeline` in a folder (a run's or a checkpoint's, too) or on the Hub, on this process's device.
+def load_guided_pipeline(values: Any) -> Any:
+    """Return the model of the flags with that of `--guide`, or raise UserError: no such model, or nothing to guide."""
+    pipe = load_pipeline(values.model, values.dtype, values.tf32, values.weights)
+    if values.guide is not None:
+        if values.guidance_scale == 1:
+            raise UserError("--guide needs --guidance_scale, such as 2; at 1 nothing is guided")
+        pipe.guide = load_pipeline(values.guide, values.dtype, values.tf32, values.guide_weights, flag="--guide")
+    return pipe
 
-    Raises:
-        UserError: There is no model, or a weight is NaN or infinite.
-    """
+
+def load_pipeline(
+    model: str, dtype: str = "float32", tf32: bool = False, weights: str = "ema", flag: str = "--model"
+) -> Any:
+    """Return the `DDPMPipeline` of a flag on this process's device, or raise UserError: none, or not finite."""
     import torch
     from diffusers.utils import logging
 
@@ -107,19 +114,14 @@ def load_pipeline(model: str, dtype: str = "float32", tf32: bool = False, weight
         check_weights(pipe.unet)  # before hours of work, not after them
         return pipe.to(processes().device)
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot load --model {model}: {first_line(error)}") from error
+        raise UserError(f"cannot load {flag} {model}: {first_line(error)}") from error
 
 
 def load_sampling_pipeline(values: Any) -> Any:
-    """Return the model with the sampler that the flags name.
-
-    Raises:
-        UserError: No such model or sampler.
-    """
+    """Return the model with the sampler that the flags name, or raise UserError: there is no such model or sampler."""
     from ..sampling.generation import with_sampler
 
-    pipe = load_pipeline(values.model, values.dtype, values.tf32, values.weights)
-    return with_sampler(pipe, **sampler_arguments(values))
+    return with_sampler(load_guided_pipeline(values), **given(values, *SAMPLER))
 
 
 def sampling_evaluations(pipe: Any, values: Any, count: int) -> int:
@@ -129,10 +131,7 @@ def sampling_evaluations(pipe: Any, values: Any, count: int) -> int:
 
 
 def inference_optimization(values: Any, evaluations: int) -> Callable[[Any], None] | None:
-    """Return a function that makes a pipeline's network faster as `--optimize` says, or `None`.
-
-    `evaluations` is about how many evaluations of the network follow, of a batch each.
-    """
+    """Return what makes a pipeline's network faster as `--optimize` says for about so many evaluations, or `None`."""
     from ..pipelines.inference import optimize_for_inference
     from ..utils.machine import compiler_problem
     from ..utils.processes import log, processes
@@ -146,21 +145,16 @@ def inference_optimization(values: Any, evaluations: int) -> Callable[[Any], Non
 
 
 def read_images(flag: str, names: Sequence[str], image_shape: tuple[int, int, int]) -> Any:
-    """Return image files, scaled and cropped to fit, as `[N, C, H, W]` uint8.
-
-    Raises:
-        UserError: One cannot be read.
-    """
+    """Return image files, scaled and cropped to fit, as `[N, C, H, W]` uint8, or raise UserError for one."""
     import numpy as np
     import torch
 
     from ..data.decoding import DecodeOptions, read_image
 
-    channels, height, width = image_shape
     pixels = []
     for name in names:
         try:
-            pixels.append(read_image(Path(name), DecodeOptions(channels, (height, width))))
+            pixels.append(read_image(Path(name), DecodeOptions(image_shape[0], image_shape[1:])))
         except UserError as error:
             raise UserError(f"cannot read --{flag} {name}: {error}") from error
     return torch.from_numpy(np.stack(pixels))

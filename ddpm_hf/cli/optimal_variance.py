@@ -1,7 +1,5 @@
 """`ddpm-hf optimal_variance`: the best variance of the ddpm sampler, measured once and kept in the scheduler."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,22 +25,22 @@ def optimal_variance_parser(prog: str | None = None) -> Parser:
     return parser
 
 
-def optimal_variance(arguments: Sequence[str], prog: str | None = None) -> int:
+def optimal_variance(arguments: Sequence[str], prog: str | None = None) -> None:
     """Run `ddpm-hf optimal_variance`."""
     values = optimal_variance_parser(prog).parse_args(arguments)
     from ..data.datasets import load_images
     from ..evaluation.optimal_variance import prediction_error, save_optimal_variance
     from ..evaluation.run import first_images
+    from ..utils.files import check_new_folder
     from ..utils.hub_errors import INDEX
     from ..utils.processes import log, processes, raise_on_all_ranks, start_process
 
     target = Path(values.model if values.output is None else values.output)
     if values.output is None and (values.weights == "raw" or not (target / INDEX).is_file()):
-        raise UserError(
-            f"--model {values.model!r} is no published model here whose scheduler can be rewritten; give --output"
-        )
-    if values.output is not None and target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"--output {values.output!r} is there already; name a new folder")
+        what = f"--model {values.model!r} is no published model here whose scheduler can be rewritten"
+        raise UserError(f"{what}; give --output")
+    if values.output is not None:
+        check_new_folder(target)
     start_process()
     with raise_on_all_ranks():
         pipe = model.load_pipeline(values.model, weights=values.weights)
@@ -57,4 +55,3 @@ def optimal_variance(arguments: Sequence[str], prog: str | None = None) -> int:
                 pipe.save_pretrained(target)
             save_optimal_variance(target, pipe, error, use=not values.keep_variance_type)
     log(f"wrote the error on {len(images)} images into {target}/scheduler")
-    return 0

@@ -1,20 +1,14 @@
 """`ddpm-hf publish`: the model, sample grid and card of a stopped run, without training."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from ..training.configuration import NOT_NEGATIVE, POSITIVE, TrainingConfig, one_of
 from ..utils.errors import UserError
 from . import model
 from .command_line import Parser, given
 from .train import parse_distillation_config, parse_training_config
-
-if TYPE_CHECKING:
-    from ..pipelines.checkpoints import Checkpoint
 
 
 def publish_parser(prog: str | None = None) -> Parser:
@@ -34,11 +28,11 @@ def publish_parser(prog: str | None = None) -> Parser:
     return parser
 
 
-def publish(arguments: Sequence[str], prog: str | None = None) -> int:
+def publish(arguments: Sequence[str], prog: str | None = None) -> None:
     """Run `ddpm-hf publish`."""
     values = publish_parser(prog).parse_args(arguments)
     folder = Path(model.run_folder(values))
-    from ..pipelines.checkpoints import read_checkpoint
+    from ..pipelines.checkpoints import CONFIG, read_checkpoint
     from ..training.publishing import publish_checkpoint
     from ..utils.processes import log, raise_on_all_ranks, start_process
 
@@ -50,30 +44,25 @@ def publish(arguments: Sequence[str], prog: str | None = None) -> int:
         output = folder if values.output is None else Path(values.output)
         if checkpoint.path == output:
             raise UserError(f"{str(folder)!r} is a checkpoint: say where its model goes with --output FOLDER")
-        config = _config(values, checkpoint, output)
+        distilled = "distillation" in checkpoint.state
+        if distilled and (values.evaluate or values.sampler or values.ddpm_num_inference_steps):
+            what = "a distilled model has a sampler and steps of its own, and was trained on no images"
+            raise UserError(f"{what}; leave out --evaluate, --sampler and --ddpm_num_inference_steps")
+        yaml = checkpoint.run / CONFIG
+        if yaml.is_file():
+            parse = parse_distillation_config if distilled else parse_training_config
+            config = parse(["--config", str(yaml)])
+        elif values.evaluate:
+            raise UserError(f"--evaluate needs the images of the run: there is no {CONFIG} beside {checkpoint.path}")
+        else:  # a checkpoint that was copied elsewhere; its state says the rest
+            config = TrainingConfig(preset="digits", resolution=checkpoint.state["network"]["sample_size"])
+        flags = given(values, "license", "num_sample_images", "ddpm_num_inference_steps", "sampler", "eval_batch_size")
+        if values.num_sample_images == 0:
+            del flags["num_sample_images"]
+        flags |= {"output_dir": str(output), "push_to_hub": False, "hub_model_id": None}
+        config = dataclasses.replace(config, **flags)
     log(str(checkpoint))
-    publish_checkpoint(checkpoint, config, samples=values.num_sample_images != 0, evaluate=values.evaluate)
+    samples = values.num_sample_images != 0
+    redraw = samples and bool(given(values, "num_sample_images", "ddpm_num_inference_steps", "sampler"))
+    publish_checkpoint(checkpoint, config, samples, values.evaluate, redraw)
     log(f"published in {output}")
-    return 0
-
-
-def _config(values: Any, checkpoint: Checkpoint, output: Path) -> TrainingConfig:
-    """Return the configuration of the checkpoint's run, with the flags."""
-    from ..pipelines.checkpoints import CONFIG
-
-    run, distilled = checkpoint.path.parent, "distillation" in checkpoint.state
-    if distilled and (values.evaluate or values.sampler or values.ddpm_num_inference_steps):
-        what = "a distilled model has a sampler and steps of its own, and was trained on no images"
-        raise UserError(f"{what}; leave out --evaluate, --sampler and --ddpm_num_inference_steps")
-    if (run / CONFIG).is_file():
-        parse = parse_distillation_config if distilled else parse_training_config
-        config = parse(["--config", str(run / CONFIG)])
-    elif values.evaluate:
-        raise UserError(f"--evaluate needs the images of the run: there is no {CONFIG} beside {checkpoint.path}")
-    else:  # a checkpoint that was copied elsewhere; its state says the rest
-        size = checkpoint.state["network"]["sample_size"]
-        config = TrainingConfig(preset="digits", resolution=size)
-    flags = given(values, "license", "num_sample_images", "ddpm_num_inference_steps", "sampler", "eval_batch_size")
-    if not values.num_sample_images:
-        flags.pop("num_sample_images", None)
-    return dataclasses.replace(config, **flags, output_dir=str(output), push_to_hub=False, hub_model_id=None)

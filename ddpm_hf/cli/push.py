@@ -1,7 +1,5 @@
 """`ddpm-hf push`: a model on the Hub."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 from . import model
@@ -29,7 +27,7 @@ def add_hub_flags(flag: Callable[..., None]) -> None:
     flag("--token --hub_token", str, None, text)
 
 
-def push(arguments: Sequence[str], prog: str | None = None) -> int:
+def push(arguments: Sequence[str], prog: str | None = None) -> None:
     """Run `ddpm-hf push`."""
     values = push_parser(prog).parse_args(arguments)
     run = model.run_folder(values)
@@ -38,4 +36,3 @@ def push(arguments: Sequence[str], prog: str | None = None) -> int:
     quiet_client()
     options = given(values, "private", "token", "license", "report", "commit_message", "weights")
     print(Push(run, values.repo_id, **options).run())
-    return 0

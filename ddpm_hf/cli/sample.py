@@ -1,7 +1,5 @@
 """`ddpm-hf sample`: images of a model, from noise or from given images."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,7 +37,7 @@ def sample_parser(prog: str | None = None) -> Parser:
     return parser
 
 
-def sample(arguments: Sequence[str], prog: str | None = None) -> int:
+def sample(arguments: Sequence[str], prog: str | None = None) -> None:
     """Run `ddpm-hf sample`."""
     values = sample_parser(prog).parse_args(arguments)
     for name, other in _GOES_WITH.items():
@@ -48,7 +46,8 @@ def sample(arguments: Sequence[str], prog: str | None = None) -> int:
     if values.figure is not None:
         if values.image is not None:
             raise UserError("--image does not go with --figure, whose images are --images A.png B.png")
-        return draw_figure(values)
+        draw_figure(values)
+        return
     refuse_figure_flags(values)
     if values.image is not None and values.strength is None and values.mask_image is None:
         raise UserError("--image needs --strength (the share of the chain to go back, 0 to 1) or --mask_image FILE")
@@ -67,14 +66,10 @@ def sample(arguments: Sequence[str], prog: str | None = None) -> int:
     drawn = write_samples(pipe, seeds, values.output, batch_size=values.batch_size, prepare=prepare, **options)
     already = f", {len(seeds) - drawn} were there already" if drawn < len(seeds) else ""
     log(f"wrote {drawn} images to {values.output}{already}")
-    return 0
 
 
 def _given_images(values: Any, count: int, image_shape: tuple[int, int, int]) -> dict[str, Any]:
-    """Return the images and masks of the flags as `write_samples` takes them: one for all seeds, or one for each.
-
-    Raises a UserError where a file cannot be read, or there are too many.
-    """
+    """Return the images and masks of the flags as `write_samples` takes them: one for all seeds, or one for each."""
     if values.image is None:
         return {}
     if len(values.image) > count:

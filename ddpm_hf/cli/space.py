@@ -1,7 +1,5 @@
 """`ddpm-hf space`: a web page on the Hub to try a model out."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,7 +23,7 @@ def space_parser(prog: str | None = None) -> Parser:
     return parser
 
 
-def space(arguments: Sequence[str], prog: str | None = None) -> int:
+def space(arguments: Sequence[str], prog: str | None = None) -> None:
     """Run `ddpm-hf space`."""
     values = space_parser(prog).parse_args(arguments)
     run = model.run_folder(values)
@@ -41,4 +39,3 @@ def space(arguments: Sequence[str], prog: str | None = None) -> int:
     else:
         write_space(run, values.output, **options)
         print(f"wrote {values.output}; try it with: python {Path(values.output) / 'app.py'}")
-    return 0

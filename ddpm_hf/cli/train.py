@@ -1,7 +1,5 @@
 """`ddpm-hf train | reproduce | distill`: a recipe in flags and YAML, trained; measured beside the paper's numbers."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 
@@ -35,10 +33,7 @@ def _parser(prog: str | None, description: str, *config_classes: type) -> Parser
 
 
 def parse_training_config(arguments: Sequence[str], prog: str | None = None) -> TrainingConfig:
-    """Return flags, and the YAML files that they name, as a checked `TrainingConfig`.
-
-    Raises UserError: anything that cannot be taken, in one sentence.
-    """
+    """Return flags, and the YAML files that they name, as a `TrainingConfig`, or raise UserError: one is wrong."""
     return parse_configs(training_parser(prog), arguments, TrainingConfig)[0]
 
 
@@ -47,22 +42,20 @@ def parse_distillation_config(arguments: Sequence[str], prog: str | None = None)
     return parse_configs(distillation_parser(prog), arguments, DistillationConfig)[0]
 
 
-def train(arguments: Sequence[str], prog: str | None = None) -> int:
+def train(arguments: Sequence[str], prog: str | None = None) -> None:
     """Run `ddpm-hf train`, and all that `examples/train.py` does."""
     config = parse_training_config(arguments, prog)
     from ..training.trainer import Trainer
 
     Trainer(config).train()
-    return 0
 
 
-def distill(arguments: Sequence[str], prog: str | None = None) -> int:
+def distill(arguments: Sequence[str], prog: str | None = None) -> None:
     """Run `ddpm-hf distill`."""
     config = parse_distillation_config(arguments, prog)
     from ..training.trainer import Trainer
 
     Trainer(config).train()
-    return 0
 
 
 def reproduce(arguments: Sequence[str], prog: str | None = None) -> int:

@@ -21,7 +21,7 @@ from ..pipelines.checkpoints import is_run_or_checkpoint
 from ..pipelines.pipeline_ddpm import DDPMPipeline
 from ..presets import PAPER_PROCESS
 from ..utils.errors import UserError
-from ..utils.files import write_directory, write_text
+from ..utils.files import check_new_folder, write_directory, write_text
 from ..utils.hub_errors import check_pipeline
 from ..utils.weight_files import read_weights
 from .formats import FORMATS, RELEASED, Format, KnownModel, find_model
@@ -42,8 +42,7 @@ def convert(
     Raises a ValueError as `load_pipeline`, or if `output` is in use.
     """
     output = Path(output)
-    if output.is_file() or (output.is_dir() and any(output.iterdir())):
-        raise UserError(f"--output {str(output)!r} exists already; name another folder, or remove it first")
+    check_new_folder(output)
     pipe, facts = load_pipeline(from_format, checkpoint, **options)
 
     def fill(folder: Path) -> None:

@@ -114,6 +114,26 @@ def _term_and_x_0(
     return bound_term(x_0, t, q_mean, q_log_variance, p_mean, p_log_variance, cdf), pred_x_0
 
 
+def subsequence(scheduler: DDPMScheduler, timesteps: Sequence[int]) -> DDPMScheduler:
+    """Return the chain over K falling `timesteps` as a process of K steps (Nichol & Dhariwal 2021, Section 4).
+
+    Its step k is `sorted(timesteps)[k]` for the network; over all T it is `scheduler` itself. Timesteps that do not
+    fall raise a `ValueError`, as does a network that predicts the mean of another step.
+    """
+    t = scheduler._falling(timesteps)[::-1]
+    if len(t) == scheduler.config.num_train_timesteps:
+        return scheduler
+    if scheduler.config.prediction_type == "posterior_mean":
+        raise UserError("a network that predicts the posterior's mean has a bound over all T steps only")
+    # beta_k = 1 - alpha_bar_k / alpha_bar_{k-1}, by logarithms as in `Chain`
+    betas = -np.expm1(np.diff(np.cumsum(np.log1p(-scheduler._betas))[t], prepend=0.0))
+    config = {name: value for name, value in scheduler.config.items() if name != "_use_default_values"}
+    if (error := config.get("_prediction_error")) is not None:
+        config["_prediction_error"] = [error[i] for i in t]
+    changed = {"num_train_timesteps": len(t), "trained_betas": betas.tolist(), "rescale_betas_zero_snr": False}
+    return DDPMScheduler.from_config({**config, **changed})
+
+
 class _Bound:
     """The bound's terms of images `x_0`, each of which has a stream of random numbers of its own."""
 
@@ -127,7 +147,10 @@ class _Bound:
         self._ids = range(len(x_0)) if ids is None else ids
         if len(self._ids) != len(x_0):
             raise UserError(f"got {len(self._ids)} image_ids for {len(x_0)} images")
-        self._unet, self._scheduler, self._x_0, self._seed = unet, scheduler, x_0, seed
+        chosen: Sequence[int] | None = options.pop("timesteps", None)
+        self.scheduler = scheduler if chosen is None else subsequence(scheduler, chosen)
+        self._timesteps = None if chosen is None else torch.tensor(sorted(chosen), device=x_0.device)
+        self._unet, self._x_0, self._seed = unet, x_0, seed
         self._clip, self._cdf = options.pop("clip_denoised", True), options.pop("cdf", "tanh")
         self._model_kwargs = options
 
@@ -148,10 +171,11 @@ class _Bound:
             for name, value in self._model_kwargs.items()
         }
         t = t.to(x_0.device)
-        x_t = self._scheduler.add_noise(x_0, noise.to(x_0), t)
+        x_t = self.scheduler.add_noise(x_0, noise.to(x_0), t)
+        seen = t if self._timesteps is None else self._timesteps[t]
         dtype = getattr(self._unet, "dtype", x_t.dtype)  # a network in bf16; the bound's own arithmetic is x_0's
-        output = infinite_to_nan(self._unet(x_t.to(dtype), t, **of_rows).sample.to(x_0.dtype))
-        term, pred_x_0 = _term_and_x_0(self._scheduler, output, x_0, x_t, t, self._clip, self._cdf)
+        output = infinite_to_nan(self._unet(x_t.to(dtype), seen, **of_rows).sample.to(x_0.dtype))
+        term, pred_x_0 = _term_and_x_0(self.scheduler, output, x_0, x_t, t, self._clip, self._cdf)
         if not (finite := term.isfinite()).all():
             where = f"the bound's term at t={int(t.expand_as(term)[~finite][0])} is not finite"
             hint = ", float16 ends at 65504: use bfloat16 or float32" if dtype == torch.float16 else ""
@@ -182,14 +206,16 @@ def bits_per_dim(
         seed: Seed of the noise; image i has a stream of its own.
         progress: Show a progress bar.
         options: `image_ids`: the numbers that seed the images' streams, 0..N-1 by default; for a share of a larger
-            set. `clip_denoised` (True), `cdf` ("tanh"): see `vb_terms_bpd`. All others are handed on to `unet`,
-            tensors of N values batch by batch.
+            set. `clip_denoised` (True), `cdf` ("tanh"): see `vb_terms_bpd`. `timesteps`: K of them, falling, for the
+            bound of the chain over these (`subsequence`); it has K terms, which stand in T's place in the result. All
+            others are handed on to `unet`, tensors of N values batch by batch.
 
     Raises:
         ValueError: No images, images outside [-1, 1], a batch size below 1.
         NotFiniteError: A term is NaN or infinite; says where.
     """
-    bound, T, n = _Bound(unet, scheduler, x_0, seed, options), scheduler.config.num_train_timesteps, len(x_0)
+    bound, n = _Bound(unet, scheduler, x_0, seed, options), len(x_0)
+    scheduler, T = bound.scheduler, bound.scheduler.config.num_train_timesteps
     terms, mse = torch.empty(n, T), torch.empty(n, T)
     with tqdm(total=n * T, desc="bits/dim", unit="eval", disable=not progress) as bar:
         for rows, streams in bound.batches(batch_size):
@@ -237,8 +263,8 @@ def stratified_bits_per_dim(
         num_evaluations: K, even, 2..2T.
         unet, scheduler, x_0, batch_size, seed, progress, options: See `bits_per_dim`, which raises the same errors.
     """
-    bound, T, n = _Bound(unet, scheduler, x_0, seed, options), scheduler.config.num_train_timesteps, len(x_0)
-    K = num_evaluations
+    bound, n, K = _Bound(unet, scheduler, x_0, seed, options), len(x_0), num_evaluations
+    scheduler, T = bound.scheduler, bound.scheduler.config.num_train_timesteps
     if not isinstance(K, int) or K not in range(2, 2 * T + 1, 2):
         raise UserError(f"num_evaluations must be even and between 2 and {2 * T}, got {K}")
     edges = torch.from_numpy(timestep_strata(T, K // 2))

@@ -32,7 +32,7 @@ from .noise_schedule import (
     make_betas,
     rescale_zero_terminal_snr,
 )
-from .tables import ProcessTables, Settings, number_of_steps, whole_number
+from .tables import ProcessTables, Settings, number_of_steps, spaced_timesteps, whole_number
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "posterior_mean")
 _SMALL, _LARGE = ("fixed_small", "fixed_small_log"), ("fixed_large", "fixed_large_log")
@@ -369,15 +369,8 @@ class DDPMScheduler(ProcessTables, PrivateByDefault, StockDDPMScheduler):
         else:
             K = number_of_steps(num_inference_steps, T)
             spacing, offset = config.timestep_spacing, config.steps_offset
-            if spacing == "linspace":
-                chosen = np.linspace(0, T - 1, K).round()[::-1]
-            elif spacing == "leading":
-                # floor(k T / K), stock's where K divides T; elsewhere stock rounds T / K down first, and starts pure
-                # noise in the middle of the chain
-                chosen = (np.arange(K) * T // K)[::-1] + offset
-            else:
-                chosen = np.round(T - np.arange(K) * (T / K)) - 1
-            chosen = self._falling(chosen, f"; steps_offset={offset} leads beyond it, use 0" if offset else "")
+            hint = f"; steps_offset={offset} leads beyond it, use 0" if offset else ""
+            chosen = self._falling(spaced_timesteps(T, K, spacing, offset), hint)
 
         self.custom_timesteps = timesteps is not None
         self.num_inference_steps = len(chosen)

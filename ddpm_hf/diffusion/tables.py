@@ -188,6 +188,19 @@ def number_of_steps(value: Any, T: int) -> int:
     return steps
 
 
+def spaced_timesteps(T: int, K: int, spacing: str, offset: int = 0) -> np.ndarray:
+    """Return K of the timesteps 0..T-1, falling, int64 `[K]`, by a `timestep_spacing` (Lin et al. 2023, Table 2)."""
+    if spacing == "linspace":
+        chosen: Any = np.linspace(0, T - 1, K).round()[::-1]
+    elif spacing == "leading":
+        # floor(k T / K), stock's where K divides T; elsewhere stock rounds T / K down first, and starts pure noise in
+        # the middle of the chain
+        chosen = (np.arange(K) * T // K)[::-1] + offset
+    else:
+        chosen = np.round(T - np.arange(K) * (T / K)) - 1
+    return chosen.astype(np.int64)
+
+
 def _version(x: Tensor) -> int:
     """Return how often a tensor was written to in place; 0 for those of inference mode, which do not count it."""
     return 0 if x.is_inference() else x._version

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from ..data.tensors import ImageDataset, to_model_range
 from ..diffusion.likelihood import LikelihoodResult, bits_per_dim, stratified_bits_per_dim
 from ..diffusion.scheduling_ddpm import DDPMScheduler
 from ..pipelines.pipeline_ddpm import DDPMPipeline, evaluating
+from ..pipelines.schedulers import set_timesteps
 from ..sampling.shards import Rows, all_rows
 from ..utils.digests import digest, images_digest, weights_digest
 from ..utils.errors import UserError
@@ -26,9 +28,16 @@ from .report import EvaluationReport, describe_pipeline
 
 
 def evaluate_likelihood(
-    pipe: DDPMPipeline, data: ImageDataset, split: str, options: EvaluationOptions, rate_distortion: bool = False
+    pipe: DDPMPipeline,
+    data: ImageDataset,
+    split: str,
+    options: EvaluationOptions,
+    rate_distortion: bool = False,
+    steps: int | None = None,
 ) -> EvaluationReport:
     """Compute bits/dim of all images of a split under the model (the variational bound, Eq. 5).
+
+    With `steps` the model is its chain of so few steps, whose bound has as many terms: `bits_per_dim_<steps>_steps`.
 
     With `rate_distortion` also rate, distortion, L_T and the progressive lossy code (Section 4.3, Table 4, Figure 5),
     from the full sum only. Under `accelerate launch` every process evaluates a share, and all return the same report.
@@ -37,9 +46,16 @@ def evaluate_likelihood(
     if rate_distortion and K is not None:
         raise UserError("rate_distortion needs every term of the bound; leave out --num_evaluations")
     report = EvaluationReport(recorded_name(data.name), split, len(data))
-    rows = likelihood_rows(pipe, data, options)
+    timesteps = None
+    if steps is not None:
+        _check_has_likelihood(pipe)
+        set_timesteps(pipe.scheduler, steps)
+        timesteps = pipe.scheduler.timesteps.tolist()
+    rows = likelihood_rows(pipe, data, options, timesteps)
+    how = "full sum" if K is None else f"stratified, {K} evaluations per image"
     settings: dict[str, Any] = {
-        "estimator": "full sum" if K is None else f"stratified, {K} evaluations per image",
+        "estimator": how if steps is None else f"{how}, of the chain of {steps} steps",
+        **({} if steps is None else {"timesteps": timesteps}),
         "decoder": "tanh approximation of the official code",
         "split": split,
         "num_images": len(data),
@@ -48,21 +64,29 @@ def evaluate_likelihood(
         **describe_pipeline(pipe),
     }
     sampling_error = math.sqrt(rows["sampling_variance"].sum().item()) / len(data)
-    report.add("bits_per_dim", *mean_estimate(rows["total"]), settings, sampling_standard_error=sampling_error)
+    name = "bits_per_dim" if steps is None else f"bits_per_dim_{steps}_steps"
+    report.add(name, *mean_estimate(rows["total"]), settings, sampling_standard_error=sampling_error)
     if rate_distortion:
         full = LikelihoodResult(rows["total"], rows["prior"], rows["terms"].double(), rows["mse"].double())
         _add_rate_distortion(report, full, settings, options.output)
     return report
 
 
-def likelihood_rows(pipe: DDPMPipeline, data: ImageDataset, options: EvaluationOptions) -> Rows:
-    """Compute the bound of each of N images and its parts, in the images' order, whatever the number of processes.
-
-    Returns `total`, `prior` and `sampling_variance` `[N]` float64; for the full sum also `terms` and `mse` `[N, T]`.
-    Raises a UserError for a model without a likelihood, no images or images of another shape, or unknown labels.
-    """
+def _check_has_likelihood(pipe: DDPMPipeline) -> None:
     if not isinstance(pipe.scheduler, DDPMScheduler):
         raise UserError(f"the model was saved with a {type(pipe.scheduler).__name__}, which has no likelihood")
+
+
+def likelihood_rows(
+    pipe: DDPMPipeline, data: ImageDataset, options: EvaluationOptions, timesteps: Sequence[int] | None = None
+) -> Rows:
+    """Compute the bound of each of N images and its parts, in the images' order, whatever the number of processes.
+
+    `timesteps` are those of a shorter chain, of K terms instead of T. Returns `total`, `prior` and
+    `sampling_variance` `[N]` float64; for a full sum also `terms` and `mse` `[N, T]` (or `[N, K]`). Raises a UserError
+    for a model without a likelihood, no images or images of another shape, or unknown labels.
+    """
+    _check_has_likelihood(pipe)
     if not len(data):
         raise UserError(f"there are no images to evaluate on in {data.name!r}")
     pipe.check_images_fit(data)
@@ -70,6 +94,7 @@ def likelihood_rows(pipe: DDPMPipeline, data: ImageDataset, options: EvaluationO
     folder, K = None, options.num_evaluations
     if options.work_dir is not None:
         made_of = [weights_digest(pipe.unet), pipe.settings, images_digest(data), options.seed]
+        made_of += [] if timesteps is None else [timesteps]
         folder = options.work_dir / "likelihood" / digest(*made_of, K, None if labels is None else digest(labels))[:16]
     # a bar over few batches would hardly move; each of them has its own then
     bar_per_batch = options.progress and processes().is_main_process and len(data) <= 4 * options.batch_size
@@ -77,6 +102,7 @@ def likelihood_rows(pipe: DDPMPipeline, data: ImageDataset, options: EvaluationO
     def rows_of(ids: list[int]) -> Rows:
         x_0 = to_model_range(data.images[ids]).to(pipe.device)  # [B, C, H, W]
         common: dict[str, Any] = {"batch_size": options.batch_size, "seed": options.seed, "image_ids": ids}
+        common |= {} if timesteps is None else {"timesteps": timesteps}
         common |= {"progress": bar_per_batch, "class_labels": None if labels is None else labels[ids].to(pipe.device)}
         if K is not None:
             few = stratified_bits_per_dim(pipe.network, pipe.scheduler, x_0, num_evaluations=K, **common)

@@ -32,4 +32,9 @@ def save_optimal_variance(model: str | Path, pipe: DDPMPipeline, error: Tensor, 
     config = {**pipe.scheduler.config, **({"variance_type": "optimal"} if use else {})}
     scheduler = type(pipe.scheduler).from_config(config)
     scheduler.set_prediction_error(error)
+    save_scheduler(model, scheduler)
+
+
+def save_scheduler(model: str | Path, scheduler: Any) -> None:
+    """Write the scheduler's configuration into a saved pipeline."""
     write_text(Path(model) / "scheduler" / "scheduler_config.json", scheduler.to_json_string())

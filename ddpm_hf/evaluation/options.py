@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ..utils.files import default_cache_dir
 
@@ -17,6 +18,7 @@ class EvaluationOptions:
     likelihood_splits: Sequence[str] | None = None  # the first has the plain names; by default those held out
     num_images: int | None = None  # the first this many of each split; all for `None`
     num_evaluations: int | None = None  # of the network per image, for a stratified estimate; all T for `None`
+    likelihood_steps: int | None = None  # nll is the bound of the chain of so many steps; of all T for `None`
     # samples
     num_samples: int = 50_000
     sampler: str | None = None
@@ -25,6 +27,8 @@ class EvaluationOptions:
     num_inference_steps: int | None = None
     eta: float | None = None
     guidance_scale: float = 1.0
+    guidance_interval: Sequence[float] | None = None
+    epsilon_scale: float | Sequence[float] | None = None
     features: Sequence[str] | str = "inception"  # what images are compared by, see `features.make_extractor`; "a,b"
     inception_weights: str | Path | None = None
     # both
@@ -35,3 +39,9 @@ class EvaluationOptions:
     output: Path | None = None  # a folder for `report.json`, `report.md`, pictures and `work/`
     model_name: str | None = None
     progress: bool = False
+
+    @property
+    def chain(self) -> dict[str, Any]:
+        """What a call of `DDPMPipeline` takes of them."""
+        names = ("num_inference_steps", "eta", "guidance_scale", "guidance_interval", "epsilon_scale")
+        return {name: getattr(self, name) for name in names}

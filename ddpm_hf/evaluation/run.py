@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -126,16 +126,14 @@ def evaluate(
     for split in splits:
         with raise_on_all_ranks():
             data = first_images(sets[split], options.num_images)
-        # the bound is the ancestral process's; a distilled model has none, and is refused
-        bound_pipe = pipe if pipe.distilled_steps else with_sampler(pipe, "ddpm", options.variance_type)
-        part = evaluate_likelihood(bound_pipe, data, split, options, "rate_distortion" in metrics)
-        if split == main_split:
-            report.num_images = part.num_images
-        ending = "" if split == main_split else f"_{split}"  # the first split's numbers have the plain names
-        report.values |= {name + ending: value for name, value in part.values.items()}
-        report.settings |= {name + ending: value for name, value in part.settings.items()}
-        report.tables |= part.tables
-        report.pictures += part.pictures
+        for part in _likelihoods(pipe, data, split, metrics, options):
+            if split == main_split:
+                report.num_images = part.num_images
+            ending = "" if split == main_split else f"_{split}"  # the first split's numbers have the plain names
+            report.values |= {name + ending: value for name, value in part.values.items()}
+            report.settings |= {name + ending: value for name, value in part.settings.items()}
+            report.tables |= part.tables
+            report.pictures += part.pictures
     if for_samples:
         _evaluate_samples(report, sampling_pipe, sets, for_samples, extractors, options)
         report = from_first(report)
@@ -144,6 +142,21 @@ def evaluate(
             report.save(options.output / "report.json")
             write_text(options.output / "report.md", as_markdown(report))
     return report
+
+
+def _likelihoods(
+    pipe: DDPMPipeline, data: ImageDataset, split: str, metrics: Sequence[str], options: EvaluationOptions
+) -> Iterator[EvaluationReport]:
+    """Compute the bound of the chain of few steps, of all T, or of both, as the metrics and options say."""
+    steps, rate_distortion = options.likelihood_steps, "rate_distortion" in metrics
+    few = steps is not None and steps != pipe.scheduler.config.num_train_timesteps
+    # the bound is the ancestral process's; a distilled model has none, and is refused
+    if few and not pipe.distilled_steps and "nll" in metrics:
+        bound_pipe = with_sampler(pipe, "ddpm", options.variance_type, options.timestep_spacing)
+        yield evaluate_likelihood(bound_pipe, data, split, options, steps=steps)
+    if rate_distortion or not few or pipe.distilled_steps:
+        bound_pipe = pipe if pipe.distilled_steps else with_sampler(pipe, "ddpm", options.variance_type)
+        yield evaluate_likelihood(bound_pipe, data, split, options, rate_distortion)
 
 
 def _evaluate_samples(
@@ -182,8 +195,7 @@ def check_evaluation(
         raise UserError("no images to evaluate on")
     sampling_pipe = with_sampler(pipe, options.sampler, options.variance_type, options.timestep_spacing)
     if samples:
-        chosen = {name: getattr(options, name) for name in ("num_inference_steps", "eta", "guidance_scale")}
-        check_sampler(sampling_pipe, **chosen)
+        check_sampler(sampling_pipe, **options.chain)
     extractors = checked_extractors(pipe, sets, metrics, options) if metrics else []
     if metrics:  # features of real images are kept there
         usual = options.cache_dir == default_cache_dir()

@@ -97,12 +97,12 @@ def draw_samples(
     count or number of steps out of range, or classes that the network does not know.
     """
     count, seed, steps = options.num_samples, options.seed, pipe.checked_steps(options.num_inference_steps)
-    chain = {name: getattr(options, name) for name in ("num_inference_steps", "eta", "guidance_scale")}
     sampling: dict[str, Any] = {
         "sampler": type(pipe.scheduler).__name__,
+        **options.chain,
         "num_inference_steps": steps,
         "eta": checked_eta(pipe.scheduler, options.eta),
-        "guidance_scale": options.guidance_scale,
+        "guide": None if pipe.guide is None else weights_digest(pipe.guide.unet),
         "seed": seed,
         **describe_pipeline(pipe),
     }
@@ -118,7 +118,7 @@ def draw_samples(
         ids = [start + row for row in rows]
         with without_bar(pipe):
             classes = None if labels is None else [labels[i] for i in ids]
-            drawn: Any = pipe(seeds=[seed + i for i in ids], class_labels=classes, output_type="pt", **chain)
+            drawn: Any = pipe(seeds=[seed + i for i in ids], class_labels=classes, output_type="pt", **options.chain)
         pixels = drawn.images.float() * 255
         both = {"uint8": pixels.round().to(torch.uint8), "float": pixels}
         found: Rows = {} if start else {"images": both["uint8"]}

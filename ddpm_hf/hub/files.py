@@ -9,6 +9,7 @@ import shutil
 import tempfile
 import threading
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -161,25 +162,26 @@ def make_snapshot(folder: Path, token: str | None = None, weights: str = "ema") 
     return staging
 
 
+def facts_of_run(run: Path, name: str, state: Mapping[str, Any], step: int, raw: bool = False) -> CardFacts:
+    """Return `training_facts` of a run's weights, with what its configuration says, if that is there."""
+    from ..pipelines.checkpoints import CONFIG
+
+    config: dict[str, Any] = {}
+    with suppress(OSError, ValueError, yaml.YAMLError):  # a checkpoint that was copied elsewhere has none beside it
+        config = dict(yaml.safe_load((run / CONFIG).read_text(encoding="utf-8")))
+    given = {name: config.get(name) for name in ("dataset_name", "license")}
+    return training_facts(name, state, step, raw, **given)
+
+
 def _snapshot_of_checkpoint(folder: Path, token: str | None, weights: str) -> Path:
-    from ..pipelines.checkpoints import CONFIG, RAW, read_checkpoint
+    from ..pipelines.checkpoints import RAW, read_checkpoint
     from ..pipelines.pipeline_ddpm import DDPMPipeline
     from ..utils.processes import log
 
     checkpoint = read_checkpoint(folder, weights)
-    pipe, run, step = DDPMPipeline(*checkpoint.model()), checkpoint.path.parent, checkpoint.state["step"]
+    pipe, step = DDPMPipeline(*checkpoint.model()), checkpoint.state["step"]
     log(str(checkpoint))
-    config: dict[str, Any] = {}
-    with suppress(OSError, ValueError, yaml.YAMLError):  # a checkpoint that was copied elsewhere has none beside it
-        config = dict(yaml.safe_load((run / CONFIG).read_text(encoding="utf-8")))
-    facts = training_facts(
-        folder.resolve().name,
-        checkpoint.state,
-        step,
-        raw=checkpoint.file == RAW,
-        dataset_name=config.get("dataset_name"),
-        license=config.get("license"),
-    )
+    facts = facts_of_run(checkpoint.run, folder.resolve().name, checkpoint.state, step, checkpoint.file == RAW)
     staging = Path(tempfile.mkdtemp(prefix="ddpm-hf-push-"))
     try:
         pipe.save_pretrained(staging)

@@ -51,6 +51,7 @@ class ModelFacts:
     prediction_type: str
     classes: int | None
     first_class: str | int = 0
+    epsilon_scale: Mapping[str, Any] | None = None  # see `evaluation.epsilon_scaling.scaled_model`
     distilled_steps: int | None = None
 
     @classmethod
@@ -65,8 +66,8 @@ class ModelFacts:
         T, predicted = scheduler["num_train_timesteps"], scheduler.get("prediction_type", "epsilon")
         names = unet.get("_class_names") or [0]
         shape = unet["in_channels"], height, width
-        steps = unet.get("_distilled_steps")
-        return cls(shape, parameters, T, predicted, unet.get("num_class_embeds"), names[0], steps)
+        own = unet.get("_epsilon_scale"), unet.get("_distilled_steps")
+        return cls(shape, parameters, T, predicted, unet.get("num_class_embeds"), names[0], *own)
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,7 @@ from huggingface_hub import SpaceCard, SpaceCardData, constants
 from huggingface_hub.repocard import metadata_load
 from huggingface_hub.utils import get_session
 
-from ..utils.errors import UserError
-from ..utils.files import write_directory
+from ..utils.files import check_new_folder, write_directory
 from ..utils.hub_errors import open_repository
 from .files import CARD, check_opens, make_snapshot
 from .model_card import check_license
@@ -62,8 +61,7 @@ def write_space(
     `output` is not empty.
     """
     run, output = Path(run), Path(output)
-    if output.is_file() or (output.is_dir() and any(output.iterdir())):
-        raise UserError(f"--output {str(output)!r} is not empty; name another folder, or remove it first")
+    check_new_folder(output)
     check_repo_id(model_id or MODEL)
     check_license(license)
     snapshot = make_snapshot(run, token, weights)

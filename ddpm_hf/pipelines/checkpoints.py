@@ -187,6 +187,11 @@ class Checkpoint:
     weights: dict[str, Tensor]
     state: dict[str, Any]
 
+    @property
+    def run(self) -> Path:
+        """The folder that it lies in: its run's, unless it was copied elsewhere."""
+        return self.path.resolve().parent
+
     def __str__(self) -> str:
         kind = "EMA" if self.file == EMA else "raw"
         return f"{kind} weights of {self.path}, after {self.state['step']} updates"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,10 @@ from ..models.inference import InferenceNetwork, fill
 from ..utils.cuda_graphs import record, warm_up
 from ..utils.errors import UserError
 from ..utils.randomness import Generators, SeededNoise, normal_noise, standard_normal
-from .schedulers import feasible_etas, step_options
+from .adjustment import Adjustment, output_without_noise
+from .schedulers import feasible_etas, step_options, true_stride
+
+_UNCHANGED = Adjustment()
 
 
 @dataclass
@@ -41,11 +44,13 @@ class Denoiser:
         scheduler: Any,
         generator: Generators,
         labels: Tensor | None = None,
-        guidance_scale: float = 1.0,
+        adjustment: Adjustment = _UNCHANGED,
         eta: float | None = None,
     ):
         self.network, self.scheduler, self.generator = network, scheduler, generator
-        self.labels, self.guidance_scale = labels, guidance_scale
+        self.labels, self.adjustment = labels, adjustment
+        without_noise = output_without_noise(scheduler) if adjustment.scales else None
+        self._without_noise = None if without_noise is None else without_noise.to(network.device)
         self.dtype = network.dtype  # looked up once: it is searched for in all of the parameters
         # A learned variance is for the ancestral samplers only.
         learned = "learned" in (scheduler.config.get("variance_type") or "")
@@ -60,36 +65,47 @@ class Denoiser:
         on_device = timesteps.to(x_t.device)  # once, so that no step waits for the device
         if start and hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(start)
-        graph = self._captured(x_t, on_device)
+        stop = len(timesteps) if stop is None else min(stop, len(timesteps))
+        guided = [self.adjustment.guides(t) for t in timesteps.tolist()]
+        graphs = {now: self._captured(x_t, on_device, now) for now in sorted(set(guided[start:stop]))}
         x_0: Tensor | None
-        for index in range(start, len(timesteps) if stop is None else min(stop, len(timesteps))):
-            if graph is not None:
+        for index in range(start, stop):
+            if (graph := graphs[guided[index]]) is not None:
                 x_prev, x_0 = graph(index, x_t, self.labels, self.generator)
             else:
                 # Algorithm 2, line 4: eps_theta(x_t, t), then x_{t-1} from it and z
                 seen = scheduler.scale_model_input(x_t, timesteps[index])
-                output = self.predict(seen, on_device[index])
-                made = scheduler.step(output, timesteps[index], x_t, **self._options_at(index, x_t))
+                output = self.predict(seen, on_device[index], guided[index])
+                with true_stride(scheduler, index):
+                    made = scheduler.step(output, timesteps[index], x_t, **self._options_at(index, x_t))
                 x_prev, x_0 = made.prev_sample, getattr(made, "pred_original_sample", None)
             step = DenoisingStep(index, int(timesteps[index]), x_t, x_0, x_prev)
             yield step
             x_t = step.prev_sample
 
-    def predict(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """Return the network's output at x_t and one t, guided where that is asked for; float32, infinities as NaN."""
-        output = infinite_to_nan(self._guided(x_t.to(self.dtype), t).float())
-        return output if self._ancestral else output[:, : x_t.shape[1]]
+    def predict(self, x_t: Tensor, t: Tensor, guided: bool) -> Tensor:
+        """Return the network's output at x_t and one t, guided and scaled as requested; float32, infinities as NaN."""
+        output = infinite_to_nan(self._guided(x_t.to(self.dtype), t, guided).float())
+        output = output if self._ancestral else output[:, : x_t.shape[1]]
+        return self.adjustment.scaled(output, x_t, t, self._without_noise)
 
-    def _guided(self, x_t: Tensor, t: Tensor) -> Tensor:
-        if self.labels is None or self.guidance_scale == 1:
-            return self.network(x_t, t, class_labels=self.labels).sample
-        no_class = torch.full_like(self.labels, self.network.config["_null_class"])
-        both = self.network(torch.cat([x_t, x_t]), t, class_labels=torch.cat([self.labels, no_class])).sample
-        with_class, without = both.chunk(2)
+    def _guided(self, x_t: Tensor, t: Tensor, guided: bool) -> Tensor:
+        guide, labels, channels = self.adjustment.guide, self.labels, x_t.shape[1]
+        if guided and guide is not None:
+            # Karras et al. 2024 (arXiv 2406.02507): D_guide + w (D - D_guide)
+            better = self.network(x_t, t, class_labels=labels).sample.float()
+            known = labels if guide.config.num_class_embeds is not None else None
+            worse = guide(x_t.to(guide.dtype), t, class_labels=known).sample.float()
+        elif guided and labels is not None:
+            no_class = torch.full_like(labels, self.network.config["_null_class"])
+            both = self.network(torch.cat([x_t, x_t]), t, class_labels=torch.cat([labels, no_class])).sample
+            better, worse = both.chunk(2)
+        else:
+            return self.network(x_t, t, class_labels=labels).sample
         # Ho & Salimans 2022, Eq. 6, with guidance_scale = 1 + w; a learned variance is not guided
-        guided = without + self.guidance_scale * (with_class - without)
-        channels = x_t.shape[1]
-        return torch.cat([guided[:, :channels], with_class[:, channels:]], dim=1)
+        scale, predicted = self.adjustment.guidance_scale, worse[:, :channels]
+        predicted = predicted + scale * (better[:, :channels] - predicted)
+        return torch.cat([predicted, better[:, channels:]], dim=1)
 
     def _options_at(self, index: int, x_t: Tensor) -> dict[str, Any]:
         """Return the scheduler's options for one step."""
@@ -98,7 +114,7 @@ class Denoiser:
             options["variance_noise"] = standard_normal(x_t.shape, self.generator, x_t.device, x_t.dtype)
         return options
 
-    def _captured(self, x_t: Tensor, timesteps: Tensor) -> CapturedSteps | None:
+    def _captured(self, x_t: Tensor, timesteps: Tensor, guided: bool) -> CapturedSteps | None:
         """Return the chain's step as a graph, where the network's options ask for it and the scheduler is ours."""
         network, scheduler = self.network, self.scheduler
         if not (isinstance(network, InferenceNetwork) and network.options.captured and len(x_t)):
@@ -108,8 +124,8 @@ class Denoiser:
         seeded = isinstance(self.generator, SeededNoise)
         tables = tuple(scheduler.timesteps.tolist()), tuple(scheduler.alphas_cumprod.tolist())
         size = network.batch_size(len(x_t)), *x_t.shape[1:]
-        key = size, self.labels is None, self.guidance_scale, seeded, scheduler.to_json_string(), tables
-        return network.captured(key, lambda: CapturedSteps(self, network, x_t, timesteps))
+        key = size, self.labels is None, self.adjustment, guided, seeded, scheduler.to_json_string(), tables
+        return network.captured(key, lambda: CapturedSteps(self, network, x_t, timesteps, guided))
 
 
 class CapturedSteps:
@@ -118,7 +134,9 @@ class CapturedSteps:
     What changes lies in tensors that keep their place. Noise of generators, with their own order, is drawn outside.
     """
 
-    def __init__(self, denoiser: Denoiser, network: InferenceNetwork, x_t: Tensor, timesteps: Tensor):
+    def __init__(
+        self, denoiser: Denoiser, network: InferenceNetwork, x_t: Tensor, timesteps: Tensor, guided: bool = False
+    ):
         self._scheduler = scheduler = copy.deepcopy(denoiser.scheduler)  # the graph reads its tables
         self._size = network.batch_size(len(x_t))
         device = x_t.device
@@ -128,7 +146,10 @@ class CapturedSteps:
         self._index = torch.zeros(1, dtype=torch.int64, device=device)
         self._seeds, self._draws = torch.zeros(2, self._size, dtype=torch.int64, device=device).unbind()
         seeded = isinstance(denoiser.generator, SeededNoise)
-        inside = Denoiser(network.uncaptured(), scheduler, None, self._labels, denoiser.guidance_scale)
+        guide = denoiser.adjustment.guide
+        guide = guide.uncaptured() if isinstance(guide, InferenceNetwork) else guide
+        adjustment = replace(denoiser.adjustment, guide=guide)
+        inside = Denoiser(network.uncaptured(), scheduler, None, self._labels, adjustment)
         # One kernel, where there is a compiler, instead of about a hundred.
         compiled = network.options.compiled and device.type == "cuda"
         normal = torch.compile(normal_noise, dynamic=False) if compiled else normal_noise
@@ -138,7 +159,7 @@ class CapturedSteps:
             t = timesteps[self._index]
             if seeded:
                 self._noise.copy_(normal(self._seeds, self._draws[None], x_t[0].numel()).view_as(self._noise))
-            self._made = scheduler.step(inside.predict(self._x_t, t), t, self._x_t, _Given(self._noise))
+            self._made = scheduler.step(inside.predict(self._x_t, t, guided), t, self._x_t, _Given(self._noise))
 
         warm_up(run, device)
         self._graph = record(run, device)

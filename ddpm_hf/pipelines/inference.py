@@ -22,5 +22,6 @@ def optimize_for_inference(
     if options is None:
         own = {dtype: name for name, dtype in PRECISIONS.items()}.get(pipe.unet.dtype, "fp32")
         options = InferenceOptions.for_device(pipe.unet.device, precision or own, compile)
-    pipe.network = InferenceNetwork(pipe.unet, options)
+    for one in filter(None, (pipe, pipe.guide)):
+        one.network = InferenceNetwork(one.unet, options)
     return options

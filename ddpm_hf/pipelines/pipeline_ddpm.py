@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,10 +24,11 @@ from ..utils.errors import NotFiniteError, UserError
 from ..utils.hub_errors import INDEX, PrivateByDefault, check_pipeline, retried
 from ..utils.processes import log
 from ..utils.randomness import NOISE_OF_SEEDS, Generators, standard_normal
+from .adjustment import Adjustment, check_guide
 from .checkpoints import newer_checkpoint, read_checkpoint
 from .denoising import Denoiser, DenoisingStep, check_repaint, repaint
 from .inputs import count_and_generators, images_in_model_range, mask_of, one_per_image
-from .schedulers import DISTILLED_STEPS, checked_eta, checked_steps, set_timesteps
+from .schedulers import BEST, DISTILLED_STEPS, checked_eta, checked_steps, set_timesteps
 
 # Arguments of from_pretrained that say where on the Hub, or how to read it: a checkpoint has no use for them.
 _OF_REPOSITORIES = {"cache_dir", "force_download", "local_files_only", "low_cpu_mem_usage", "proxies", "revision"}
@@ -50,6 +51,9 @@ class DDPMPipeline(PortableConfigMixin, PrivateByDefault, StockDDPMPipeline):
     scheduler: Any
     _callback_tensor_inputs: ClassVar = ["image", "pred_original_sample"]
     _interrupt = False
+    # A worse model of the same images, such as an earlier checkpoint or a smaller network, for autoguidance (Karras et
+    # al. 2024): with `guidance_scale` w, a step takes D_guide + w (D - D_guide). Not saved with the pipeline.
+    guide: DDPMPipeline | None = None
 
     def __init__(self, unet: UNet2DModel, scheduler: Any):
         super().__init__(unet=unet, scheduler=scheduler)
@@ -134,8 +138,9 @@ class DDPMPipeline(PortableConfigMixin, PrivateByDefault, StockDDPMPipeline):
         checkpoint = read_checkpoint(folder, weights)
         unet, scheduler = checkpoint.model()
         log(str(checkpoint))
-        dtype = options.get("dtype", options.get("torch_dtype"))
-        if isinstance(dtype, torch.dtype):
+        if (dtype := options.get("dtype", options.get("torch_dtype"))) is not None:
+            if not isinstance(dtype, torch.dtype):
+                raise UserError(f"dtype of a checkpoint must be one such as torch.float16, got {dtype!r}")
             torch.nn.Module.to(unet, dtype)  # diffusers' own warns
         return cls(options.get("unet", unet), options.get("scheduler", scheduler))
 
@@ -186,6 +191,8 @@ class DDPMPipeline(PortableConfigMixin, PrivateByDefault, StockDDPMPipeline):
             {k: v for k, v in part.config.items() if not k.startswith("_") or k == "_prediction_error"}
             for part in (self.unet, self.scheduler)
         )
+        if self.scheduler.config.get("_timestep_spacing") == BEST:
+            scheduler |= {"timestep_spacing": BEST, "timesteps": self.scheduler.config.get("_timesteps")}
         dtype, sampler = str(self.network.dtype).removeprefix("torch."), type(self.scheduler).__name__
         return {"unet": unet, "dtype": dtype, "sampler": sampler, "noise": NOISE_OF_SEEDS, "scheduler": scheduler}
 
@@ -210,6 +217,8 @@ class DDPMPipeline(PortableConfigMixin, PrivateByDefault, StockDDPMPipeline):
         seeds: Iterable[int] | None = None,
         class_labels: ClassLabels = None,
         guidance_scale: float = 1.0,
+        guidance_interval: tuple[float, float] | None = None,
+        epsilon_scale: float | tuple[float, float] | None = None,
         eta: float | None = None,
         image: Any = None,
         strength: float | None = None,
@@ -233,6 +242,10 @@ class DDPMPipeline(PortableConfigMixin, PrivateByDefault, StockDDPMPipeline):
                 number (`data.class_labels`); `None` is "no class".
             guidance_scale: Classifier-free guidance (Ho & Salimans 2022): 1 samples the class as it was learned,
                 more exaggerates it, at two network evaluations per step. Needs a network trained with class dropout.
+                With a `guide`, the weight of autoguidance instead: 0 is the guide, 1 the model, 2 as far again.
+            guidance_interval: The timesteps `(low, high)` that are guided, both included; all by default.
+            epsilon_scale: Epsilon scaling (Ning et al. 2024): b, or b and k; the predicted epsilon, whatever the
+                network predicts it by, is divided by k t + b.
             eta: For DDIM: 0 is deterministic, 1 as random as the ancestral sampler. By default the scheduler's own.
             image: Start from this image instead of noise: a PIL image (scaled and cropped to fit), an array `[H, W,
                 C]` or a tensor `[C, H, W]` in [0, 1], or a batch or list of them. Needs `strength` or `mask_image`.
@@ -276,7 +289,8 @@ class DDPMPipeline(PortableConfigMixin, PrivateByDefault, StockDDPMPipeline):
                 mask = mask_of(mask_image, self.image_shape, batch_size).to(device)
         elif strength is not None or mask_image is not None:
             raise UserError("strength and mask_image go with an image; pass image=")
-        denoiser = self._denoiser(source, batch_size, class_labels, guidance_scale, eta)
+        adjust = {"guidance_interval": guidance_interval, "epsilon_scale": epsilon_scale}
+        denoiser = self._denoiser(source, batch_size, class_labels, guidance_scale, eta, **adjust)
         x_t = torch.empty(0, *self.image_shape)
         if batch_size:
             from_noise = mask is not None and start == 0
@@ -295,7 +309,7 @@ class DDPMPipeline(PortableConfigMixin, PrivateByDefault, StockDDPMPipeline):
     ) -> Tensor:
         """Take the steps, with a bar and the user's callback after each, and return x_0."""
         self._interrupt = False
-        with evaluating(self.unet), self.progress_bar(total=total) as bar:
+        with self._evaluating(), self.progress_bar(total=total) as bar:
             for step in steps:
                 if callback is not None:
                     tensors = {"image": step.prev_sample, "pred_original_sample": step.pred_original_sample}
@@ -334,7 +348,9 @@ class DDPMPipeline(PortableConfigMixin, PrivateByDefault, StockDDPMPipeline):
             what = "image needs strength (the share of the chain to go back) or a mask_image"
             raise UserError(f"{what}; strength must be between 0 and 1, got {strength}")
         steps = len(self.scheduler.timesteps)
-        return steps - min(round(steps * strength), steps)
+        start = steps - min(round(steps * strength), steps)
+        # second-order solvers come to their timesteps twice, and start with the step that is taken from one
+        return start if start == steps else start - start % getattr(self.scheduler, "order", 1)
 
     def _noisy_start(self, source: Generators, batch_size: int, image: Tensor | None = None, start: int = 0) -> Tensor:
         """Return x_T; where an image is given, that image with the noise of the chain's timestep number `start`."""
@@ -354,23 +370,41 @@ class DDPMPipeline(PortableConfigMixin, PrivateByDefault, StockDDPMPipeline):
 
         x_t is `[B, C, H, W]` float32, noisy as at `scheduler.timesteps[start]`. A step's `prev_sample` may be
         replaced; the next one starts from there. `options` are `num_inference_steps`, `class_labels`,
-        `guidance_scale` and `eta`, as in `__call__`.
+        `guidance_scale`, `guidance_interval`, `epsilon_scale` and `eta`, as in `__call__`.
         """
         set_timesteps(self.scheduler, self.checked_steps(options.pop("num_inference_steps", None)))
         denoiser = self._denoiser(generator, len(x_t), **options)
-        with evaluating(self.unet):
+        with self._evaluating():
             yield from denoiser.steps(x_t, start, stop)
 
+    def _evaluating(self) -> AbstractContextManager[None]:
+        return evaluating(self.unet, *([] if self.guide is None else [self.guide.unet]))
+
     def _denoiser(
-        self, generator: Generators, count: int, class_labels: Any = None, guidance_scale: float = 1.0, eta: Any = None
+        self,
+        generator: Generators,
+        count: int,
+        class_labels: Any = None,
+        guidance_scale: float = 1.0,
+        eta: Any = None,
+        **adjust: Any,
     ) -> Denoiser:
         """Return what takes steps down the chain that is set, with its options checked."""
-        if self.distilled_steps and (eta or guidance_scale != 1):
-            raise UserError("a distilled model takes no eta and no guidance_scale, which was for ddpm-hf distill")
+        if self.distilled_steps and (eta or guidance_scale != 1 or any(adjust.values())):
+            what = f"a distilled model takes no {', '.join(['eta', 'guidance_scale', *adjust])}"
+            raise UserError(f"{what}: the teacher is guided, by ddpm-hf distill --guidance_scale")
         checked_eta(self.scheduler, eta)
-        labels = self.classes.checked(class_labels, guidance_scale, count)
+        guide, T = self.guide, self.scheduler.config.num_train_timesteps
+        if guide is not None:
+            check_guide(self, guide)
+            guide.to(self._execution_device)
+        adjustment = Adjustment.checked(T, guidance_scale, guide=None if guide is None else guide.network, **adjust)
+        if adjustment.scales and (done := self.unet.config.get("_epsilon_scale")) is not None:
+            what = f"this network's epsilon is divided by {done['b']:g} already"
+            raise UserError(f"{what}; leave epsilon_scale out, or take the model that it was made from")
+        labels = self.classes.checked(class_labels, 1.0 if guide is not None else guidance_scale, count)
         labels = None if labels is None else labels.to(self._execution_device)
-        return Denoiser(self.network, self.scheduler, generator, labels, guidance_scale, eta)
+        return Denoiser(self.network, self.scheduler, generator, labels, adjustment, eta)
 
     def progressive(
         self, batch_size: int | None = None, generator: Generators = None, *, seeds: Any = None, **options: Any
@@ -422,14 +456,16 @@ def _push(folder: Any, repo_id: str, private: bool | None = None, **options: Any
 
 
 @contextmanager
-def evaluating(module: torch.nn.Module) -> Iterator[None]:
-    """Keep the module in evaluation mode (no dropout) inside, and as it was afterwards."""
-    was_training = module.training
-    module.eval()
+def evaluating(*modules: torch.nn.Module) -> Iterator[None]:
+    """Keep modules in evaluation mode (no dropout) inside, and as they were afterwards."""
+    were_training = [module.training for module in modules]
+    for module in modules:
+        module.eval()
     try:
         yield
     finally:
-        module.train(was_training)
+        for module, was_training in zip(modules, were_training, strict=True):
+            module.train(was_training)
 
 
 @contextmanager

@@ -2,17 +2,22 @@
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from fractions import Fraction
 from typing import Any
 
 import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_ddim_cogvideox import CogVideoXDDIMScheduler
 from diffusers.schedulers.scheduling_ddim_parallel import DDIMParallelScheduler
+from diffusers.schedulers.scheduling_deis_multistep import DEISMultistepScheduler
+from diffusers.schedulers.scheduling_sasolver import SASolverScheduler
+from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 from diffusers.utils import logging
 
 from ..diffusion.scheduling_ddpm import DDPMScheduler, vanished
-from ..diffusion.tables import number_of_steps
+from ..diffusion.tables import number_of_steps, spaced_timesteps
 from ..utils.errors import UserError
 from ..utils.randomness import Generators, SeededNoise
 
@@ -20,6 +25,10 @@ logger = logging.get_logger(__name__)
 
 # Stock's schedulers whose every step is T // K timesteps long, wherever their timesteps lead.
 _FIXED_STRIDE = (DDIMScheduler, DDIMParallelScheduler, CogVideoXDDIMScheduler)
+# Those that read their noise levels from `sigmas`, one for each timestep and one for the end.
+_BY_SIGMAS = (UniPCMultistepScheduler, DEISMultistepScheduler, SASolverScheduler)
+_END = 1e-4  # a noise level that is no longer seen in pixels, where 0 would be divided by
+BEST = "best"  # the spacing of timesteps that were chosen for the model, and saved with it
 # More than stock's DDIM loses by rounding in float32, near 1; its root, 7e-4, is a tenth of a pixel value.
 _ROUNDING = 2.0**-21
 _warned_of_a_late_start = False
@@ -64,31 +73,119 @@ def checked_steps(scheduler: Any, num_inference_steps: int | None) -> int:
 
 
 def set_timesteps(scheduler: Any, steps: int) -> None:
-    """Set the chain's timesteps; a UserError refuses numbers of steps that stock rounds to chains without an image."""
-    scheduler.set_timesteps(steps)
-    config, timesteps, alpha_bar = scheduler.config, scheduler.timesteps, scheduler.alphas_cumprod
-    T, first, name = config.num_train_timesteps, int(timesteps[0]), type(scheduler).__name__
-    late = alpha_bar[first].item() ** 0.5 > max(0.1, 2 * alpha_bar[-1].item() ** 0.5)
+    """Set the chain's timesteps, for all of stock's samplers too.
+
+    Where stock rounds `steps` to a chain without an image, the same spacing is computed without its rounding. Where
+    the spacing itself starts too late, `trailing` takes its place if nobody chose the spacing (`with_sampler`);
+    otherwise a UserError says so.
+    """
+    config, T = scheduler.config, scheduler.config.num_train_timesteps
+    chosen, wrong = config.get("_timestep_spacing"), None
+    if chosen == BEST:
+        use_timesteps(scheduler, best_timesteps(scheduler, steps))
+    else:
+        scheduler.set_timesteps(steps)
     if isinstance(scheduler, DDPMScheduler):
-        global _warned_of_a_late_start
-        if late and not _warned_of_a_late_start:  # as stock does it, so it is not refused
-            _warned_of_a_late_start = True
-            where = f"at t={first}, where the network expects a part of the image"
-            logger.warning(f"{steps} steps start from pure noise {where}; better: timestep_spacing='trailing'")
+        _warn_of_a_late_start(scheduler)
         return
-    vanishes = alpha_bar[first] == 0 or (config.get("rescale_betas_zero_snr") and first == T - 1)
+    if chosen != BEST and (wrong := _what_is_wrong(scheduler)) and takes_timesteps(scheduler):
+        for spacing in (config.timestep_spacing, *(["trailing"] if chosen == "any" else [])):
+            use_timesteps(scheduler, spaced_timesteps(T, steps, spacing, config.get("steps_offset", 0)).tolist())
+            if not (wrong := _what_is_wrong(scheduler)):
+                break
+    first = int(scheduler.timesteps[0])
+    vanishes = scheduler.alphas_cumprod[first] == 0 or (config.get("rescale_betas_zero_snr") and first == T - 1)
     if vanishes and config.get("prediction_type") == "epsilon":  # stock divides by 0, and clips what comes of it
         raise UserError(vanished(first, "epsilon"))
+    if wrong:
+        how = "--timestep_spacing trailing, in Python timestep_spacing='trailing'"
+        raise UserError(f"{type(scheduler).__name__} {wrong} with {steps} steps; use {how}")
+
+
+def _what_is_wrong(scheduler: Any) -> str | None:
+    """Return why the timesteps that are set make no image, in words."""
+    timesteps, order = scheduler.timesteps, getattr(scheduler, "order", 1)
+    if _starts_late(scheduler):
+        return f"starts from noise at t={int(timesteps[0])}"
     # PNDM and second-order solvers evaluate some timesteps twice on purpose.
-    once = getattr(scheduler, "order", 1) == 1 and "PNDM" not in name
-    repeated = once and len(timesteps.unique()) < len(timesteps)
-    uneven = isinstance(scheduler, _FIXED_STRIDE) and (timesteps.diff() != -(T // steps)).any()
-    if late or repeated or uneven:
-        what = f"takes each of {steps} steps to be {T // steps} of the {T} timesteps long, where they are not"
-        what = "comes to the same timestep twice" if repeated else what
-        what = f"starts from noise at t={first}" if late else what
-        advice = f"use timestep_spacing='trailing', and a number of steps that divides {T}"
-        raise UserError(f"{name} {what} with {steps} steps; {advice}")
+    once = order == 1 and "PNDM" not in type(scheduler).__name__
+    ends_twice = isinstance(scheduler, _BY_SIGMAS) and scheduler.sigmas[-1] == scheduler.sigmas[-2]
+    if once and (len(timesteps.unique()) < len(timesteps) or ends_twice):
+        return "comes to the same timestep twice"
+    # np.arange(T, 0, -T / K), stock's `trailing`, has one value too many for some K
+    return "steps beyond the data" if timesteps.min() < 0 else None
+
+
+def _starts_late(scheduler: Any) -> bool:
+    """Return whether the chain starts from pure noise where the network expects a part of the image."""
+    alpha_bar = scheduler.alphas_cumprod
+    return alpha_bar[int(scheduler.timesteps[0])].item() ** 0.5 > max(0.1, 2 * alpha_bar[-1].item() ** 0.5)
+
+
+def _warn_of_a_late_start(scheduler: Any) -> None:
+    """Warn once: stock does it, so it is not refused."""
+    global _warned_of_a_late_start
+    if not _warned_of_a_late_start and _starts_late(scheduler):
+        _warned_of_a_late_start = True
+        where = f"at t={int(scheduler.timesteps[0])}, where the network expects a part of the image"
+        better = "better: --timestep_spacing trailing, in Python timestep_spacing='trailing'"
+        logger.warning(f"{len(scheduler.timesteps)} steps start from pure noise {where}; {better}")
+
+
+def takes_timesteps(scheduler: Any) -> bool:
+    """Return whether `use_timesteps` can give the scheduler its timesteps."""
+    named = "timesteps" in inspect.signature(scheduler.set_timesteps).parameters
+    return named or isinstance(scheduler, (*_FIXED_STRIDE, *_BY_SIGMAS))
+
+
+def use_timesteps(scheduler: Any, timesteps: Sequence[int]) -> None:
+    """Make falling `timesteps` the chain of a scheduler; also of stock's that have no argument for them."""
+    if not takes_timesteps(scheduler):
+        raise UserError(f"{type(scheduler).__name__} takes no timesteps; use the ddpm, ddim or dpmsolver++ sampler")
+    if "timesteps" in inspect.signature(scheduler.set_timesteps).parameters:
+        scheduler.set_timesteps(timesteps=list(timesteps))
+        return
+    scheduler.set_timesteps(len(timesteps))
+    scheduler.timesteps, scheduler.num_inference_steps = torch.tensor(timesteps), len(timesteps)
+    if isinstance(scheduler, _BY_SIGMAS):
+        alpha_bar = scheduler.alphas_cumprod[scheduler.timesteps].double()
+        sigmas = ((1 - alpha_bar) / alpha_bar).sqrt().float()
+        end = scheduler.sigmas[-1:]  # the level of t = 0, or 0
+        scheduler.sigmas = torch.cat([sigmas, end if end < sigmas[-1] else end.new_tensor([_END])])
+
+
+def best_timesteps(scheduler: Any, steps: int) -> list[int]:
+    """Return the timesteps that `ddpm-hf best_timesteps` saved for this number; a UserError where it saved none."""
+    saved = scheduler.config.get("_timesteps") or {}
+    if (timesteps := saved.get(str(steps))) is None:
+        there = f"it has those for {', '.join(saved)} steps" if saved else "it has none"
+        advice = f"run ddpm-hf best_timesteps --num_inference_steps {steps}"
+        raise UserError(
+            f"timestep_spacing='best' takes timesteps saved with the model for {steps} steps; {there}: {advice}"
+        )
+    return list(timesteps)
+
+
+@contextmanager
+def true_stride(scheduler: Any, index: int) -> Iterator[None]:
+    """Let stock's DDIM go from its timestep number `index` to the next one (Song et al. 2021, Eq. 12).
+
+    It goes T // num_inference_steps down, wherever its timesteps lead; with T / stride as a fraction, the stride.
+    """
+    if not isinstance(scheduler, _FIXED_STRIDE):
+        yield
+        return
+    steps, stride = scheduler.num_inference_steps, -int(_next_timesteps(scheduler)[index] - scheduler.timesteps[index])
+    scheduler.num_inference_steps = Fraction(scheduler.config.num_train_timesteps, stride)
+    try:
+        yield
+    finally:
+        scheduler.num_inference_steps = steps
+
+
+def _next_timesteps(scheduler: Any) -> torch.Tensor:
+    """Return where each step leads, `[K]`; -1 is the data."""
+    return torch.cat([scheduler.timesteps[1:], scheduler.timesteps.new_tensor([-1])])
 
 
 def checked_eta(scheduler: Any, eta: float | None) -> float:
@@ -109,8 +206,7 @@ def feasible_etas(scheduler: Any, eta: float) -> list[float]:
     There sigma^2 = 1 - alpha_bar_prev (Song et al. 2021, Eq. 16 at eta = 1), and stock takes the root of the
     difference of the two, which rounding makes negative.
     """
-    t = scheduler.timesteps.cpu()
-    previous = t - scheduler.config.num_train_timesteps // len(t)
+    t, previous = scheduler.timesteps.cpu(), _next_timesteps(scheduler).cpu()
     alpha_bar = scheduler.alphas_cumprod.double().cpu()
     now, then = alpha_bar[t], alpha_bar[previous.clamp(min=0)]
     then = torch.where(previous >= 0, then, float(scheduler.final_alpha_cumprod))

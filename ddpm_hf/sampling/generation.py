@@ -13,7 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from diffusers.schedulers.scheduling_deis_multistep import DEISMultistepScheduler
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+from diffusers.schedulers.scheduling_heun_discrete import HeunDiscreteScheduler
+from diffusers.schedulers.scheduling_sasolver import SASolverScheduler
 from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -23,7 +26,7 @@ from ..diffusion.noise_schedule import check_choice
 from ..diffusion.scheduling_ddpm import TIMESTEP_SPACINGS, DDPMScheduler
 from ..pipelines.inputs import one_per_image
 from ..pipelines.pipeline_ddpm import DDPMPipeline, without_bar
-from ..pipelines.schedulers import check_is_ddpm, checked_eta
+from ..pipelines.schedulers import BEST, check_is_ddpm, checked_eta, set_timesteps
 from ..utils.digests import digest, weights_digest
 from ..utils.errors import NotFiniteError, UserError, in_one_line
 from ..utils.files import write_text, write_whole
@@ -38,6 +41,9 @@ _SAMPLERS: dict[str, tuple[Any, dict[str, Any]]] = {  # the scheduler's class, a
     "ddim": (DDIMScheduler, {}),
     "dpmsolver++": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++", "variance_type": None}),
     "unipc": (UniPCMultistepScheduler, {}),
+    "heun": (HeunDiscreteScheduler, {}),
+    "deis": (DEISMultistepScheduler, {}),
+    "sa_solver": (SASolverScheduler, {"variance_type": None}),
 }
 SAMPLERS = tuple(_SAMPLERS)
 
@@ -74,11 +80,14 @@ def with_sampler(
 
     Args:
         pipe: The network, with the scheduler that it was trained with, whose betas and settings are kept.
-        sampler: `ddpm` (Algorithm 2), `ddim` (Song et al. 2021), `dpmsolver++` (Lu et al. 2022) or `unipc` (Zhao et
-            al. 2023); all clip the predicted x_0 if the pipeline's scheduler does. By default `ddpm`, and for a
-            distilled model its own, the only one it has.
+        sampler: `ddpm` (Algorithm 2), `ddim` (Song et al. 2021), `dpmsolver++` (Lu et al. 2022), `unipc` (Zhao et
+            al. 2023), `heun` (Karras et al. 2022; K steps are 2K - 1 network evaluations), `deis` (Zhang & Chen 2023)
+            or `sa_solver` (Xue et al. 2023; random); all clip the predicted x_0 if the pipeline's scheduler does.
+            By default `ddpm`; a distilled model has its own, and no other.
         variance_type: For `ddpm`: another variance than the pipeline's, of those that need no other network.
-        timestep_spacing: Which timesteps a short chain takes: `leading`, `linspace` or `trailing`.
+        timestep_spacing: Which timesteps a short chain takes: `leading`, `linspace`, `trailing`, or `best` for those
+            that `ddpm-hf best_timesteps` saved. By default the scheduler's own; samplers but `ddpm` take `trailing`
+            where that one starts too late.
     """
     if pipe.distilled_steps:
         if sampler or variance_type or timestep_spacing:
@@ -89,11 +98,12 @@ def with_sampler(
     if sampler == "ddpm" and isinstance(pipe.scheduler, DDPMScheduler) and not (variance_type or timestep_spacing):
         return pipe
     check_is_ddpm(pipe.scheduler)
-    config = pipe.scheduler.config
+    # with what is this class's default, which another class may have another default for
+    config = {name: value for name, value in pipe.scheduler.config.items() if name != "_use_default_values"}
     kind, settings = _SAMPLERS[sampler][0], dict(_SAMPLERS[sampler][1])
     if sampler != "ddpm" and config.get("prediction_type") == "posterior_mean":
         raise UserError(f"this network predicts the posterior's mean, which {sampler} cannot use; use ddpm")
-    if config.get("clip_sample", True) and sampler in ("dpmsolver++", "unipc"):
+    if config.get("clip_sample", True) and sampler in ("dpmsolver++", "unipc", "deis", "sa_solver"):
         settings |= _SOLVER_CLIPPING
     if variance_type is not None:
         trained = config.get("variance_type") or "fixed_small"
@@ -104,10 +114,14 @@ def with_sampler(
             raise UserError(f"variance_type={variance_type!r} {what}")
         settings["variance_type"] = variance_type
     if timestep_spacing is not None:
-        check_choice("timestep_spacing", timestep_spacing, TIMESTEP_SPACINGS)
-        settings["timestep_spacing"] = timestep_spacing
-    made = DDPMPipeline(pipe.unet, kind.from_config(config, **settings))
-    made.network = pipe.network
+        check_choice("timestep_spacing", timestep_spacing, (*TIMESTEP_SPACINGS, BEST))
+        if timestep_spacing != BEST:
+            settings["timestep_spacing"] = timestep_spacing
+    scheduler = kind.from_config(config, **settings)
+    spacing = timestep_spacing or (None if sampler == "ddpm" else "any")
+    scheduler.register_to_config(_timestep_spacing=spacing)
+    made = DDPMPipeline(pipe.unet, scheduler)
+    made.network, made.guide = pipe.network, pipe.guide
     return made
 
 
@@ -144,14 +158,15 @@ def generate(
         progress: One progress bar over all steps of all batches.
         class_labels: One per seed, for class-conditional networks.
         image, mask_image: Start from these, `[n, C, H, W]` uint8 and `[n, 1, H, W]` bool; one, or one per seed.
-        options: `num_inference_steps`, `guidance_scale`, `eta`, `strength`, `resample_length` and `resample_times` of
-            `DDPMPipeline`. Counts that disagree raise a UserError.
+        options: `num_inference_steps`, `guidance_scale`, `guidance_interval`, `epsilon_scale`, `eta`, `strength`,
+            `resample_length` and `resample_times` of `DDPMPipeline`. Counts that disagree raise a UserError.
     """
     if batch_size < 1:
         raise UserError(f"batch_size must be at least 1, got {batch_size}")
     if class_labels is not None:
         _check_labels(class_labels, seeds)
-    steps = pipe.checked_steps(options.get("num_inference_steps"))  # before a progress bar is shown
+    set_timesteps(pipe.scheduler, pipe.checked_steps(options.get("num_inference_steps")))
+    steps = len(pipe.scheduler.timesteps)  # what is wrong is said before a progress bar is shown
     strength = options.get("strength")
     if strength is not None and 0 <= strength <= 1:  # the pipeline refuses others
         steps = round(steps * strength)
@@ -308,6 +323,8 @@ def _claim(folder: Path, has_images: bool, pipe: DDPMPipeline, seeds: Sequence[i
         **json.loads(json.dumps(pipe.settings)),
         "num_inference_steps": pipe.checked_steps(options.get("num_inference_steps")),
         "guidance_scale": options.get("guidance_scale", 1.0),
+        **{name: options.get(name) for name in ("guidance_interval", "epsilon_scale")},
+        "guide": None if pipe.guide is None else weights_digest(pipe.guide.unet),
         "eta": checked_eta(pipe.scheduler, options.get("eta")),
         "strength": options.get("strength"),
         **{name: options.get(name, default) if inpainting else None for name, default in _RESAMPLE.items()},

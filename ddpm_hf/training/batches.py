@@ -4,8 +4,6 @@ Everything is drawn for the whole batch of the update and then cut into micro-ba
 depend on how it is cut, and a resumed run continues as if it had never stopped.
 """
 
-from __future__ import annotations
-
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -46,20 +44,14 @@ class Batches:
         self._reader.shutdown(cancel_futures=True)
 
     def micro_batch(self, step: int, micro: int, draws: dict[str, Tensor]) -> MicroBatch:
-        """Return this process's share of one micro-batch of update `step` (from 0), on the device.
-
-        `draws` are those of the update. Raises TrainingError for a class-conditional network and an image without a
-        class.
-        """
+        """Return this process's share of a micro-batch of update `step`; TrainingError: an image has no class."""
         images, labels = self.read_ahead(step, micro)
         rows = self.plan.rows(micro)
         if not self.run.config.class_conditional:
             labels = None
         elif labels is None:  # a stream's images are not known before they are read
-            raise TrainingError(
-                f"--class_conditional needs a class for every image, and some of {self.data.name!r} have none; name "
-                "their column with --label_column"
-            )
+            what = f"--class_conditional needs a class for every image, and some of {self.data.name!r} have none"
+            raise TrainingError(f"{what}; name their column with --label_column")
         else:
             labels = to_device(labels, self.device)
             drop = to_device(draws["drop_class"][rows], self.device)
@@ -76,7 +68,7 @@ class Batches:
 
     def draws(self, step: int) -> dict[str, Tensor]:
         """Draw t, noise, flips and class dropout of the whole update, the same for every cut of it."""
-        recipe, config, seed, n = self.run.recipe, self.run.config, self.seed, self.plan.total
+        recipe, seed, n = self.run.recipe, self.seed, self.plan.total
         T = recipe.scheduler.get("num_train_timesteps", 1000)
         stream = derived_generator(seed, "t", step)
         if recipe.timestep_sampling == "stratified":  # one t in each of n equal parts of [0, T)
@@ -87,8 +79,8 @@ class Batches:
         stream = derived_generator(seed, "noise", step, device=self.device)
         noise = torch.randn(n, *self._image_shape, generator=stream, device=self.device)
         flip = torch.rand(n, generator=derived_generator(seed, "flip", step)) < 0.5 * recipe.random_flip
-        drop_class = torch.rand(n, generator=derived_generator(seed, "class dropout", step)) < config.class_dropout
-        return {"t": t, "noise": noise, "flip": flip, "drop_class": drop_class}
+        drop = torch.rand(n, generator=derived_generator(seed, "class dropout", step)) < self.run.config.class_dropout
+        return {"t": t, "noise": noise, "flip": flip, "drop_class": drop}
 
     def read(self, step: int, micro: int) -> tuple[Tensor, Tensor | None]:
         """Return the uint8 images and the labels of one micro-batch."""

@@ -3,21 +3,13 @@
 `pipelines/checkpoints.py` draws a checkpoint's folder, writes and reads it.
 """
 
-from __future__ import annotations
-
 import platform
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint import state_dict as distributed
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
@@ -36,12 +28,11 @@ from .run import Run
 def training_state(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Tensor], Any]:
     """Return whole weights, the optimizer's tensors as `<parameter>.<entry>`, and its JSON values.
 
-    Wrappers (DDP, `torch.compile`) leave no trace in the names, and shards of FSDP 2 are gathered: all processes have
-    to call this, and the first one gets the result.
+    The names are without wrappers (DDP, `torch.compile`). All processes call this, and the first one gets the result.
     """
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights: dict[str, Any] = dict(get_model_state_dict(model, options=options))
-    state: dict[str, Any] = dict(get_optimizer_state_dict(model, optimizer, options=options))
+    options = distributed.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights: dict[str, Any] = dict(distributed.get_model_state_dict(model, options=options))
+    state: dict[str, Any] = dict(distributed.get_optimizer_state_dict(model, optimizer, options=options))
     tensors = {f"{name}.{key}": x for name, entries in state.get("state", {}).items() for key, x in entries.items()}
     return weights, tensors, state.get("param_groups", [])
 
@@ -54,14 +45,14 @@ def restore_training_state(
     Files hold contiguous tensors. Adam's moments get their parameters' layout in memory, as the fused kernel needs: it
     reads the memory of weights, gradients and moments side by side, whatever their strides are.
     """
-    options = StateDictOptions(full_state_dict=True)
-    set_model_state_dict(model, dict(weights), options=options)
+    options = distributed.StateDictOptions(full_state_dict=True)
+    distributed.set_model_state_dict(model, dict(weights), options=options)
     state: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         name, entry = key.rsplit(".", 1)
         state.setdefault(name, {})[entry] = value
-    whole_state: dict[str, Any] = {"state": state, "param_groups": values}
-    set_optimizer_state_dict(model, optimizer, whole_state, options=options)
+    whole: dict[str, Any] = {"state": state, "param_groups": values}
+    distributed.set_optimizer_state_dict(model, optimizer, whole, options=options)
     for parameter, entries in optimizer.state.items():
         for entry, value in entries.items():
             if value.ndim:  # not the step counts
@@ -80,23 +71,15 @@ def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
     return torch.empty_like(like).copy_(tensor)
 
 
-# ---------------------------------------------------------------------- which run a folder or a checkpoint belongs to
-
-
 def check_output_is_ours(config: TrainingConfig) -> None:
-    """Check that a run may write into its folder.
-
-    Raises:
-        UserError: It holds another run, a model that the run could only replace, or other people's files.
-    """
+    """Raise UserError if a run's folder holds another run, a model that it could only replace, or other files."""
     folder, where = Path(config.output_dir), f"--output_dir {config.output_dir!r}"
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{where} is a file; name a folder")
     checkpoints = list_checkpoints(folder)
     if not config.resume_from_checkpoint and checkpoints:
-        raise UserError(
-            f"{where} already holds a run; resume it with --resume_from_checkpoint latest, or name another folder"
-        )
+        how = "resume it with --resume_from_checkpoint latest, or name another folder"
+        raise UserError(f"{where} already holds a run; {how}")
     if not (folder / CONFIG).exists():
         for name in (INDEX, "unet", "scheduler", CARD, SAMPLES, REPORT, BEST, HISTORY, FOLDER):
             if (folder / name).exists():
@@ -125,6 +108,9 @@ def changeable_settings(run: Run) -> dict[str, Any]:
     """Return what a resumed run may do differently; it does not end in the same bits then."""
     of_recipe = "learning_rate lr_scheduler lr_warmup_steps max_train_steps max_grad_norm"
     of_recipe += " ema_decay ema_warmup random_flip timestep_sampling"
+    device = f"{run.device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
+    if run.device.type == "cuda":
+        device = torch.cuda.get_device_name(run.device)
     return {
         **{name: getattr(run.recipe, name) for name in of_recipe.split()},
         **{name: getattr(run.config, name) for name in ("class_dropout", "center_crop", "tf32")},
@@ -133,14 +119,8 @@ def changeable_settings(run: Run) -> dict[str, Any]:
         **run.computation._asdict(),
         "train_batch_size": run.plan.micro,
         "number of processes": run.plan.num_processes,
-        "device": _describe_device(run),
+        "device": device,
     }
-
-
-def _describe_device(run: Run) -> str:
-    if run.device.type == "cuda":
-        return torch.cuda.get_device_name(run.device)
-    return f"{run.device.type} ({platform.machine()}, {torch.get_num_threads()} threads)"
 
 
 def settings_of(run: Run) -> dict[str, Any]:
@@ -149,26 +129,18 @@ def settings_of(run: Run) -> dict[str, Any]:
 
 
 def check_checkpoint(run: Run, path: Path, state: dict[str, Any]) -> None:
-    """Check that a run may resume from a checkpoint and its `state`; log what is different from now on.
-
-    Raises:
-        UserError: It is another run's, or would lead away from this one's later checkpoints.
-    """
+    """Log what changes where a run resumes from this checkpoint; raise UserError: it is not one to resume from."""
     for name, here in plain(fixed_settings(run)).items():  # plain as in the checkpoint: tuples are lists there
         if state.get(name) != here:
-            raise UserError(
-                f"{str(path)!r} was trained with {name} {state.get(name)}, and this run has {here}; resume with "
-                "the same setting, or start a new run in another folder"
-            )
+            what = f"{str(path)!r} was trained with {name} {state.get(name)}, and this run has {here}"
+            raise UserError(f"{what}; resume with the same setting, or start a new run in another folder")
     for name, here in changeable_settings(run).items():
         if (was := state["recipe"].get(name, here)) != here:  # 0.1.0 did not write all of them
             log(f"changed since {path.name}: {name} was {was} and is {here} from now on")
-    later = [other.name for other in list_checkpoints(run.output_dir) if step_of(other) > state["step"]]
+    later = [other.name for other in list_checkpoints(Path(run.config.output_dir)) if step_of(other) > state["step"]]
     # "latest" has passed over damaged ones, which the run will write again.
     if later and run.config.resume_from_checkpoint != "latest":
-        raise UserError(
-            f"{run.config.output_dir!r} also holds {', '.join(later)}, which {path.name} would lead away from; remove "
-            "them, or resume in another --output_dir"
-        )
+        what = f"{run.config.output_dir!r} also holds {', '.join(later)}, which {path.name} would lead away from"
+        raise UserError(f"{what}; remove them, or resume in another --output_dir")
     if state["step"] > run.recipe.max_train_steps:
         raise UserError(f"{path.name} is already past --max_train_steps {run.recipe.max_train_steps}")

@@ -3,8 +3,6 @@
 Names are those of diffusers' unconditional training example wherever it has the flag. `None` means the preset's value.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import re
@@ -38,6 +36,7 @@ RANGE: Limit = (
 )
 
 _PRESET = "what is left out is as in --preset"
+_INIT_FROM = "fine-tune this model (a folder, a checkpoint, a name on the Hub), with its network and noise schedule"
 _NEEDS = {"hub_model_id": "push_to_hub", "best_metric": "validation_steps", "class_dropout": "class_conditional"}
 _TOTAL = "chosen to reach the total batch size if left out"
 _AT_END, _SAMPLES, _EVALUATION = "only at the end if left out", "samples while training", "evaluation while training"
@@ -97,21 +96,12 @@ class TrainingError(UserError):
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """One training run. Every field is a flag of `examples/train.py` and a key of its YAML file.
-
-    Raises:
-        UserError: A value is outside its range, or does not go with another.
-    """
+    """One training run: each field is a flag and a YAML key. Raises UserError for values that cannot be taken."""
 
     not_flags: ClassVar[frozenset[str]] = frozenset()  # fields that are none
 
     preset: str = _flag("cifar10", f"the experiment: {', '.join(PRESETS)}", group=f"network and process; {_PRESET}")
-    init_from: str | None = _flag(
-        None,
-        "fine-tune this model: a folder, a checkpoint, or a name on the Hub; its network and noise schedule take the "
-        "place of the preset's",
-        NOT_EMPTY,
-    )
+    init_from: str | None = _flag(None, _INIT_FROM, NOT_EMPTY)
     dropout: float | None = _flag(None, "dropout in the residual blocks", FRACTION, paper="dropout")
     prediction_type: str | None = _preset("prediction_type", "epsilon, sample, v_prediction or posterior_mean")
     variance_type: str | None = _preset("variance_type", "fixed_small, fixed_large, learned or learned_range")
@@ -198,11 +188,6 @@ class TrainingConfig:
         for name, other in _NEEDS.items():
             if getattr(self, name) and not getattr(self, other):
                 raise UserError(f"--{name} {getattr(self, name)} needs --{other}")
-        if self.init_from is not None and self.resume_from_checkpoint not in (None, "latest"):
-            raise UserError(
-                f"--init_from {self.init_from} and --resume_from_checkpoint {self.resume_from_checkpoint} both say "
-                "which weights to start from; leave out --init_from to resume that checkpoint"
-            )
 
     @property
     def base(self) -> Preset:
@@ -210,10 +195,7 @@ class TrainingConfig:
         return get_preset(self.preset)
 
     def resolved_preset(self, preset: Preset | None = None) -> Preset:
-        """Return the preset with this run's changes, or raise UserError where loss and variance do not fit.
-
-        `preset` takes the place of the one that is named: it has the network of `init_from`.
-        """
+        """Return `preset` (default: the named one) with this run's changes; UserError: loss and variance differ."""
         preset = preset or self.base
         unet, scheduler = dict(preset.unet), dict(preset.scheduler)
         if self.resolution is not None:
@@ -255,10 +237,7 @@ class TrainingConfig:
         return options | ({} if self.value_range is None else {"value_range": tuple(self.value_range)})
 
     def batch_plan(self, num_processes: int) -> tuple[int, int, int]:
-        """Return images per micro-batch and process, micro-batches per update, and images per update.
-
-        Raises UserError where the total batch size cannot be reached exactly.
-        """
+        """Return images per micro-batch and process, micro-batches and images per update, or raise UserError."""
         per_process, accumulation = self.train_batch_size, self.gradient_accumulation_steps
         product = (per_process or 1) * (accumulation or 1) * num_processes
         whole = per_process is not None and accumulation is not None
@@ -266,18 +245,16 @@ class TrainingConfig:
         if total % product or (whole and total != product):
             names = ("train_batch_size", "gradient_accumulation_steps")
             factors = [f"--{name} {getattr(self, name)}" for name in names if getattr(self, name) is not None]
-            raise UserError(
-                f"the total batch size {total} is not {'' if whole else 'a multiple of '}{product} = "
-                f"{' x '.join([*factors, f'{num_processes} process(es)'])}; change one of them, or --total_batch_size"
-            )
+            of = " x ".join([*factors, f"{num_processes} process(es)"])
+            what = f"the total batch size {total} is not {'' if whole else 'a multiple of '}{product} = {of}"
+            raise UserError(f"{what}; change one of them, or --total_batch_size")
         rest = total // product
         return per_process or rest, accumulation or (rest if per_process else 1), total
 
     def evaluation_batch(self, network: Mapping[str, Any], num_processes: int, most: int = 256) -> int:
         """Return the images at a time and process where nothing is trained: `most`, unless `eval_batch_size` is set.
 
-        A micro-batch always fits: without gradients an image takes a small part of the memory. `network` are the
-        arguments of `UNet2DModel`.
+        A micro-batch always fits: without gradients an image takes a small part of the memory.
         """
         if self.eval_batch_size is not None:
             return self.eval_batch_size
@@ -298,7 +275,7 @@ class TrainingConfig:
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in private}
 
     def save(self, path: Path) -> None:
-        """Write the run's configuration as YAML that `--config` reads, completely or not at all."""
+        """Write the run's configuration as YAML that `--config` reads."""
         write_text(path, yaml.safe_dump(self.public_values(), sort_keys=False))
 
 

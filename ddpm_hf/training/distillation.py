@@ -5,8 +5,6 @@ student's steps, by stock's `DDIMScheduler`, is to lead from one of them to the 
 is needed: the teacher makes the images.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from dataclasses import dataclass
@@ -22,6 +20,7 @@ from ..data.tensors import ImageDataset
 from ..diffusion.distributions import mean_flat
 from ..diffusion.scheduling_ddpm import DDPMScheduler
 from ..models.unet_2d import check_weights
+from ..pipelines.adjustment import Adjustment
 from ..pipelines.denoising import Denoiser
 from ..pipelines.pipeline_ddpm import DDPMPipeline
 from ..pipelines.schedulers import DISTILLED_STEPS, check_is_ddpm
@@ -56,7 +55,7 @@ class Distillation:
         self._times, self._stops = (torch.tensor(times, device=device) for times in (self.times, self.stops))
 
     @classmethod
-    def load(cls, config: DistillationConfig) -> Distillation:
+    def load(cls, config: DistillationConfig) -> "Distillation":
         """Load the teacher, or raise a UserError: it cannot be loaded or distilled, or its chain is too short."""
         model, K = str(config.model), config.steps
         logging.disable_progress_bar()  # loading takes no time worth a bar
@@ -130,13 +129,14 @@ class Distillation:
         """
         unet, scheduler = self.teacher.unet, self.teacher.scheduler
         clip = scheduler.config.clip_sample or scheduler.config.thresholding
-        denoiser = Denoiser(unet, scheduler, None, class_labels, self.guidance_scale)
+        denoiser = Denoiser(unet, scheduler, None, class_labels, Adjustment(self.guidance_scale))
         x_t, points, before, h_before = x_T, [], None, math.inf
         with torch.no_grad():
             for i, (t, s) in enumerate(pairwise([*self.times, -1])):
                 if t in self.stops:
                     points.append(x_t)
-                x_0 = scheduler.p_mean_variance(denoiser.predict(x_t, self._times[i]), self._times[i], x_t, clip)[3]
+                output = denoiser.predict(x_t, self._times[i], self.guidance_scale != 1)
+                x_0 = scheduler.p_mean_variance(output, self._times[i], x_t, clip)[3]
                 # h = lambda_s - lambda_t, lambda = log(alpha / sigma); D = (1 + 1/2r) x_0 - 1/2r of the one before
                 h = self._log_snr(s) - self._log_snr(t)
                 direction = x_0

@@ -1,11 +1,8 @@
 """What a training run measures of its EMA weights, and the best model so far.
 
 `evaluations.json` holds the numbers after each measured update, `best/` the best pipeline by `--best_metric` with its
-report, `.evaluation/` the finished batches of an evaluation under way. A resumed run has the same weights after each
-update, and so the same numbers and best model: nothing of them has to be in the checkpoints.
+report. A resumed run has the same weights after each update, and so measures the same numbers and best model again.
 """
-
-from __future__ import annotations
 
 import dataclasses
 import json
@@ -140,8 +137,7 @@ class TrainingEvaluation:
                 before = best.values[name]["value"]
             else:
                 log(f"{folder} was chosen by another number than {name} as it is measured now, and is chosen again")
-        worse = value <= before if higher_is_better(name) else value >= before
-        if math.isnan(value) or worse:
+        if math.isnan(value) or (value <= before if higher_is_better(name) else value >= before):
             return
         report = dataclasses.replace(report, model={**report.model, "update": step, "best_metric": name})
 
@@ -154,8 +150,8 @@ class TrainingEvaluation:
 
     def _history(self) -> dict[str, dict[str, float | None]]:
         with suppress(OSError, ValueError, AttributeError):  # what is not there is measured again
-            content = json.loads((self.folder / HISTORY).read_text(encoding="utf-8"))
-            return {key: value for key, value in content.items() if key.isdecimal()}
+            content = json.loads((self.folder / HISTORY).read_text(encoding="utf-8")).items()
+            return {key: value for key, value in content if key.isdecimal()}
         return {}
 
     def _write_history(self, history: dict[str, Any]) -> None:

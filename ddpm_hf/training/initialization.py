@@ -1,15 +1,8 @@
 """The model that a run starts from (`--init_from`): what its network, classes and variance become in the run.
 
 Network and noise schedule are the given model's, the rest of the recipe is the preset's. Every weight that fits is
-copied; what is new starts so that the network computes what it computed before:
-
-- classes, by name: known ones keep their row of the embedding; new ones start at the mean of the known rows, which is
-  nearest to all of them together (a random row would be a class that the network has never seen). In a network that
-  had no classes all rows start at 0, which adds nothing to the time embedding.
-- the outputs of a learned variance: weights 0, and the bias with which `learned_range` is the fixed variance.
+copied; what is new starts so that the network computes what it computed before.
 """
-
-from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
@@ -31,10 +24,8 @@ from ..utils.text import is_local, listed
 from .configuration import TrainingConfig
 
 _CLASSES = "class_embedding.weight"  # [classes, D]
-_PROCESS = (
-    *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas"),
-    *("rescale_betas_zero_snr", "prediction_type", "variance_type"),
-)
+_PROCESS = ["num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas"]
+_PROCESS += ["rescale_betas_zero_snr", "prediction_type", "variance_type"]
 
 
 @dataclass(frozen=True)
@@ -57,18 +48,13 @@ class InitialModel:
 def open_initial_model(config: TrainingConfig, state: dict[str, Any] | None) -> InitialModel | None:
     """Return the model that a run starts from, or started from; `None` for a run from the paper's initialisation.
 
-    Args:
-        config: The run's configuration.
-        state: What the checkpoint records from which the run resumes; the model itself is not needed then.
-
-    Raises:
-        UserError: It cannot be loaded, the flags contradict it, or the checkpoint's run started from another one.
+    `state` is what the checkpoint records from which the run resumes; the model itself is not needed then. Raises
+    UserError: it cannot be loaded, the flags contradict it, or the checkpoint's run started from another one.
     """
     if state is not None:
         return _recorded_model(config, state)
-    if config.init_from is None:
+    if (name := config.init_from) is None:
         return None
-    name = config.init_from
     logging.disable_progress_bar()  # loading takes no time worth a bar
     try:
         pipe = DDPMPipeline.from_pretrained(name, dtype=torch.float32)
@@ -82,16 +68,15 @@ def open_initial_model(config: TrainingConfig, state: dict[str, Any] | None) -> 
         log(f"the optimal variance of {name} was measured for its weights; training goes by fixed_small")
         process["variance_type"] = "fixed_small"
     network = dict(pipe.unet.config)
-    _check_network(config, network, process)
-    _check_flags(config, Classes.of(network), process)
-    base_model = None if is_local(name) else name
-    preset = _with_network(config, network, process)
-    planned = get_preset(config.preset).scheduler
-    if other := [f"{key} {process[key]}"[:40] for key in _PROCESS if (process[key] or None) != planned.get(key)]:
+    _check_fit(config, network, process)
+    planned = get_preset(config.preset)
+    here = {**planned.scheduler, "in_channels": planned.unet.get("in_channels", 3)}
+    there = {**{key: process[key] or None for key in _PROCESS}, "in_channels": network["in_channels"]}
+    if other := [f"{key} {value}"[:40] for key, value in there.items() if value != here.get(key)]:
         log(f"taken from {name}, not from the preset: {', '.join(other)}")
-    if (channels := network["in_channels"]) != get_preset(config.preset).unet.get("in_channels", 3):
-        log(f"images are read with {channels} channel(s), as {name} has them")
-    return InitialModel(name, base_model, weights_digest(pipe.unet), preset, network, pipe.unet.state_dict())
+    base_model, digest = None if is_local(name) else name, weights_digest(pipe.unet)
+    preset = _with_network(config, network, process)
+    return InitialModel(name, base_model, digest, preset, network, pipe.unet.state_dict())
 
 
 def _recorded_model(config: TrainingConfig, state: dict[str, Any]) -> InitialModel | None:
@@ -99,10 +84,8 @@ def _recorded_model(config: TrainingConfig, state: dict[str, Any]) -> InitialMod
     record = state.get("init_from")
     if config.init_from not in (None, record and record["model"]):
         started = f"--init_from {record['model']}" if record else "no --init_from"
-        raise UserError(
-            f"the run in {config.output_dir!r} started with {started}, not with {config.init_from}; leave out "
-            "--init_from to resume it, or name another --output_dir for a new run"
-        )
+        what = f"the run in {config.output_dir!r} started with {started}, not with {config.init_from}"
+        raise UserError(f"{what}; leave out --init_from to resume it, or name another --output_dir for a new run")
     if record is None:
         return None
     if config.init_from is not None:
@@ -118,51 +101,33 @@ def _with_network(config: TrainingConfig, network: dict[str, Any], process: dict
     return dataclasses.replace(preset, unet={**kept, "dropout": preset.unet["dropout"]}, scheduler=process)
 
 
-def _check_network(config: TrainingConfig, network: dict[str, Any], process: dict[str, Any]) -> None:
-    """Check what a network is, or raise UserError where it cannot be trained as it is."""
-    name = config.init_from
+def _check_fit(config: TrainingConfig, network: dict[str, Any], process: dict[str, Any]) -> None:
+    """Raise UserError where a network cannot be trained as it is, or flags say that it computes something else."""
+    name, predicts, was = config.init_from, process["prediction_type"], process["variance_type"]
     if (kind := network["class_embed_type"]) is not None:
         raise UserError(f"--init_from {name}: class_embed_type {kind!r} takes other labels than the classes of images")
-    outputs = network["in_channels"] * (2 if process["variance_type"] in LEARNED_VARIANCES else 1)
+    outputs = network["in_channels"] * (2 if was in LEARNED_VARIANCES else 1)
     if network["out_channels"] != outputs:
-        raise UserError(
-            f"--init_from {name}: conv_out has {network['out_channels']} channels, and {outputs} belong to "
-            f"{network['in_channels']} image channels with variance_type {process['variance_type']!r}"
-        )
+        belong = f"{network['in_channels']} image channels with variance_type {was!r}"
+        what = f"--init_from {name}: conv_out has {network['out_channels']} channels"
+        raise UserError(f"{what}, and {outputs} belong to {belong}")
     if network["sample_size"] is None and config.resolution is None:
         raise UserError(f"--init_from {name} has no sample_size; add --resolution with the size of the images")
-
-
-def _check_flags(config: TrainingConfig, classes: Classes, process: dict[str, Any]) -> None:
-    """Check the flags that say what the network computes, or raise UserError where it would compute something else."""
-    name, predicts, was = config.init_from, process["prediction_type"], process["variance_type"]
     if config.prediction_type not in (None, predicts):
         raise UserError(f"--init_from {name} predicts {predicts}, not {config.prediction_type}; leave the flag out")
-    if classes.count and not config.class_conditional:
+    if (classes := Classes.of(network)).count and not config.class_conditional:
         raise UserError(f"--init_from {name} is class-conditional ({classes.known()}); add --class_conditional")
     wanted = config.variance_type or was
     if wanted == was or wanted not in LEARNED_VARIANCES:
         return
     if was in LEARNED_VARIANCES:
-        raise UserError(
-            f"--init_from {name} has the variance {was}, whose outputs are no {wanted}; leave the flag out"
-        )
+        raise UserError(f"--init_from {name} has the variance {was}, not {wanted}; leave the flag out")
     if wanted == "learned":
-        raise UserError(
-            f"--variance_type learned is the log-variance itself, with which no new output starts as the {was} of "
-            f"--init_from {name}; use learned_range"
-        )
-
-
-# ---------------------------------------------------------------------- weights
+        raise UserError(f"--variance_type learned cannot start as the {was} of --init_from {name}; use learned_range")
 
 
 def initialize(unet: UNet2DModel, initial: InitialModel) -> None:
-    """Copy a model's weights into a run's new network, and log what is not a plain copy.
-
-    Raises:
-        UserError: A weight is missing, left over or of another shape; names all of them.
-    """
+    """Copy a model's weights into a run's new network; log what is not a plain copy; UserError: weights do not fit."""
     assert initial.weights is not None  # else the run resumes, from weights of its own
     old, new = dict(initial.weights), unet.state_dict()
     log(f"starting from {initial.name} ({initial.digest[:12]}); --preset {initial.preset.name} is the recipe only")
@@ -181,16 +146,18 @@ def initialize(unet: UNet2DModel, initial: InitialModel) -> None:
         learns = f"the {outputs - had} new ones start as {variance}" if outputs > had else "those of its variance go"
         log(f"the network of {initial.name} had {had} output channels and has {outputs}: {learns}")
     shapes = [{name: tuple(value.shape) for name, value in of.items()} for of in (old, new)]
-    if wrong := [name for name in {**shapes[0], **shapes[1]} if shapes[0].get(name) != shapes[1].get(name)]:
-        each = "; ".join(
-            f"{name} {shapes[0].get(name, 'missing')} for {shapes[1].get(name, 'none')}" for name in wrong
-        )
-        raise UserError(f"--init_from {initial.name} does not fit the network: {each}")
+    both = [(name, *(of.get(name, "none") for of in shapes)) for name in {**shapes[0], **shapes[1]}]
+    if wrong := [f"{name} {has} for {needs}" for name, has, needs in both if has != needs]:
+        raise UserError(f"--init_from {initial.name} does not fit the network: {'; '.join(wrong)}")
     unet.load_state_dict(old)
 
 
 def _class_rows(initial: InitialModel, classes: Classes, count: int, width: int) -> Tensor:
-    """Return the class embedding `[count, width]` of the run's classes, and log which of them are new."""
+    """Return the class embedding `[count, width]` of the run's classes, and log which of them are new.
+
+    Known ones, by name, keep their row; new ones start at the mean of these, which is nearest to all of them together
+    (a random row would be a class that the network has never seen), or at 0, which adds nothing to the time embedding.
+    """
     before, old = Classes.of(initial.config), (initial.weights or {}).get(_CLASSES)
     if old is None:
         log(f"{initial.name} had no classes: the rows of all {len(classes.names)} start at 0")

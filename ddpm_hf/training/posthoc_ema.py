@@ -1,25 +1,16 @@
 """Post-hoc EMA (Karras et al. 2024, arXiv 2312.02696, Section 3, appendix C): any averaging length, after training.
 
-A run keeps two power-function averages of its weights beside the paper's EMA, and snapshots of both:
-
-```
-output_dir/ema/
-  update-1625.safetensors    both averages after update 1625, in float16; of updates 2^(k / 3) the newest few are kept
-  update-2048.safetensors
-  update-2500.safetensors    and the newest checkpoint's
-```
-
-An average of another length is the linear combination of these that comes closest to it. It needs these files and
-nothing else: they also hold the configurations of network and scheduler.
+A run keeps two power-function averages of its weights, and snapshots of both in float16 (`ema/update-N.safetensors`
+after updates 2^(k / 3), of which the newest few are kept, and after the newest checkpoint's). An average of another
+length is the linear combination of these that comes closest to it.
 """
 
-from __future__ import annotations
-
 import functools
+import itertools
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -33,19 +24,16 @@ from ..models.unet_2d import UNet2DModel
 from ..pipelines.pipeline_ddpm import DDPMPipeline
 from ..pipelines.schedulers import make_scheduler
 from ..utils.errors import UserError, first_line
-from ..utils.files import write_whole
+from ..utils.files import remove_leftovers, write_whole
 
 FOLDER = "ema"
 TRACKED = (0.05, 0.10)  # the lengths sigma_rel that a run keeps, as in the paper
 LONGEST = 12**-0.5  # sigma_rel of gamma = 0: the mean of all updates
-# Snapshots are due after updates that do not depend on the run's last one, so it does not matter where it was stopped,
-# or whether it becomes longer.
-_PER_DOUBLING = 3
+_PER_DOUBLING = 3  # snapshots; when they are due does not depend on the run's last update, which may change
 # What the rounding of snapshots adds to the inner products, in units of t: without it, two snapshots of nearly the
 # same update get large coefficients of opposite signs.
 _ROUNDING = 1e-6
-# The largest predicted error of a reconstruction, see `coefficients`.
-LARGEST_ERROR = 0.1
+LARGEST_ERROR = 0.1  # of a reconstruction, as `coefficients` predicts it
 
 # ------------------------------------------------------------------ the mathematics, in float64
 
@@ -54,16 +42,13 @@ Profile = tuple[float, float]  # sigma_rel, and the update t after which the ave
 
 @functools.cache
 def gamma_of(sigma_rel: float) -> float:
-    """Return the exponent gamma >= 0 of the power function whose relative width is `sigma_rel`, in (0, 12^-1/2].
+    """Return the exponent gamma >= 0 of the power function whose relative width is `sigma_rel`, in [1e-6, 12^-1/2].
 
     The profile p(tau) = (gamma + 1) tau^gamma / t^(gamma + 1) on [0, t] has the standard deviation sigma_rel t:
-    sigma_rel^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)), a cubic equation in gamma.
-
-    Raises:
-        UserError: `sigma_rel` is outside that range.
+    sigma_rel^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)), a cubic equation in gamma. Raises UserError outside.
     """
-    if not 0 < sigma_rel <= LONGEST:
-        raise UserError(f"sigma_rel must be above 0 and at most {LONGEST:.4f} (the mean of all), got {sigma_rel:g}")
+    if not 1e-6 <= sigma_rel <= LONGEST:
+        raise UserError(f"sigma_rel must be above 1e-6 and at most {LONGEST:.4f} (the mean of all), got {sigma_rel:g}")
     s = sigma_rel**-2.0  # (gamma + 2)^2 (gamma + 3) - s (gamma + 1) = 0
     return max(0.0, float(np.polynomial.Polynomial([12 - s, 16 - s, 7, 1]).roots().real.max()))
 
@@ -93,10 +78,8 @@ def coefficients(known: list[Profile], wanted: Profile) -> tuple[np.ndarray, flo
     With sum_i x_i = 1, which keeps weights that do not change, the error is the integral of E d theta with
     E = sum_i x_i C_i - C. For weights that walk at random its square is as the integral of E^2, of which this is the
     least. (The paper's least squares of sum_i x_i p_i - p do so for weights that are noise around a mean; measured in
-    training, their errors were two to three times as large.)
-
-    The error is relative to the distance between the wanted average and the weights at its end, by the same measure:
-    their difference is the integral of C d theta.
+    training, their errors were two to three times as large.) It is relative to the distance between the wanted average
+    and the weights at its end, the integral of C d theta.
     """
     end = wanted[1]
     profiles = [(sigma_rel, update / end) for sigma_rel, update in [*known, wanted]]
@@ -114,9 +97,6 @@ def possible_lengths(known: list[Profile], update: int, lengths: Iterable[float]
     return [length for length in lengths if coefficients(known, (length, update))[1] <= LARGEST_ERROR]
 
 
-# ------------------------------------------------------------------ in training
-
-
 def move_averages(averages: list[Tensor], weights: list[Tensor], step: Tensor) -> None:
     """Move averages towards weights by the fraction `step`, a 0-d tensor that a CUDA graph can read."""
     difference = torch._foreach_sub(averages, weights)
@@ -130,9 +110,7 @@ class PowerAverages:
     def __init__(self, unet: nn.Module):
         self.unet = unet
         self.averages = {length: [torch.zeros_like(w) for w in unet.parameters()] for length in TRACKED}
-        self._steps = {
-            length: torch.zeros((), device=averages[0].device) for length, averages in self.averages.items()
-        }
+        self._steps = {length: torch.zeros((), device=of[0].device) for length, of in self.averages.items()}
 
     def set_update(self, update: int) -> None:
         """Set the coefficients of update t = 1, 2, ..., before it is made."""
@@ -145,24 +123,16 @@ class PowerAverages:
         for length, averages in self.averages.items():
             move_averages(averages, list(self.unet.parameters()), self._steps[length])
 
-    def state(self) -> Iterator[Tensor]:
-        """Return all averages, whose place in memory stays."""
-        return (average for averages in self.averages.values() for average in averages)
-
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the averages as `<sigma_rel>/<name of the weight>`."""
-        names = [name for name, _ in self.unet.named_parameters()]
-        pairs = ((length, zip(names, averages, strict=True)) for length, averages in self.averages.items())
-        return {f"{length}/{name}": average for length, named in pairs for name, average in named}
+        """Return the averages, whose place in memory stays, as `<sigma_rel>/<name of the weight>`."""
+        names = [f"{length}/{name}" for length in self.averages for name, _ in self.unet.named_parameters()]
+        return dict(zip(names, itertools.chain(*self.averages.values()), strict=True))
 
     @torch.no_grad()
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
         """Restore what `state_dict` returned."""
         for name, average in self.state_dict().items():
             average.copy_(tensors[name])
-
-
-# ------------------------------------------------------------------ snapshots
 
 
 def is_due(update: int) -> bool:
@@ -177,10 +147,7 @@ def list_snapshots(run: Path) -> dict[int, Path]:
 
 
 def save_snapshot(run: Path, update: int, averages: dict[str, Tensor], config: dict[str, Any], keep: int) -> None:
-    """Write the averages after an update; remove all but the `keep` newest of those that are due, this one included.
-
-    `config` is what `unet` and `scheduler` are made from. Raises OSError where it cannot be written.
-    """
+    """Write the averages after an update, with the `config` of unet and scheduler; keep the `keep` newest due."""
     half = {name: average.to("cpu", torch.float16).contiguous() for name, average in averages.items()}
     path = run / FOLDER / f"update-{update}.safetensors"
     # One entry: safetensors writes several in any order, and the same snapshot is to be the same file.
@@ -195,26 +162,21 @@ def save_snapshot(run: Path, update: int, averages: dict[str, Tensor], config: d
 
 
 def discard_snapshots(run: Path, after: int) -> None:
-    """Remove the snapshots of later updates, which a resumed run makes again."""
+    """Remove the snapshots of later updates, which a resumed run makes again, and what killed writes have left."""
+    remove_leftovers(run / FOLDER)
     for update, path in list_snapshots(run).items():
         if update > after:
             path.unlink()
 
 
 class Snapshots:
-    """A run's snapshots, from which averages of other lengths are reconstructed.
-
-    Raises:
-        UserError: The folder has none.
-    """
+    """A run's snapshots, from which averages of other lengths are made, or raise UserError: there are none."""
 
     def __init__(self, run: Path):
         self.run, self.files = run, list_snapshots(run)
         if not self.files:
-            raise UserError(
-                f"{str(run)!r} has no snapshots for post-hoc EMA ({FOLDER}/update-*.safetensors): it is no run's "
-                "folder, or was trained with --posthoc_ema false, with FSDP, or by version 0.1.0"
-            )
+            why = "it is no run's folder, or was trained with --posthoc_ema false, with FSDP, or by version 0.1.0"
+            raise UserError(f"{str(run)!r} has no snapshots for post-hoc EMA ({FOLDER}/update-*.safetensors): {why}")
         self.last = max(self.files)
         self.known: list[Profile] = [(length, update) for update in self.files for length in TRACKED]
 
@@ -226,19 +188,14 @@ class Snapshots:
         if error > LARGEST_ERROR:
             possible = possible_lengths(self.known, update, [i / 200 for i in range(1, int(200 * LONGEST) + 1)])
             span = f"{possible[0]:g} to {possible[-1]:g}" if possible else "none"
-            raise UserError(
-                f"--sigma_rel {sigma_rel:g} cannot be had after update {update} from the snapshots of "
-                f"{', '.join(map(str, self.files))}: about {error:.0%} of the averaging would be wrong; "
-                f"possible with at most {LARGEST_ERROR:.0%}: {span}"
-            )
+            of = f"after update {update} from the snapshots of {', '.join(map(str, self.files))}"
+            wrong = f"about {error:.0%} of the averaging would be wrong"
+            possible_with = f"possible with at most {LARGEST_ERROR:.0%}: {span}"
+            raise UserError(f"--sigma_rel {sigma_rel:g} cannot be had {of}: {wrong}; {possible_with}")
         return x, error
 
     def pipeline(self, sigma_rel: float, update: int) -> DDPMPipeline:
-        """Return the model whose weights are the average of length `sigma_rel` that ends after `update`.
-
-        Raises:
-            UserError: The snapshots do not give it, or a file is damaged.
-        """
+        """Return the model of length `sigma_rel` that ends after `update`; UserError: snapshots damaged or too few."""
         x, _ = self.check(sigma_rel, update)
         total: dict[str, Tensor] = {}
         for t, path in self.files.items():

@@ -3,8 +3,6 @@
 All processes take part. Nothing here touches the network in training or its random numbers.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -25,7 +23,8 @@ from ..models.unet_2d import UNet2DModel, check_weights
 from ..pipelines.checkpoints import CONFIG, RAW, Checkpoint, make_model
 from ..pipelines.pipeline_ddpm import DDPMPipeline
 from ..sampling.generation import generate, with_sampler
-from ..utils.errors import NotFiniteError, UserError
+from ..utils.errors import NotFiniteError
+from ..utils.files import check_new_folder
 from ..utils.processes import from_first, gather, log, only_run_in, processes, raise_on_all_ranks
 from ..utils.visualize import image_grid, save_picture
 from .configuration import TrainingConfig, TrainingError, due
@@ -39,27 +38,23 @@ def _memory_advice(step: int) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise TrainingError(
-            f"too little memory on the device for the samples and numbers after update {step}; give a smaller "
-            "--eval_batch_size, and resume with --resume_from_checkpoint latest"
-        ) from error
+        what = f"too little memory on the device for the samples and numbers after update {step}"
+        how = "give a smaller --eval_batch_size, and resume with --resume_from_checkpoint latest"
+        raise TrainingError(f"{what}; {how}") from error
 
 
 class Publisher:
     """Writes what a run shows into its output folder, or raises UserError: a license or name cannot be taken.
 
-    Args:
-        config: The run's configuration.
-        settings: What its checkpoints record (`checkpointing.settings_of`).
-        evaluation: What measures the model, if anything does.
-        raw: The weights to come are not the EMA weights, as the card then says.
+    `settings` are what its checkpoints record (`checkpointing.settings_of`). With `raw` the weights to come are not
+    the EMA weights, as the card then says.
     """
 
     def __init__(
         self,
         config: TrainingConfig,
         settings: dict[str, Any],
-        evaluation: TrainingEvaluation | None = None,
+        evaluation: TrainingEvaluation | None,
         raw: bool = False,
     ):
         self.config, self.settings, self.evaluation, self.raw = config, settings, evaluation, raw
@@ -68,13 +63,12 @@ class Publisher:
         check_license(config.license)
         self._push = None
         if config.push_to_hub:
-            self._push = Push(
-                config.output_dir,
-                config.hub_model_id or self.folder.resolve().name,
-                private=config.hub_private_repo,
-                token=config.hub_token,
-                license=config.license,
-            )
+            options: dict[str, Any] = {
+                "private": config.hub_private_repo,
+                "token": config.hub_token,
+                "license": config.license,
+            }
+            self._push = Push(config.output_dir, config.hub_model_id or self.folder.resolve().name, **options)
 
     def open_hub(self) -> None:
         """Check where the run's pushes will go, if it has any, or raise UserError; only the main process pushes."""
@@ -96,45 +90,38 @@ class Publisher:
             else:
                 self.pushes.offer(f"After update {step}")
 
-    def show(self, ema_weights: dict[str, Tensor], step: int) -> tuple[DDPMPipeline, EvaluationReport | None]:
-        """Make the sample grid and the evaluation that are due after update `step`; return the model and its numbers.
-
-        If images or numbers of the model are not finite, a line says so and training continues.
-        """
+    def show(self, ema_weights: dict[str, Tensor], step: int) -> EvaluationReport | None:
+        """Make the sample grid and the evaluation that are due after update `step`, unless they are not finite."""
         config = self.config
         with _memory_advice(step):
             pipe = self.pipeline(ema_weights)
             try:
                 if due(step, config.save_images_steps):
                     self.sample_grid(pipe, f"samples-{step}.png")
-                if self.evaluation is None or not due(step, config.validation_steps):
-                    return pipe, None
-                return pipe, self.evaluation.measure(pipe)
+                return self._measure(pipe, step) if due(step, config.validation_steps) else None
             except NotFiniteError as error:
                 log(f"nothing to show after update {step}: {error}")
-                return pipe, None
+                return None
+
+    def _measure(self, pipe: DDPMPipeline, step: int) -> EvaluationReport | None:
+        if self.evaluation is None or (report := self.evaluation.measure(pipe)) is None:
+            return None
+        self.evaluation.record(pipe, report, step)
+        return report
 
     def write_model(self, pipe: DDPMPipeline, step: int) -> None:
         """Write the pipeline (safetensors) and a card without numbers into the output folder: in seconds."""
         with raise_on_all_ranks():
             if processes().is_main_process:
                 self._write_pipeline(pipe)
-        log(f"wrote the pipeline to {self.folder}")
-        with raise_on_all_ranks():
-            if processes().is_main_process:
+                log(f"wrote the pipeline to {self.folder}")
                 self._write_card(step, None)
 
     def complete(self, pipe: DDPMPipeline, step: int) -> None:
-        """Add the sample grid, the numbers and a card with both to what `write_model` wrote.
-
-        Raises:
-            NotFiniteError: Images or numbers of the model are not finite; nothing is pushed.
-        """
+        """Add sample grid, numbers and a card with both to what `write_model` wrote, or raise NotFiniteError."""
         with _memory_advice(step):
             self.sample_grid(pipe, SAMPLES)
-            report = self.evaluation.measure(pipe) if self.evaluation is not None else None
-        if report is not None and self.evaluation is not None:
-            self.evaluation.record(pipe, report, step)
+            report = self._measure(pipe, step)
         self._write_report_and_card(step, report)
         if self.pushes is not None:
             self.pushes.offer(f"After update {step}, the last")
@@ -150,10 +137,8 @@ class Publisher:
             if processes().is_main_process:
                 if report is not None:
                     report.save(self.folder / REPORT)
-                if self._write_card(step, report):
-                    log(f"wrote {self.folder / CARD}")
-                else:
-                    log(f"{self.folder / CARD} was edited, so it stays as it is")
+                written, card = self._write_card(step, report), self.folder / CARD
+                log(f"wrote {card}" if written else f"{card} was edited, so it stays as it is")
 
     def _write_pipeline(self, pipe: DDPMPipeline) -> None:
         """Write the model into the output folder, and remove the former one's numbers and samples."""
@@ -164,17 +149,10 @@ class Publisher:
     def _write_card(self, step: int, report: EvaluationReport | None) -> bool:
         """Write the card, unless a person has edited it; return whether it was written."""
         pictures = sorted(self.folder.glob("samples*.png"), key=lambda path: path.stat().st_mtime_ns)
-        facts = training_facts(
-            self.folder.resolve().name,
-            self.settings,
-            step,
-            raw=self.raw,
-            dataset_name=self.config.images_given().get("dataset_name"),
-            report=dataclasses.asdict(report) if report is not None else None,
-            sample=pictures[-1].name if pictures else None,
-            license=self.config.license,
-        )
-        return write_card(self.folder, facts)
+        options: dict[str, Any] = {"dataset_name": self.config.images_given().get("dataset_name"), "raw": self.raw}
+        options |= {"report": dataclasses.asdict(report) if report is not None else None}
+        options |= {"sample": pictures[-1].name if pictures else None, "license": self.config.license}
+        return write_card(self.folder, training_facts(self.folder.resolve().name, self.settings, step, **options))
 
     def pipeline(self, weights: dict[str, Tensor]) -> DDPMPipeline:
         """Return the weights in a float32 pipeline of their own, the first process's in all; all have to call this."""
@@ -209,21 +187,14 @@ class Publisher:
 
 
 def publish_checkpoint(
-    checkpoint: Checkpoint, config: TrainingConfig, samples: bool = True, evaluate: bool = False
+    checkpoint: Checkpoint, config: TrainingConfig, samples: bool, evaluate: bool, redraw: bool = False
 ) -> None:
     """Write a checkpoint's model into `config.output_dir` as a run that ended there would: model, samples, card.
 
-    A model that is there already with these weights stays, with its samples, numbers and scheduler; what is missing
-    is added.
-
-    Args:
-        checkpoint: Where the weights are.
-        config: The run's configuration, for the samples and the card; with `evaluate` also for images and numbers.
-        samples: Draw the sample grid.
-        evaluate: Measure what the run would have measured at its end, on its images.
-
-    Raises:
-        UserError: The weights are not finite or do not fit; another process writes into the folder.
+    With `samples` it has a sample grid (with `redraw` a new one), with `evaluate` the numbers that the run would have
+    measured, on its images. A model that is there already with these weights stays, with its samples, numbers and
+    scheduler; what is missing is added. Raises UserError: the weights are not finite or do not fit, or another process
+    writes into the folder.
     """
     folder, step = Path(config.output_dir), checkpoint.state["step"]
     with raise_on_all_ranks():
@@ -241,14 +212,13 @@ def publish_checkpoint(
                 cleanup.enter_context(only_run_in(folder))
         there = from_first(holds_model(folder, pipe))
         with raise_on_all_ranks():
-            own = there or folder.resolve() == checkpoint.path.parent.resolve()
-            if not own and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-                raise UserError(f"--output {str(folder)!r} holds something else; name a new folder")
+            if not there and folder.resolve() != checkpoint.run:
+                check_new_folder(folder)
         if not there:
             publisher.write_model(pipe, step)
-        if samples and not from_first((folder / SAMPLES).exists()):
+        if redraw or (samples and not from_first((folder / SAMPLES).exists())):
             publisher.sample_grid(pipe, SAMPLES)
-        report = evaluation.measure(pipe) if evaluation is not None else None
+        report = None if evaluation is None else evaluation.measure(pipe)
         if report is None and (folder / REPORT).exists():  # of these weights
             report = EvaluationReport.load(folder / REPORT)
         publisher._write_report_and_card(step, report)

@@ -4,8 +4,6 @@ The output folder is that of `ddpm-hf train`, with `reproduction.md` and `reprod
 ours) and `reproduction/`, the folder of `ddpm-hf evaluate`, whose `training.json` says what was trained and how.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections.abc import Mapping
@@ -94,10 +92,11 @@ def reproduce(config: TrainingConfig, options: ReproductionConfig) -> Reproducti
     anywhere, the same call resumes: training from its latest checkpoint, the rest from its last finished batches.
     Raises a UserError for anything that does not fit together, before anything takes long.
     """
-    if config.resume_from_checkpoint not in (None, "latest"):
-        raise UserError("reproduce resumes from the latest checkpoint by itself; leave out --resume_from_checkpoint")
-    if config.init_from is not None:
-        raise UserError("reproduce trains the paper's networks from their initialisation; leave out --init_from")
+    for flag, other in (("resume_from_checkpoint", "latest"), ("init_from", None)):
+        if getattr(config, flag) not in (None, other):
+            raise UserError(
+                f"reproduce starts from the paper's initialisation, or resumes by itself; leave out --{flag}"
+            )
     config = dataclasses.replace(config, resume_from_checkpoint="latest")
     end_with_the_launcher()
     folder, here = Path(config.output_dir), processes()
@@ -159,15 +158,9 @@ def _train(config: TrainingConfig, options: ReproductionConfig) -> DDPMPipeline 
 
 
 def _evaluation_options(config: TrainingConfig, options: ReproductionConfig) -> EvaluationOptions:
-    same_name = ("num_images", "num_samples", "num_inference_steps", "features", "inception_weights")
-    return EvaluationOptions(
-        **{name: getattr(options, name) for name in same_name},
-        batch_size=options.batch_size
-        or config.evaluation_batch(config.resolved_preset().unet, processes().num_processes),
-        sampler=config.sampler,
-        model_name=config.output_dir,
-        progress=True,
-    )
+    batch = options.batch_size or config.evaluation_batch(config.resolved_preset().unet, processes().num_processes)
+    found = {**vars(options), "batch_size": batch, "sampler": config.sampler, "model_name": config.output_dir}
+    return EvaluationOptions(**found, progress=True)
 
 
 def compare_with_paper(config: TrainingConfig, report: EvaluationReport, sizes: Mapping[str, int]) -> Reproduction:

@@ -1,7 +1,5 @@
 """One training run, resolved once from its configuration: machine, recipe, images, network arguments, batches."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,11 +64,6 @@ class Run:
     distillation: Distillation | None = None
 
     @property
-    def output_dir(self) -> Path:
-        """The folder of the run."""
-        return Path(self.config.output_dir)
-
-    @property
     def device(self) -> torch.device:
         """Where the network is."""
         return self.accelerator.device
@@ -80,12 +73,12 @@ class Run:
         """What the network computes in: float32, bf16 or fp16."""
         return {"no": "float32"}.get(self.accelerator.mixed_precision, self.accelerator.mixed_precision)
 
-    def describe_images(self, name: str | None = None) -> str:
-        """Return how many images of what; `name` for readers who are not to see where on this machine they are."""
+    def describe_images(self) -> str:
+        """Return how many images of what."""
         if self.distillation is not None:
             return self.data.name
         count = "a stream" if isinstance(self.data, StreamedImages) else f"{len(self.data)} images"
-        return f"{count} of {name or self.data.name}"
+        return f"{count} of {self.data.name}"
 
     def describe_computation(self) -> str:
         """Return how the network is computed."""
@@ -102,10 +95,7 @@ class Run:
 
 
 def start_accelerator(config: TrainingConfig) -> Accelerator:
-    """Set up device, precision, trackers and sibling processes, and PyTorch's switches for this run.
-
-    Raises UserError where accelerate was asked, by whatever means, for what is not possible here.
-    """
+    """Set up device, precision, trackers, processes and PyTorch's switches, or raise UserError: it is not possible."""
     trackers: Any = known_trackers(config.report_to) or None
     precision, logs = choose_precision(config.mixed_precision), Path(config.output_dir) / config.logging_dir
     try:
@@ -173,13 +163,10 @@ def resolve(config: TrainingConfig, accelerator: Accelerator, initial: InitialMo
     unet_config = dict(recipe.unet)
     if config.class_conditional:
         if (names := data.class_names) is None:
-            raise UserError(
-                f"--class_conditional needs classes, and {data.name!r} has none: use a folder of folders, or a "
-                "dataset with a label column (--label_column)"
-            )
-        unet_config |= {"num_class_embeds": len(names), "_class_names": list(names)}
-        if config.class_dropout:  # one more class stands for none
-            unet_config |= {"num_class_embeds": len(names) + 1, "_null_class": len(names)}
+            how = "use a folder of folders, or a dataset with a label column (--label_column)"
+            raise UserError(f"--class_conditional needs classes, and {data.name!r} has none: {how}")
+        null = {"_null_class": len(names)} if config.class_dropout else {}  # one more class stands for none
+        unet_config |= {"num_class_embeds": len(names) + len(null), "_class_names": list(names), **null}
     return Run(config, recipe, accelerator, computation, plan, data, unet_config, initial)
 
 

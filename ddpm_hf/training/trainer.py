@@ -4,8 +4,6 @@
 shows, `checkpointing.py` what it resumes from. Everything random in update n is a function of (seed, n).
 """
 
-from __future__ import annotations
-
 import os
 import shlex
 import time
@@ -54,21 +52,15 @@ _UPDATES_BETWEEN_CHECKS = 10
 
 
 class Trainer:
-    """Trains one DDPM. All of its configuration is checked here, before anything is written.
-
-    Raises:
-        UserError: A setting that does not fit the others, the images or the machine.
-    """
+    """Trains one DDPM, or raises UserError, before anything is written: a setting does not fit."""
 
     def __init__(self, config: TrainingConfig):
         self.output_dir, self.accelerator = Path(config.output_dir), start_accelerator(config)
         self.device = self.accelerator.device
         self._deterministic = has_deterministic_algorithms(self.device)
         if self.device.type == "cuda" and not self._deterministic:
-            log(
-                "this process has used the GPU already, so this run may not end in the same bits when it is repeated "
-                "or resumed; set CUBLAS_WORKSPACE_CONFIG=:4096:8 before Python starts"
-            )
+            what = "this process has used the GPU already, so this run may not end in the same bits when it is resumed"
+            log(f"{what}; set CUBLAS_WORKSPACE_CONFIG=:4096:8 before Python starts")
         with raise_on_all_ranks():
             checkpointing.check_output_is_ours(config)
             state = checkpoints.recorded_state(self.output_dir, config.resume_from_checkpoint)
@@ -86,8 +78,12 @@ class Trainer:
         self.unet = self._new_network()
         self._prepare_optimization()
         self.batches = Batches(self.run)
+        powers = PowerAverages(self.unet) if config.posthoc_ema else None
+        if powers is not None and any(isinstance(weight, DTensor) for weight in self.unet.parameters()):
+            log("nothing is kept for post-hoc EMA, which does not go with FSDP")
+            powers = None
         make_update = CapturedUpdate if self.run.computation.cuda_graphs else Update
-        parts = (self.model, self.unet, self._adam, self.optimizer, self.ema, self._power_averages())
+        parts = (self.model, self.unet, self._adam, self.optimizer, self.ema, powers)
         self.update = make_update(self.run, self.batches, *parts)
         self.step, self._saved_at = 0, -1  # optimizer updates done, and those in the last checkpoint
         # For the trackers: update, loss and gradient norm on the device, other numbers.
@@ -131,13 +127,6 @@ class Trainer:
             foreach=True,
         )
 
-    def _power_averages(self) -> PowerAverages | None:
-        """Return what is kept for post-hoc EMA, if anything is."""
-        if self.config.posthoc_ema and any(isinstance(weight, DTensor) for weight in self.unet.parameters()):
-            log("nothing is kept for post-hoc EMA, which does not go with FSDP")
-            return None
-        return PowerAverages(self.unet) if self.config.posthoc_ema else None
-
     def _learning_rate_schedule(self, step: int) -> Any:
         """Return the schedule as it is after `step` updates: a function of the update and the recipe alone."""
         for group in self._adam.param_groups:
@@ -146,22 +135,15 @@ class Trainer:
         counts = {"num_warmup_steps": self.recipe.lr_warmup_steps, "num_training_steps": self.recipe.max_train_steps}
         return get_scheduler(name, self._adam, **counts, last_epoch=step - 1)
 
-    # ------------------------------------------------------------------ the run
-
     def train(self, end_processes: bool = True) -> DDPMPipeline | None:
         """Train to the last update, then publish the model, its samples, numbers and card in `output_dir`.
 
-        Args:
-            end_processes: End the process group; `False` where the processes have more to do together.
+        Return the published pipeline (EMA weights), or `None` where the run was asked to stop: its state is saved, and
+        after the last update its model too; only samples and numbers are left out. `end_processes=False` leaves the
+        process group to processes that have more to do together.
 
-        Returns:
-            The published pipeline (EMA weights), or `None` where the run was asked to stop: its state is saved, and
-            after the last update its model too; only samples and numbers are left out.
-
-        Raises:
-            TrainingError: Loss or gradients are no longer finite.
-            OSError: The disk refuses; the last checkpoint is intact.
-            KeyboardInterrupt: A second Ctrl-C, or one while the last push is waited for.
+        Raises TrainingError (loss or gradients are no longer finite), OSError (the disk refuses; the last checkpoint
+        is intact) or KeyboardInterrupt (a second Ctrl-C, or one while the last push is waited for).
         """
         log(self._introduction())
         with ExitStack() as cleanup:
@@ -173,6 +155,8 @@ class Trainer:
                     self.evaluation.discard_after(self.step)
                     discard_snapshots(self.output_dir, self.step)
                     self.config.save(self.output_dir / checkpoints.CONFIG)
+            if self.step:  # a kill may have come between its checkpoint and its snapshot
+                self._save_snapshot()
             self.publisher.open_hub()
             self._start_trackers()
             cleanup.callback(self._close, end_processes)
@@ -242,29 +226,23 @@ class Trainer:
         if (step + 1) % _UPDATES_BETWEEN_CHECKS == 0 and self.update.skipped_on_host.read() >= _MOST_SKIPPED_UPDATES:
             kept, skipped = checkpoints.list_checkpoints(self.output_dir), int(self.update.skipped_in_a_row.item())
             rate, precision = self._adam.param_groups[0]["lr"], f"precision {self.run.precision}"
-            raise TrainingError(
-                f"loss {loss.item()} and gradient norm {norm.item()} at update {step + 1}: {skipped} updates in a "
-                f"row were skipped because their gradients are not finite (learning rate {rate:.3g}, {precision}); "
-                f"lower the learning rate; the last checkpoint is {kept[-1] if kept else 'none yet'}"
+            what = (
+                f"loss {loss.item()} and gradient norm {norm.item()} at update {step + 1}: {skipped} updates in a row "
             )
+            what += f"were skipped because their gradients are not finite (learning rate {rate:.3g}, {precision})"
+            last = kept[-1] if kept else "none yet"
+            raise TrainingError(f"{what}; lower the learning rate; the last checkpoint is {last}")
         return loss, norm
 
     def _settle_buckets(self) -> None:
-        """Make a backward pass of no effect, after which DDP adds gradients up as in the rest of the run.
-
-        It rearranges its buckets of gradients after the first one. With three processes and more, the order of the
-        sums depends on them: a resumed run's first update would differ by rounding.
-        """
-        if isinstance(self.model, DistributedDataParallel):
+        """Make a backward pass of no effect, after which DDP adds gradients up in the order of the rest of the run."""
+        if isinstance(self.model, DistributedDataParallel):  # else a resumed run's first update differs by rounding
             batch = self.batches.empty_micro_batch()
             self.model(batch.noise, batch.t, class_labels=batch.labels).sample.sum().backward()
             self.optimizer.zero_grad(set_to_none=True)
 
     def _show_progress(self, stop: StopFlag) -> None:
-        """Make the sample grid and the evaluation that are due after this update; all processes take part.
-
-        A stop interrupts them: a resumed run makes the evaluation, a grid alone is left out.
-        """
+        """Make what is due after this update; a stop interrupts it: a resumed run makes the evaluation, no grid."""
         if not (due(self.step, self.config.save_images_steps) or due(self.step, self.config.validation_steps)):
             return
         try:
@@ -274,9 +252,7 @@ class Trainer:
             raise
 
     def _show(self) -> None:
-        pipe, report = self.publisher.show(self._ema_state_dict(), self.step)
-        if report is not None:
-            self.evaluation.record(pipe, report, self.step)
+        if (report := self.publisher.show(self._ema_state_dict(), self.step)) is not None:
             self._log_numbers()  # some trackers take updates in their order only
             self.accelerator.log({name: entry["value"] for name, entry in report.values.items()}, step=self.step)
 
@@ -317,8 +293,6 @@ class Trainer:
             for tracker in self.accelerator.trackers:
                 tracker.finish()
 
-    # ------------------------------------------------------------------ words and numbers
-
     def _log_stop(self) -> None:
         """Say what a stopped run has made, and the commands that come next, ready to be copied."""
         folder, last, resume = shlex.quote(self.config.output_dir), self.recipe.max_train_steps, self._resume_command()
@@ -348,17 +322,12 @@ class Trainer:
 
     def _introduction(self) -> str:
         run, plan, updates = self.run, self.plan, self.recipe.max_train_steps - self.step
-        lines = [
-            f"{self.recipe.name}: {parameter_count(self.unet):,} parameters, {run.describe_images()}, "
-            f"{updates} updates of {plan.total} images on {self.device.type} ({plan.num_processes} process(es), "
-            f"{run.describe_computation()})",
-            run.describe_classes() or "",
-        ]
+        how = f"{self.device.type} ({plan.num_processes} process(es), {run.describe_computation()})"
+        what = f"{self.recipe.name}: {parameter_count(self.unet):,} parameters, {run.describe_images()}"
+        lines = [f"{what}, {updates} updates of {plan.total} images on {how}", run.describe_classes() or ""]
         if plan.accumulation > 1:
             lines.append(f"each update gathers {plan.accumulation} micro-batches of {plan.micro} images per process")
-        if self.step:
-            lines.append(f"resumed after update {self.step}")
-        return "\n".join(filter(None, lines))
+        return "\n".join(filter(None, [*lines, f"resumed after update {self.step}" if self.step else ""]))
 
     def _start_trackers(self) -> None:
         if self.accelerator.log_with:
@@ -388,8 +357,6 @@ class Trainer:
             loss *= self.plan.num_processes  # it is of this process's share
             self.accelerator.log({"loss": loss, "grad_norm": norm, **values}, step=step)
 
-    # ------------------------------------------------------------------ state
-
     def _save(self) -> None:
         """Write a checkpoint of this update, if there is none: the main process does, from what all have."""
         if self._saved_at == self.step:
@@ -397,12 +364,8 @@ class Trainer:
         weights, moments, values = checkpointing.training_state(self.model, self._adam)
         tensors = {"model": weights, "ema": self._ema_state_dict(), "optimizer": moments}
         scaler, keep = self.accelerator.scaler, self.config.checkpoints_total_limit
-        state = {
-            "optimizer": values,
-            "ema_steps": self.ema.optimization_step,
-            "scaler": scaler.state_dict() if scaler is not None else None,
-            **self.publisher.settings,
-        }
+        state = {"optimizer": values, "ema_steps": self.ema.optimization_step}
+        state |= {"scaler": None if scaler is None else scaler.state_dict(), **self.publisher.settings}
         if self.update.powers is not None:
             tensors["posthoc_ema"] = self.update.powers.state_dict()
         with raise_on_all_ranks():  # no process continues before it is written
@@ -433,13 +396,10 @@ class Trainer:
         path, tensors, state = found
         with raise_on_all_ranks():
             checkpointing.check_checkpoint(self.run, path, state)
-        checkpointing.restore_training_state(
-            self.model, self._adam, tensors["model"], tensors["optimizer"], state["optimizer"]
-        )
-        self.ema.shadow_params = [
-            checkpointing.shard_like(tensors["ema"][name], like=parameter)
-            for name, parameter in self.unet.named_parameters()
-        ]
+        saved = (tensors["model"], tensors["optimizer"], state["optimizer"])
+        checkpointing.restore_training_state(self.model, self._adam, *saved)
+        parameters, ema = self.unet.named_parameters(), tensors["ema"]
+        self.ema.shadow_params = [checkpointing.shard_like(ema[name], like=weight) for name, weight in parameters]
         self.ema.optimization_step = state["ema_steps"]
         if self.update.powers is not None and "posthoc_ema" in tensors:
             self.update.powers.load_state_dict(tensors["posthoc_ema"])
@@ -453,8 +413,6 @@ class Trainer:
 
     def _ema_state_dict(self) -> dict[str, Tensor]:
         """Return the EMA weights, whole, under the network's own names; all processes have to call this."""
-        names = (name for name, _ in self.unet.named_parameters())
-        weights = {
-            name: checkpointing.gather_shards(value) for name, value in zip(names, self.ema.shadow_params, strict=True)
-        }
+        pairs = zip(self.unet.named_parameters(), self.ema.shadow_params, strict=True)
+        weights = {name: checkpointing.gather_shards(value) for (name, _), value in pairs}
         return {**dict(self.unet.named_buffers()), **weights}

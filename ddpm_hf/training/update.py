@@ -4,14 +4,12 @@ Launching the 2,700 kernels of an update one by one takes the host longer than t
 are launched together: `CapturedUpdate` is the same update over tensors that keep their place.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import torch
 from accelerate import Accelerator
@@ -122,15 +120,13 @@ class CapturedUpdate(Update):
 
     What changes from update to update lies in tensors that keep their place: the micro-batch, the learning rate, the
     weights of the averages. Dropout draws from the default generator, whose seed a replay reads when it starts. For
-    one process without loss scaling. If the capture fails, one line says so and updates are made without.
-
-    A graph knows addresses, not names. So it is captured again where weights, EMA weights, moments or gradients have
-    been replaced from Python (`ema.load_state_dict`, `adam.load_state_dict`, another parameter), Adam's constants, or
-    the state of the default generator (after a capture of samples that failed).
+    one process without loss scaling. If the capture fails, one line says so and updates are made without. A graph
+    knows addresses, not names: it is captured again where weights, EMA weights, moments, gradients, Adam's constants
+    or the state of the default generator (after a capture of samples that failed) have been replaced from Python.
     """
 
     @classmethod
-    def of(cls, update: Update) -> CapturedUpdate:
+    def of(cls, update: Update) -> Self:
         """Return the same run's update, captured."""
         return cls(**{part.name: getattr(update, part.name) for part in fields(Update) if part.init})
 
@@ -181,7 +177,7 @@ class CapturedUpdate(Update):
     def _state(self) -> list[Tensor]:
         """Return all that an update changes and that lasts; Adam's part is there after its first step."""
         moments = [value for state in self.adam.state.values() for value in state.values()]
-        powers = [] if self.powers is None else self.powers.state()
+        powers = [] if self.powers is None else self.powers.state_dict().values()
         return [*self.unet.parameters(), *self.ema.shadow_params, *powers, *moments]
 
     def _bindings(self) -> tuple[Any, ...]:

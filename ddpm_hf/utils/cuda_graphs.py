@@ -4,10 +4,9 @@ A graph reads and writes the same memory whenever it is replayed, so what change
 lie in tensors that keep their place. (PyTorch, "CUDA semantics", section "CUDA Graphs".)
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -19,24 +18,15 @@ WARM_UP = 3
 renewals = 0
 
 
-class Rehearsal:
-    """Stand for a graph on a CPU: a replay calls the function again."""
-
-    def __init__(self, run: Callable[[], Any]):
-        self.replay = run
-
-
 def record(run: Callable[[], Any], device: torch.device) -> Any:
-    """Return a graph of the kernels that `run` launches, or its `Rehearsal` on a CPU; call it before, to warm up.
+    """Return a graph of the kernels that `run` launches, which was called before, to warm up; on a CPU it calls `run`.
 
     The device may be another than PyTorch's current one: kernels are recorded on a stream of the device that they are
-    for, else the graph would be empty and a replay would do nothing.
-
-    Raises:
-        RuntimeError: CUDA does not let something of it into a graph; the device can be used as before.
+    for, else the graph would be empty. Raises RuntimeError where CUDA does not let something of it into a graph; the
+    device can be used as before.
     """
     if device.type != "cuda":
-        return Rehearsal(run)
+        return SimpleNamespace(replay=run)
     with torch.cuda.device(device):
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
@@ -59,10 +49,7 @@ def _capture_stream(device: int) -> Any:
 
 
 def _renew_default_generator() -> None:
-    """Give the default generator a new state object of the same seed and offset.
-
-    Before PyTorch 2.14 a capture that failed left the old one refusing to draw outside of a capture.
-    """
+    """Copy the default generator's state: before PyTorch 2.14 a failed capture left the old one refusing to draw."""
     global renewals
     renewals += 1
     generator = torch.cuda.default_generators[torch.cuda.current_device()]

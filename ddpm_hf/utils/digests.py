@@ -1,7 +1,5 @@
 """Compute short names of what numbers depend on: settings, weights, images."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from typing import Any

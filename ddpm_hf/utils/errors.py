@@ -1,7 +1,5 @@
 """The error classes of users' mistakes."""
 
-from __future__ import annotations
-
 
 class UserError(ValueError):
     """A mistake of a user, in one sentence: what is wrong, which value, what to write instead.

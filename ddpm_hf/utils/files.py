@@ -1,25 +1,17 @@
 """Write files and folders whole or not at all."""
 
-from __future__ import annotations
-
 import errno
-import functools
 import os
-import re
 import shutil
-import time
+import tempfile
 import uuid
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
 from .errors import UserError
-
-# A file while it is written (`write_whole`); after a day its writer was killed.
-_PARTIAL, _ONE_DAY = re.compile(r"\..+\.[0-9a-f]{32}\.partial"), 86_400.0
 
 
 def write_directory(target: Path, fill: Callable[[Path], Any]) -> None:
@@ -82,21 +74,26 @@ def writable_folder(folder: Path, flag: str) -> None:
     """Make the folder that a flag names; raise UserError, before hours of work, if files cannot be written into it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise PermissionError(errno.EACCES, "permission denied")
+        with tempfile.TemporaryFile(dir=folder):  # asking for permissions would believe those that root has in /proc
+            pass
     except OSError as error:
         raise UserError(f"cannot write to {flag} {folder}: {error.strerror}") from None
+
+
+def check_new_folder(output: str | Path) -> None:
+    """Raise UserError where `--output`, a folder to be made, is a file or holds files."""
+    folder = Path(output)
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise UserError(f"--output {str(output)!r} holds something else; name a new folder")
 
 
 def write_whole(path: Path, write: Callable[[Path], Any], durable: bool = True) -> None:
     """Write a file completely or not at all: `write` a partial one, flush it to the disk, rename it.
 
     Each writer has a partial file of its own; the last one counts. `durable=False` leaves the flushing, of
-    milliseconds, to the system: for many small files that can be made again. Raises OSError; what was there before
-    still is.
+    milliseconds, to the system: for many small files that can be made again. Raises OSError and leaves what was there.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_partial_files(path.parent)
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:
         write(partial)
@@ -127,12 +124,3 @@ def flush(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
-
-
-@functools.cache
-def _remove_partial_files(folder: Path) -> None:
-    """Remove what killed writers have left in a folder; each folder is looked at once per process."""
-    for path in folder.glob(".*.partial"):
-        with suppress(OSError):  # another process removes them too
-            if _PARTIAL.fullmatch(path.name) and time.time() - path.stat().st_mtime > _ONE_DAY:
-                path.unlink()

@@ -1,7 +1,5 @@
 """What every access to the Hub shares: one sentence per error, retries, private repositories, is it a DDPM?"""
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -56,8 +54,7 @@ def private_options(save_directory: str | os.PathLike[str], options: Mapping[str
 def open_repository(repo_id: str, private: bool | None, token: str | None, repo_type: str = "model") -> Any:
     """Return what the Hub knows of a repository, which is made if it does not exist (`HfApi.repo_info`).
 
-    Only `private=False` makes a new one public, or takes a public one, which is a UserError otherwise; an existing one
-    stays what it is.
+    Only `private=False` makes a new one public, or takes a public one, which is a UserError otherwise.
     """
     api = HfApi(token=token, library_name="ddpm_hf")
     if "/" not in repo_id:
@@ -160,11 +157,9 @@ def check_pipeline(name: str | os.PathLike[str], **options: Any) -> None:
     if not path.is_file():
         raise OSError(f"{name!r} holds no pipeline: there is no {INDEX} in it")
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        index = None
-    if not isinstance(index, dict):
-        raise UserError(f"the {INDEX} of {name!r} is not a JSON object; download or save it again")
+        index = {**json.loads(path.read_text(encoding="utf-8"))}
+    except (ValueError, TypeError):
+        raise UserError(f"the {INDEX} of {name!r} is not a JSON object; download or save it again") from None
     lists = {key: value[-1] for key, value in index.items() if isinstance(value, list) and value}
     parts = {key: value for key, value in lists.items() if value is not None and key[0] != "_" and key not in options}
     if {"unet", "scheduler"} - {*options} != {*parts} or parts.get("unet", "UNet2DModel") != "UNet2DModel":

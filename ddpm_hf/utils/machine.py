@@ -1,7 +1,5 @@
 """Settings of the machine that decide how fast, and to which bits, tensors are computed, handed out and copied."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 from collections.abc import Iterator
@@ -18,10 +16,7 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # mallopt(3), glibc's malloc.h
 
 
 def keep_freed_memory() -> None:
-    """Keep freed memory in this process for the next tensor, where the C library is glibc.
-
-    By default large tensors' memory goes back to the system whenever they are freed, and comes again page by page.
-    """
+    """Keep freed memory for the next tensor, where the C library is glibc; else it comes again page by page."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):  # another C library
@@ -37,16 +32,13 @@ def use_tf32(wanted: bool) -> None:
 
 
 def choose_precision(wanted: str | None) -> str:
-    """Return a run's mixed precision: what is asked for, else the launcher's, else bf16 on NVIDIA GPUs that have it.
-
-    Raises UserError: bf16 is asked for, and the GPU does not compute in it.
-    """
+    """Return a run's precision: as requested (or UserError), else the launcher's, else bf16 on GPUs that have it."""
     gpu = torch.cuda.is_available()
     has_bf16 = gpu and torch.cuda.is_bf16_supported(including_emulation=False)
     wanted = wanted or os.environ.get("ACCELERATE_MIXED_PRECISION")  # `accelerate launch` always sets it
     if wanted == "bf16" and gpu and not has_bf16:
-        gpu_name = torch.cuda.get_device_name()
-        raise UserError(f"--mixed_precision bf16 is not there on {gpu_name}; use fp16, or no for float32")
+        name = torch.cuda.get_device_name()
+        raise UserError(f"--mixed_precision bf16 is not there on {name}; use fp16, or no for float32")
     return wanted.lower() if wanted else ("bf16" if has_bf16 else "no")
 
 
@@ -90,9 +82,8 @@ def deterministic_algorithms() -> Iterator[None]:
     """Make NVIDIA GPUs compute the same bits every time, within.
 
     By default float32 gradients of convolutions, attention and embeddings are sums in whatever order the threads
-    arrive, and cuDNN's algorithms and compiled kernels' sizes are chosen by time. New memory is not filled, as it
-    would be in PyTorch's mode by default: nothing reads it before it is written. PyTorch raises a RuntimeError at an
-    operation that has no deterministic algorithm.
+    arrive, and cuDNN's algorithms and compiled kernels' sizes are chosen by time. New memory is not filled: nothing
+    reads it before it is written. PyTorch raises a RuntimeError at an operation that has no deterministic algorithm.
     """
     filling: Any = torch.utils.deterministic
     cudnn = torch.backends.cudnn
@@ -116,10 +107,9 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 class DelayedScalar:
-    """A 0-d tensor whose value the host reads without holding up the device; on CPUs it is read directly.
+    """A 0-d tensor, changed in place, whose value the host reads without holding up the device (CPUs: directly).
 
-    Each `read` starts a copy of the tensor, which changes in place, into pinned memory and returns the value that the
-    `read` before has copied: the same one in every run and process.
+    Each `read` starts a copy into pinned memory and returns what the `read` before has copied: the same in every run.
     """
 
     def __init__(self, value: Tensor, delayed: bool | None = None):

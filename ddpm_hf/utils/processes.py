@@ -1,7 +1,5 @@
 """Sibling processes, cores, signals, locks, trackers."""
 
-from __future__ import annotations
-
 import ctypes
 import dataclasses
 import os
@@ -47,7 +45,7 @@ def log(text: str) -> None:
 
 
 # The default process group and that of `_waiting_group`. Weak references: a group of gloo's that outlives
-# `destroy_process_group` aborts the process at its end ("terminate called without an active exception").
+# `destroy_process_group` aborts the process at its end.
 _groups: weakref.WeakKeyDictionary[Any, weakref.ref[Any]] = weakref.WeakKeyDictionary()
 
 
@@ -91,16 +89,15 @@ def raise_on_all_ranks() -> Iterator[None]:
         raise
     for index, outcome in enumerate(gather(None)):
         if outcome is not None:
-            kind, sentence = outcome
-            raise kind(f"process {index} failed: {sentence}")
+            raise outcome[0](f"process {index} failed: {outcome[1]}")
 
 
 def same_everywhere(what: str, advice: str) -> None:
     """Raise UserError on every process unless all, on whatever machines, have the same."""
-    found = gather(what)
-    for index, other in enumerate(found):
-        if other != found[0]:
-            raise UserError(f"process 0 has {found[0]}, and process {index} has {other}; {advice}")
+    first, *others = gather(what)
+    for index, other in enumerate(others, 1):
+        if other != first:
+            raise UserError(f"process 0 has {first}, and process {index} has {other}; {advice}")
 
 
 def reduce_in_float32(accelerator: Accelerator) -> None:
@@ -135,10 +132,8 @@ def known_trackers(text: str | None) -> list[str]:
     """Return the trackers of `"tensorboard,wandb"` (`all`: the installed; `none`, `None`: none); or UserError."""
     names = [part.strip().lower() for part in (text or "none").split(",") if part.strip()]
     installed = [str(tracker) for tracker in get_available_trackers()]
-    if names == ["none"]:
-        return []
-    if names == ["all"] and installed:
-        return installed
+    if names == ["none"] or (names == ["all"] and installed):
+        return installed if names == ["all"] else []
     if missing := [name for name in names if name not in installed]:
         how = f"pip install it first, or give none (installed: {', '.join(installed) or 'none'})"
         raise UserError(f"--report_to {missing[0]!r} is not an installed tracker; {how}")

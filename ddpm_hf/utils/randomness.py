@@ -3,8 +3,6 @@
 A run that is resumed, split over processes or sampled in other batches draws the same numbers.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 import operator
@@ -17,10 +15,7 @@ from .errors import UserError
 
 
 def derive_seed(seed: int, *what: int | str) -> int:
-    """Return a 63-bit seed for one purpose and its indices, such as `("noise", update)`: the same everywhere.
-
-    Raises TypeError for an index that is not an integer.
-    """
+    """Return a 63-bit seed for one purpose and its indices, such as `("noise", update)`: the same everywhere."""
     key = (int(seed), *(part if isinstance(part, str) else operator.index(part) for part in what))
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
@@ -87,12 +82,10 @@ def normal_noise(seeds: Tensor, draws: Tensor, count: int) -> Tensor:
 
 
 class SeededNoise:
-    """Standard normal noise for a batch of images, each image's a function of its own seed.
+    """Standard normal noise for a batch of images, each image's a function of its own seed, from -2^63 to 2^64 - 1.
 
     What image i gets depends on its seed and on how often noise was drawn before (`drawn`, for all or for each), and
     on nothing else: not on the batch, the number of processes or the device.
-
-    Raises UserError for a seed that is not from -2^63 to 2^64 - 1.
     """
 
     def __init__(self, seeds: Sequence[int], device: torch.device | str = "cpu", drawn: int | Sequence[int] = 0):

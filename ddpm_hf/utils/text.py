@@ -1,7 +1,5 @@
 """Format numbers, tables and names for people."""
 
-from __future__ import annotations
-
 import difflib
 import json
 import math

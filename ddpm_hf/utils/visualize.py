@@ -1,9 +1,6 @@
 """Show uint8 images to people: grids, grids with titles, animations."""
 
-from __future__ import annotations
-
 import math
-import tempfile
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -54,9 +51,6 @@ def labelled_grid(
 
     The font is Pillow's own, which has Latin letters only; it grows with the tiles, and they with the column titles.
     """
-    for name, titles, count in (("row", rows, images.shape[0]), ("column", columns, images.shape[1])):
-        if titles and len(titles) != count:
-            raise UserError(f"got {len(titles)} {name} titles for {count} {name}s")
     _, across, _, height, width = images.shape
     size = max(14, _scale(height, width, tile) * height // 8)
     font = ImageFont.load_default(size)
@@ -98,12 +92,9 @@ def save_picture(picture: Image.Image, path: str | Path, durable: bool = True) -
 def save_animation(frames: Sequence[Image.Image], path: str | Path, duration: int = 60, hold: int = 2000) -> None:
     """Write an endless animation completely or not at all: GIF, animated PNG or lossless WebP, by the file's suffix.
 
-    Smaller frames get a white border on the right and below. `duration` is in milliseconds per frame, `hold` for the
-    last one.
+    Smaller frames get a white border. `duration` is in milliseconds per frame, `hold` for the last one.
     """
     file_format = animation_format(path)
-    if not frames:
-        raise UserError("an animation needs at least one frame")
     width, height = max(frame.width for frame in frames), max(frame.height for frame in frames)
     first, *others = [
         ImageOps.expand(frame, (0, 0, width - frame.width, height - frame.height), "white") for frame in frames
@@ -120,16 +111,3 @@ def animation_format(path: str | Path) -> str:
     if suffix not in ANIMATION_FORMATS:
         raise UserError(f"an animation is written as FILE{', FILE'.join(ANIMATION_FORMATS)}, got {str(path)!r}")
     return ANIMATION_FORMATS[suffix]
-
-
-def check_writable(path: str | Path) -> None:
-    """Raise a UserError with the reason where a file could not be written later; leave nothing behind."""
-    path = Path(path)
-    if path.is_dir():
-        raise UserError(f"cannot write {path}: it is a folder")
-    there = next(folder for folder in path.absolute().parents if folder.exists())
-    try:
-        with tempfile.TemporaryFile(dir=there):  # asking for permissions would believe those that root has in /proc
-            pass
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from None

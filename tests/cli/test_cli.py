@@ -104,7 +104,7 @@ def test_every_preset_has_a_configuration_that_changes_nothing_of_it(repository_
         (["stray"], ["unrecognized arguments: stray"]),
         (["--preset", "cifar11"], ["'cifar11'", "did you mean 'cifar10'?"]),
         (["--preset", "digits", "--train_data_dir", "{tmp}/nowhere"], ["nowhere", "does not exist"]),
-        (["--preset", "digits", "--train_data_dir", "{tmp}"], ["no images"]),
+        (["--preset", "digits", "--train_data_dir", "{tmp}"], ["neither a folder that holds images"]),
         (["--preset", "digits", "--dataset_name", "{tmp}/nowhere"], ["nowhere", "cannot load"]),
         (["--preset", "digits", "--dataset", "digits", "--train_data_dir", "x"], ["exactly one"]),
         (["--preset", "digits", "--resolution", "9"], ["9x9", "8", "10"]),

@@ -1,6 +1,7 @@
 """`ddpm-hf ema`: models of other EMA lengths from a run's snapshots, the sweep, what is refused."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -49,6 +50,24 @@ def test_several_lengths_are_several_folders_and_differ(run, tmp_path):
     assert not torch.equal(*weights)
 
 
+def test_a_run_that_was_stopped_again_is_described_and_measured_as_it_is_now(run, tmp_path):
+    shutil.copytree(run, again := tmp_path / "run")
+    more = {"max_train_steps": 12, "output_dir": str(again), "resume_from_checkpoint": "latest"}
+    Trainer(TrainingConfig(**{**QUICK, **more})).train()
+    shutil.copytree(run / "unet", again / "unet", dirs_exist_ok=True)  # as if it had not ended: an older model,
+    (again / "README.md").unlink()  # or none
+    what = ["--metrics", "nll", "--dataset", "digits", "--num_images", 4, "--num_evaluations", 4]
+    assert ema(again, "--sweep", "--sigma_rel", "0.1", *what) == 0
+    checkpoint, out = again / "checkpoint-12", tmp_path / "own.json"
+    assert cli.main(["evaluate", "--model", str(checkpoint), *map(str, what), "--output", str(out)]) == 0
+    own = json.loads((again / "ema_sweep" / "sweep.json").read_text())["values"]["the run's own EMA"]
+    assert own["bits_per_dim"]["value"] == json.loads(out.read_text())["values"]["bits_per_dim"]["value"]
+    assert ema(again, "--sigma_rel", "0.1", "--output", tmp_path / "model") == 0
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "updates: 12 of 16 images" in card
+    assert "EMA weights: power function of relative width sigma_rel 0.1, ending after update 12" in card
+
+
 def test_a_sweep_measures_every_length_and_the_run_s_own_ema(run, capsys):
     images = ["--dataset", "digits", "--num_samples", 8, "--num_inference_steps", 2, "--features", "pixels"]
     assert ema(run, "--sweep", "--sigma_rel", "0.05,0.1", "--metrics", "nll,fid", "--num_images", 2, *images) == 0
@@ -80,7 +99,7 @@ def test_a_sweep_measures_every_length_and_the_run_s_own_ema(run, capsys):
         (["{run}", "--sigma_rel", "0.5", "--output", "{tmp}/x"], "at most 0.2887"),
         (["{run}", "--sigma_rel", "0.01", "--output", "{tmp}/x"], "possible with at most 10%: 0.0"),
         (["{run}", "--sigma_rel", "0.1", "--step", "11", "--output", "{tmp}/x"], "up to 10"),
-        (["{run}", "--sigma_rel", "0.1", "--output", "{run}"], "is there already"),
+        (["{run}", "--sigma_rel", "0.1", "--output", "{run}"], "holds something else"),
         (["{run}", "--sweep", "--output", "{tmp}/x"], "leave out --output"),
         (["{run}", "--sweep", "--metrics", "fud"], "'fud'"),
         (["{run}", "--sigma_rel", "0.1", "--output", "{tmp}/x", "--metrics", "fid"], "--metrics goes with --sweep"),

@@ -705,7 +705,7 @@ def test_an_output_in_use_is_left_alone(tmp_path):
     path = saved(tmp_path, other.make_pesser())
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("keep")
-    with pytest.raises(ValueError, match="exists already"):
+    with pytest.raises(ValueError, match="holds something else"):
         convert("pesser", path, tmp_path / "out", sample_size=16)
     assert (tmp_path / "out" / "mine.txt").read_text() == "keep"
 

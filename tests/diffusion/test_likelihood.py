@@ -24,7 +24,14 @@ from oracles import (
 from scipy import special
 
 from ddpm_hf import DDPMScheduler, bits_per_dim, stratified_bits_per_dim
-from ddpm_hf.diffusion.likelihood import LikelihoodEstimate, LikelihoodResult, prior_bpd, timestep_strata, vb_terms_bpd
+from ddpm_hf.diffusion.likelihood import (
+    LikelihoodEstimate,
+    LikelihoodResult,
+    prior_bpd,
+    subsequence,
+    timestep_strata,
+    vb_terms_bpd,
+)
 from ddpm_hf.utils.errors import NotFiniteError
 
 LEVELS = torch.from_numpy(PIXEL_VALUES).float()
@@ -514,3 +521,73 @@ def test_bits_per_dim_of_a_network_that_fails_at_one_timestep_are_none(value):
         bits_per_dim(network, scheduler, x_0)
     with pytest.raises(NotFiniteError, match=r"the bound's term at t=7 is not finite"):
         stratified_bits_per_dim(network, scheduler, x_0, num_evaluations=40)
+
+
+def optimal_scheduler(data, betas, **settings):
+    """A scheduler that knows how far the best prediction of Gaussian data is off, and whose variance follows."""
+    T = len(betas)
+    scheduler = DDPMScheduler(T, trained_betas=betas.tolist(), variance_type="optimal", **settings)
+    scheduler.set_prediction_error([data.unknown_of_x_0(t) for t in range(T)])
+    return scheduler
+
+
+@pytest.mark.parametrize("timesteps", [[19], [19, 7], [18, 11, 5, 2, 0], list(range(19, -1, -1))])
+def test_the_bound_of_any_chain_of_gaussian_data_is_its_exact_value(timesteps):
+    """With the optimal variance each step of the chain is exact, so the bound is -log p(x_0) of the data themselves.
+
+    Up to L_T, the decoder's bins, and the noise of the estimate: x_0 here are 8-bit pixel values of N(0.1, 0.3^2).
+    """
+    betas = np.linspace(1e-3, 0.6, 20)
+    data = DiscretisedGaussian(0.1, 0.3, betas, large=False)
+    x_0, _ = data.sample(200)
+    scheduler = optimal_scheduler(data.process, betas)
+    unet = Predicts(data.process.alpha_bar, data.process.expected_x_0)
+    found = bits_per_dim(unet, scheduler, x_0, timesteps=timesteps, clip_denoised=False)
+    assert found.terms_bpd.shape == found.mse.shape == (200, len(timesteps))
+    mean, variance = data.process.marginal(timesteps[0])
+    a = data.process.alpha_bar[timesteps[0]]
+    prior = 0.5 * (-math.log(1 - a) - 1 + (1 - a) + a * (data.mean**2 + data.std**2)) / math.log(2)
+    # the chain starts from N(0, 1) instead of q(x_t): KL(q(x_t) || N(0, 1)) is what that costs
+    start = 0.5 * (variance + mean**2 - 1 - math.log(variance)) / math.log(2)
+    assert found.prior_bpd.mean().item() == pytest.approx(prior, rel=0.1)
+    levels = ((x_0 + 1) * 127.5).round().long().numpy()
+    code_length = -np.log2(data.probability)[levels].reshape(200, -1).mean(1)
+    excess = found.total_bpd.double().numpy() - code_length
+    error = excess.std() / 200**0.5
+    assert abs(excess.mean() - start) < 4 * error + 2e-3
+    assert error < 0.03
+
+
+def test_the_bound_of_the_whole_chain_is_the_full_sum():
+    betas = np.linspace(1e-3, 0.6, 20)
+    data = DiscretisedGaussian(0.1, 0.3, betas, large=True)
+    x_0, _ = data.sample(5)
+    scheduler = DDPMScheduler(20, trained_betas=betas.tolist(), variance_type="fixed_large")
+    unet = Predicts(data.process.alpha_bar, data.process.expected_x_0)
+    full = bits_per_dim(unet, scheduler, x_0)
+    chain = bits_per_dim(unet, scheduler, x_0, timesteps=list(range(19, -1, -1)))
+    assert torch.equal(full.total_bpd, chain.total_bpd)
+    assert torch.equal(full.terms_bpd, chain.terms_bpd)
+
+
+@pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large", "optimal"])
+def test_a_chain_as_a_process_of_its_own_has_the_samplers_coefficients(variance_type):
+    betas = np.linspace(1e-3, 0.6, 20)
+    data = GaussianData(0.1, 0.3, betas)
+    scheduler = optimal_scheduler(data, betas, clip_sample=False)
+    scheduler.register_to_config(variance_type=variance_type)
+    timesteps = [18, 11, 5, 2]
+    few = subsequence(scheduler, timesteps)
+    scheduler.set_timesteps(timesteps=timesteps)
+    x_t, output = torch.randn(2, 3, 1, 4, 4, dtype=torch.float64)
+    for k, t in enumerate(reversed(timesteps)):
+        theirs = scheduler.step(output, t, x_t, torch.Generator().manual_seed(0)).prev_sample
+        mean, variance, _, _ = few.p_mean_variance(output, k, x_t, clip_denoised=False)
+        noise = torch.randn(x_t.shape, generator=torch.Generator().manual_seed(0), dtype=x_t.dtype)
+        if k == 1 and variance_type == "optimal":  # sampling limits the last noise, the bound does not
+            variance = variance.clamp(max=(2 / 255) ** 2 * math.pi / 2)
+        torch.testing.assert_close(theirs, mean + (k > 0) * variance.sqrt() * noise, rtol=1e-9, atol=1e-9)
+    with pytest.raises(ValueError, match="must fall"):
+        subsequence(scheduler, [2, 5])
+    with pytest.raises(ValueError, match="a bound over all T steps only"):
+        subsequence(DDPMScheduler(prediction_type="posterior_mean"), [5, 2])

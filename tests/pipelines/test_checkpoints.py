@@ -228,6 +228,8 @@ def test_components_of_ones_own_and_arguments_that_have_no_meaning(tmp_path):
         ValueError, match="a checkpoint takes no variant; make a pipeline of it first: ddpm-hf publish"
     ):
         DDPMPipeline.from_pretrained(run, variant="fp16")
+    with pytest.raises(ValueError, match=r"dtype of a checkpoint must be one such as torch\.float16, got {'unet'"):
+        DDPMPipeline.from_pretrained(run, dtype={"unet": torch.float16})
     with pytest.raises(ValueError, match="weights must be 'ema' or 'raw', got 'EMA'"):
         DDPMPipeline.from_pretrained(run, weights="EMA")
 

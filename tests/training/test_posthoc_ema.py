@@ -46,7 +46,7 @@ def test_the_paper_s_exponents():
     assert [round(gamma_of(length), 2) for length in TRACKED] == [16.97, 6.94]
 
 
-@pytest.mark.parametrize("sigma_rel", [0.0, -0.1, 0.29, math.nan])
+@pytest.mark.parametrize("sigma_rel", [0.0, -0.1, 1e-200, 0.29, math.nan])
 def test_widths_that_no_profile_has(sigma_rel):
     with pytest.raises(UserError, match=r"at most 0\.2887"):
         gamma_of(sigma_rel)
@@ -236,10 +236,21 @@ def test_a_resumed_run_discards_what_came_after_its_checkpoint(tmp_path, capsys)
     assert list(list_snapshots(run.output_dir)) == [4, 5, 6]
     before = snapshot_bytes(run.output_dir)
     shutil.rmtree(run.output_dir / "checkpoint-6")
+    (run.output_dir / "ema" / ".update-6.safetensors.0a.partial").touch()  # of a killed write
     resumed = trainer(run.output_dir, resume_from_checkpoint="latest", max_train_steps=4)
     resumed.train()
-    assert list(list_snapshots(run.output_dir)) == [4]
+    names = sorted(path.name for path in (run.output_dir / "ema").iterdir())
+    assert names == ["update-3.safetensors", "update-4.safetensors"]  # the checkpoint's is made up for
     assert snapshot_bytes(run.output_dir)[4] != before[4]  # another learning rate: the schedule is shorter
+
+
+def test_a_snapshot_that_a_kill_left_out_is_made_up_for(tmp_path):
+    run = trainer(tmp_path / "run")
+    run.train()
+    before = snapshot_bytes(run.output_dir)
+    (run.output_dir / "ema" / "update-6.safetensors").unlink()  # checkpoint-6 is there already
+    trainer(run.output_dir, resume_from_checkpoint="latest").train()
+    assert snapshot_bytes(run.output_dir) == before
 
 
 def test_without_averages_in_the_checkpoint_none_are_kept(tmp_path, capsys):

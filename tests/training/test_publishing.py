@@ -176,6 +176,23 @@ def test_a_checkpoint_goes_into_another_folder_and_nothing_is_overwritten(tmp_pa
     assert content(card.parent) == before
 
 
+def test_the_run_is_found_beside_the_current_folder_and_a_grid_that_is_asked_for_is_drawn(
+    tmp_path, stopped, monkeypatch
+):
+    shutil.copytree(stopped, run := tmp_path / "run")
+    config = run / "training_config.yaml"
+    config.write_text(config.read_text() + "license: mit\n")
+    monkeypatch.chdir(run / "checkpoint-3")
+    assert ddpm_hf("publish", ".", "--output", tmp_path / "out") == 0
+    assert "license: mit" in (tmp_path / "out" / "README.md").read_text()
+    first = (tmp_path / "out" / "samples.png").read_bytes()
+    assert ddpm_hf("publish", ".", "--output", tmp_path / "out", "--num_sample_images", 1) == 0
+    second = (tmp_path / "out" / "samples.png").read_bytes()
+    assert second != first
+    assert ddpm_hf("publish", ".", "--output", tmp_path / "out") == 0
+    assert (tmp_path / "out" / "samples.png").read_bytes() == second
+
+
 def test_publishing_waits_for_no_run_that_writes_there(tmp_path, stopped, capsys):
     shutil.copytree(stopped, tmp_path / "run")
     with processes.only_run_in(tmp_path / "run"):
@@ -300,6 +317,6 @@ def test_a_resume_command_says_what_the_launcher_chose(tmp_path, monkeypatch):
 
 
 def test_a_push_that_waits_is_named_as_missing(tmp_path):
-    publisher = Publisher(TrainingConfig(**RUN, output_dir=str(tmp_path)), {})
+    publisher = Publisher(TrainingConfig(**RUN, output_dir=str(tmp_path)), {}, None)
     publisher.pushes = object()
     assert publisher.missing() == ["samples.png", "its push to the Hub"]

@@ -56,16 +56,6 @@ def test_what_fails_leaves_the_file_before_and_nothing_else(tmp_path):
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a.txt", "before")]
 
 
-def test_what_killed_writers_left_is_removed_after_a_day(tmp_path):
-    names = [f".a.txt.{digit * 32}.partial" for digit in "ab"] + [".mine.partial"]
-    for name in names:
-        (tmp_path / name).touch()
-    for name in names[1:]:
-        os.utime(tmp_path / name, (0, 0))
-    write_text(tmp_path / "b.txt", "")
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([names[0], names[2], "b.txt"])
-
-
 def test_folders_that_cannot_be_flushed(tmp_path, monkeypatch):
     """As on Windows, where `os.open` of a folder is refused, and on network file systems; a file's failure counts."""
 

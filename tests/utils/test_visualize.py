@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ddpm_hf.utils.visualize import check_writable, image_grid, labelled_grid, save_animation, save_picture
+from ddpm_hf.utils.visualize import image_grid, labelled_grid, save_animation, save_picture
 
 
 def test_small_images_are_enlarged_with_a_gap_between():
@@ -95,17 +95,15 @@ def test_titles_grow_with_the_images():
 
 
 @pytest.mark.parametrize(
-    ("shape", "options", "message"),
+    ("shape", "message"),
     [
-        ((1, 2, 1, 8, 8), {"rows": ["a", "b"]}, "2 row titles for 1 row"),
-        ((1, 2, 1, 8, 8), {"columns": ["a"]}, "1 column titles for 2 column"),
-        ((1, 2, 4, 8, 8), {}, "1 or 3 channels"),
-        ((0, 2, 1, 8, 8), {}, "at least one image"),
+        ((1, 2, 4, 8, 8), "1 or 3 channels"),
+        ((0, 2, 1, 8, 8), "at least one image"),
     ],
 )
-def test_bad_labelled_grids(shape, options, message):
+def test_bad_labelled_grids(shape, message):
     with pytest.raises(ValueError, match=message):
-        labelled_grid(torch.zeros(shape, dtype=torch.uint8), **options)
+        labelled_grid(torch.zeros(shape, dtype=torch.uint8))
 
 
 # ---------------------------------------------------------------------- animations and files
@@ -138,8 +136,6 @@ def test_animations_come_back_frame_by_frame(tmp_path, name, mode):
 def test_bad_animations(tmp_path):
     with pytest.raises(ValueError, match=r"FILE\.gif.*x\.mp4"):
         save_animation([Image.new("L", (2, 2))], tmp_path / "x.mp4")
-    with pytest.raises(ValueError, match="at least one frame"):
-        save_animation([], tmp_path / "x.gif")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -157,13 +153,3 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
         save_animation([Image.new("L", (4, 4), 9)] * 2, tmp_path / "x.png")
     assert [path.name for path in tmp_path.iterdir()] == ["x.png"]
     assert np.asarray(Image.open(tmp_path / "x.png")).tolist() == [[7] * 4] * 4
-
-
-def test_whether_a_file_can_be_written_is_found_without_writing(tmp_path):
-    (tmp_path / "file").write_text("x")
-    check_writable(tmp_path / "new" / "folder" / "x.png")
-    check_writable(tmp_path / "file")
-    for path in (tmp_path, tmp_path / "file" / "x.png", "/proc/nowhere/x.png"):
-        with pytest.raises(ValueError, match=f"cannot write {path}: "):
-            check_writable(path)
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
