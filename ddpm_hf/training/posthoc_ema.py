@@ -33,7 +33,7 @@ from ..diffusion.scheduling_ddpm import DDPMScheduler
 from ..models.unet_2d import UNet2DModel
 from ..pipelines.pipeline_ddpm import DDPMPipeline
 from ..utils.errors import UserError, first_line
-from ..utils.files import write_whole
+from ..utils.files import remove_leftovers, write_whole
 
 FOLDER = "ema"
 TRACKED = (0.05, 0.10)  # the lengths sigma_rel that a run keeps, as in the paper
@@ -195,7 +195,8 @@ def save_snapshot(run: Path, update: int, averages: dict[str, Tensor], config: d
 
 
 def discard_snapshots(run: Path, after: int) -> None:
-    """Remove the snapshots of later updates, which a resumed run makes again."""
+    """Remove the snapshots of later updates, which a resumed run makes again, and what killed writes have left."""
+    remove_leftovers(run / FOLDER)
     for update, path in list_snapshots(run).items():
         if update > after:
             path.unlink()

@@ -238,7 +238,7 @@ def test_a_resumed_run_discards_what_came_after_its_checkpoint(tmp_path, capsys)
     shutil.rmtree(run.output_dir / "checkpoint-6")
     resumed = trainer(run.output_dir, resume_from_checkpoint="latest", max_train_steps=4)
     resumed.train()
-    assert list(list_snapshots(run.output_dir)) == [4]
+    assert list(list_snapshots(run.output_dir)) == [3, 4]  # its own is written again
     assert snapshot_bytes(run.output_dir)[4] != before[4]  # another learning rate: the schedule is shorter
 
 
@@ -246,9 +246,11 @@ def test_a_snapshot_that_a_kill_left_out_is_made_up_for(tmp_path):
     run = trainer(tmp_path / "run")
     run.train()
     before = snapshot_bytes(run.output_dir)
-    (run.output_dir / "ema" / "update-6.safetensors").unlink()  # checkpoint-6 is there already
+    newest = run.output_dir / "ema" / "update-6.safetensors"
+    newest.rename(newest.with_name(f".{newest.name}.{'0' * 32}.partial"))  # checkpoint-6 is there already
     trainer(run.output_dir, resume_from_checkpoint="latest").train()
     assert snapshot_bytes(run.output_dir) == before
+    assert len(list(newest.parent.iterdir())) == len(before)
 
 
 def test_without_averages_in_the_checkpoint_none_are_kept(tmp_path, capsys):
