@@ -82,7 +82,7 @@ def check_output_is_ours(config: TrainingConfig) -> None:
         raise UserError(f"{where} already holds a run; {how}")
     if not (folder / CONFIG).exists():
         for name in (INDEX, "unet", "scheduler", CARD, SAMPLES, REPORT, BEST, HISTORY, FOLDER):
-            if (folder / name).exists():
+            if (folder / name).exists() and not (name == FOLDER and checkpoints):  # a stopped run has both
                 raise UserError(f"{where} holds {name}, which a run would overwrite; name another folder")
     # Models are written after checkpoints, so these were removed: to save space, not to train all over again.
     elif (folder / INDEX).exists() and not checkpoints and config.resume_from_checkpoint in (None, "latest"):

@@ -152,7 +152,7 @@ def save_snapshot(run: Path, update: int, averages: dict[str, Tensor], config: d
     path = run / FOLDER / f"update-{update}.safetensors"
     # One entry: safetensors writes several in any order, and the same snapshot is to be the same file.
     try:
-        write_whole(path, lambda partial: save_file(half, partial, {"config": json.dumps(config)}))
+        write_whole(path, lambda partial: save_file(half, partial, {"config": json.dumps(config, sort_keys=True)}))
     except (OSError, SafetensorError) as error:  # safetensors has its own for a full disk
         raise OSError(f"cannot write {path}: {error}; checkpoints are intact") from error
     others = {t: old for t, old in list_snapshots(run).items() if t != update}

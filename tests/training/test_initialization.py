@@ -168,6 +168,9 @@ def test_a_run_resumes_to_the_same_bits_when_its_model_is_gone(tmp_path, model, 
     for name, value in whole.unet.state_dict().items():
         assert torch.equal(value, resumed.unet.state_dict()[name])
     assert whole.scheduler.config == resumed.scheduler.config
+    for snapshot in (tmp_path / "whole" / "ema").iterdir():
+        if snapshot.stem in ("update-3", "update-4"):  # those that both runs have made
+            assert snapshot.read_bytes() == (tmp_path / "resumed" / "ema" / snapshot.name).read_bytes()
     cards = [(tmp_path / name / "README.md").read_text().partition("## Training")[2] for name in ("whole", "resumed")]
     assert cards[0].partition("<!--")[0] == cards[1].partition("<!--")[0]
 

@@ -248,9 +248,11 @@ def test_a_snapshot_that_a_kill_left_out_is_made_up_for(tmp_path):
     run = trainer(tmp_path / "run")
     run.train()
     before = snapshot_bytes(run.output_dir)
-    (run.output_dir / "ema" / "update-6.safetensors").unlink()  # checkpoint-6 is there already
+    newest = run.output_dir / "ema" / "update-6.safetensors"
+    newest.rename(newest.with_name(f".{newest.name}.{'0' * 32}.partial"))  # checkpoint-6 is there already
     trainer(run.output_dir, resume_from_checkpoint="latest").train()
     assert snapshot_bytes(run.output_dir) == before
+    assert len(list(newest.parent.iterdir())) == len(before)
 
 
 def test_without_averages_in_the_checkpoint_none_are_kept(tmp_path, capsys):
