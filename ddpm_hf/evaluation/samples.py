@@ -236,7 +236,7 @@ def number_name(what: str, features: str, split: str | None, kind: str) -> str:
 
 def higher_is_better(name: str) -> bool | None:
     """Return whether the larger one of two numbers of this name is the better one; `None` if neither is."""
-    if name == "bits_per_dim":
+    if name.startswith("bits_per_dim"):
         return False
     for metric in SAMPLE_METRICS.values():
         if name.startswith(tuple(f"{n}_" for what in metric.numbers for n in (what, _OTHER_NAMES.get(what, what)))):

@@ -34,9 +34,9 @@ _MEGABYTES, _PIXELS = 10, 25_000_000  # of an uploaded image
 def parse_at_most(limit: int, seeds: str) -> list[int]:
     """Return the seeds of `0-7` or `0,5,8-11`; refuse more than `limit` before a list of them fills the memory."""
     ranges = re.findall(r"(\d+)-(\d+)", seeds) if len(seeds) <= 200 else [(0, limit)]
-    if any(int(last) - int(first) >= limit for first, last in ranges) or len(parse_seeds(seeds)) > limit:
+    if any(int(last) - int(first) >= limit for first, last in ranges) or len(parse_seeds(seeds, "Seeds")) > limit:
         raise UserError(f"too many seeds; at most {limit} images at a time")
-    return parse_seeds(seeds)
+    return parse_seeds(seeds, "Seeds")
 
 
 def _grid(images: torch.Tensor | None) -> Image.Image | None:

@@ -77,15 +77,15 @@ def test_a_sweep_measures_every_length_and_the_run_s_own_ema(run, capsys):
     }
     content = json.loads((folder / "sweep.json").read_text())
     assert list(content["values"]) == ["0.05", "0.1", "the run's own EMA"]
-    assert {"bits_per_dim", "fd_pixels_train_uint8"} <= set(content["best"])
+    assert {"bits_per_dim_2_steps", "fd_pixels_train_uint8"} <= set(content["best"])
     for name, best in content["best"].items():
         assert content["values"][best][name]["value"] == min(v[name]["value"] for v in content["values"].values())
     said = capsys.readouterr().out
     assert (folder / "sweep.md").read_text() in said
-    assert "best by bits_per_dim: " in said
+    assert "best by bits_per_dim_2_steps: " in said
     report = json.loads((folder / "sigma_rel-0.05" / "report.json").read_text())
     assert report["model"]["name"].endswith("sigma_rel-0.05")
-    assert report["values"]["bits_per_dim"] == content["values"]["0.05"]["bits_per_dim"]
+    assert report["values"]["bits_per_dim_2_steps"] == content["values"]["0.05"]["bits_per_dim_2_steps"]
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,7 @@ def test_the_command_rewrites_the_scheduler_only(tmp_path, capsys):
     assert main(["sample", "--model", str(model), *seeds]) == 0
 
     assert main([*command[:2], "org/model", *command[3:]]) == 2
-    assert "must be a folder" in capsys.readouterr().err
+    assert "give --output" in capsys.readouterr().err
     shutil.rmtree(model)
     unet = make_small_unet(out_channels=2)
     DDPMPipeline(unet, DDPMScheduler(num_train_timesteps=20, variance_type="learned_range")).save_pretrained(model)

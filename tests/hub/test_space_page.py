@@ -72,8 +72,8 @@ def test_two_visitors_at_once_do_not_disturb_each_other(client):
     [
         (("model", "0-99", 5, "ddim", None, 1), "too many seeds; at most 16 images at a time"),
         (("model", "0-9999999999", 5, "ddim", None, 1), "too many seeds; at most 16 images at a time"),
-        (("model", "one", 5, "ddim", None, 1), "--seeds takes whole numbers and ranges such as"),
-        (("model", "", 5, "ddim", None, 1), "--seeds takes whole numbers and ranges such as"),
+        (("model", "one", 5, "ddim", None, 1), "Seeds takes whole numbers and rising ranges"),
+        (("model", "", 5, "ddim", None, 1), "Seeds takes whole numbers and rising ranges"),
         (("model", "0", 5000, "ddim", None, 1), "greater than maximum value 1000"),
         (("model", "0", 0, "ddim", None, 1), "less than minimum value 1"),
         (("model", "0", 2.5, "ddim", None, 1), "num_inference_steps must be a whole number, got 2.5"),
