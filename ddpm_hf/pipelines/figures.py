@@ -25,6 +25,7 @@ from ..utils.randomness import SeededNoise, derive_seed
 from ..utils.visualize import labelled_grid
 from .inputs import images_in_model_range
 from .pipeline_ddpm import DDPMPipeline
+from .schedulers import set_timesteps
 
 LAMBDAS = tuple(i / 10 for i in range(11))
 
@@ -46,7 +47,7 @@ class _Chain:
         self.pipe, self.batch_size, self.class_labels = pipe, batch_size, class_labels
         self._options = {"num_inference_steps": num_inference_steps, **options}
         scheduler = pipe.scheduler
-        scheduler.set_timesteps(pipe.checked_steps(num_inference_steps))
+        set_timesteps(scheduler, pipe.checked_steps(num_inference_steps))
         self.T: int = scheduler.config.num_train_timesteps
         self.ts = [*(scheduler.timesteps.long() + 1).tolist(), 0]  # before each step, and the data
         # The delay keeps a bar away from the sentence about a class that the network does not have.

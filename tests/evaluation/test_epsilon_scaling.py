@@ -115,7 +115,7 @@ def test_the_command_writes_a_model_for_stock(tmp_path, capsys):
     assert main(["sample", "--model", str(model), *SAMPLING, "--epsilon_scale", "1.02", "--output", str(folder)]) == 0
     assert json.loads((folder / "sampling.json").read_text())["epsilon_scale"] == 1.02
     for command_line, sentence in (
-        ([*command, "--output", str(scaled)], "exists already"),
+        ([*command, "--output", str(scaled)], "holds something else"),
         ([*command[:2], str(scaled), *command[3:], "--output", str(tmp_path / "twice")], "already; take the model"),
         ([*command[:5], *command[7:]], "give --num_inference_steps"),
         (["sample", "--model", str(model), *SAMPLING, "--output", str(folder)], "made with other epsilon_scale"),
