@@ -4,8 +4,6 @@ It holds the front matter for the Hub (`README.md`), `app.py`, `requirements.txt
 no index, and `model/`: what `ddpm-hf push` would publish of the run, unless the model comes from the Hub.
 """
 
-from __future__ import annotations
-
 import shutil
 import tempfile
 from contextlib import suppress

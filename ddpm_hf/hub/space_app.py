@@ -1,7 +1,5 @@
 """The page of a Space: sampling, interpolation and bits/dim of some models, with gradio (extra `space`)."""
 
-from __future__ import annotations
-
 import os
 import re
 import sys
