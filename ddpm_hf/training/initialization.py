@@ -55,6 +55,9 @@ def open_initial_model(config: TrainingConfig, state: dict[str, Any] | None) -> 
         return _recorded_model(config, state)
     if (name := config.init_from) is None:
         return None
+    if (which := config.resume_from_checkpoint) not in (None, "latest"):
+        what = f"--init_from {name} and --resume_from_checkpoint {which} both say which weights to start from"
+        raise UserError(f"{what}, and {config.output_dir!r} holds no such checkpoint; leave out one of them")
     logging.disable_progress_bar()  # loading takes no time worth a bar
     try:
         pipe = DDPMPipeline.from_pretrained(name, dtype=torch.float32)
