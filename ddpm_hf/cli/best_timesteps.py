@@ -44,6 +44,7 @@ def best_timesteps(arguments: Sequence[str], prog: str | None = None) -> int:
         raise UserError(f"--model {values.model!r} must be a folder on this machine: its scheduler is rewritten")
     if values.objective == "bound" and values.sampler != "ddpm":
         raise UserError("--objective bound is of the ddpm chain; leave out --sampler, or take --objective samples")
+    model.published_folder(values, "ddpm-hf publish makes one of a run or a checkpoint")
     from ..evaluation.optimal_variance import save_scheduler
     from ..pipelines.schedulers import checked_steps
     from ..utils.processes import log, processes, start_process

@@ -39,6 +39,20 @@ def run_folder(values: Any) -> str:
     return str(values.run)
 
 
+def published_folder(values: Any, instead: str) -> Path:
+    """Return the folder of `--model`, whose scheduler is to be rewritten, or raise UserError: it is not published.
+
+    A stopped run and a checkpoint have no scheduler's file: one beside them would be read by nobody.
+    """
+    from ..utils.hub_errors import INDEX
+
+    folder = Path(values.model)
+    if values.weights == "raw" or not (folder / INDEX).is_file():
+        what = f"--model {values.model!r} is no published model here whose scheduler can be rewritten"
+        raise UserError(f"{what}; {instead}")
+    return folder
+
+
 def add_chain_flags(flag: Callable[..., None]) -> None:
     """Add the flags of the chain that is sampled from."""
     text = "ddpm (Algorithm 2; the paper; the default), ddim, dpmsolver++, unipc, heun, deis or sa_solver"

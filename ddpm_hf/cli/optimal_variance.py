@@ -32,15 +32,12 @@ def optimal_variance(arguments: Sequence[str], prog: str | None = None) -> None:
     from ..evaluation.optimal_variance import prediction_error, save_optimal_variance
     from ..evaluation.run import first_images
     from ..utils.files import check_new_folder
-    from ..utils.hub_errors import INDEX
     from ..utils.processes import log, processes, raise_on_all_ranks, start_process
 
-    target = Path(values.model if values.output is None else values.output)
-    if values.output is None and (values.weights == "raw" or not (target / INDEX).is_file()):
-        what = f"--model {values.model!r} is no published model here whose scheduler can be rewritten"
-        raise UserError(f"{what}; give --output")
-    if values.output is not None:
-        check_new_folder(target)
+    if values.output is None:
+        target = model.published_folder(values, "give --output")
+    else:
+        check_new_folder(target := Path(values.output))
     start_process()
     with raise_on_all_ranks():
         pipe = model.load_pipeline(values.model, weights=values.weights)

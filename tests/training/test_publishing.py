@@ -1,6 +1,5 @@
 """Stopped runs: what they leave, `ddpm-hf publish`, signals around the end; the oracles are runs that finished."""
 
-import dataclasses
 import os
 import re
 import shlex
@@ -16,37 +15,15 @@ from diffusers import DDPMPipeline as StockDDPMPipeline
 from hub.server import HubServer
 from programs import ROOT, run_ranks
 from safetensors.torch import load_file
+from test_trainer import QUICK, small_preset  # noqa: F401  (the fixture, which is used by itself)
 
 from ddpm_hf import DDPMPipeline, EvaluationReport, Trainer, TrainingConfig, cli
 from ddpm_hf.hub.files import published_files
-from ddpm_hf.presets import PRESETS
 from ddpm_hf.training.publishing import Publisher
 from ddpm_hf.utils import processes
 
-RUN = {
-    "preset": "digits",
-    "max_train_steps": 6,
-    "lr_scheduler": "constant",
-    "total_batch_size": 16,
-    "lr_warmup_steps": 2,
-    "checkpointing_steps": 3,
-    "num_sample_images": 4,
-    "ddpm_num_inference_steps": 4,
-    "sampler": "ddim",
-    "eval_num_images": 4,
-    "eval_num_evaluations": 4,
-}
+RUN = {**QUICK, "lr_scheduler": "constant"}
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def small_preset():
-    unet = {**PRESETS["digits"].unet, "block_out_channels": (8, 16), "norm_num_groups": 8, "dropout": 0.1}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "ddpm_hf.presets.PRESETS", {**PRESETS, "digits": dataclasses.replace(PRESETS["digits"], unet=unet)}
-        )
-        yield
 
 
 def trainer(output_dir, **settings) -> Trainer:
@@ -67,7 +44,7 @@ def stop_in(run: Trainer, update: int, monkeypatch, number=signal.SIGTERM) -> Tr
 
 
 @pytest.fixture(scope="module")
-def whole(small_preset, tmp_path_factory) -> Path:
+def whole(small_preset, tmp_path_factory) -> Path:  # noqa: F811
     """A run that finished."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     trainer(folder).train()
@@ -75,7 +52,7 @@ def whole(small_preset, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def stopped(small_preset, tmp_path_factory) -> Path:
+def stopped(small_preset, tmp_path_factory) -> Path:  # noqa: F811
     """A run of 4 updates that was stopped after its third."""
     folder = tmp_path_factory.mktemp("stopped") / "run"
     with pytest.MonkeyPatch.context() as patch:
@@ -320,3 +297,13 @@ def test_a_push_that_waits_is_named_as_missing(tmp_path):
     publisher = Publisher(TrainingConfig(**RUN, output_dir=str(tmp_path)), {}, None)
     publisher.pushes = object()
     assert publisher.missing() == ["samples.png", "its push to the Hub"]
+
+
+def test_no_scheduler_is_written_beside_a_checkpoint(stopped, tmp_path, capsys):
+    shutil.copytree(stopped, run := tmp_path / "run")
+    before = sorted(run.rglob("*"))
+    for model in (run, run / "checkpoint-3"):
+        what = ["--model", str(model), "--dataset", "digits", "--num_inference_steps", "3"]
+        assert cli.main(["best_timesteps", *what]) == 2
+        assert "no published model here whose scheduler can be rewritten; ddpm-hf publish" in capsys.readouterr().err
+    assert sorted(run.rglob("*")) == before
