@@ -73,11 +73,10 @@ def ema(arguments: Sequence[str], prog: str | None = None) -> None:
 
 def _write(snapshots: Any, length: float, update: int, folder: Path) -> None:
     """Write the model of a length, with a card that says so."""
-    from ..hub.files import facts_of_run, write_card
+    from ..hub.files import facts_of_run, write_model
     from ..hub.model_card import CardFacts
     from ..models.unet_2d import check_weights
     from ..pipelines.checkpoints import recorded_state
-    from ..utils.files import write_directory
 
     pipe = snapshots.pipeline(length, update)
     check_weights(pipe.unet)
@@ -86,12 +85,7 @@ def _write(snapshots: Any, length: float, update: int, folder: Path) -> None:
     text = f"power function of relative width sigma_rel {length:g}, ending after update {update} (post-hoc EMA, "
     text += f"Karras et al. 2024), reconstructed from snapshots after updates {', '.join(map(str, snapshots.files))}"
     facts = dataclasses.replace(facts, recipe={**facts.recipe, "EMA weights": text})
-
-    def fill(target: Path) -> None:
-        pipe.save_pretrained(target)
-        write_card(target, facts)
-
-    write_directory(folder, fill)
+    write_model(folder, pipe, facts)
 
 
 def _sweep(values: Any, snapshots: Any, lengths: list[float], update: int) -> None:

@@ -121,15 +121,9 @@ def _write(pipe: Any, output: Path, source: Path) -> None:
     """Save the scaled model and its card, which repeats what that of the source says of the training."""
     from dataclasses import replace
 
-    from ..hub.files import CARD, read_card, write_card
+    from ..hub.files import CARD, read_card, write_model
     from ..hub.model_card import CardFacts, generated_facts
-    from ..utils.files import write_directory
 
     card = source / CARD
     facts = (generated_facts(read_card(card)) if card.is_file() else None) or CardFacts("")
-
-    def fill(folder: Path) -> None:
-        pipe.save_pretrained(folder)
-        write_card(folder, replace(facts, name=output.name))
-
-    write_directory(output, fill)
+    write_model(output, pipe, replace(facts, name=output.name))

@@ -15,13 +15,14 @@ from diffusers.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
 from ..diffusion.noise_schedule import make_betas
 from ..diffusion.scheduling_ddpm import LEARNED_VARIANCES, DDPMScheduler
-from ..hub.model_card import CardFacts, ModelFacts, make_card
+from ..hub.files import write_model
+from ..hub.model_card import CardFacts
 from ..models.unet_2d import UNet2DModel, check_size, parameter_count
 from ..pipelines.checkpoints import is_run_or_checkpoint
 from ..pipelines.pipeline_ddpm import DDPMPipeline
 from ..presets import PAPER_PROCESS
 from ..utils.errors import UserError
-from ..utils.files import check_new_folder, write_directory, write_text
+from ..utils.files import check_new_folder, write_directory
 from ..utils.hub_errors import check_pipeline
 from ..utils.weight_files import read_weights
 from .formats import FORMATS, RELEASED, Format, KnownModel, find_model
@@ -44,13 +45,10 @@ def convert(
     output = Path(output)
     check_new_folder(output)
     pipe, facts = load_pipeline(from_format, checkpoint, **options)
-
-    def fill(folder: Path) -> None:
-        pipe.save_pretrained(folder)
-        if from_format != "diffusers":
-            write_text(folder / "README.md", make_card(ModelFacts.read(folder), CardFacts(output.name, recipe=facts)))
-
-    write_directory(output, fill)
+    if from_format == "diffusers":
+        write_directory(output, pipe.save_pretrained)
+    else:
+        write_model(output, pipe, CardFacts(output.name, recipe=facts))
     for name, text in facts.items():
         tell(f"{name}: {text}")
     process = pipe.scheduler.config

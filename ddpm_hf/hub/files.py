@@ -162,6 +162,16 @@ def make_snapshot(folder: Path, token: str | None = None, weights: str = "ema") 
     return staging
 
 
+def write_model(folder: Path, pipe: DDPMPipeline, facts: CardFacts) -> None:
+    """Write a model and its card into a new folder, which appears complete or not at all."""
+
+    def fill(target: Path) -> None:
+        pipe.save_pretrained(target)
+        write_card(target, facts)
+
+    write_directory(folder, fill)
+
+
 def facts_of_run(run: Path, name: str, state: Mapping[str, Any], step: int, raw: bool = False) -> CardFacts:
     """Return `training_facts` of a run's weights, with what its configuration says, if that is there."""
     from ..pipelines.checkpoints import CONFIG
