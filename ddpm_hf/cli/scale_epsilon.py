@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,7 @@ def scale_epsilon(arguments: Sequence[str], prog: str | None = None) -> int:
     objective = distance
     if values.objective == "norms":
         objective = epsilon_scaling.norm_mismatch(sampled, images, **norms)
+    objective = functools.cache(objective)  # the search for a ramp begins with that for a constant
     scales = {"no scaling": (1.0, 0.0)}
     for name, ramp in {"constant": False, "ramp": True}.items():
         if values.ramp or not ramp:
