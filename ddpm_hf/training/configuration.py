@@ -298,8 +298,9 @@ class DistillationConfig(TrainingConfig):
     not_flags: ClassVar[frozenset[str]] = frozenset(_OF_TRAINING.split())
 
     model: str | None = _flag(None, "the teacher: a folder, a checkpoint, or a name on the Hub", group="distillation")
-    steps: int = _flag(4, "network evaluations of the student for an image; divides T", POSITIVE)
-    teacher_steps: int = _flag(16, "network evaluations of the teacher for an image, a multiple of --steps", POSITIVE)
+    steps: int = _flag(4, "network evaluations of the student for an image", POSITIVE)
+    teacher_steps: int = _flag(24, "network evaluations of the teacher for an image, a multiple of --steps", POSITIVE)
+    num_trajectories: int = _flag(8192, "images that the teacher makes, before the training starts", POSITIVE)
     guidance_scale: float = _flag(1.0, "the teacher's classifier-free guidance, which the student learns", POSITIVE)
 
     def __post_init__(self) -> None:

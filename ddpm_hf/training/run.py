@@ -154,9 +154,8 @@ def resolve(config: TrainingConfig, accelerator: Accelerator, initial: InitialMo
     with torch.device("meta"):  # sizes that the network cannot halve, before any image is read
         check_size(UNet2DModel(**recipe.unet), *image_size(recipe.unet))
     if isinstance(initial, Distillation):
-        initial.to(accelerator.device)
-        rest = initial.images(), dict(recipe.unet), None, initial
-        return Run(config, recipe, accelerator, computation, plan, *rest)
+        images = initial.trajectories(config.seed, accelerator, plan.micro, computation.compile)
+        return Run(config, recipe, accelerator, computation, plan, images, dict(recipe.unet), None, initial)
     data = load_split(config, recipe.unet, "train")
     if not isinstance(data, StreamedImages) and not len(data):
         raise UserError(f"{data.name!r} has no images to train on")

@@ -99,7 +99,7 @@ class Trainer:
             with raise_on_all_ranks():
                 initialize(unet, initial)
         if (distillation := self.run.distillation) is not None:
-            unet.load_state_dict(distillation.teacher.unet.state_dict())
+            distillation.initialize(unet)
         with raise_on_all_ranks():  # can everything be measured that is to be measured on the way?
             self.evaluation.check(DDPMPipeline(unet, make_scheduler(unet.config, self.recipe.scheduler)))
         if self.device.type == "cpu":
