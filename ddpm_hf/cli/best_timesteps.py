@@ -101,10 +101,10 @@ def _for_samples(values: Any, pipe: Any) -> list[int] | None:
     splits = load_splits(None, False, validation_split=values.validation_split, **images)
     (split, data), *_ = splits.items()
     names = ("num_samples", "batch_size", "seed", "features", "inception_weights")
-    options = EvaluationOptions(**given(values, *names), **model.sampling_arguments(values))
+    options = EvaluationOptions(**given(values, *names), **vars(model.sampling_options(values)))
     extractor = make_extractor(values.features, pipe.image_shape, values.inception_weights, pipe.device)
     real = real_images(split, first_images(data, values.num_images), [extractor], options)
-    sampler = with_sampler(pipe, **given(values, *model.SAMPLER))
+    sampler = options.pipeline(pipe)
     if sampler is pipe:  # the search changes its scheduler
         sampler = with_sampler(pipe, "ddpm", timestep_spacing=pipe.scheduler.config.timestep_spacing)
     found, best, own = best_for_samples(

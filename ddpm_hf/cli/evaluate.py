@@ -91,7 +91,7 @@ def measure(values: Any) -> None:
     options |= {"likelihood_splits": splits and sorted(sets, key=lambda split: split == "train")}
     options |= {"likelihood_steps": values.num_inference_steps if of_few_steps else None}
     options |= {"prepare": model.inference_optimization(values, evaluations // values.batch_size)}
-    options |= given(values, *names, *model.SAMPLER) | model.sampling_arguments(values)
+    options |= given(values, *names) | vars(model.sampling_options(values))
     try:
         report = run.evaluate(pipe, sets, metrics, **options)
     except KeyboardInterrupt:

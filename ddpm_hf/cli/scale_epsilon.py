@@ -53,7 +53,7 @@ def scale_epsilon(arguments: Sequence[str], prog: str | None = None) -> int:
         check_new_folder(output)
     from ..evaluation import epsilon_scaling, run
     from ..evaluation.features import make_extractor
-    from ..sampling.generation import check_sampler, with_sampler
+    from ..sampling.generation import check_sampler
     from ..utils.processes import log, processes, raise_on_all_ranks, start_process
 
     start_process()
@@ -62,7 +62,7 @@ def scale_epsilon(arguments: Sequence[str], prog: str | None = None) -> int:
         pipe = model.load_pipeline(values.model, weights=values.weights)
         if output is not None:
             epsilon_scaling.check_can_be_scaled(pipe)
-        sampled = with_sampler(pipe, **given(values, *model.SAMPLER))
+        sampled = model.sampling_options(values).pipeline(pipe)
         check_sampler(sampled, **chain)
         arguments_of_images = image_arguments(values, pipe.image_shape)
         sets = run.load_splits(None, False, validation_split=values.validation_split, **arguments_of_images)
