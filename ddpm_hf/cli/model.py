@@ -82,10 +82,8 @@ def add_sampler_flags(parser: Parser) -> None:
     flag("--dtype", str, "float32", "the network's, not the chain's: float32, bfloat16 or float16 (GPU)", dtypes)
     flag("--tf32", bool, False, "NVIDIA GPUs: faster float32 products with 10 bits of mantissa")
     text = "how the network is computed: no (as stock computes it), yes (as is fast on the device, on NVIDIA GPUs by "
-    text += (
-        "CUDA graphs; images differ by rounding only), compile (by torch.compile as well), auto (yes on GPUs, with "
-    )
-    text += "compile for long runs; on CPUs yes for long runs)"
+    text += "CUDA graphs; images differ by rounding only), compile (by torch.compile as well), auto (yes on GPUs, "
+    text += "with compile for long runs; on CPUs yes for long runs)"
     flag("--optimize", str, "auto", text, one_of("auto", "yes", "no", "compile"))
 
 
