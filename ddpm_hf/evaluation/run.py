@@ -193,7 +193,7 @@ def check_evaluation(
     """
     if not sets:
         raise UserError("no images to evaluate on")
-    sampling_pipe = with_sampler(pipe, options.sampler, options.variance_type, options.timestep_spacing)
+    sampling_pipe = options.pipeline(pipe)
     if samples:
         check_sampler(sampling_pipe, **options.chain)
     extractors = checked_extractors(pipe, sets, metrics, options) if metrics else []

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from ..data.class_labels import ClassIndex
 from ..pipelines.pipeline_ddpm import DDPMPipeline, without_bar
-from ..pipelines.schedulers import checked_eta
 from ..sampling.shards import Rows, all_rows
 from ..utils.digests import digest, images_digest, weights_digest
 from ..utils.processes import from_first, processes, raise_on_all_ranks
@@ -96,16 +95,9 @@ def draw_samples(
     A class-conditional network is sampled with the class frequencies of the `train` images. Raises a UserError for a
     count or number of steps out of range, or classes that the network does not know.
     """
-    count, seed, steps = options.num_samples, options.seed, pipe.checked_steps(options.num_inference_steps)
-    sampling: dict[str, Any] = {
-        "sampler": type(pipe.scheduler).__name__,
-        **options.chain,
-        "num_inference_steps": steps,
-        "eta": checked_eta(pipe.scheduler, options.eta),
-        "guide": None if pipe.guide is None else weights_digest(pipe.guide.unet),
-        "seed": seed,
-        **describe_pipeline(pipe),
-    }
+    count, seed = options.num_samples, options.seed
+    sampling: dict[str, Any] = {"sampler": type(pipe.scheduler).__name__, **options.recorded(pipe), "seed": seed}
+    sampling |= describe_pipeline(pipe)
     labels, rule = _labels_of_samples(pipe.classes, options, train)
     seen_labels = None
     if rule is not None:
@@ -130,7 +122,7 @@ def draw_samples(
 
     def part(name: str, start: int, stop: int) -> Rows:
         folder = None if options.work_dir is None else options.work_dir / "samples" / key[:16] / name
-        rows, desc = max(0, stop - start), f"sampling, {steps} steps"
+        rows, desc = max(0, stop - start), f"sampling, {sampling['num_inference_steps']} steps"
         return all_rows(rows, partial(rows_of, start), options.batch_size, folder, desc, options.progress)
 
     first, rest = part("first", 0, min(count, KEPT_SAMPLES)), part("rest", KEPT_SAMPLES, count)

@@ -281,9 +281,8 @@ def interpolate(
         options: See `progressive_generation`; one label per pair.
     """
     chain = _Chain(pipe, **options)
-    return _interpolations(chain, (image_a, image_b), [chain.T // 2 if t is None else t], lambdas, seeds, same_noise)[
-        0
-    ]
+    ts = [chain.T // 2 if t is None else t]
+    return _interpolations(chain, (image_a, image_b), ts, lambdas, seeds, same_noise)[0]
 
 
 @torch.no_grad()

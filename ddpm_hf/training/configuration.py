@@ -262,12 +262,14 @@ class TrainingConfig:
         pixels = size**2 if isinstance(size, int) else math.prod(size)
         return min(most, max(self.batch_plan(num_processes)[0], 256 * 32 * 32 // pixels, 1))
 
-    def sampling(self, pipe: Any) -> dict[str, Any]:
-        """Return the sampler and its steps for the run's samples; a distilled model has its own."""
+    def sampling(self, pipe: Any) -> Any:
+        """Return the `SamplingOptions` of the run's samples; a distilled model has its own."""
+        from ..sampling.generation import SamplingOptions
+
         if pipe.distilled_steps:
-            return {"sampler": None, "num_inference_steps": pipe.distilled_steps}
+            return SamplingOptions()
         steps = min(self.ddpm_num_inference_steps, pipe.scheduler.config.num_train_timesteps)
-        return {"sampler": self.sampler, "num_inference_steps": steps}
+        return SamplingOptions(self.sampler, num_inference_steps=steps)
 
     def public_values(self) -> dict[str, Any]:
         """Return all values of flags but the access token, for files and trackers."""

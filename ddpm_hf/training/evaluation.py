@@ -94,7 +94,7 @@ class TrainingEvaluation:
         return EvaluationOptions(
             **{name: getattr(config, f"eval_{name}") for name in same_name},
             batch_size=config.evaluation_batch(self.network, processes().num_processes),
-            **config.sampling(pipe),
+            **vars(config.sampling(pipe)),
         )
 
     def measure(self, pipe: DDPMPipeline) -> EvaluationReport | None:

@@ -22,7 +22,7 @@ from ..hub.publish import Push, check_destination
 from ..models.unet_2d import UNet2DModel, check_weights
 from ..pipelines.checkpoints import CONFIG, RAW, Checkpoint, make_model
 from ..pipelines.pipeline_ddpm import DDPMPipeline
-from ..sampling.generation import generate, with_sampler
+from ..sampling.generation import generate
 from ..utils.errors import NotFiniteError
 from ..utils.files import check_new_folder
 from ..utils.processes import from_first, gather, log, only_run_in, processes, raise_on_all_ranks
@@ -170,10 +170,10 @@ class Publisher:
         seeds = range(here.process_index, config.num_sample_images, here.num_processes)
         classes = self.settings["network"].get("_class_names")
         batches = generate(
-            with_sampler(pipe, sampling["sampler"]),
+            sampling.pipeline(pipe),
             seeds,
             batch_size=config.evaluation_batch(self.settings["network"], here.num_processes, most=64),
-            num_inference_steps=sampling["num_inference_steps"],
+            **sampling.chain,
             class_labels=[ClassIndex(seed % len(classes)) for seed in seeds] if classes else None,
         )
         with raise_on_all_ranks():

@@ -226,10 +226,8 @@ class Trainer:
         if (step + 1) % _UPDATES_BETWEEN_CHECKS == 0 and self.update.skipped_on_host.read() >= _MOST_SKIPPED_UPDATES:
             kept, skipped = checkpoints.list_checkpoints(self.output_dir), int(self.update.skipped_in_a_row.item())
             rate, precision = self._adam.param_groups[0]["lr"], f"precision {self.run.precision}"
-            what = (
-                f"loss {loss.item()} and gradient norm {norm.item()} at update {step + 1}: {skipped} updates in a row "
-            )
-            what += f"were skipped because their gradients are not finite (learning rate {rate:.3g}, {precision})"
+            what = f"loss {loss.item()} and gradient norm {norm.item()} at update {step + 1}: {skipped} updates in a "
+            what += f"row were skipped because their gradients are not finite (learning rate {rate:.3g}, {precision})"
             last = kept[-1] if kept else "none yet"
             raise TrainingError(f"{what}; lower the learning rate; the last checkpoint is {last}")
         return loss, norm
