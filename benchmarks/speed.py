@@ -34,7 +34,7 @@ from ddpm_hf.pipelines.inference import optimize_for_inference
 from ddpm_hf.presets import get_preset
 from ddpm_hf.sampling.generation import generate, with_sampler
 
-DIGITS = str(Path(__file__).parent.parent / "tests" / "fixtures" / "digits_model")
+DIGITS = str(Path(__file__).parent.parent / "ddpm_hf" / "models" / "digits")
 
 
 def cifar10() -> DDPMPipeline:

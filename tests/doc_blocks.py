@@ -195,7 +195,7 @@ def make_world(folder: Path) -> None:
     from ddpm_hf import EvaluationReport
 
     folder.mkdir(parents=True)
-    shutil.copytree(ROOT / "tests/fixtures/digits_model", folder / "runs/digits")
+    shutil.copytree(ROOT / "ddpm_hf/models/digits", folder / "runs/digits")
     config = folder / "runs/digits/scheduler/scheduler_config.json"
     quarter = {"num_train_timesteps": 250, "beta_end": 0.08}  # a chain of a quarter, which ends in noise as well
     config.write_text(json.dumps({**json.loads(config.read_text()), **quarter}))

@@ -22,7 +22,7 @@ from ..diffusion.scheduling_ddpm import DDPMScheduler
 from ..models.unet_2d import check_weights
 from ..pipelines.adjustment import Adjustment
 from ..pipelines.denoising import Denoiser
-from ..pipelines.pipeline_ddpm import DDPMPipeline
+from ..pipelines.pipeline_ddpm import INCLUDED_MODELS, DDPMPipeline
 from ..pipelines.schedulers import DISTILLED_STEPS, check_is_ddpm
 from ..presets import DISTILLATION, Preset
 from ..utils.digests import weights_digest
@@ -80,7 +80,8 @@ class Distillation:
         pipe.classes.checked(0 if pipe.classes.count else None, config.guidance_scale, 1)
         pipe.unet.requires_grad_(False).eval()
         stops = list(range(T - 1, -1, -T // K))
-        times, base = teacher_times(stops, config.teacher_steps // K), None if is_local(model) else model
+        times = teacher_times(stops, config.teacher_steps // K)
+        base = None if is_local(model) or model in INCLUDED_MODELS else model
         teacher = DDPMPipeline(pipe.unet, scheduler)
         name, digest = recorded_name(model), weights_digest(pipe.unet)
         return cls(name, base, digest, teacher, stops, times, config.guidance_scale)
