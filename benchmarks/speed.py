@@ -59,7 +59,7 @@ def stock_of(pipe: DDPMPipeline) -> tuple[StockUNet2DModel, StockScheduler]:
 def gflop_of(unet: torch.nn.Module, shape: tuple[int, ...]) -> float:
     """Of one evaluation with plain convolutions."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        unet(torch.zeros(shape), 0)
+        unet(torch.zeros(shape, dtype=next(unet.parameters()).dtype), 0)
     return counter.get_total_flops() / 1e9
 
 

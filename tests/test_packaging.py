@@ -72,6 +72,8 @@ def test_the_wheel_holds_the_package_and_nothing_else(built, repository_root):
 def test_the_version_stands_in_one_place(repository_root):
     files = [repository_root / "pyproject.toml", *repository_root.glob("ddpm_hf/**/*.py")]
     assert [path.name for path in files if f'"{ddpm_hf.__version__}"' in path.read_text()] == ["__init__.py"]
+    for name, line in (("CITATION.cff", "version: {}"), ("docs/citing.md", "  version = {{{}}},")):  # for people
+        assert line.format(ddpm_hf.__version__) in (repository_root / name).read_text().splitlines(), name
 
 
 def test_the_sdist_holds_what_development_needs(built):
@@ -79,7 +81,8 @@ def test_the_sdist_holds_what_development_needs(built):
     top = f"ddpm_hf-{ddpm_hf.__version__}"
     with tarfile.open(sdist) as archive:
         names = {name.removeprefix(f"{top}/") for name in archive.getnames()}
-    wanted = "pyproject.toml LICENSE README.md CHANGELOG.md CONTRIBUTING.md Makefile constraints.txt docs/index.md "
+    wanted = "pyproject.toml LICENSE CITATION.cff SECURITY.md README.md CHANGELOG.md CONTRIBUTING.md Makefile "
+    wanted += "constraints.txt docs/index.md "
     wanted += "examples/train.py examples/configs/digits.yaml tests/test_packaging.py tests/fixtures/README.md "
     assert set((wanted + "ddpm_hf/__init__.py ddpm_hf/data/digits.safetensors ddpm_hf/py.typed").split()) <= names
     assert not [name for name in names if name.startswith(("runs/", ".venv")) or "__pycache__" in name]
