@@ -18,7 +18,7 @@ from PIL import Image
 from space_server import running
 
 ROOT = Path(__file__).parent.parent
-MODEL = ROOT / "tests" / "fixtures" / "digits_model"
+MODEL = ROOT / "ddpm_hf" / "models" / "digits"
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 HOW = (
     "error: there is no Chromium on this machine; install it (Debian, Ubuntu: apt-get install chromium) or put one of "

@@ -90,12 +90,14 @@ def _write(snapshots: Any, length: float, update: int, folder: Path) -> None:
 
 def _sweep(values: Any, snapshots: Any, lengths: list[float], update: int) -> None:
     """Measure every length and the run's own EMA; write a table, JSON and a plot."""
+    from ..evaluation.plots import figure_class
     from ..evaluation.report import EvaluationReport
     from ..evaluation.run import parse_metrics
     from ..utils.files import writable_folder
     from ..utils.processes import log, processes, raise_on_all_ranks, start_process
 
     parse_metrics(values.metrics)
+    figure_class()  # for what is written last
     start_process()
     folder = snapshots.run / SWEEP
     with raise_on_all_ranks():

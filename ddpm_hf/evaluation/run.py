@@ -26,6 +26,7 @@ from .features import FeatureExtractor, make_extractor
 from .likelihoods import evaluate_likelihood
 from .neighbours import add_neighbours, find_neighbours, save_neighbours
 from .options import EvaluationOptions
+from .plots import figure_class
 from .report import EvaluationReport, as_markdown
 from .samples import SAMPLE_METRICS, add_sample_metrics, draw_samples, real_images
 
@@ -114,6 +115,8 @@ def evaluate(
     with raise_on_all_ranks():  # what is missing on one machine is missing for all
         sampling_pipe, extractors = check_evaluation(pipe, sets, for_samples, options, bool(for_samples))
         options = dataclasses.replace(options, work_dir=_work_dir(options))
+        if "rate_distortion" in metrics and options.output is not None:
+            figure_class()  # the last thing that an evaluation needs
     if prepare is not None:
         prepare(pipe)
         sampling_pipe.network = pipe.network

@@ -8,9 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import gradio as gr
 import torch
 from PIL import Image
+
+try:
+    import gradio as gr
+except ModuleNotFoundError:
+    raise SystemExit("error: the page of a Space needs gradio: pip install 'ddpm-hf[space]'") from None
 
 from ..data.decoding import DecodeOptions, read_image
 from ..data.tensors import to_model_range, to_uint8

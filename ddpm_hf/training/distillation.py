@@ -25,7 +25,7 @@ from ..models.inference import InferenceNetwork, InferenceOptions
 from ..models.unet_2d import UNet2DModel, check_weights
 from ..pipelines.adjustment import Adjustment
 from ..pipelines.denoising import Denoiser
-from ..pipelines.pipeline_ddpm import DDPMPipeline
+from ..pipelines.pipeline_ddpm import INCLUDED_MODELS, DDPMPipeline
 from ..pipelines.schedulers import DISTILLED_STEPS, check_is_ddpm
 from ..presets import DISTILLATION, Preset
 from ..utils.digests import weights_digest
@@ -94,7 +94,8 @@ class Distillation:
             raise UserError(f"{what}; got {config.teacher_steps} and {K}")
         pipe.classes.checked(0 if pipe.classes.count else None, config.guidance_scale, 1)
         pipe.unet.requires_grad_(False).eval()
-        times, base = evenly_in_angle(scheduler.alpha_bar, config.teacher_steps), None if is_local(model) else model
+        times = evenly_in_angle(scheduler.alpha_bar, config.teacher_steps)
+        base = None if is_local(model) or model in INCLUDED_MODELS else model
         teacher, name, digest = DDPMPipeline(pipe.unet, scheduler), recorded_name(model), weights_digest(pipe.unet)
         return cls(name, base, digest, teacher, K, times, config.guidance_scale, config.num_trajectories)
 

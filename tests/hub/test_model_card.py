@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import yaml
-from conftest import FIXTURES
+from conftest import DIGITS_MODEL
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
@@ -15,7 +15,7 @@ from ddpm_hf.hub.files import write_card
 from ddpm_hf.hub.model_card import CardFacts, ModelFacts, generated_facts, make_card
 from ddpm_hf.utils.text import public_name
 
-MODEL = FIXTURES / "digits_model"
+MODEL = DIGITS_MODEL
 FACTS = ModelFacts((3, 32, 32), 35_746_307, 1000, "epsilon", None)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import FIXTURES, make_small_unet
+from conftest import DIGITS_MODEL, FIXTURES, make_small_unet
 from PIL import Image
 
 from ddpm_hf import DDPMPipeline, DDPMScheduler
@@ -13,7 +13,7 @@ from ddpm_hf.diffusion.likelihood import stratified_bits_per_dim
 from ddpm_hf.hub.space_app import Demo, make_page, parse_at_most
 from ddpm_hf.utils.errors import NotFiniteError, UserError
 
-MODEL = str(FIXTURES / "digits_model")
+MODEL = str(DIGITS_MODEL)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from urllib.request import urlopen
 import numpy as np
 import pytest
 import torch
-from conftest import FIXTURES, stock_draws
+from conftest import DIGITS_MODEL, stock_draws
 from diffusers import DDIMScheduler
 from diffusers import DDPMPipeline as StockDDPMPipeline
 from gradio_client import handle_file
@@ -24,7 +24,7 @@ from ddpm_hf.hub.space import write_space
 from ddpm_hf.hub.space_app import serve
 from ddpm_hf.utils.randomness import SeededNoise
 
-MODEL = FIXTURES / "digits_model"
+MODEL = DIGITS_MODEL
 
 
 @pytest.fixture(scope="module")
