@@ -50,6 +50,7 @@ def best_timesteps(arguments: Sequence[str], prog: str | None = None) -> int:
     if processes().num_processes > 1:
         raise UserError("best_timesteps runs in one process; start it without torchrun or accelerate launch")
     pipe = model.load_pipeline(values.model, values.dtype, values.tf32, values.weights)
+    model.check_not_distilled(pipe, "best_timesteps")
     checked_steps(pipe.scheduler, K)
     found = (_for_bound if values.objective == "bound" else _for_samples)(values, pipe)
     if found is None:

@@ -129,6 +129,13 @@ def load_pipeline(
         raise UserError(f"cannot load {flag} {model}: {first_line(error)}") from error
 
 
+def check_not_distilled(pipe: Any, command: str) -> None:
+    """Raise a UserError for a distilled model, whose sampler and steps are fixed, so that a command has no choice."""
+    if (own := pipe.distilled_steps) is not None:
+        what = f"a model that is distilled into {own} steps leaves ddpm-hf {command} nothing to choose"
+        raise UserError(f"{what}; give the model that it was made from")
+
+
 def load_sampling_pipeline(values: Any) -> Any:
     """Return the model with the sampler that the flags name, or raise UserError: there is no such model or sampler."""
     return sampling_options(values).pipeline(load_guided_pipeline(values))

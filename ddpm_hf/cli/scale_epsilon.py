@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +49,7 @@ def scale_epsilon(arguments: Sequence[str], prog: str | None = None) -> int:
         check_new_folder(output)
     from ..evaluation import epsilon_scaling, run
     from ..evaluation.features import make_extractor
+    from ..hub.files import facts_of_model, write_model
     from ..sampling.generation import check_sampler
     from ..utils.processes import log, processes, raise_on_all_ranks, start_process
 
@@ -57,6 +57,7 @@ def scale_epsilon(arguments: Sequence[str], prog: str | None = None) -> int:
     chain, steps = given(values, "num_inference_steps", "eta"), values.num_inference_steps
     with raise_on_all_ranks():
         pipe = model.load_pipeline(values.model, weights=values.weights)
+        model.check_not_distilled(pipe, "scale_epsilon")
         if output is not None:
             epsilon_scaling.check_can_be_scaled(pipe)
         sampled = model.sampling_options(values).pipeline(pipe)
@@ -87,7 +88,7 @@ def scale_epsilon(arguments: Sequence[str], prog: str | None = None) -> int:
         scaled = epsilon_scaling.scaled_model(pipe, scales["constant"][0], values.sampler, steps)
         with raise_on_all_ranks():
             if processes().is_main_process:
-                _write(scaled, output, Path(values.model))
+                write_model(output, scaled, facts_of_model(values.model, output.name, values.weights))
         log(f"wrote {output}: epsilon divided by {scales['constant'][0]:.4f}, for {values.sampler} over {steps} steps")
     return 0
 
@@ -107,13 +108,3 @@ def _norms(names: list[str], biases: list[Any]) -> str:
         for i in sorted({round(i * (K - 1) / 9) for i in range(10)})
     ]
     return table([head, *rows], texts=())
-
-
-def _write(pipe: Any, output: Path, source: Path) -> None:
-    """Save the scaled model and its card, which repeats what that of the source says of the training."""
-    from ..hub.files import CARD, read_card, write_model
-    from ..hub.model_card import CardFacts, generated_facts
-
-    card = source / CARD
-    facts = (generated_facts(read_card(card)) if card.is_file() else None) or CardFacts("")
-    write_model(output, pipe, replace(facts, name=output.name))

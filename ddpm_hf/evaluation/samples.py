@@ -127,7 +127,9 @@ def draw_samples(
 
     first, rest = part("first", 0, min(count, KEPT_SAMPLES)), part("rest", KEPT_SAMPLES, count)
     images = first.pop("images")
-    samples = Samples(count, images, {}, {}, {**sampling, "num_samples": count, "seeds": f"{seed}-{seed + count - 1}"})
+    numbers = {"num_samples": count, "seeds": f"{seed}-{seed + count - 1}"}
+    numbers["network_evaluations"] = pipe.network_evaluations(**options.chain)
+    samples = Samples(count, images, {}, {}, sampling | numbers)
     for row_name in sorted(first):
         extractor_name, kind, what = row_name.rsplit("/", 2)
         values = torch.cat([first[row_name], rest[row_name]]) if rest else first[row_name]
@@ -247,9 +249,10 @@ def add_sample_metrics(
         features = Features(values.to(device), None if logits is None else logits.to(device))
         chosen = [metric for name, metric in SAMPLE_METRICS.items() if name in wanted and kind in metric.kinds]
         for metric, real in ((m, real) for m in chosen for real in (references if m.of_real else references[:1])):
-            words, how = f"{count} samples ({kind})", {"features": name, "sample_values": kind, "num_samples": count}
+            words = f"{count} samples ({kind}) of {samples.settings['network_evaluations']} network evaluations each"
+            how = {"features": name, "sample_values": kind, "num_samples": count}
             if metric.of_real:
-                words += f" against {len(real.images)} images of {real.split}, {name} features"
+                words += f", against {len(real.images)} images of {real.split}, {name} features"
                 how |= {"split": real.split, "num_real": len(real.images), "statistics": real.fingerprints[name]}
             for what, estimate, settings, more in metric.compute(features, reals[real.split, name]):
                 estimator = ", ".join(filter(None, (words, settings.get("estimator"))))

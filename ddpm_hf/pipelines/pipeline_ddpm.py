@@ -433,6 +433,22 @@ class DDPMPipeline(PortableConfigMixin, PrivateByDefault, StockDDPMPipeline):
             raise UserError(f"{what}, and can do no other number, got {num_inference_steps}")
         return checked_steps(self.scheduler, own or num_inference_steps)
 
+    def network_evaluations(
+        self,
+        num_inference_steps: int | None = None,
+        guidance_scale: float = 1.0,
+        guidance_interval: Any = None,
+        **others: Any,
+    ) -> int:
+        """Return how often a network is evaluated for an image from noise; the arguments are those of `__call__`.
+
+        Once for each timestep that the sampler sets (Heun's K steps are 2K - 1), twice where it is guided.
+        """
+        set_timesteps(self.scheduler, self.checked_steps(num_inference_steps))
+        T, timesteps = self.scheduler.config.num_train_timesteps, self.scheduler.timesteps.tolist()
+        adjustment = Adjustment.checked(T, guidance_scale, guidance_interval)
+        return sum(1 + adjustment.guides(t) for t in timesteps)
+
     @property
     def classes(self) -> Classes:
         """What the network knows of classes."""

@@ -56,15 +56,17 @@ _RESAMPLE = {"resample_length": 10, "resample_times": 10}  # RePaint's j and r, 
 _OTHER_FILES = re.compile(r"\.(jpe?g|gif|webp|bmp|tiff?|npy|zip|tar|safetensors)", re.IGNORECASE)
 
 
-def parse_seeds(text: str, name: str = "--seeds") -> list[int]:
-    """Read `"0-3,8"` as `[0, 1, 2, 3, 8]`; a UserError about `name` for another text, or a seed named twice."""
+def parse_seeds(text: str, name: str = "--seeds", most: int = 10_000_000) -> list[int]:
+    """Read `"0-3,8"` as `[0, 1, 2, 3, 8]`; a UserError about `name` for another text, a seed named twice, too many."""
     seeds: list[int] = []
     for part in text.split(","):
-        match = re.fullmatch(r"([0-9]+)(?:-([0-9]+))?", part.strip())
+        match = re.fullmatch(r"([0-9]{1,30})(?:-([0-9]{1,30}))?", part.strip())
         low, high = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
-        if not low <= high < min(low + 10_000_000, 2**63):  # a longer list would fill the memory
-            takes = "whole numbers and rising ranges (below 2^63, of at most ten million)"
-            raise UserError(f"{name} takes {takes}, such as 0-63 or 0,5,8-11, got {part.strip()!r}")
+        if high - low >= most - len(seeds):  # before a list of them fills the memory
+            raise UserError(f"{name} are too many; at most {most} images at a time")
+        if not low <= high < 2**63:
+            takes = "whole numbers and rising ranges (below 2^63)"
+            raise UserError(f"{name} takes {takes}, such as 0-63 or 0,5,8-11, got {part.strip()[:40]!r}")
         seeds.extend(range(low, high + 1))
     if len(set(seeds)) < len(seeds):
         raise UserError(f"{name} {text!r} names a seed twice")

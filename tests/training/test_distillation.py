@@ -1,6 +1,7 @@
 """Distillation: the teacher's flow, the loss, a student's run, what a student can do, and what is refused."""
 
 import json
+import re
 from itertools import pairwise
 
 import diffusers
@@ -10,13 +11,16 @@ import torch
 from accelerate import Accelerator
 from conftest import SMALL_NETWORK, gaussian_pipeline, make_small_unet
 from diffusers.models.unets.unet_2d import UNet2DOutput
+from huggingface_hub import ModelCard
 from oracles import GaussianData
+from programs import run_program
 from safetensors.torch import load_file
 
 from ddpm_hf import DDPMPipeline, DDPMScheduler, Trainer, UNet2DModel
 from ddpm_hf.cli import main
 from ddpm_hf.cli.train import parse_distillation_config
 from ddpm_hf.diffusion.noise_schedule import make_betas
+from ddpm_hf.hub.model_card import CardFacts, ModelFacts, make_card
 from ddpm_hf.sampling.generation import with_sampler
 from ddpm_hf.training.configuration import DistillationConfig
 from ddpm_hf.training.distillation import Distillation, evenly_in_angle
@@ -275,7 +279,39 @@ def test_a_student_does_its_own_steps(student, tmp_path, capsys):
     assert main([*sample, "3", "--output", str(tmp_path / "four"), "--sampler", "ddim"]) == 2
     assert "a distilled model has one sampler, its own" in capsys.readouterr().err
     assert main(["evaluate", "--model", str(student), "--dataset", "digits", "--metrics", "nll"]) == 2
-    assert "a DDIMScheduler, which has no likelihood" in capsys.readouterr().err
+    assert "a distilled model has no likelihood" in capsys.readouterr().err
+
+
+SNIPPET = """
+import sys
+sys.modules["ddpm_hf"] = None  # importing it raises ImportError
+from diffusers import UNet2DModel
+forward, seen = UNet2DModel.forward, []
+UNet2DModel.forward = lambda self, x, *a, **kw: seen.append(tuple(x.shape)) or forward(self, x, *a, **kw)
+exec(open(sys.argv[1]).read())
+assert seen == [(4, 1, 8, 8)] * 2, seen
+assert len(images) == 4
+"""
+
+
+def test_the_card_s_snippet_for_stock_takes_the_student_s_steps(student, tmp_path):
+    _, stock = re.findall(r"```python\n(.*?)```", (student / "README.md").read_text(), re.DOTALL)
+    assert "ddpm_hf" not in stock
+    (tmp_path / "snippet.py").write_text(stock.replace(f'"{student.name}"', f'"{student}"'))
+    (tmp_path / "program.py").write_text(SNIPPET)
+    done = run_program(tmp_path / "program.py", tmp_path / "snippet.py")
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_card_says_beside_a_student_s_numbers_how_many_evaluations_they_took(student, tmp_path):
+    evaluate = ["evaluate", "--model", str(student), "--dataset", "digits", "--metrics", "fid", "--features", "pixels"]
+    assert main([*evaluate, "--num_samples", "8", "--output", str(tmp_path / "report.json")]) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    card = ModelCard(make_card(ModelFacts.read(student), CardFacts("run", report=report)))
+    names = [result.metric_name for result in card.data.eval_results]
+    assert names
+    assert all("8 samples (" in name and ") of 2 network evaluations each, against" in name for name in names)
+    assert "sampler DDIMScheduler, num_inference_steps 2, network_evaluations 2, seed 0." in card.text
 
 
 def test_the_number_of_steps_stays_with_the_network(student, tmp_path):
@@ -303,6 +339,53 @@ def test_a_checkpoint_of_a_student_is_a_student(student, tmp_path, capsys):
     assert main(["ema", str(student), "--sigma_rel", "0.1", "--output", str(tmp_path / "ema")]) == 0
     averaged = DDPMPipeline.from_pretrained(tmp_path / "ema")
     assert (averaged.distilled_steps, type(averaged.scheduler)) == (2, diffusers.DDIMScheduler)
+
+
+@pytest.mark.parametrize(
+    ("command", "sentence"),
+    [
+        ("best_timesteps --num_inference_steps 2", "leaves ddpm-hf best_timesteps nothing to choose"),
+        ("scale_epsilon --num_inference_steps 2 --output NEW", "leaves ddpm-hf scale_epsilon nothing to choose"),
+        ("optimal_variance", "leaves ddpm-hf optimal_variance nothing to choose"),
+        ("optimal_variance --output NEW", "leaves ddpm-hf optimal_variance nothing to choose"),
+        (
+            "evaluate --metrics nll,fid --features pixels --num_samples 8 --output NEW",
+            "has no likelihood: it knows its",
+        ),
+        ("evaluate --metrics rate_distortion --output NEW", "has no likelihood: it knows its own 2 timesteps only"),
+        ("ema --sweep --sigma_rel 0.1 --metrics nll", "has no likelihood: it knows its own 2 timesteps only"),
+        ("sample --figure shared_latents --output NEW.png", "a distilled model is deterministic from x_t on; draw"),
+        ("sample --figure progressive --num_inference_steps 3 --output NEW.png", "and can do no other number, got 3"),
+        ("train --preset digits --output_dir NEW", "is distilled, and knows its own 2 timesteps only; start from"),
+        ("sample --guidance_scale 2 --output NEW", "the guide is distilled into 2 steps"),
+        ("publish --evaluate --output NEW", "a distilled model has a sampler and steps of its own"),
+    ],
+)
+def test_what_a_student_cannot_do_is_one_sentence_and_writes_nothing(
+    teacher, student, tmp_path, capsys, command, sentence
+):
+    name, *flags = command.replace("NEW", str(tmp_path / "new")).split()
+    flags += ["--dataset", "digits"] * (name not in ("sample", "publish"))
+    needs_a_run = "no published model here" if "NEW" not in command else sentence
+    for model, expected in {student: sentence, student / "checkpoint-2": needs_a_run}.items():
+        given = {"ema": [model], "publish": [model], "train": ["--init_from", model]}.get(name, ["--model", model])
+        if "--guidance_scale" in flags:
+            given = ["--model", teacher, "--guide", model]
+        before = {path: path.stat().st_mtime_ns for path in student.rglob("*")}
+        assert main([name, *map(str, given), *flags]) == 2
+        error = capsys.readouterr().err
+        assert (expected if name != "ema" or model == student else "has no snapshots") in error
+        assert error.count("\n") == 1
+        assert {path: path.stat().st_mtime_ns for path in student.rglob("*")} == before
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_figures_of_a_student(student, tmp_path):
+    for figure in ("progressive", "interpolation", "coarse_to_fine"):
+        images = [] if figure == "progressive" else ["--dataset", "digits"]
+        output = ["--seeds", "0", "--output", str(tmp_path / f"{figure}.png")]
+        for model in (student, student / "checkpoint-2"):
+            assert main(["sample", "--model", str(model), "--figure", figure, *images, *output]) == 0
 
 
 def test_the_configuration_beside_a_student_resumes_it(student, capsys):
