@@ -97,6 +97,13 @@ class TrainingEvaluation:
             **config.sampling(pipe),
         )
 
+    def network_evaluations(self, steps: int) -> int:
+        """Return how many evaluations of the network `measure` needs, for samples of `steps` steps."""
+        config = self.config
+        images = config.eval_num_images if "nll" in self.metrics else 0
+        samples = config.eval_num_samples if self._of_samples else 0
+        return images * config.eval_num_evaluations + samples * steps
+
     def measure(self, pipe: DDPMPipeline) -> EvaluationReport | None:
         """Compute the numbers of a model, the same in every process; `None` where there is nothing to measure."""
         if not self.metrics:

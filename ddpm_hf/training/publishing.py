@@ -4,6 +4,7 @@ All processes take part. Nothing here touches the network in training or its ran
 """
 
 import dataclasses
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -164,18 +165,39 @@ class Publisher:
             broadcast(pipe.unet.state_dict())
         return pipe
 
-    def sample_grid(self, pipe: DDPMPipeline, name: str) -> None:
-        """Write images 0, 1, ... as a grid; every process draws a share of them."""
-        config, here, sampling = self.config, processes(), self.config.sampling(pipe)
-        seeds = range(here.process_index, config.num_sample_images, here.num_processes)
+    def _draw(self, pipe: DDPMPipeline, seeds: range, steps: int) -> Iterator[Any]:
         classes = self.settings["network"].get("_class_names")
-        batches = generate(
-            with_sampler(pipe, sampling["sampler"]),
+        return generate(
+            with_sampler(pipe, self.config.sampling(pipe)["sampler"]),
             seeds,
-            batch_size=config.evaluation_batch(self.settings["network"], here.num_processes, most=64),
-            num_inference_steps=sampling["num_inference_steps"],
+            batch_size=self._grid_batch(),
+            num_inference_steps=steps,
             class_labels=[ClassIndex(seed % len(classes)) for seed in seeds] if classes else None,
         )
+
+    def _grid_batch(self) -> int:
+        return self.config.evaluation_batch(self.settings["network"], processes().num_processes, most=64)
+
+    def seconds_to_complete(self, ema_weights: dict[str, Tensor]) -> float:
+        """Estimate how long `complete` takes, from a few network evaluations; features are not in it."""
+        pipe = self.pipeline(ema_weights)
+        steps = self.config.sampling(pipe)["num_inference_steps"]
+        few = steps if pipe.distilled_steps else min(2, steps)
+        images = min(self.config.num_sample_images, self._grid_batch())
+        for _ in range(2):  # the first time, kernels are chosen
+            started = time.monotonic()
+            for _part, drawn in self._draw(pipe, range(images), few):
+                drawn.cpu()
+            seconds = time.monotonic() - started
+        evaluations = self.config.num_sample_images * steps
+        evaluations += 0 if self.evaluation is None else self.evaluation.network_evaluations(steps)
+        return seconds / (images * few) * evaluations / processes().num_processes
+
+    def sample_grid(self, pipe: DDPMPipeline, name: str) -> None:
+        """Write images 0, 1, ... as a grid; every process draws a share of them."""
+        config, here = self.config, processes()
+        seeds = range(here.process_index, config.num_sample_images, here.num_processes)
+        batches = self._draw(pipe, seeds, config.sampling(pipe)["num_inference_steps"])
         with raise_on_all_ranks():
             drawn = [(seed, image) for part, images in batches for seed, image in zip(part, images, strict=True)]
         whole = dict(pair for share in gather(drawn) for pair in share)
