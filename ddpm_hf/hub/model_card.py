@@ -80,6 +80,7 @@ class CardFacts:
     recipe: Mapping[str, Any] = field(default_factory=dict)
     report: Mapping[str, Any] | None = None  # an `EvaluationReport` as plain values
     sample: str | None = None  # file name of a sample grid beside the card
+    curve: str | None = None  # file name of a picture of the numbers during the training
     license: str | None = None  # an identifier as the Hub knows it, such as `apache-2.0`
     base_model: str | None = None  # the name on the Hub of the model that was fine-tuned
 

@@ -154,7 +154,7 @@ class TrainingConfig:
     sampler: str = _flag("ddpm", "for the same: ddpm (Algorithm 2; the paper) or ddim", one_of("ddpm", "ddim"))
 
     validation_steps: int | None = _flag(None, f"updates between evaluations; {_AT_END}", POSITIVE, group=_EVALUATION)
-    eval_metrics: str = _flag("nll", "what to measure, of nll (bits/dim), fid, is, kid, prc: nll,fid")
+    eval_metrics: str = _flag("nll", "what to measure, of nll (bits/dim), fid, is, kid, prc, sw, ...: nll,fid")
     eval_num_images: int = _flag(1000, "held-out images for bits/dim; 0 leaves it out", NOT_NEGATIVE)
     eval_num_evaluations: int = _flag(50, "network evaluations per image for bits/dim (stratified)", EVEN)
     eval_num_samples: int = _flag(5000, "samples for fid, is, kid, prc; the paper, at the end: 50000", POSITIVE)

@@ -181,7 +181,8 @@ class Trainer:
                 if self.step >= self.last:
                     pipe = self.publisher.pipeline(self._ema_state_dict())
                     self.publisher.write_model(pipe, self.step)  # after a stop, too: a finished run has its model
-                    complete = self._unless_stopped(stop, partial(self.publisher.complete, pipe, self.step))
+                    make = partial(self.publisher.complete, pipe, self.step, self.seconds())
+                    complete = self._unless_stopped(stop, make)
             if not complete:
                 self._log_stop()
                 return None
@@ -283,7 +284,7 @@ class Trainer:
         limit.plan(self.step)
 
     def _show(self) -> None:
-        if (report := self.publisher.show(self._ema_state_dict(), self.step)) is not None:
+        if (report := self.publisher.show(self._ema_state_dict(), self.step, self.seconds())) is not None:
             self._log_numbers()  # some trackers take updates in their order only
             self.accelerator.log({name: entry["value"] for name, entry in report.values.items()}, step=self.step)
 
