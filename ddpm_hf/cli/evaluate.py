@@ -40,8 +40,8 @@ def add_evaluation_flags(parser: Parser) -> None:
     model.add_sampler_flags(parser)
     flag = parser.group("comparison of samples (fid, is, kid, prc, dc, fd_infinity, mmd, sw, auth, nn)")
     flag("--num_samples", int, 50_000, "samples to draw; the paper: 50000", POSITIVE)
-    text = "what images are compared by: inception (the paper), pixels (tiny images), a vision model such as "
-    flag("--features", str, "inception", text + "facebook/dinov2-base, or several of them: inception,pixels")
+    text = "what images are compared by: inception (the paper), pixels (tiny images), efficientnet-lite0, a vision "
+    flag("--features", str, "inception", text + "model such as facebook/dinov2-base, or several: inception,pixels")
     flag("--inception_weights", str, None, "Inception weights file; torch-fidelity's own if left out")
     flag = parser.group("output")
     flag("--output", str, None, "a folder for report.json, report.md and pictures; or FILE.json")

@@ -27,11 +27,11 @@ from .model_card import CardFacts, ModelFacts, generated_facts, make_card, train
 if TYPE_CHECKING:  # torch and diffusers take seconds, which mistakes on the command line need not wait for
     from ..pipelines.pipeline_ddpm import DDPMPipeline
 
-CARD, REPORT, SAMPLES = "README.md", "evaluation.json", "samples.png"
+CARD, REPORT, SAMPLES, CURVE = "README.md", "evaluation.json", "samples.png", "curve.png"
 # The folder that a push takes its files from. Not ".partial": a run that starts removes what others have left under
 # that name, and a push of the same folder may be under way, in the background or in another terminal.
 _SNAPSHOT = (".push-", ".snapshot")
-_EXTRAS = (CARD, REPORT, "LICENSE", "samples*.png", "samples*.gif")
+_EXTRAS = (CARD, REPORT, CURVE, "LICENSE", "samples*.png", "samples*.gif")
 _COMPONENT_FILES = ("config.json", "scheduler_config.json", "*.safetensors", "*.safetensors.index*.json")
 _VARIANT = re.compile(r"diffusion_pytorch_model\.([^.]+?)(-\d+-of-\d+)?\.safetensors")
 _OPENING = threading.Lock()  # diffusers changes torch.nn.init for everybody while it loads

@@ -167,6 +167,8 @@ def compare_with_paper(config: TrainingConfig, report: EvaluationReport, sizes: 
     preset, recipe = get_preset(config.preset), config.resolved_preset()
     done, planned = recipe.max_train_steps, preset.max_train_steps
     updates = [f"{done:,} of {planned:,} updates"] if done < planned else []
+    if config.max_train_minutes is not None:
+        updates = [f"{config.max_train_minutes:g} minutes of training"]
     differences = _differences(preset, recipe)
     # Of a name on the Hub or a path: cifar10, uoft-cs/cifar10 and /data/CIFAR10 are the same images, cifar100 is not.
     # LSUN and CelebA-HQ have no such name: their presets say nothing of a dataset, and nothing is said of theirs.
