@@ -14,11 +14,12 @@ from ..models.unet_2d import UNet2DModel, check_size
 from ..presets import Preset
 from ..utils.errors import UserError, in_one_line
 from ..utils.machine import choose_precision, compiler_problem, keep_freed_memory, use_tf32
-from ..utils.processes import cpu_only, end_with_the_launcher, known_trackers, log, reduce_in_float32, set_cpu_threads
+from ..utils.processes import cpu_only, end_with_the_launcher, log, reduce_in_float32, set_cpu_threads
 from ..utils.text import listed
 from .configuration import TrainingConfig
 from .distillation import Distillation
 from .initialization import InitialModel
+from .tracking import known_trackers
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from PIL import Image
 from safetensors.torch import load_file
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ddpm_hf import (
     DDPMPipeline,
@@ -44,7 +42,7 @@ from ddpm_hf.training.configuration import TrainingError
 from ddpm_hf.training.evaluation import names_of_numbers
 from ddpm_hf.training.run import choose_computation
 from ddpm_hf.utils.errors import NotFiniteError, UserError
-from ddpm_hf.utils.processes import known_trackers, only_run_in, reduce_in_float32, stop_signals
+from ddpm_hf.utils.processes import only_run_in, reduce_in_float32, stop_signals
 from ddpm_hf.utils.text import plain
 
 QUICK = {
@@ -576,72 +574,6 @@ def test_a_card_in_another_encoding_does_not_end_the_run(tmp_path, capsys):
     assert offered == []
 
 
-def test_trackers_get_the_numbers(tmp_path):
-    trainer(tmp_path / "run", report_to="tensorboard", validation_steps=2).train()
-    events = EventAccumulator(str(next((tmp_path / "run" / "logs").rglob("events.out.*")).parent))
-    events.Reload()
-    assert {"loss", "lr", "grad_norm", "images_per_second", "bits_per_dim"} <= set(events.Tags()["scalars"])
-    assert [event.step for event in events.Scalars("bits_per_dim")] == [2, 4]
-    with pytest.raises(ValueError, match="'wandbb' is not an installed tracker"):
-        trainer(tmp_path / "other", report_to="wandbb")
-
-
-def test_curves_of_two_runs_and_of_a_resumed_one_share_their_updates(tmp_path, monkeypatch):
-    """Whatever the clock says; the oracle is what each update returned."""
-
-    def curves(name, seconds, **settings):
-        monkeypatch.setattr(training_trainer, "_SECONDS_BETWEEN_READINGS", seconds)
-        run = trainer(tmp_path / name, report_to="tensorboard", logging_steps=2, max_train_steps=7, **settings)
-        update, returned = run._update, {}
-
-        def noted(step):
-            returned[step + 1] = update(step)
-            return returned[step + 1]
-
-        monkeypatch.setattr(run, "_update", noted)
-        run.train()
-        events = EventAccumulator(str(next((tmp_path / name / "logs").rglob("events.out.*")).parent))
-        events.Reload()
-        shown = {key: {e.step: e.value for e in events.Scalars(key)} for key in ("loss", "grad_norm", "lr")}
-        for place, key in enumerate(("loss", "grad_norm")):
-            assert shown[key] == {step: pytest.approx(returned[step][place].item()) for step in shown[key]}
-        return shown
-
-    slow, fast = curves("slow", 1e9, validation_steps=3), curves("fast", 0.0)
-    assert list(slow["loss"]) == [2, 4, 6, 7]
-    assert slow == fast
-    shutil.copytree(tmp_path / "slow" / "checkpoint-3", tmp_path / "resumed" / "checkpoint-3")
-    shutil.copy(tmp_path / "slow" / "training_config.yaml", tmp_path / "resumed")
-    resumed = curves("resumed", 1e9, resume_from_checkpoint="latest")
-    assert resumed == {key: {s: v for s, v in curve.items() if s > 3} for key, curve in slow.items()}
-
-
-@pytest.mark.parametrize(
-    ("text", "trackers"),
-    [
-        (None, []),
-        ("none", []),
-        ("None", []),
-        ("tensorboard", ["tensorboard"]),
-        ("TensorBoard, tensorboard", ["tensorboard"]),
-        ("all", [str(name) for name in get_available_trackers()]),
-    ],
-)
-def test_which_trackers(text, trackers):
-    assert known_trackers(text) == trackers
-    with pytest.raises(UserError, match="'none' is not an installed tracker"):
-        known_trackers("tensorboard,none")
-
-
-def test_a_tracker_that_cannot_start_is_a_sentence(tmp_path, monkeypatch):
-    def not_logged_in(self, *_, **__):
-        raise RuntimeError("api_key not configured")
-
-    monkeypatch.setattr(Accelerator, "init_trackers", not_logged_in)
-    with pytest.raises(UserError, match="--report_to tensorboard cannot start: api_key not configured"):
-        trainer(tmp_path / "run", report_to="tensorboard").train()
-
-
 @pytest.mark.parametrize("option", ["channels_last", "gradient_checkpointing", "compile"])
 def test_ways_to_run_the_network_change_nothing_but_rounding(tmp_path, option, monkeypatch):
     if option == "compile":  # the default backend needs a minute of C++ compilation
@@ -899,9 +831,9 @@ def test_a_stop_signal_does_not_wait_for_the_published_samples(tmp_path, monkeyp
     run = trainer(tmp_path / "stopped")
     sample_grid = run.publisher.sample_grid
 
-    def interrupted(pipe, name):
+    def interrupted(*arguments):
         os.kill(os.getpid(), signal.SIGTERM)
-        sample_grid(pipe, name)
+        sample_grid(*arguments)
 
     monkeypatch.setattr(run.publisher, "sample_grid", interrupted)
     assert run.train() is None
