@@ -68,6 +68,8 @@ SMALLER_PYTHON = {
 # Commands that cannot run here, by how they begin: why, and what is checked instead.
 NOT_RUN = {
     "make ": ("these set up whole environments and train; .ci/run runs them", "target"),
+    "uv run ": ("installs the released package; test_packaging.py checks what it asks for", "script"),
+    "hf jobs ": ("needs an account of the Hub", "script"),
     "source ": ("activates an environment; `make setup` makes it", "nothing"),
     "hf auth login": ("needs a person", "nothing"),
     "DDPM_HF_SPACE_MODELS=": ("serves until it is stopped; hub/test_space.py starts the same file", "script"),

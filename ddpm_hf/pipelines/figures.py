@@ -15,12 +15,12 @@ import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from PIL import Image
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..data.class_labels import ClassLabels, as_list
 from ..data.tensors import to_uint8
 from ..diffusion.scheduling_ddpm import DDPMScheduler
 from ..utils.errors import UserError
+from ..utils.progress import progress_bar
 from ..utils.randomness import SeededNoise, derive_seed
 from ..utils.visualize import labelled_grid
 from .inputs import images_in_model_range
@@ -51,7 +51,7 @@ class _Chain:
         self.T: int = scheduler.config.num_train_timesteps
         self.ts = [*(scheduler.timesteps.long() + 1).tolist(), 0]  # before each step, and the data
         # The delay keeps a bar away from the sentence about a class that the network does not have.
-        self.bar = tqdm(desc="drawing", unit="step", delay=0.1, disable=not progress)
+        self.bar = progress_bar(0, "drawing", "step", show=progress, delay=0.1)
 
     def indices_of(self, ts: Sequence[int]) -> list[int]:
         """Return the place in the chain of the step nearest to each t, without repeats; the data's is the last."""

@@ -19,7 +19,6 @@ from diffusers.schedulers.scheduling_heun_discrete import HeunDiscreteScheduler
 from diffusers.schedulers.scheduling_sasolver import SASolverScheduler
 from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..data.class_labels import as_list
 from ..diffusion.noise_schedule import check_choice
@@ -31,6 +30,7 @@ from ..utils.digests import digest, weights_digest
 from ..utils.errors import NotFiniteError, UserError, in_one_line
 from ..utils.files import write_text, write_whole
 from ..utils.processes import processes, raise_on_all_ranks
+from ..utils.progress import progress_bar
 from ..utils.visualize import as_picture, image_grid, save_picture
 from .shards import in_order, kept_rows, write_tensors
 
@@ -155,7 +155,7 @@ def generate(
         pipe: Network and sampler.
         seeds: One per image; an image depends on its own seed only.
         batch_size: Images at a time.
-        progress: One progress bar over all steps of all batches.
+        progress: Show one progress bar over all steps of all batches.
         class_labels: One per seed, for class-conditional networks.
         image, mask_image: Start from these, `[n, C, H, W]` uint8 and `[n, 1, H, W]` bool; one, or one per seed.
         options: `num_inference_steps`, `guidance_scale`, `guidance_interval`, `epsilon_scale`, `eta`, `strength`,
@@ -172,13 +172,12 @@ def generate(
         steps = round(steps * strength)
     if mask_image is not None:
         steps *= options.get("resample_times", _RESAMPLE["resample_times"])
-    starts = range(0, len(seeds), batch_size)
-    with tqdm(total=len(starts) * steps, desc="sampling", unit="step", disable=not progress) as bar:
+    with progress_bar(len(seeds), "sampling", show=progress) as bar:
 
         def advance(*_: Any) -> None:
-            bar.update()
+            bar.update(len(seeds[rows]) / steps)
 
-        for start in starts:
+        for start in range(0, len(seeds), batch_size):
             rows = slice(start, start + batch_size)
             own: dict[str, Any] = {"image": _share(image, rows), "mask_image": _share(mask_image, rows)}
             own["class_labels"] = None if class_labels is None else list(class_labels[rows])

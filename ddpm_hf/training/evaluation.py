@@ -95,6 +95,7 @@ class TrainingEvaluation:
             **{name: getattr(config, f"eval_{name}") for name in same_name},
             batch_size=config.evaluation_batch(self.network, processes().num_processes),
             **config.sampling(pipe),
+            progress=True,
         )
 
     def measure(self, pipe: DDPMPipeline) -> EvaluationReport | None:

@@ -183,6 +183,7 @@ class Publisher:
             seeds,
             batch_size=config.evaluation_batch(self.settings["network"], here.num_processes, most=64),
             num_inference_steps=sampling["num_inference_steps"],
+            progress=here.is_main_process,
             class_labels=[ClassIndex(seed % len(classes)) for seed in seeds] if classes else None,
         )
         with raise_on_all_ranks():

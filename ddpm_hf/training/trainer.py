@@ -21,7 +21,6 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from tqdm.auto import tqdm
 
 from ..data.datasets import StreamedImages
 from ..models.unet_2d import UNet2DModel, parameter_count, use_plain_attention
@@ -32,6 +31,7 @@ from ..utils.errors import UserError
 from ..utils.files import remove_leftovers, writable_folder
 from ..utils.machine import deterministic_algorithms, has_deterministic_algorithms
 from ..utils.processes import StopFlag, log, only_run_in, raise_on_all_ranks, same_everywhere, stop_signals
+from ..utils.progress import progress_bar
 from ..utils.randomness import derive_seed
 from . import checkpointing
 from .batches import Batches
@@ -189,8 +189,7 @@ class Trainer:
         config, last, first = self.config, self.recipe.max_train_steps, self.step
         self.begin()
         started = shown = time.monotonic()
-        hidden = not self.accelerator.is_main_process
-        with tqdm(total=last, initial=first, desc="training", unit="step", disable=hidden) as bar:
+        with progress_bar(last, "training", "step", self.accelerator.is_main_process, initial=first) as bar:
             if 0 < first < last and self.evaluation.is_missing(first):  # ended between checkpoint and evaluation
                 self._show_progress(stop)
             while self.step < last:
