@@ -60,7 +60,7 @@ def load_images(
     if len(given) != 1:
         raise UserError(f"give exactly one of --dataset, --dataset_name and --train_data_dir, got {len(given)}")
     if not 0 <= validation_split < 1:
-        raise UserError(f"validation_split must be at least 0 and less than 1, got {validation_split}")
+        raise UserError(f"--validation_split must be at least 0 and less than 1, got {validation_split}")
     of_tables = {field.name for field in dataclasses.fields(TableOptions)} & set(options)
     table = TableOptions(**{name: options.pop(name) for name in of_tables})
     decode = DecodeOptions(**options)

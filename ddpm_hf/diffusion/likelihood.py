@@ -157,7 +157,7 @@ class _Bound:
     def batches(self, batch_size: int) -> Iterator[tuple[Tensor, list[torch.Generator]]]:
         """Yield the numbers of the images in each batch, and what their random numbers are drawn from."""
         if batch_size < 1:
-            raise UserError(f"batch_size must be at least 1, got {batch_size}")
+            raise UserError(f"--batch_size must be at least 1, got {batch_size}")
         for rows in torch.arange(len(self._x_0)).split(batch_size):
             yield rows, [derived_generator(self._seed, "bits_per_dim", self._ids[i]) for i in rows]
 
@@ -266,7 +266,7 @@ def stratified_bits_per_dim(
     bound, n, K = _Bound(unet, scheduler, x_0, seed, options), len(x_0), num_evaluations
     scheduler, T = bound.scheduler, bound.scheduler.config.num_train_timesteps
     if not isinstance(K, int) or K not in range(2, 2 * T + 1, 2):
-        raise UserError(f"num_evaluations must be even and between 2 and {2 * T}, got {K}")
+        raise UserError(f"--num_evaluations must be even and between 2 and {2 * T}, got {K}")
     edges = torch.from_numpy(timestep_strata(T, K // 2))
     low, width = edges[:-1], edges.diff()
     draws = torch.empty(n, 2, dtype=torch.float64)

@@ -43,7 +43,7 @@ class _Chain:
         **options: Any,
     ):
         if batch_size < 1:
-            raise UserError(f"batch_size must be at least 1, got {batch_size}")
+            raise UserError(f"--batch_size must be at least 1, got {batch_size}")
         self.pipe, self.batch_size, self.class_labels = pipe, batch_size, class_labels
         self._options = {"num_inference_steps": num_inference_steps, **options}
         scheduler = pipe.scheduler
@@ -66,7 +66,7 @@ class _Chain:
     def labels(self, count: int) -> list[Any]:  # one class label per seed
         labels = as_list(self.class_labels)
         if len(labels) not in (1, count):
-            raise UserError(f"got {len(labels)} class_labels for {count} seeds; give one, or one per seed")
+            raise UserError(f"got {len(labels)} --class_labels for {count} seeds; give one, or one per seed")
         return labels * (count // len(labels))
 
     def options(self, labels: Sequence[Any]) -> dict[str, Any]:
@@ -198,7 +198,7 @@ def shared_latents(
     random = isinstance(pipe.scheduler, DDIMScheduler) and options.get("eta")
     if not (random or isinstance(pipe.scheduler, DDPMScheduler)):
         name = type(pipe.scheduler).__name__
-        raise UserError(f"{name} is deterministic from x_t on; use the sampler ddpm, or ddim with an eta above 0")
+        raise UserError(f"{name} is deterministic from x_t on; use the sampler ddpm, or ddim with an --eta above 0")
     chain = _Chain(pipe, **options)
     labels = chain.labels(len(seeds))
     indices = chain.indices_of([round(chain.T * share / 4) for share in (4, 3, 2, 1)] if ts is None else ts)

@@ -108,13 +108,13 @@ def with_sampler(
     if variance_type is not None:
         trained = config.get("variance_type") or "fixed_small"
         if sampler != "ddpm":
-            raise UserError(f"variance_type={variance_type!r} is for the ddpm sampler, {sampler} has none")
+            raise UserError(f"--variance_type {variance_type} is for the ddpm sampler, {sampler} has none")
         if variance_type != trained and "learned" in f"{variance_type} {trained}":
             what = f"does not go with this network, whose variance is {trained!r}"
-            raise UserError(f"variance_type={variance_type!r} {what}")
+            raise UserError(f"--variance_type {variance_type} {what}")
         settings["variance_type"] = variance_type
     if timestep_spacing is not None:
-        check_choice("timestep_spacing", timestep_spacing, (*TIMESTEP_SPACINGS, BEST))
+        check_choice("--timestep_spacing", timestep_spacing, (*TIMESTEP_SPACINGS, BEST))
         if timestep_spacing != BEST:
             settings["timestep_spacing"] = timestep_spacing
     scheduler = kind.from_config(config, **settings)
@@ -162,7 +162,7 @@ def generate(
             `resample_length` and `resample_times` of `DDPMPipeline`. Counts that disagree raise a UserError.
     """
     if batch_size < 1:
-        raise UserError(f"batch_size must be at least 1, got {batch_size}")
+        raise UserError(f"--batch_size must be at least 1, got {batch_size}")
     if class_labels is not None:
         _check_labels(class_labels, seeds)
     set_timesteps(pipe.scheduler, pipe.checked_steps(options.get("num_inference_steps")))
@@ -188,7 +188,7 @@ def generate(
 
 def _check_labels(class_labels: Sequence[Any], seeds: Sequence[int]) -> None:
     if len(class_labels) != len(seeds):
-        raise UserError(f"got {len(class_labels)} class_labels for {len(seeds)} seeds; give one per seed")
+        raise UserError(f"got {len(class_labels)} --class_labels for {len(seeds)} seeds; give one per seed")
 
 
 def _share(values: Tensor | None, rows: slice | list[int]) -> Tensor | None:

@@ -1,5 +1,6 @@
 """One training run, resolved once from its configuration: machine, recipe, images, network arguments, batches."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,8 +153,11 @@ def resolve(config: TrainingConfig, accelerator: Accelerator, initial: InitialMo
     micro, accumulation, _ = config.batch_plan(accelerator.num_processes)
     plan = BatchPlan(micro, accumulation, accelerator.process_index, accelerator.num_processes)
     computation = choose_computation(config, accelerator)
-    with torch.device("meta"):  # sizes that the network cannot halve, before any image is read
-        check_size(UNet2DModel(**recipe.unet), *image_size(recipe.unet))
+    try:  # sizes that the network cannot halve, before any image is read
+        with torch.device("meta"):
+            check_size(UNet2DModel(**recipe.unet), *image_size(recipe.unet))
+    except UserError as error:  # a run's network is that of its preset
+        raise UserError(re.sub(", or fewer block_out_channels", " as --resolution", str(error))) from error
     if isinstance(initial, Distillation):
         initial.to(accelerator.device)
         rest = initial.images(), dict(recipe.unet), None, initial

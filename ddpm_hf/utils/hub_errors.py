@@ -71,7 +71,7 @@ def open_repository(repo_id: str, private: bool | None, token: str | None, repo_
 
 def _check_private(info: Any, private: bool | None) -> None:
     if private is not False and info.private is not True:
-        how = "add --private false (in training --hub_private_repo false), in Python private=False"
+        how = "add --private false (in training --hub_private_repo false)"
         raise UserError(f"{info.id} is public; {how}, to publish there, or name another repository")
 
 

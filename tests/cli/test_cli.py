@@ -228,9 +228,10 @@ def test_too_little_memory_on_the_device_is_one_sentence(capsys, monkeypatch):
         torch.empty(2**60)
 
     assert cli.run(too_large, [], "ddpm-hf sample") == 2
-    assert capsys.readouterr().err == (
-        "error: too little memory on the device; give a smaller --batch_size (training: --train_batch_size)\n"
-    )
+    assert capsys.readouterr().err == "error: too little memory on the device; give a smaller --batch_size\n"
+    for prog, flag in {"ddpm-hf distill": "train", "train.py": "train", "ddpm-hf publish": "eval"}.items():
+        assert cli.run(too_large, [], prog) == 2
+        assert f"; give a smaller --{flag}_batch_size\n" in capsys.readouterr().err
     assert cli.run(of_the_cpu, [], "ddpm-hf sample") == 2
     assert "error: too little memory on the device; give a smaller --batch_size" in capsys.readouterr().err
     monkeypatch.setenv("DDPM_HF_TRACEBACK", "1")

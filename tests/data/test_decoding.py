@@ -585,7 +585,7 @@ def test_axes_of_arrays(array, channels, expected, tmp_path):
 def test_a_shape_that_fits_both_layouts(tmp_path):
     array = axes(3, 4, 3)
     np.save(tmp_path / "a.npy", array)
-    with pytest.raises(ValueError, match="--array_layout CHW or HWC"):
+    with pytest.raises(ValueError, match="array_layout='CHW' or HWC"):
         open_arrays(tmp_path / "a.npy", DecodeOptions())
     images, _ = open_arrays(tmp_path / "a.npy", DecodeOptions(array_layout="CHW"))
     assert np.array_equal(images[0], array)

@@ -169,5 +169,5 @@ def test_mistakes_are_one_sentence(tmp_path, capsys, flags, words):
 def test_a_learned_variance_has_no_table_of_costs():
     unet = make_small_unet(out_channels=2)
     pipe = DDPMPipeline(unet, DDPMScheduler(num_train_timesteps=5, variance_type="learned_range"))
-    with pytest.raises(ValueError, match="predicts its own variance; use --objective samples"):
+    with pytest.raises(ValueError, match="predicts its own variance; use objective='samples'"):
         best_for_bound(pipe, pixels(2), torch.zeros(5), 2)

@@ -54,10 +54,10 @@ def test_what_will_not_work_is_a_sentence(tmp_path, monkeypatch):
     with pytest.raises(TrainingError, match="the loss of update 1 is nan"):
         run.train()
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-    with pytest.raises(UserError, match=r"too little space for checkpoints of .* 2 kept.*--checkpoints_total_limit"):
+    with pytest.raises(UserError, match=r"too little space for checkpoints of .* 2 kept.*checkpoints_total_limit"):
         trainer(tmp_path / "run", dry_run=True).train()
     (tmp_path / "file").write_text("x")
-    with pytest.raises(UserError, match="cannot write to --output_dir"):
+    with pytest.raises(UserError, match="cannot write to output_dir"):
         trainer(tmp_path / "file" / "run", dry_run=True).train()
 
 

@@ -266,12 +266,12 @@ def test_weights_that_do_not_fit_are_all_named(tmp_path, model):
 def test_a_resumed_run_cannot_start_from_elsewhere(tmp_path, model):
     other = save_model(tmp_path / "other", seed=1)
     trainer(tmp_path / "run", init_from=model).train()
-    with pytest.raises(UserError, match=r"started with --init_from .*model, not with .*other; leave out"):
+    with pytest.raises(UserError, match=r"started with init_from .*model, not with .*other; leave out"):
         trainer(tmp_path / "run", init_from=other, resume_from_checkpoint="latest")
     fresh = {key: value for key, value in QUICK.items() if key != "preset"}
     Trainer(TrainingConfig(preset="digits", output_dir=str(tmp_path / "fresh"), **fresh)).train()
     for which in ("latest", "checkpoint-4"):
-        with pytest.raises(UserError, match=r"started with no --init_from.* leave out --init_from"):
+        with pytest.raises(UserError, match=r"started with no init_from.* leave out init_from"):
             trainer(tmp_path / "fresh", init_from=model, resume_from_checkpoint=which)
 
 

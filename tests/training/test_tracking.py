@@ -133,5 +133,5 @@ def test_a_tracker_that_cannot_start_is_a_sentence(tmp_path, monkeypatch):
         raise RuntimeError("api_key not configured")
 
     monkeypatch.setattr(Accelerator, "init_trackers", not_logged_in)
-    with pytest.raises(UserError, match="--report_to tensorboard cannot start: api_key not configured"):
+    with pytest.raises(UserError, match="report_to tensorboard cannot start: api_key not configured"):
         trainer(tmp_path / "run", report_to="tensorboard").train()
