@@ -11,7 +11,7 @@ from ..models.unet_2d import parameter_count
 from ..utils.errors import UserError
 from ..utils.files import writable_folder
 from ..utils.machine import peak_memory
-from ..utils.processes import from_first, log, raise_on_all_ranks
+from ..utils.processes import from_first, gather, log, raise_on_all_ranks
 from .configuration import TrainingError
 from .estimate import time_left
 
@@ -50,7 +50,8 @@ def _seconds(trainer: Trainer, count: int) -> float:
     for step in range(trainer.step, trainer.step + count):
         with trainer.reproducible():
             loss, _ = trainer.update(step)
-    if not math.isfinite(value := loss.item()):  # waits for the device
+    losses = gather(loss.item())  # waits for the device; each process has that of its share
+    if not math.isfinite(value := sum(losses)):
         raise TrainingError(
             f"the loss of update {step + 1} is {value}; lower the learning rate, or look at the images"
         )

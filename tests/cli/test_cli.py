@@ -540,6 +540,13 @@ def test_given_images_that_cannot_be_used_are_refused_before_anything_is_written
     assert sorted(given.iterdir()) == before
 
 
+def test_advice_about_a_given_image_names_no_flag_of_data_sets(given, capsys):
+    Image.fromarray(np.zeros((8, 8), np.float32)).save(given / "float.tiff")
+    assert sample(given, "--image {}/float.tiff --strength 0.5 --output {}/out.png") == 2
+    why = "32-bit float pixels have no range of their own; save it as 8-bit PNG"
+    assert capsys.readouterr().err == f"error: cannot read --image {given}/float.tiff: {why}\n"
+
+
 def test_a_network_computed_in_another_way_makes_the_same_images(tmp_path, capsys, small_pipeline):
     small_pipeline.save_pretrained(tmp_path / "model")
     made = {}
