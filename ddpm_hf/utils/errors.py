@@ -10,7 +10,7 @@ _CHOICES = (
     "true|false|skip|trailing|best|optimal|fixed_small|fixed_large|learned|learned_range|hybrid|vlb|simple|latest"
 )
 _CHOICES += "|CHW|HWC|pixels|inception|fid|nll|samples|bf16|fp16|guided_diffusion"
-_VALUE = rf"(?P<numbers>{_NUMBERS}(?: {_NUMBERS})*)|(?P<choice>{_CHOICES})\b"
+_VALUE = rf"(?P<numbers>{_NUMBERS}(?: {_NUMBERS})*)|(?P<choice>{_CHOICES})\b|(?P<quoted>'[^']*')"
 _FLAG = re.compile(rf"(?P<command>ddpm-hf [^;,)]*)|--(?P<name>[a-z]\w*)(?: (?:{_VALUE}))?")
 _OTHER_NAMES = {"from": "from_format", "no_ema": "ema=False"}
 _flags = False  # whether people see flags
@@ -30,11 +30,13 @@ def showing_flags() -> Iterator[None]:
 def _as_argument(found: re.Match[str]) -> str:
     if found["command"]:
         return found["command"]
-    name, value = _OTHER_NAMES.get(found["name"], found["name"]), ""
+    name = _OTHER_NAMES.get(found["name"], found["name"])
     if found["numbers"]:
         value = f"({', '.join(several)})" if len(several := found["numbers"].split()) > 1 else several[0]
     elif found["choice"]:
         value = found["choice"].title() if found["choice"] in ("true", "false") else repr(found["choice"])
+    else:
+        value = found["quoted"]
     return f"{name}={value}" if value else name
 
 

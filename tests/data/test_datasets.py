@@ -702,7 +702,7 @@ def test_columns_to_choose_from(tmp_path):
     for options, message in (
         (
             {"image_column": "lage"},
-            r"--image_column 'lage' is no column of images.*did you mean 'large'.*: small, large",
+            r"image_column='lage' is no column of images.*did you mean 'large'.*: small, large",
         ),
         ({"label_column": "finest"}, "--label_column 'finest' is no column of labels"),
         ({"image_column": "score"}, "'score' is no column of images"),

@@ -714,7 +714,7 @@ def test_a_process_trains_in_one_precision_the_flag_s_or_the_launcher_s(tmp_path
     assert trainer(tmp_path / "launched").run.precision == "bf16"
     AcceleratorState._reset_state()
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
-    with pytest.raises(ValueError, match="fp16 needs a GPU"):
+    with pytest.raises(ValueError, match="mixed_precision='fp16' needs a GPU"):
         trainer(tmp_path / "half")
     ends = [load_file(tmp_path / run / "checkpoint-6" / "model.safetensors") for run in ("low", "plain")]
     assert any(not torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
@@ -1141,15 +1141,15 @@ def test_a_best_model_of_another_run_or_another_number_does_not_count(tmp_path, 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"best_metric": "bits_per_dim"}, "--best_metric bits_per_dim needs --validation_steps"),
+        ({"best_metric": "bits_per_dim"}, "best_metric bits_per_dim needs validation_steps"),
         ({"best_metric": "bits_per_dims", "validation_steps": 2}, "did you mean 'bits_per_dim'"),
         ({"best_metric": "fd_pixels_train_uint8", "validation_steps": 2}, "none of the numbers"),
         ({"eval_metrics": "nll,fdi"}, "'fdi'.*did you mean 'fid'"),
         ({"eval_metrics": " ,"}, "names no metric"),
         ({"eval_metrics": "rate_distortion"}, "for finished models: ddpm-hf evaluate"),
-        ({"eval_metrics": "fid"}, "--eval_inception_weights FILE.*--eval_features pixels"),
-        ({"eval_metrics": "fid", "eval_features": "pixel"}, "unknown --eval_features 'pixel'"),
-        ({"eval_metrics": "fid", "eval_features": "pixels", "eval_num_samples": 1}, "got --eval_num_samples 1"),
+        ({"eval_metrics": "fid"}, "eval_inception_weights FILE.*eval_features='pixels'"),
+        ({"eval_metrics": "fid", "eval_features": "pixel"}, "unknown eval_features='pixel'"),
+        ({"eval_metrics": "fid", "eval_features": "pixels", "eval_num_samples": 1}, "got eval_num_samples=1"),
         ({"eval_num_images": 0, "validation_steps": 2}, "nothing to measure"),
     ],
 )

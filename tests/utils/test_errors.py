@@ -19,6 +19,7 @@ from ddpm_hf.utils.errors import UserError, showing_flags
         ("add --private false", "add private=False"),
         ("--model runs/a is distilled", "model runs/a is distilled"),
         ("got --num_samples 0", "got num_samples=0"),
+        ("--image_column 'a b' is no column", "image_column='a b' is no column"),
         ("--loss learnedly", "loss learnedly"),
         ("give --from guided_diffusion, or --no_ema", "give from_format='guided_diffusion', or ema=False"),
         ("run ddpm-hf ema --sigma_rel 0.1, or --step 4", "run ddpm-hf ema --sigma_rel 0.1, or step=4"),
