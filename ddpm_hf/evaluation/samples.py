@@ -118,10 +118,10 @@ def draw_samples(
     def rows_of(start: int, rows: list[int]) -> Rows:
         ids = [start + row for row in rows]
         shown = options.progress and processes().is_main_process
-        with without_bar(pipe), progress_bar(len(ids), "these", show=shown, delay=2) as bar:
+        with without_bar(pipe), progress_bar(len(ids), "this batch", show=shown, delay=2) as bar:
 
             def advance(*_: Any) -> None:
-                bar.update(len(ids) / steps)
+                bar.update(len(ids) / len(pipe.scheduler.timesteps))  # of some samplers more than `steps`
 
             own: dict[str, Any] = {"class_labels": None if labels is None else [labels[i] for i in ids]}
             own |= {"callback_on_step_end": advance, **options.chain}

@@ -10,5 +10,5 @@ def progress_bar(total: float, desc: str, unit: str = "image", show: bool = True
 
     Beneath another bar it disappears at its end. `options` are tqdm's.
     """
-    form = "{l_bar}{bar}| {n:.0f}/{total:.0f} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
+    form = "{l_bar}{bar}| {n:.0f}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
     return tqdm(total=total, desc=desc, unit=unit, disable=not show, bar_format=form, **{"leave": None, **options})

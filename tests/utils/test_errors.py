@@ -23,6 +23,7 @@ from ddpm_hf.utils.errors import UserError, showing_flags
         ("--loss learnedly", "loss learnedly"),
         ("give --from guided_diffusion, or --no_ema", "give from_format='guided_diffusion', or ema=False"),
         ("run ddpm-hf ema --sigma_rel 0.1, or --step 4", "run ddpm-hf ema --sigma_rel 0.1, or step=4"),
+        ("no '/hub/models--org--name' (--model)", "no '/hub/models--org--name' (model)"),
         ("no flag at all - or -- one", "no flag at all - or -- one"),
     ],
 )

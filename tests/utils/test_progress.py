@@ -26,4 +26,5 @@ def test_parts_of_images_add_up_to_whole_ones_with_their_rate_and_the_time_left(
 def test_a_bar_that_is_not_shown_and_one_that_would_be_gone_in_an_instant():
     assert printed(4, [4], show=False) == ""
     assert printed(4, [4], delay=60) == ""
+    assert "8/" in printed(4, [8])  # more than was announced
     assert printed(4, [4], leave=False).endswith("\r")
