@@ -70,11 +70,11 @@ def scale_epsilon(arguments: Sequence[str], prog: str | None = None) -> int:
         images = run.first_images(next(iter(sets.values())), values.num_images)
         extractor = make_extractor(values.features, pipe.image_shape, values.inception_weights, pipe.device)
     common = {**chain, "batch_size": values.batch_size}
-    shown = {"progress": processes().is_main_process}
+    main = processes().is_main_process
     norms = {**common, "seed": values.seed, "progress": True}
     distance, distance_of_others = (
         epsilon_scaling.sample_distance(
-            sampled, images, extractor, range(first, first + values.num_samples), **common, **shown
+            sampled, images, extractor, range(first, first + values.num_samples), **common, progress=main
         )
         for first in (values.seed, values.seed + values.num_samples)
     )
@@ -82,7 +82,7 @@ def scale_epsilon(arguments: Sequence[str], prog: str | None = None) -> int:
     if values.objective == "norms":
         objective = epsilon_scaling.norm_mismatch(sampled, images, **norms)
     scales, T = {"no scaling": (1.0, 0.0)}, pipe.scheduler.config.num_train_timesteps
-    with progress_bar(epsilon_scaling.EVALUATIONS * (1 + values.ramp), "search", "scale", **shown) as bar:
+    with progress_bar(epsilon_scaling.EVALUATIONS * (1 + values.ramp), "search", "scale", main) as bar:
 
         @functools.cache  # the search for a ramp begins with that for a constant
         def counted(scale: Any) -> float:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 # A flag with its value, if that is one by its form or a choice of flags; commands to be typed stay as they are.
 _NUMBERS = r"-?\d+(?:\.\d+)?(?:e-?\d+)?\b"
 _CHOICES = "true|false|skip|trailing|best|optimal|fixed_small|fixed_large|learned|learned_range|hybrid|vlb|simple"
-_CHOICES += "|latest|CHW|HWC|pixels|inception|fid|nll|samples|bf16|fp16|guided_diffusion"
+_CHOICES += "|latest|CHW|HWC|pixels|inception|fid|nll|samples|bf16|fp16|\\w+_diffusion"
 _VALUE = rf"(?P<numbers>{_NUMBERS}(?: {_NUMBERS})*)|(?P<choice>{_CHOICES})\b|(?P<quoted>'[^']*')"
 _FLAG = re.compile(rf"(?P<command>ddpm-hf [^;,)]*)|(?<![^\s(])--(?P<name>[a-z]\w*)(?: (?:{_VALUE}))?")
 _OTHER_NAMES = {"from": "from_format", "no_ema": "ema=False"}

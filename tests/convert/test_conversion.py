@@ -129,16 +129,16 @@ def test_guided_diffusion(tmp_path, x_and_t, network, options):
 @pytest.mark.parametrize(
     ("format_", "options", "words"),
     [
-        ("improved_diffusion", {}, "give --num_heads .*: a file of improved_diffusion does not say"),
-        ("guided_diffusion", {}, "give --num_heads .* or --num_head_channels"),
-        ("guided_diffusion", {"num_heads": 4}, "give --use_new_attention_order"),
-        ("guided_diffusion", {"num_heads": 4, "num_head_channels": 16}, "give --num_heads .* or --num_head_channels"),
+        ("improved_diffusion", {}, "give num_heads .*: a file of improved_diffusion does not say"),
+        ("guided_diffusion", {}, "give num_heads .* or num_head_channels"),
+        ("guided_diffusion", {"num_heads": 4}, "give use_new_attention_order"),
+        ("guided_diffusion", {"num_heads": 4, "num_head_channels": 16}, "give num_heads .* or num_head_channels"),
         ("improved_diffusion", {"num_heads": 3}, "3 heads or channels per head do not divide the 64 channels"),
-        ("improved_diffusion", {"num_heads": 4, "num_heads_upsample": 2}, "--num_heads_upsample 2 is not --num_heads"),
+        ("improved_diffusion", {"num_heads": 4, "num_heads_upsample": 2}, "num_heads_upsample=2 is not num_heads"),
         (
             "improved_diffusion",
             {"num_heads": 4, "use_new_attention_order": True},
-            "takes no --use_new_attention_order",
+            "takes no use_new_attention_order",
         ),
         ("improved_diffusion", {"num_heads": 0}, "num_heads must be at least 1"),
         ("improved_diffusion", {"num_heads": 1, "learn_sigma": True}, "no channels for a learned variance"),

@@ -145,7 +145,7 @@ def test_a_guide_is_recorded(tmp_path, capsys):
     assert main([*guided, *interval]) == 0  # the same again is resumed
     for command_line, sentence in (
         ([*guided], "made with other guidance_interval"),
-        ([*command, *interval], "guidance_interval goes with a guidance_scale"),
+        ([*command, *interval], "--guidance_interval goes with a --guidance_scale"),
         ([*command, "--guide", str(guide)], "--guide needs --guidance_scale"),
         ([*command, "--guide", str(tmp_path / "none"), "--guidance_scale", "2"], "cannot load --guide"),
     ):

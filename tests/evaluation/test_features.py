@@ -155,11 +155,11 @@ def test_pixels():
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("inceptoin", "unknown --features 'inceptoin'"),
+        ("inceptoin", "unknown features='inceptoin'"),
         ("{tmp}/inception", r"/inception: .* name 'inception'.*another name"),
         ("someone/pixels/", r"someone/pixels/: .* name 'pixels'.*another name"),
-        ("nobody/no-such-model", "cannot load --features nobody/no-such-model"),
-        ("{tmp}", "cannot load --features"),
+        ("nobody/no-such-model", "cannot load features nobody/no-such-model"),
+        ("{tmp}", "cannot load features"),
     ],
 )
 def test_features_that_cannot_be_had(tmp_path, name, words):
