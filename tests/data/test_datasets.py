@@ -704,7 +704,7 @@ def test_columns_to_choose_from(tmp_path):
             {"image_column": "lage"},
             r"image_column='lage' is no column of images.*did you mean 'large'.*: small, large",
         ),
-        ({"label_column": "finest"}, "--label_column 'finest' is no column of labels"),
+        ({"label_column": "finest"}, "label_column='finest' is no column of labels"),
         ({"image_column": "score"}, "'score' is no column of images"),
         ({"label_column": "score"}, r"'score' is no column of labels \(whole numbers or strings\)"),
         ({"label_column": "coarse"}, "1 of 1 images .* have no label in 'coarse'"),
