@@ -80,7 +80,7 @@ def _for_bound(values: Any, pipe: Any) -> list[int]:
         error = prediction_error(pipe, images, progress=True, **options)
         pipe.scheduler.set_prediction_error(error)
     error = torch.as_tensor(pipe.scheduler.config["_prediction_error"], dtype=torch.float64)
-    chain, bound = best_for_bound(pipe, images, error, values.num_inference_steps, **options)
+    chain, bound = best_for_bound(pipe, images, error, values.num_inference_steps, progress=True, **options)
     log(f"{bound:.4f} bits/dim on these {len(images)} images, with --variance_type optimal --timestep_spacing best")
     return chain
 
@@ -99,7 +99,7 @@ def _for_samples(values: Any, pipe: Any) -> list[int] | None:
     splits = load_splits(None, False, validation_split=values.validation_split, **images)
     (split, data), *_ = splits.items()
     names = ("num_samples", "batch_size", "seed", "features", "inception_weights")
-    options = EvaluationOptions(**given(values, *names), **vars(model.sampling_options(values)))
+    options = EvaluationOptions(**given(values, *names), **vars(model.sampling_options(values)), progress=True)
     extractor = make_extractor(values.features, pipe.image_shape, values.inception_weights, pipe.device)
     real = real_images(split, first_images(data, values.num_images), [extractor], options)
     sampler = options.pipeline(pipe)

@@ -1,6 +1,7 @@
 """Which model a command loads and how it is sampled: the flags, and what they name."""
 
 import argparse
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -173,5 +174,6 @@ def read_images(flag: str, names: Sequence[str], image_shape: tuple[int, int, in
         try:
             pixels.append(read_image(Path(name), DecodeOptions(image_shape[0], image_shape[1:])))
         except UserError as error:
-            raise UserError(f"cannot read --{flag} {name}: {error}") from error
+            why = re.sub("; .*--.*", "; save it as 8-bit PNG", str(error))  # its flags are those of data sets
+            raise UserError(f"cannot read --{flag} {name}: {why}") from error
     return torch.from_numpy(np.stack(pixels))

@@ -52,6 +52,7 @@ def scale_epsilon(arguments: Sequence[str], prog: str | None = None) -> int:
     from ..hub.files import facts_of_model, write_model
     from ..sampling.generation import check_sampler
     from ..utils.processes import log, processes, raise_on_all_ranks, start_process
+    from ..utils.progress import progress_bar
 
     start_process()
     chain, steps = given(values, "num_inference_steps", "eta"), values.num_inference_steps
@@ -67,19 +68,29 @@ def scale_epsilon(arguments: Sequence[str], prog: str | None = None) -> int:
         images = run.first_images(next(iter(sets.values())), values.num_images)
         extractor = make_extractor(values.features, pipe.image_shape, values.inception_weights, pipe.device)
     common = {**chain, "batch_size": values.batch_size}
-    norms = {**common, "seed": values.seed}
+    main = processes().is_main_process
+    norms = {**common, "seed": values.seed, "progress": True}
     distance, distance_of_others = (
-        epsilon_scaling.sample_distance(sampled, images, extractor, range(first, first + values.num_samples), **common)
+        epsilon_scaling.sample_distance(
+            sampled, images, extractor, range(first, first + values.num_samples), **common, progress=main
+        )
         for first in (values.seed, values.seed + values.num_samples)
     )
     objective = distance
     if values.objective == "norms":
         objective = epsilon_scaling.norm_mismatch(sampled, images, **norms)
-    objective = functools.cache(objective)  # the search for a ramp begins with that for a constant
     scales, T = {"no scaling": (1.0, 0.0)}, pipe.scheduler.config.num_train_timesteps
-    for name, ramp in {"constant": False, "ramp": True}.items():
-        if values.ramp or not ramp:
-            scales[name] = epsilon_scaling.find_epsilon_scale(objective, T, ramp)
+    with progress_bar(epsilon_scaling.EVALUATIONS * (1 + values.ramp), "search", "scale", main) as bar:
+
+        @functools.cache  # the search for a ramp begins with that for a constant
+        def counted(scale: Any) -> float:
+            found = objective(scale)
+            bar.update()
+            return found
+
+        for name, ramp in {"constant": False, "ramp": True}.items():
+            if values.ramp or not ramp:
+                scales[name] = epsilon_scaling.find_epsilon_scale(counted, T, ramp)
     log(_table({name: (scale, distance_of_others(scale)) for name, scale in scales.items()}))
     found = scales.values()
     biases = [epsilon_scaling.exposure_bias(sampled, images, epsilon_scale=scale, **norms) for scale in found]

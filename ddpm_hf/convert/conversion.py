@@ -244,7 +244,7 @@ def _rescaled(betas: Mapping[str, Any], T: int) -> dict[str, Any]:
     if T % 1000:
         what = f"only a multiple of 1000 timesteps can be converted, not {T}"
         advice = "if it was trained without, give --rescale_timesteps false"
-        raise UserError(f"with rescale_timesteps {what}; {advice}")
+        raise UserError(f"with --rescale_timesteps {what}; {advice}")
     alpha_bar = np.cumprod(1 - make_betas(num_train_timesteps=T, **betas))[:: T // 1000]
     chain = 1 - alpha_bar / np.append(1.0, alpha_bar[:-1])
     return {"beta_schedule": "linear", "num_train_timesteps": 1000, "trained_betas": chain.tolist()}

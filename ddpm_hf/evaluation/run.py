@@ -79,7 +79,7 @@ def first_images(data: Images, count: int | None) -> ImageDataset:
     """Load the first `count` images (all for `None`, but not of a stream) into memory."""
     if isinstance(data, StreamedImages):
         if count is None:
-            raise UserError(f"{data.name!r} is a stream: say how many images to take")
+            raise UserError(f"{data.name!r} is a stream: say how many images to take with --num_images")
         return data.take(count)
     rows = torch.arange(len(data))[:count]
     return ImageDataset(*data.batch(rows), data.name, data.class_names)

@@ -21,6 +21,7 @@ from ..pipelines.pipeline_ddpm import DDPMPipeline, without_bar
 from ..sampling.shards import Rows, all_rows
 from ..utils.digests import digest, images_digest, weights_digest
 from ..utils.processes import from_first, processes, raise_on_all_ranks
+from ..utils.progress import progress_bar
 from ..utils.randomness import derived_generator
 from . import further_metrics, metrics
 from .features import FeatureExtractor
@@ -108,9 +109,15 @@ def draw_samples(
 
     def rows_of(start: int, rows: list[int]) -> Rows:
         ids = [start + row for row in rows]
-        with without_bar(pipe):
-            classes = None if labels is None else [labels[i] for i in ids]
-            drawn: Any = pipe(seeds=[seed + i for i in ids], class_labels=classes, output_type="pt", **options.chain)
+        shown = options.progress and processes().is_main_process
+        with without_bar(pipe), progress_bar(len(ids), "this batch", show=shown, delay=2) as bar:
+
+            def advance(*_: Any) -> None:
+                bar.update(len(ids) / len(pipe.scheduler.timesteps))  # of some samplers more than `steps`
+
+            own: dict[str, Any] = {"class_labels": None if labels is None else [labels[i] for i in ids]}
+            own |= {"callback_on_step_end": advance, **options.chain}
+            drawn: Any = pipe(seeds=[seed + i for i in ids], output_type="pt", **own)
         pixels = drawn.images.float() * 255
         both = {"uint8": pixels.round().to(torch.uint8), "float": pixels}
         found: Rows = {} if start else {"images": both["uint8"]}

@@ -20,7 +20,6 @@ from diffusers.schedulers.scheduling_heun_discrete import HeunDiscreteScheduler
 from diffusers.schedulers.scheduling_sasolver import SASolverScheduler
 from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..data.class_labels import as_list
 from ..diffusion.noise_schedule import check_choice
@@ -32,6 +31,7 @@ from ..utils.digests import digest, weights_digest
 from ..utils.errors import NotFiniteError, UserError, in_one_line
 from ..utils.files import write_text, write_whole
 from ..utils.processes import processes, raise_on_all_ranks
+from ..utils.progress import progress_bar
 from ..utils.visualize import as_picture, image_grid, save_picture
 from .shards import in_order, kept_rows, write_tensors
 
@@ -111,13 +111,13 @@ def with_sampler(
     if variance_type is not None:
         trained = config.get("variance_type") or "fixed_small"
         if sampler != "ddpm":
-            raise UserError(f"variance_type={variance_type!r} is for the ddpm sampler, {sampler} has none")
+            raise UserError(f"--variance_type {variance_type} is for the ddpm sampler, {sampler} has none")
         if variance_type != trained and "learned" in f"{variance_type} {trained}":
             what = f"does not go with this network, whose variance is {trained!r}"
-            raise UserError(f"variance_type={variance_type!r} {what}")
+            raise UserError(f"--variance_type {variance_type} {what}")
         settings["variance_type"] = variance_type
     if timestep_spacing is not None:
-        check_choice("timestep_spacing", timestep_spacing, (*TIMESTEP_SPACINGS, BEST))
+        check_choice("--timestep_spacing", timestep_spacing, (*TIMESTEP_SPACINGS, BEST))
         if timestep_spacing != BEST:
             settings["timestep_spacing"] = timestep_spacing
     scheduler = kind.from_config(config, **settings)
@@ -190,14 +190,14 @@ def generate(
         pipe: Network and sampler.
         seeds: One per image; an image depends on its own seed only.
         batch_size: Images at a time.
-        progress: One progress bar over all steps of all batches.
+        progress: Show one progress bar over all steps of all batches.
         class_labels: One per seed, for class-conditional networks.
         image, mask_image: Start from these, `[n, C, H, W]` uint8 and `[n, 1, H, W]` bool; one, or one per seed.
         options: `num_inference_steps`, `guidance_scale`, `guidance_interval`, `epsilon_scale`, `eta`, `strength`,
             `resample_length` and `resample_times` of `DDPMPipeline`. Counts that disagree raise a UserError.
     """
     if batch_size < 1:
-        raise UserError(f"batch_size must be at least 1, got {batch_size}")
+        raise UserError(f"--batch_size must be at least 1, got {batch_size}")
     if class_labels is not None:
         _check_labels(class_labels, seeds)
     set_timesteps(pipe.scheduler, pipe.checked_steps(options.get("num_inference_steps")))
@@ -207,13 +207,12 @@ def generate(
         steps = round(steps * strength)
     if mask_image is not None:
         steps *= options.get("resample_times", _RESAMPLE["resample_times"])
-    starts = range(0, len(seeds), batch_size)
-    with tqdm(total=len(starts) * steps, desc="sampling", unit="step", disable=not progress) as bar:
+    with progress_bar(len(seeds), "sampling", show=progress) as bar:
 
         def advance(*_: Any) -> None:
-            bar.update()
+            bar.update(len(seeds[rows]) / steps)
 
-        for start in starts:
+        for start in range(0, len(seeds), batch_size):
             rows = slice(start, start + batch_size)
             own: dict[str, Any] = {"image": _share(image, rows), "mask_image": _share(mask_image, rows)}
             own["class_labels"] = None if class_labels is None else list(class_labels[rows])
@@ -224,7 +223,7 @@ def generate(
 
 def _check_labels(class_labels: Sequence[Any], seeds: Sequence[int]) -> None:
     if len(class_labels) != len(seeds):
-        raise UserError(f"got {len(class_labels)} class_labels for {len(seeds)} seeds; give one per seed")
+        raise UserError(f"got {len(class_labels)} --class_labels for {len(seeds)} seeds; give one per seed")
 
 
 def _share(values: Tensor | None, rows: slice | list[int]) -> Tensor | None:

@@ -147,6 +147,7 @@ class TrainingConfig:
     checkpointing_steps: int = _flag(5000, "updates between checkpoints", POSITIVE)
     checkpoints_total_limit: int | None = _flag(None, "how many checkpoints to keep; all if left out", POSITIVE)
     resume_from_checkpoint: str | None = _flag(None, "latest, or a checkpoint's folder; if left out, a new run")
+    dry_run: bool = _flag(False, "check images, network, memory, disk, Hub and time, then stop; writes nothing")
 
     save_images_steps: int | None = _flag(None, f"updates between grids; {_AT_END}", POSITIVE, group=_SAMPLES)
     num_sample_images: int = _flag(64, "images in a grid", POSITIVE)
@@ -170,7 +171,9 @@ class TrainingConfig:
     channels_last: bool | None = _flag(None, "channels_last memory layout; default: on NVIDIA GPUs")
     cuda_graphs: bool = _flag(True, "NVIDIA GPUs: launch an update as one captured graph")
     gradient_checkpointing: bool = _flag(False, "trade time for memory")
-    report_to: str | None = _flag(None, "trackers by accelerate: tensorboard, wandb, ...; several as a,b; all; none")
+    report_to: str | None = _flag(
+        None, "trackers by accelerate: tensorboard, trackio, wandb, ...; several as a,b; all; none"
+    )
     logging_steps: int = _flag(10, "updates between the numbers that trackers get", POSITIVE)
     logging_dir: str = _flag("logs", "where trackers write, inside the output folder")
 
@@ -277,7 +280,7 @@ class TrainingConfig:
 
     def public_values(self) -> dict[str, Any]:
         """Return all values of flags but the access token, for files and trackers."""
-        private = {"hub_token", *self.not_flags}
+        private = {"hub_token", "dry_run", *self.not_flags}
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in private}
 
     def save(self, path: Path) -> None:

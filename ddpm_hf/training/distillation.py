@@ -16,7 +16,6 @@ import torch
 from accelerate import Accelerator
 from diffusers.utils import logging
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..data.tensors import ImageDataset
 from ..diffusion.distributions import mean_flat
@@ -30,6 +29,7 @@ from ..pipelines.schedulers import DISTILLED_STEPS, check_is_ddpm
 from ..presets import DISTILLATION, Preset
 from ..utils.digests import weights_digest
 from ..utils.errors import UserError, first_line
+from ..utils.progress import progress_bar
 from ..utils.randomness import SeededNoise, derive_seed
 from ..utils.text import is_local, recorded_name
 from .configuration import DistillationConfig
@@ -168,8 +168,8 @@ class Distillation:
         network = InferenceNetwork(unet, InferenceOptions.for_device(device, precision, compiled))
         share = -(-self.num_trajectories // accelerator.num_processes)
         first = share * accelerator.process_index
-        hidden, made = not accelerator.is_main_process, []
-        with tqdm(total=share, desc="the teacher's trajectories", unit="image", disable=hidden) as bar:
+        made = []
+        with progress_bar(share, "the teacher's trajectories", "image", accelerator.is_main_process) as bar:
             for start in range(first, first + share, batch_size):
                 numbers = range(start, min(start + batch_size, first + share))
                 noise = SeededNoise([derive_seed(seed, "trajectory", number) for number in numbers], device)

@@ -99,7 +99,8 @@ def reproduce(config: TrainingConfig, options: ReproductionConfig) -> Reproducti
     config = dataclasses.replace(config, resume_from_checkpoint="latest")
     end_with_the_launcher()
     folder, here = Path(config.output_dir), processes()
-    pipe = _load_trained(config) or _train(config, options)
+    pipe = None if config.dry_run else _load_trained(config)
+    pipe = pipe or _train(config, options)
     if pipe is None:
         return None
     with raise_on_all_ranks():

@@ -80,8 +80,8 @@ def test_a_bf16_network_keeps_a_float32_chain(small_pipeline):
     [
         ({"batch_size": -1}, "batch_size"),
         ({"image": np.zeros((8, 8, 1))}, "needs strength"),
-        ({"strength": 0.5}, "pass image="),
-        ({"mask_image": np.ones((8, 8))}, "pass image="),
+        ({"strength": 0.5}, "give image"),
+        ({"mask_image": np.ones((8, 8))}, "give image"),
         ({"image": np.zeros((8, 8, 1)), "strength": 1.5}, "between 0 and 1, got 1.5"),
         ({"image": np.zeros((9, 8, 1)), "strength": 0.5}, "are \\(1, 8, 8\\)"),
         ({"image": np.full((8, 8, 1), 7.0), "strength": 0.5}, "must lie in"),

@@ -402,7 +402,7 @@ def test_the_configuration_beside_a_student_resumes_it(student, capsys):
         ({"num_train_timesteps": 8}, {}, ["--steps", "4"], "at most the teacher's T = 8; got 24 and 4"),
         ({"variance_type": "learned_range"}, {"out_channels": 2}, [], "predicts its variance, which cannot be"),
         ({"prediction_type": "posterior_mean"}, {}, [], "predicts the posterior's mean, which cannot be distilled"),
-        ({}, {}, ["--guidance_scale", "2"], "class_labels and guidance_scale are for class-conditional networks"),
+        ({}, {}, ["--guidance_scale", "2"], "--class_labels and --guidance_scale are for class-conditional networks"),
         ({}, {}, ["--dataset", "digits"], "unknown flag --dataset"),
     ],
 )
