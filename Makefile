@@ -53,7 +53,7 @@ quality: setup
 
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --config-file docs/site/mkdocs.yml
-	@echo "open runs/site/index.html"
+	@echo "open runs/site/index.html; to search, too: python3 -m http.server --directory runs/site"
 
 bench: setup
 	$(BIN)/python benchmarks/speed.py --output runs/speed

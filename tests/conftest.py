@@ -28,6 +28,7 @@ from ddpm_hf import DDPMPipeline, DDPMScheduler, UNet2DModel
 from ddpm_hf.utils.randomness import SeededNoise
 
 FIXTURES = Path(__file__).parent / "fixtures"
+DIGITS_MODEL = Path(__file__).parents[1] / "ddpm_hf/models/digits"  # trained: what `make demo` makes
 
 SMALL_NETWORK = {
     "sample_size": 8,

@@ -179,9 +179,8 @@ class _Bound:
         if not (finite := term.isfinite()).all():
             where = f"the bound's term at t={int(t.expand_as(term)[~finite][0])} is not finite"
             hint = ", float16 ends at 65504: use bfloat16 or float32" if dtype == torch.float16 else ""
-            raise NotFiniteError(
-                f"{where}: the network's output there, or one of its weights, is NaN or infinite{hint}"
-            )
+            why = f"the network's output there, or one of its weights, is NaN or infinite{hint}"
+            raise NotFiniteError(f"{where}: {why}")
         return term, mean_flat((pred_x_0 - x_0).square())
 
 

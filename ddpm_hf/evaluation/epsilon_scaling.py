@@ -91,10 +91,8 @@ def exposure_bias(
         noise = SeededNoise(seeds, pipe.device)
         training = []
         for t in timesteps:
-            x_t = pipe.scheduler.add_noise(
-                x_0, noise.normal(x_0.shape), torch.full((len(ids),), t, device=pipe.device)
-            )
-            training.append(norm(x_t, t, classes))
+            at = torch.full((len(ids),), t, device=pipe.device)
+            training.append(norm(pipe.scheduler.add_noise(x_0, noise.normal(x_0.shape), at), t, classes))
         return {"sampling": sampling, "training": torch.stack(training, dim=1)}
 
     with evaluating(pipe.unet):

@@ -30,7 +30,7 @@ from ..evaluation.report import EvaluationReport
 from ..utils import hub_errors
 from ..utils.errors import UserError
 from ..utils.files import write_text
-from .files import CARD, INDEX, REPORT, SAMPLES, check_opens, make_snapshot, read_card, take_report
+from .files import CARD, CURVE, INDEX, REPORT, SAMPLES, check_opens, make_snapshot, read_card, take_report
 from .model_card import CardFacts, ModelFacts, check_license, generated_facts, make_card
 
 _WEIGHT_FILES = re.compile(r"[^/]+/.*\.(safetensors|bin|ckpt|msgpack|h5|index(\.\w+)?\.json)")
@@ -167,6 +167,7 @@ class Push:
                 name=to.id,
                 report=None if report is None else dataclasses.asdict(report),
                 sample=SAMPLES if SAMPLES in samples else next(reversed(samples), None),
+                curve=CURVE if (snapshot / CURVE).exists() else None,
                 license=self.license or facts.license or (unwritten and unwritten[1]),
             )
             card = make_card(ModelFacts.read(snapshot), facts)

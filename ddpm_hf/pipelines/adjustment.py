@@ -113,6 +113,8 @@ def check_guide(pipe: Any, guide: Any) -> None:
         raise UserError(f"guide must be a DDPMPipeline, got {type(guide).__name__}")
     kind, its_kind = (one.scheduler.config.get("prediction_type", "epsilon") for one in (pipe, guide))
     table, its_table = (one.scheduler.alphas_cumprod.double().cpu() for one in (pipe, guide))
+    if guide.distilled_steps:
+        raise UserError(f"the guide is distilled into {guide.distilled_steps} steps, and knows no other timesteps")
     if guide.image_shape != pipe.image_shape:
         shapes = f"of {guide.image_shape} (channels, height, width), the model of {pipe.image_shape}"
         raise UserError(f"the guide makes images {shapes}; both have to make the same")

@@ -197,8 +197,10 @@ def shared_latents(
         raise UserError(f"a figure of shared latents needs at least 2 seeds, got {len(seeds)}")
     random = isinstance(pipe.scheduler, DDIMScheduler) and options.get("eta")
     if not (random or isinstance(pipe.scheduler, DDPMScheduler)):
-        name = type(pipe.scheduler).__name__
-        raise UserError(f"{name} is deterministic from x_t on; use the sampler ddpm, or ddim with an --eta above 0")
+        what, how = type(pipe.scheduler).__name__, "use the sampler ddpm, or ddim with an --eta above 0"
+        if pipe.distilled_steps:
+            what, how = "a distilled model", "draw the figure of the model that it was made from"
+        raise UserError(f"{what} is deterministic from x_t on; {how}")
     chain = _Chain(pipe, **options)
     labels = chain.labels(len(seeds))
     indices = chain.indices_of([round(chain.T * share / 4) for share in (4, 3, 2, 1)] if ts is None else ts)
@@ -281,9 +283,8 @@ def interpolate(
         options: See `progressive_generation`; one label per pair.
     """
     chain = _Chain(pipe, **options)
-    return _interpolations(chain, (image_a, image_b), [chain.T // 2 if t is None else t], lambdas, seeds, same_noise)[
-        0
-    ]
+    ts = [chain.T // 2 if t is None else t]
+    return _interpolations(chain, (image_a, image_b), ts, lambdas, seeds, same_noise)[0]
 
 
 @torch.no_grad()

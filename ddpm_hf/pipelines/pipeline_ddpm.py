@@ -34,6 +34,9 @@ from .schedulers import BEST, DISTILLED_STEPS, checked_eta, checked_steps, set_t
 _OF_REPOSITORIES = {"cache_dir", "force_download", "local_files_only", "low_cpu_mem_usage", "proxies", "revision"}
 _OF_REPOSITORIES |= {"token", "use_safetensors"}
 
+# A trained model inside the package: what `make demo` makes.
+INCLUDED_MODELS = {"digits": Path(__file__).parents[1] / "models" / "digits"}
+
 # What stock repositories name, and our class of the same name that opens it.
 _OURS = {("diffusers", "UNet2DModel"), ("diffusers", "DDPMScheduler")}
 
@@ -100,7 +103,8 @@ class DDPMPipeline(PortableConfigMixin, PrivateByDefault, StockDDPMPipeline):
         run without one the newest complete checkpoint is taken; a line says which.
 
         Args:
-            pretrained_model_name_or_path: The folder or the repository; what is in the cache needs no network.
+            pretrained_model_name_or_path: The folder or the repository; what is in the cache needs no network. Where
+                there is no folder `digits`, this is the trained model inside the package.
             weights: `ema`, or `raw` for those that a run's last update left, which only checkpoints hold.
             kwargs: Those of `diffusers.DiffusionPipeline.from_pretrained`: `dtype`, `revision`, `cache_dir`, ...
 
@@ -117,6 +121,8 @@ class DDPMPipeline(PortableConfigMixin, PrivateByDefault, StockDDPMPipeline):
             super().from_pretrained,
             Path(pretrained_model_name_or_path),
         )
+        if not folder.exists() and (included := INCLUDED_MODELS.get(str(name))) is not None:
+            name = folder = included
         if folder.is_dir() and (weights == "raw" or not (folder / INDEX).is_file()):
             return cls._from_checkpoint(folder, weights, **kwargs)
         if weights == "raw":
@@ -428,6 +434,22 @@ class DDPMPipeline(PortableConfigMixin, PrivateByDefault, StockDDPMPipeline):
             what = f"this model is distilled for --num_inference_steps {own}"
             raise UserError(f"{what}, and can do no other number, got {num_inference_steps}")
         return checked_steps(self.scheduler, own or num_inference_steps)
+
+    def network_evaluations(
+        self,
+        num_inference_steps: int | None = None,
+        guidance_scale: float = 1.0,
+        guidance_interval: Any = None,
+        **others: Any,
+    ) -> int:
+        """Return how often a network is evaluated for an image from noise; the arguments are those of `__call__`.
+
+        Once for each timestep that the sampler sets (Heun's K steps are 2K - 1), twice where it is guided.
+        """
+        set_timesteps(self.scheduler, self.checked_steps(num_inference_steps))
+        T, timesteps = self.scheduler.config.num_train_timesteps, self.scheduler.timesteps.tolist()
+        adjustment = Adjustment.checked(T, guidance_scale, guidance_interval)
+        return sum(1 + adjustment.guides(t) for t in timesteps)
 
     @property
     def classes(self) -> Classes:

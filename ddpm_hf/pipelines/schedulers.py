@@ -159,9 +159,8 @@ def best_timesteps(scheduler: Any, steps: int) -> list[int]:
     if (timesteps := saved.get(str(steps))) is None:
         there = f"it has those for {', '.join(saved)} steps" if saved else "it has none"
         advice = f"run ddpm-hf best_timesteps --num_inference_steps {steps}"
-        raise UserError(
-            f"--timestep_spacing best takes timesteps saved with the model for {steps} steps; {there}: {advice}"
-        )
+        what = f"--timestep_spacing best takes timesteps saved with the model for {steps} steps"
+        raise UserError(f"{what}; {there}: {advice}")
     return list(timesteps)
 
 

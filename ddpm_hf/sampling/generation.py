@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -55,15 +56,17 @@ _RESAMPLE = {"resample_length": 10, "resample_times": 10}  # RePaint's j and r, 
 _OTHER_FILES = re.compile(r"\.(jpe?g|gif|webp|bmp|tiff?|npy|zip|tar|safetensors)", re.IGNORECASE)
 
 
-def parse_seeds(text: str, name: str = "--seeds") -> list[int]:
-    """Read `"0-3,8"` as `[0, 1, 2, 3, 8]`; a UserError about `name` for another text, or a seed named twice."""
+def parse_seeds(text: str, name: str = "--seeds", most: int = 10_000_000) -> list[int]:
+    """Read `"0-3,8"` as `[0, 1, 2, 3, 8]`; a UserError about `name` for another text, a seed named twice, too many."""
     seeds: list[int] = []
     for part in text.split(","):
-        match = re.fullmatch(r"([0-9]+)(?:-([0-9]+))?", part.strip())
+        match = re.fullmatch(r"([0-9]{1,30})(?:-([0-9]{1,30}))?", part.strip())
         low, high = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
-        if not low <= high < min(low + 10_000_000, 2**63):  # a longer list would fill the memory
-            takes = "whole numbers and rising ranges (below 2^63, of at most ten million)"
-            raise UserError(f"{name} takes {takes}, such as 0-63 or 0,5,8-11, got {part.strip()!r}")
+        if high - low >= most - len(seeds):  # before a list of them fills the memory
+            raise UserError(f"{name} are too many; at most {most} images at a time")
+        if not low <= high < 2**63:
+            takes = "whole numbers and rising ranges (below 2^63)"
+            raise UserError(f"{name} takes {takes}, such as 0-63 or 0,5,8-11, got {part.strip()[:40]!r}")
         seeds.extend(range(low, high + 1))
     if len(set(seeds)) < len(seeds):
         raise UserError(f"{name} {text!r} names a seed twice")
@@ -123,6 +126,38 @@ def with_sampler(
     made = DDPMPipeline(pipe.unet, scheduler)
     made.network, made.guide = pipe.network, pipe.guide
     return made
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How a model is sampled; see `with_sampler` for the first three, and `DDPMPipeline` for the others."""
+
+    sampler: str | None = None
+    variance_type: str | None = None
+    timestep_spacing: str | None = None
+    num_inference_steps: int | None = None
+    eta: float | None = None
+    guidance_scale: float = 1.0
+    guidance_interval: Sequence[float] | None = None
+    epsilon_scale: float | Sequence[float] | None = None
+
+    def pipeline(self, pipe: DDPMPipeline) -> DDPMPipeline:
+        """Return a pipeline of the same network with this sampler."""
+        return with_sampler(pipe, self.sampler, self.variance_type, self.timestep_spacing)
+
+    @property
+    def chain(self) -> dict[str, Any]:
+        """What a call of `DDPMPipeline` takes."""
+        return {name: getattr(self, name) for name in _CHAIN}
+
+    def recorded(self, pipe: DDPMPipeline) -> dict[str, Any]:
+        """Return what decides, beside `pipe.settings`, which image a seed gives, with the defaults' values."""
+        steps, eta = pipe.checked_steps(self.num_inference_steps), checked_eta(pipe.scheduler, self.eta)
+        guide = None if pipe.guide is None else weights_digest(pipe.guide.unet)
+        return {**self.chain, "num_inference_steps": steps, "eta": eta, "guide": guide}
+
+
+_CHAIN = ("num_inference_steps", "eta", "guidance_scale", "guidance_interval", "epsilon_scale")
 
 
 def check_sampler(pipe: DDPMPipeline, **options: Any) -> None:
@@ -319,12 +354,8 @@ def _claim(folder: Path, has_images: bool, pipe: DDPMPipeline, seeds: Sequence[i
     inpainting = options.get("mask_image") is not None
     made = {
         "weights": weights_digest(pipe.unet),
-        **json.loads(json.dumps(pipe.settings)),
-        "num_inference_steps": pipe.checked_steps(options.get("num_inference_steps")),
-        "guidance_scale": options.get("guidance_scale", 1.0),
-        **{name: options.get(name) for name in ("guidance_interval", "epsilon_scale")},
-        "guide": None if pipe.guide is None else weights_digest(pipe.guide.unet),
-        "eta": checked_eta(pipe.scheduler, options.get("eta")),
+        **pipe.settings,
+        **SamplingOptions(**{name: options[name] for name in _CHAIN if name in options}).recorded(pipe),
         "strength": options.get("strength"),
         **{name: options.get(name, default) if inpainting else None for name, default in _RESAMPLE.items()},
     }
@@ -343,7 +374,8 @@ def _claim(folder: Path, has_images: bool, pipe: DDPMPipeline, seeds: Sequence[i
         except (FileNotFoundError, ValueError):
             what = f"holds images, and no {_NOTE} that can be read and says how they were made"
             raise UserError(f"{str(folder)!r} {what}; name another --output") from None
-        different = [key for key, value in made.items() if there.get(key) != value]
+        in_file = json.loads(json.dumps(made))  # a tuple is a list there
+        different = [key for key, value in in_file.items() if there.get(key) != value]
         for name, now in own.items():
             before = there.get(name, {})
             if bool(before) != bool(now) or before | now != now | before:

@@ -5,6 +5,7 @@ copied; what is new starts so that the network computes what it computed before.
 """
 
 import dataclasses
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,8 @@ from torch import Tensor
 from ..data.class_labels import Classes
 from ..diffusion.scheduling_ddpm import LEARNED_VARIANCES, OPTIMAL_VARIANCE, DDPMScheduler
 from ..models.unet_2d import UNet2DModel, check_weights
-from ..pipelines.pipeline_ddpm import DDPMPipeline
+from ..pipelines.pipeline_ddpm import INCLUDED_MODELS, DDPMPipeline
+from ..pipelines.schedulers import check_is_ddpm
 from ..presets import Preset, get_preset
 from ..utils.digests import weights_digest
 from ..utils.errors import UserError, first_line
@@ -62,10 +64,15 @@ def open_initial_model(config: TrainingConfig, state: dict[str, Any] | None) -> 
     try:
         pipe = DDPMPipeline.from_pretrained(name, dtype=torch.float32)
         check_weights(pipe.unet)
+        check_is_ddpm(pipe.scheduler)
         scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot load --init_from {name}: {first_line(error)}") from error
-    process = {key: value for key, value in scheduler.config.items() if not key.startswith("_")}
+    if own := pipe.distilled_steps:
+        what = f"--init_from {name} is distilled, and knows its own {own} timesteps only"
+        raise UserError(f"{what}; start from the model that it was made from")
+    known = inspect.signature(DDPMScheduler.__init__).parameters  # without what other samplers keep for themselves
+    process = {key: value for key, value in scheduler.config.items() if key in known}
     process["variance_type"] = scheduler.variance_type
     if scheduler.variance_type == OPTIMAL_VARIANCE:
         log(f"the optimal variance of {name} was measured for its weights; training goes by fixed_small")
@@ -77,7 +84,8 @@ def open_initial_model(config: TrainingConfig, state: dict[str, Any] | None) -> 
     there = {**{key: process[key] or None for key in _PROCESS}, "in_channels": network["in_channels"]}
     if other := [f"{key} {value}"[:40] for key, value in there.items() if value != here.get(key)]:
         log(f"taken from {name}, not from the preset: {', '.join(other)}")
-    base_model, digest = None if is_local(name) else name, weights_digest(pipe.unet)
+    not_on_hub = is_local(name) or name in INCLUDED_MODELS
+    base_model, digest = None if not_on_hub else name, weights_digest(pipe.unet)
     preset = _with_network(config, network, process)
     return InitialModel(name, base_model, digest, preset, network, pipe.unet.state_dict())
 

@@ -159,9 +159,8 @@ def resolve(config: TrainingConfig, accelerator: Accelerator, initial: InitialMo
     except UserError as error:  # a run's network is that of its preset
         raise UserError(re.sub(", or fewer block_out_channels", " as --resolution", str(error))) from error
     if isinstance(initial, Distillation):
-        initial.to(accelerator.device)
-        rest = initial.images(), dict(recipe.unet), None, initial
-        return Run(config, recipe, accelerator, computation, plan, *rest)
+        images = initial.trajectories(config.seed, accelerator, plan.micro, computation.compile)
+        return Run(config, recipe, accelerator, computation, plan, images, dict(recipe.unet), None, initial)
     data = load_split(config, recipe.unet, "train")
     if not isinstance(data, StreamedImages) and not len(data):
         raise UserError(f"{data.name!r} has no images to train on")

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from conftest import FIXTURES, make_small_unet
+from conftest import DIGITS_MODEL, make_small_unet
 from PIL import Image
 from scipy.spatial.distance import cdist
 
@@ -39,7 +39,7 @@ class Counting(Pixels):
 
 @pytest.fixture(scope="module")
 def digits_pipeline():
-    return with_sampler(DDPMPipeline.from_pretrained(FIXTURES / "digits_model"), "ddim")
+    return with_sampler(DDPMPipeline.from_pretrained(DIGITS_MODEL), "ddim")
 
 
 def test_samples_are_what_their_seeds_give(digits_pipeline, tmp_path):

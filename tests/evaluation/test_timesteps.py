@@ -156,7 +156,7 @@ def test_the_command_writes_timesteps_that_every_sampler_takes(tmp_path, capsys)
         (["--num_inference_steps", "13"], "between 1 and the 12 steps"),
         (["--num_inference_steps", "3", "--sampler", "ddim"], "leave out --sampler, or take --objective samples"),
         (["--num_inference_steps", "3", "--objective", "fid"], "fid"),
-        (["--num_inference_steps", "3", "--model", "org/model"], "must be a folder on this machine"),
+        (["--num_inference_steps", "3", "--model", "org/model"], "'org/model' is no published model here"),
     ],
 )
 def test_mistakes_are_one_sentence(tmp_path, capsys, flags, words):

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import FIXTURES
+from conftest import DIGITS_MODEL
 from hub.server import Fault, HubServer
 from huggingface_hub import HfApi
 from test_publish import DRIVERS, TOKEN, environment, push_all, tree, variant
@@ -18,7 +18,7 @@ from test_publish import DRIVERS, TOKEN, environment, push_all, tree, variant
 from ddpm_hf.hub.background import BackgroundPush
 from ddpm_hf.hub.publish import Push
 
-MODEL = FIXTURES / "digits_model"
+MODEL = DIGITS_MODEL
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import FIXTURES
+from conftest import DIGITS_MODEL, FIXTURES
 from datasets import Dataset
 from diffusers import DDPMPipeline as StockDDPMPipeline
 from diffusers import UNet2DModel as StockUNet2DModel
@@ -31,7 +31,7 @@ from ddpm_hf.utils.files import remove_leftovers
 from ddpm_hf.utils.text import public_name
 
 TOKEN = "hf_test_token"
-MODEL = FIXTURES / "digits_model"
+MODEL = DIGITS_MODEL
 DRIVERS = Path(__file__).parent
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import FIXTURES
+from conftest import DIGITS_MODEL
 from hub.server import Fault, HubServer
 from huggingface_hub import constants
 
@@ -20,7 +20,7 @@ from ddpm_hf.hub import publish
 from ddpm_hf.hub.space import GRADIO, space_texts, write_space
 
 ROOT = Path(__file__).parents[2]
-MODEL = FIXTURES / "digits_model"
+MODEL = DIGITS_MODEL
 TOKEN = "hf_test_token"
 
 

@@ -57,6 +57,17 @@ def model(tmp_path) -> str:
     return save_model(tmp_path / "model")
 
 
+def test_a_model_that_was_saved_with_another_sampler(model, tmp_path):
+    stock = diffusers.DDPMPipeline.from_pretrained(model)
+    scheduler = diffusers.DDIMScheduler.from_config(stock.scheduler.config)
+    diffusers.DDIMPipeline(stock.unet, scheduler).save_pretrained(tmp_path / "ddim")
+    run = trainer(tmp_path / "run", init_from=str(tmp_path / "ddim"), max_train_steps=1)
+    assert torch.equal(run.unet.conv_in.weight, stock.unet.conv_in.weight)
+    trained = run.train().scheduler
+    assert type(trained) is DDPMScheduler
+    assert torch.equal(trained.alphas_cumprod, scheduler.alphas_cumprod)
+
+
 LEARNED = {"variance_type": "learned_range", "loss": "hybrid"}
 CLASSES = {"class_conditional": True, "class_dropout": 0.2}
 

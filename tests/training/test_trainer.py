@@ -81,6 +81,14 @@ def whole(small_preset, tmp_path_factory) -> Path:
     return folder
 
 
+def curve(folder) -> dict[int, dict[str, float]]:
+    """The numbers of a run's curve by update."""
+    entries = json.loads((folder / "curve.json").read_text())
+    assert all(entry["images"] == 16 * entry["update"] and entry["seconds"] > 0 for entry in entries)
+    about = ("update", "images", "seconds")
+    return {entry["update"]: {k: v for k, v in entry.items() if k not in about} for entry in entries}
+
+
 def same_files(a, b, step):
     for name in ("model", "ema", "optimizer", "posthoc_ema"):
         one = load_file(a / f"checkpoint-{step}" / f"{name}.safetensors")
@@ -907,21 +915,25 @@ def test_evaluation_in_the_loop_changes_nothing_and_gives_the_promised_numbers(t
     run.train()
     same_files(whole, tmp_path / "watched", 6)
     folder = tmp_path / "watched"
-    history = json.loads((folder / "evaluations.json").read_text())
-    assert list(history) == ["2", "4", "6"]
+    history = curve(folder)
+    assert list(history) == [2, 4, 6]
+    assert Image.open(folder / "curve.png").width > 500
+    assert "![numbers during the training](curve.png)" in (folder / "README.md").read_text()
     final = json.loads((folder / "evaluation.json").read_text())["values"]
-    assert {name: entry["value"] for name, entry in final.items()} == history["6"]
+    assert {name: entry["value"] for name, entry in final.items()} == history[6]
     extractors = [make_extractor("pixels", (1, 8, 8))]
     assert set(names_of_numbers(run.evaluation.metrics, extractors, ["train", "validation"])) == set(final)
     assert not (folder / ".evaluation").exists()
     # The best one by the numbers on disk, readable by stock, with its own report; the Hub gets none of it.
     best = min(history, key=lambda step: history[step]["fd_pixels_validation_float"])
     report = EvaluationReport.load(folder / "best" / "evaluation.json")
-    assert report.model["update"] == int(best)
+    assert report.model["update"] == best
     assert {name: entry["value"] for name, entry in report.values.items()} == history[best]
     stock = diffusers.DDPMPipeline.from_pretrained(folder / "best")
     assert all(torch.equal(value, best_weights(folder)[name]) for name, value in stock.unet.state_dict().items())
-    assert not any(name.startswith(("best", "evaluations")) for name in published_files(folder))
+    published = published_files(folder)
+    assert "curve.png" in published
+    assert not any(name.startswith(("best", "curve.json")) for name in published)
 
 
 def test_images_at_a_time_change_no_number_and_no_picture(tmp_path, monkeypatch):
@@ -1008,7 +1020,7 @@ def test_a_model_whose_images_are_not_finite_is_not_the_best_one_and_training_co
     assert said in capsys.readouterr().out
     folder = tmp_path / "run"
     assert sorted(path.name for path in folder.glob("samples*.png")) == ["samples-4.png", "samples.png"]
-    assert list(json.loads((folder / "evaluations.json").read_text())) == ["4", "6"]
+    assert list(curve(folder)) == [4, 6]
     assert EvaluationReport.load(folder / "best" / "evaluation.json").model["update"] in (4, 6)
     broken.add(6)  # the last one: it is said, and not with exit code 0
     last = trainer(tmp_path / "last", checkpointing_steps=6)
@@ -1060,8 +1072,8 @@ def test_a_killed_run_keeps_the_same_best_model(tmp_path, monkeypatch, moment, k
             measure = evaluation.measure
             patch.setattr(evaluation, "measure", lambda pipe: killed() if run.step == 4 else measure(pipe))
         elif moment == "before it is noted":
-            write = evaluation._write_history
-            patch.setattr(evaluation, "_write_history", lambda h: killed() if run.step == 4 else write(h))
+            write = evaluation._write_curve
+            patch.setattr(evaluation, "_write_curve", lambda h: killed() if run.step == 4 else write(h))
         else:
             patch.setattr(Path, "rename", rename_or_die)
         with pytest.raises(Killed):
@@ -1075,9 +1087,8 @@ def test_a_killed_run_keeps_the_same_best_model(tmp_path, monkeypatch, moment, k
     assert measured == [4, 6]
     for file in ("unet/diffusion_pytorch_model.safetensors", "model_index.json"):
         assert (tmp_path / "run" / "best" / file).read_bytes() == (kept / "best" / file).read_bytes()
-    history = [json.loads((folder / "evaluations.json").read_text()) for folder in (kept, tmp_path / "run")]
-    assert history[0] == history[1]
-    assert {int(step): numbers["bits_per_dim"] for step, numbers in history[1].items()} == MEASURED
+    assert curve(kept) == curve(tmp_path / "run")
+    assert {step: numbers["bits_per_dim"] for step, numbers in curve(kept).items()} == MEASURED
     same_files(kept, tmp_path / "run", 6)
 
 
@@ -1091,9 +1102,9 @@ def test_a_stop_signal_in_an_evaluation_and_a_resumed_run_measure_it_once(tmp_pa
 
     monkeypatch.setattr(run.evaluation, "measure", interrupted)
     assert run.train() is None
-    assert not (tmp_path / "run" / "evaluations.json").exists()
+    assert not (tmp_path / "run" / "curve.json").exists()
     trainer(tmp_path / "run", validation_steps=3, resume_from_checkpoint="latest").train()
-    assert list(json.loads((tmp_path / "run" / "evaluations.json").read_text())) == ["3", "6"]
+    assert list(curve(tmp_path / "run")) == [3, 6]
 
 
 def test_a_stop_signal_before_an_evaluation_is_obeyed_at_once(tmp_path, monkeypatch):
@@ -1112,7 +1123,7 @@ def test_a_stop_signal_before_an_evaluation_is_obeyed_at_once(tmp_path, monkeypa
     assert begun == []
     assert (tmp_path / "run" / "checkpoint-3").is_dir()
     trainer(tmp_path / "run", resume_from_checkpoint="latest", **options).train()  # which makes what was missed
-    assert list(json.loads((tmp_path / "run" / "evaluations.json").read_text())) == ["3", "6"]
+    assert list(curve(tmp_path / "run")) == [3, 6]
     assert (tmp_path / "run" / "samples-3.png").is_file()
 
 
