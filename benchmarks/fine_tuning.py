@@ -55,14 +55,14 @@ def main() -> None:
         write_images(folder)
     (folder / "fine-tuning.yaml").write_text(RECIPE)
     train(folder, *BASE)
-    found: dict[tuple[str, str, str], list[float]] = {}
+    found: dict[tuple[str, int, str], list[float]] = {}
     for seed in range(arguments.seeds):
         for name, start in STARTS.items():
             run = f"runs/{name}-{seed}"
             train(folder, *SECOND, *start, "--seed", str(seed), "--output_dir", run)
-            for step, numbers in json.loads((folder / run / "evaluations.json").read_text()).items():
-                for number, value in numbers.items():
-                    found.setdefault((number, step, name), []).append(value)
+            for entry in json.loads((folder / run / "curve.json").read_text()):
+                for number in entry.keys() - {"update", "images", "seconds"}:
+                    found.setdefault((number, entry["update"], name), []).append(entry[number])
     for (number, step, name), values in sorted(found.items()):
         each = ", ".join(f"{value:.3f}" for value in values)
         print(f"{number} after {step} updates, {name}: {np.mean(values):.3f} ({each})")

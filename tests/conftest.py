@@ -13,8 +13,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-# Features of real images are kept across evaluations; nobody's own cache is written by tests.
+# Features of real images are kept across evaluations; nobody's own cache (or trackio) is written by tests.
 os.environ["DDPM_HF_CACHE"] = tempfile.mkdtemp(prefix="ddpm-hf-tests-")
+os.environ["TRACKIO_DIR"] = os.path.join(os.environ["DDPM_HF_CACHE"], "trackio")
 
 import pytest
 import torch

@@ -69,6 +69,8 @@ NOT_RUN = {
     "make ": ("these set up whole environments and train; .ci/run runs them", "target"),
     "pip install": ("test_packaging.py builds and installs the package", "nothing"),
     "python3 -m venv": ("makes an environment", "nothing"),
+    "uv run ": ("installs the released package; test_packaging.py checks what it asks for", "script"),
+    "hf jobs ": ("needs an account of the Hub", "script"),
     "source ": ("activates an environment", "nothing"),
     "hf auth login": ("needs a person", "nothing"),
     "DDPM_HF_SPACE_MODELS=": ("serves until it is stopped; hub/test_space.py starts the same file", "script"),

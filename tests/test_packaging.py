@@ -8,11 +8,13 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+from packaging.requirements import Requirement
 from PIL import Image
 
 import ddpm_hf
@@ -67,6 +69,22 @@ def test_the_wheel_holds_the_package_and_nothing_else(built, repository_root):
     assert metadata["Version"] == ddpm_hf.__version__
     assert metadata["License-Expression"] == "Apache-2.0"
     assert {"torch>=2.9", "pyyaml>=6.0.2"} <= set(metadata.get_all("Requires-Dist"))
+
+
+def test_the_example_s_header_asks_for_this_package_on_the_same_pythons(repository_root):
+    """PEP 723: what `uv run examples/train.py` installs; one file that somebody downloads, so without paths."""
+    project = tomllib.loads((repository_root / "pyproject.toml").read_text())["project"]
+    text = (repository_root / "examples" / "train.py").read_text()
+    # the expression of the PEP
+    (block,) = re.finditer(r"(?m)^# /// (?P<type>[a-zA-Z0-9-]+)$\s(?P<content>(^#(| .*)$\s)+)^# ///$", text)
+    assert block["type"] == "script"
+    header = tomllib.loads("".join(line[2:] for line in block["content"].splitlines(keepends=True)))
+    assert header.keys() == {"requires-python", "dependencies"}
+    assert header["requires-python"] == project["requires-python"]
+    (needed,) = map(Requirement, header["dependencies"])
+    assert needed.name == project["name"]
+    assert needed.extras <= set(project["optional-dependencies"])
+    assert needed.url is None
 
 
 def test_the_version_stands_in_one_place(repository_root):

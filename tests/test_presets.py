@@ -33,7 +33,7 @@ TABLE_3 = {"lsun_bedroom256": 6.36, "lsun_bedroom256_large": 4.90, "lsun_church2
 
 
 def test_there_are_these_presets():
-    assert set(PRESETS) == {"digits", *PAPER, *TABLE_2}
+    assert set(PRESETS) == {"digits", "cifar10_fast", *PAPER, *TABLE_2}
     assert all(preset.name == name and get_preset(name) is preset for name, preset in PRESETS.items())
 
 
@@ -80,6 +80,13 @@ def test_the_ablation_is_table_2(name):
     with torch.device("meta"):
         unet = UNet2DModel.from_preset(name)
     assert sum(p.numel() for p in unet.parameters()) == (35_749_766 if variance == "learned" else 35_746_307)
+
+
+def test_the_fast_recipe_has_the_papers_network_and_process():
+    fast, cifar10 = get_preset("cifar10_fast"), get_preset("cifar10")
+    assert {**fast.unet, "dropout": 0.1} == dict(cifar10.unet)  # which holds no weights
+    assert (fast.scheduler, fast.loss, fast.total_batch_size) == (cifar10.scheduler, "simple", 128)
+    assert (fast.lr_scheduler, fast.timestep_sampling, dict(fast.paper)) == ("cosine", "stratified", {})
 
 
 def test_the_other_numbers_are_the_papers():

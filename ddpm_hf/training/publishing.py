@@ -4,6 +4,7 @@ All processes take part. Nothing here touches the network in training or its ran
 """
 
 import dataclasses
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -16,13 +17,13 @@ from torch import Tensor
 from ..data.class_labels import ClassIndex
 from ..evaluation.report import EvaluationReport
 from ..hub.background import BackgroundPush
-from ..hub.files import CARD, INDEX, REPORT, SAMPLES, write_card, write_pipeline
+from ..hub.files import CARD, CURVE, INDEX, REPORT, SAMPLES, write_card, write_pipeline
 from ..hub.model_card import check_license, training_facts
 from ..hub.publish import Push, check_destination
 from ..models.unet_2d import UNet2DModel, check_weights
 from ..pipelines.checkpoints import CONFIG, RAW, Checkpoint, make_model
 from ..pipelines.pipeline_ddpm import DDPMPipeline
-from ..sampling.generation import generate, with_sampler
+from ..sampling.generation import generate
 from ..utils.errors import NotFiniteError
 from ..utils.files import check_new_folder
 from ..utils.processes import from_first, gather, log, only_run_in, processes, raise_on_all_ranks
@@ -30,6 +31,7 @@ from ..utils.visualize import image_grid, save_picture
 from .configuration import TrainingConfig, TrainingError, due
 from .evaluation import TrainingEvaluation
 from .run import load_split
+from .tracking import Tracking
 
 
 @contextmanager
@@ -55,9 +57,11 @@ class Publisher:
         config: TrainingConfig,
         settings: dict[str, Any],
         evaluation: TrainingEvaluation | None,
+        tracking: Tracking | None = None,
         raw: bool = False,
     ):
         self.config, self.settings, self.evaluation, self.raw = config, settings, evaluation, raw
+        self.tracking = tracking
         self.folder = Path(config.output_dir)
         self.pushes: BackgroundPush | None = None
         check_license(config.license)
@@ -76,6 +80,10 @@ class Publisher:
             if self._push is not None and processes().is_main_process:
                 self.pushes = BackgroundPush(check_destination(self._push, log), log)
 
+    def describe_hub(self) -> str:
+        """Return where the run's pushes will go, or raise UserError: they will not be possible; nothing is changed."""
+        return "no push (--push_to_hub)" if self._push is None else self._push.describe_destination()
+
     def push(self, ema_weights: dict[str, Tensor], step: int) -> None:
         """Put the model as it is after update `step` into the output folder, and on its way to the Hub."""
         pipe = self.pipeline(ema_weights)
@@ -90,23 +98,28 @@ class Publisher:
             else:
                 self.pushes.offer(f"After update {step}")
 
-    def show(self, ema_weights: dict[str, Tensor], step: int) -> EvaluationReport | None:
-        """Make the sample grid and the evaluation that are due after update `step`, unless they are not finite."""
+    def show(self, ema_weights: dict[str, Tensor], step: int, seconds: float) -> None:
+        """Make the sample grid and the evaluation that are due after update `step`, unless they are not finite.
+
+        The run has taken so many `seconds`, for its curve.
+        """
         config = self.config
         with _memory_advice(step):
             pipe = self.pipeline(ema_weights)
             try:
                 if due(step, config.save_images_steps):
-                    self.sample_grid(pipe, f"samples-{step}.png")
-                return self._measure(pipe, step) if due(step, config.validation_steps) else None
+                    self.sample_grid(pipe, f"samples-{step}.png", step)
+                if due(step, config.validation_steps):
+                    self._measure(pipe, step, seconds)
             except NotFiniteError as error:
                 log(f"nothing to show after update {step}: {error}")
-                return None
 
-    def _measure(self, pipe: DDPMPipeline, step: int) -> EvaluationReport | None:
+    def _measure(self, pipe: DDPMPipeline, step: int, seconds: float) -> EvaluationReport | None:
         if self.evaluation is None or (report := self.evaluation.measure(pipe)) is None:
             return None
-        self.evaluation.record(pipe, report, step)
+        self.evaluation.record(pipe, report, step, step * self.settings["total_batch_size"], seconds)
+        if self.tracking is not None:
+            self.tracking.numbers(step, {name: entry["value"] for name, entry in report.values.items()})
         return report
 
     def write_model(self, pipe: DDPMPipeline, step: int) -> None:
@@ -117,11 +130,11 @@ class Publisher:
                 log(f"wrote the pipeline to {self.folder}")
                 self._write_card(step, None)
 
-    def complete(self, pipe: DDPMPipeline, step: int) -> None:
+    def complete(self, pipe: DDPMPipeline, step: int, seconds: float) -> None:
         """Add sample grid, numbers and a card with both to what `write_model` wrote, or raise NotFiniteError."""
         with _memory_advice(step):
-            self.sample_grid(pipe, SAMPLES)
-            report = self._measure(pipe, step)
+            self.sample_grid(pipe, SAMPLES, step)
+            report = self._measure(pipe, step, seconds)
         self._write_report_and_card(step, report)
         if self.pushes is not None:
             self.pushes.offer(f"After update {step}, the last")
@@ -152,6 +165,7 @@ class Publisher:
         options: dict[str, Any] = {"dataset_name": self.config.images_given().get("dataset_name"), "raw": self.raw}
         options |= {"report": dataclasses.asdict(report) if report is not None else None}
         options |= {"sample": pictures[-1].name if pictures else None, "license": self.config.license}
+        options |= {"curve": CURVE if (self.folder / CURVE).exists() else None}
         return write_card(self.folder, training_facts(self.folder.resolve().name, self.settings, step, **options))
 
     def pipeline(self, weights: dict[str, Tensor]) -> DDPMPipeline:
@@ -164,25 +178,51 @@ class Publisher:
             broadcast(pipe.unet.state_dict())
         return pipe
 
-    def sample_grid(self, pipe: DDPMPipeline, name: str) -> None:
-        """Write images 0, 1, ... as a grid; every process draws a share of them."""
-        config, here, sampling = self.config, processes(), self.config.sampling(pipe)
-        seeds = range(here.process_index, config.num_sample_images, here.num_processes)
+    def _draw(self, pipe: DDPMPipeline, seeds: range, steps: int | None, progress: bool = False) -> Iterator[Any]:
         classes = self.settings["network"].get("_class_names")
-        batches = generate(
-            with_sampler(pipe, sampling["sampler"]),
+        sampling = self.config.sampling(pipe)
+        return generate(
+            sampling.pipeline(pipe),
             seeds,
-            batch_size=config.evaluation_batch(self.settings["network"], here.num_processes, most=64),
-            num_inference_steps=sampling["num_inference_steps"],
+            batch_size=self._grid_batch(),
+            progress=progress,
+            **(sampling.chain | {"num_inference_steps": steps}),
             class_labels=[ClassIndex(seed % len(classes)) for seed in seeds] if classes else None,
         )
+
+    def _grid_batch(self) -> int:
+        return self.config.evaluation_batch(self.settings["network"], processes().num_processes, most=64)
+
+    def seconds_to_complete(self, ema_weights: dict[str, Tensor]) -> float:
+        """Estimate how long `complete` takes, from a few network evaluations; features are not in it."""
+        pipe = self.pipeline(ema_weights)
+        steps = pipe.checked_steps(self.config.sampling(pipe).num_inference_steps)
+        few = steps if pipe.distilled_steps else min(2, steps)
+        images = min(self.config.num_sample_images, self._grid_batch())
+        for _ in range(2):  # the first time, kernels are chosen
+            started = time.monotonic()
+            for _part, drawn in self._draw(pipe, range(images), few):
+                drawn.cpu()
+            seconds = time.monotonic() - started
+        evaluations = self.config.num_sample_images * steps
+        evaluations += 0 if self.evaluation is None else self.evaluation.network_evaluations(steps)
+        return seconds / (images * few) * evaluations / processes().num_processes
+
+    def sample_grid(self, pipe: DDPMPipeline, name: str, step: int) -> None:
+        """Write images 0, 1, ... as a grid, for the trackers too; every process draws a share of them."""
+        config, here = self.config, processes()
+        seeds = range(here.process_index, config.num_sample_images, here.num_processes)
+        batches = self._draw(pipe, seeds, config.sampling(pipe).num_inference_steps, here.is_main_process)
         with raise_on_all_ranks():
             drawn = [(seed, image) for part, images in batches for seed, image in zip(part, images, strict=True)]
         whole = dict(pair for share in gather(drawn) for pair in share)
         path = self.folder / name
         with raise_on_all_ranks():
             if here.is_main_process:
-                save_picture(image_grid(torch.stack([whole[seed] for seed in range(config.num_sample_images)])), path)
+                grid = image_grid(torch.stack([whole[seed] for seed in range(config.num_sample_images)]))
+                save_picture(grid, path)
+                if self.tracking is not None:
+                    self.tracking.picture(step, "samples", grid)
         log(f"wrote {path}")
 
 
@@ -217,7 +257,7 @@ def publish_checkpoint(
         if not there:
             publisher.write_model(pipe, step)
         if redraw or (samples and not from_first((folder / SAMPLES).exists())):
-            publisher.sample_grid(pipe, SAMPLES)
+            publisher.sample_grid(pipe, SAMPLES, step)
         report = None if evaluation is None else evaluation.measure(pipe)
         if report is None and (folder / REPORT).exists():  # of these weights
             report = EvaluationReport.load(folder / REPORT)

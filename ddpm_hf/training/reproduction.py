@@ -94,13 +94,13 @@ def reproduce(config: TrainingConfig, options: ReproductionConfig) -> Reproducti
     """
     for flag, other in (("resume_from_checkpoint", "latest"), ("init_from", None)):
         if getattr(config, flag) not in (None, other):
-            raise UserError(
-                f"reproduce starts from the paper's initialisation, or resumes by itself; leave out --{flag}"
-            )
+            what = "reproduce starts from the paper's initialisation, or resumes by itself"
+            raise UserError(f"{what}; leave out --{flag}")
     config = dataclasses.replace(config, resume_from_checkpoint="latest")
     end_with_the_launcher()
     folder, here = Path(config.output_dir), processes()
-    pipe = _load_trained(config) or _train(config, options)
+    pipe = None if config.dry_run else _load_trained(config)
+    pipe = pipe or _train(config, options)
     if pipe is None:
         return None
     with raise_on_all_ranks():
@@ -168,6 +168,8 @@ def compare_with_paper(config: TrainingConfig, report: EvaluationReport, sizes: 
     preset, recipe = get_preset(config.preset), config.resolved_preset()
     done, planned = recipe.max_train_steps, preset.max_train_steps
     updates = [f"{done:,} of {planned:,} updates"] if done < planned else []
+    if config.max_train_minutes is not None:
+        updates = [f"{config.max_train_minutes:g} minutes of training"]
     differences = _differences(preset, recipe)
     # Of a name on the Hub or a path: cifar10, uoft-cs/cifar10 and /data/CIFAR10 are the same images, cifar100 is not.
     # LSUN and CelebA-HQ have no such name: their presets say nothing of a dataset, and nothing is said of theirs.

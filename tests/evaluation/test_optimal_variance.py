@@ -80,6 +80,9 @@ def test_the_command_rewrites_the_scheduler_only(tmp_path, capsys):
     seeds = ["--seeds", "0-1", "--num_inference_steps", "5", "--output", str(tmp_path / "out.npz")]
     assert main(["sample", "--model", str(model), *seeds]) == 0
 
+    assert main([*command, "--output", str(tmp_path / "new")]) == 0
+    assert DDPMPipeline.from_pretrained(tmp_path / "new").scheduler.variance_type == "optimal"
+    assert "# new" in (tmp_path / "new" / "README.md").read_text()
     assert main([*command[:2], "org/model", *command[3:]]) == 2
     assert "give --output" in capsys.readouterr().err
     shutil.rmtree(model)

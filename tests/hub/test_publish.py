@@ -878,3 +878,40 @@ def test_training_from_the_hub_and_to_the_hub(hub, tmp_path):
     assert "tester/refused is public; add --private false (in training --hub_private_repo false)" in output["refused"]
     assert set(hub.files("models", "tester/refused")) == {".gitattributes"}
     assert not list((tmp_path / "refused").glob("checkpoint-*"))
+
+
+def test_a_dry_run_asks_the_hub_and_changes_nothing(hub, tmp_path):
+    hub.orgs = {"org": "contributor", "readers": "read"}
+    hub.tokens["hf_reading"], hub.roles["hf_reading"] = "reader", "read"
+    put(hub, "org/ddpm", tree(MODEL), private=True)
+    put(hub, "org/read-only", tree(MODEL), private=True)
+    hub.change("models", "org/read-only", read_only=True)
+    put(hub, "org/public", tree(MODEL))
+    put(hub, "org/other", {"model.safetensors": b"x"}, private=True)
+    ids = {"mine": None, "made": "org/made", "there": "org/ddpm", "readers": "readers/made", "foreign": "others/made"}
+    ids |= {"read_only": "org/read-only", "public": "org/public", "other": "org/other", "token": None, "unknown": None}
+    runs = {name: ["--dry_run", *(["--hub_model_id", repo] if repo else [])] for name, repo in ids.items()}
+    runs["token"] += ["--hub_token", "hf_reading"]
+    runs["unknown"] += ["--hub_token", "hf_unknown"]
+    output = train_all(hub, tmp_path / "home", runs)
+    for name, what in {
+        "mine": "tester/mine (private), which will be made",
+        "made": "org/made (private), which",
+    }.items():
+        assert output[name].startswith("0 ")
+        assert f"Hub: {hub.url}/{what}" in output[name]
+    assert f"Hub: {hub.url}/org/ddpm (private)\n" in output["there"]
+    refusals = {
+        "readers": "this token, of tester, can make repositories in tester, org, not in readers",
+        "foreign": "can make repositories in tester, org, not in others",
+        "read_only": "the Hub answered 403 for 'org/read-only': Forbidden: you must use a write token",
+        "public": "org/public is public; add --private false (in training --hub_private_repo false)",
+        "other": "org/other holds another model (model.safetensors)",
+        "token": "the token may only read; reader/token needs one with write access",
+        "unknown": "the Hub does not know this token",
+    }
+    for name, words in refusals.items():
+        assert output[name].startswith("2 "), name
+        assert words in output[name]
+    assert hub.requests("^(POST|PUT)") == []
+    assert not [name for name in runs if (tmp_path / name).exists()]

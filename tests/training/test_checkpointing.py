@@ -75,7 +75,7 @@ def test_a_run_may_begin_anew_where_nothing_is_lost(tmp_path):
     check(finished, str(folder_with(tmp_path / "checkpoint-3", "manifest.json")))
 
 
-@pytest.mark.parametrize("name", ["README.md", "unet/config.json", "best/model_index.json", "evaluations.json"])
+@pytest.mark.parametrize("name", ["README.md", "unet/config.json", "best/model_index.json", "curve.json"])
 def test_what_others_wrote_is_not_overwritten(tmp_path, name):
     folder_with(tmp_path, name)
     with pytest.raises(ValueError, match=f"holds {name.split('/')[0]}, which a run would overwrite"):
@@ -86,5 +86,5 @@ def test_a_file_and_a_run_are_named(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(ValueError, match="is a file; name a folder"):
         check(tmp_path / "file")
-    with pytest.raises(ValueError, match="already holds a run; resume it with --resume_from_checkpoint latest"):
+    with pytest.raises(ValueError, match="already holds a run; resume it with resume_from_checkpoint='latest'"):
         check(folder_with(tmp_path / "run", CONFIG, "checkpoint-3/manifest.json"))

@@ -93,6 +93,7 @@ def test_the_commands_that_a_stopped_run_names_work(tmp_path, monkeypatch, capsy
     assert f"EMA weights of {folder}/checkpoint-3, after 3 updates" in capsys.readouterr().out
     assert len(list((folder / "samples-3").rglob("*.png"))) == 2
     assert ddpm_hf(*shlex.split(named["publish"])) == 0
+    assert "| 4/4 [" in capsys.readouterr().err  # the grid
     assert "3 of 16 images, seed 0; 400 updates were planned" in (folder / "README.md").read_text()
     assert ddpm_hf(*shlex.split(named["resume"]), "--max_train_steps", 4) == 0
     assert (folder / "checkpoint-4").is_dir()

@@ -1,0 +1,184 @@
+"""Runs that end at a time, by a clock of the test: it moves by a second per update, and by what the test adds."""
+
+import json
+import math
+
+import pytest
+import torch
+from diffusers.optimization import get_scheduler
+from safetensors.torch import load_file
+
+from ddpm_hf import DDPMPipeline, Trainer, TrainingConfig
+from ddpm_hf.training import time_limit
+from ddpm_hf.training.configuration import TrainingError
+from ddpm_hf.training.publishing import Publisher
+from ddpm_hf.training.time_limit import TimeLimit
+
+RUN = {
+    "preset": "digits",
+    "total_batch_size": 4,
+    "lr_warmup_steps": 4,
+    "num_sample_images": 1,
+    "eval_num_images": 0,
+    "sampler": "ddim",
+    "ddpm_num_inference_steps": 1,
+    "posthoc_ema": False,
+}
+
+
+class Clock:
+    now, seconds = 0.0, 1.0
+
+    def __init__(self):
+        self.rates = []  # the learning rate of each update
+        self.before = lambda step: None  # what the test does before an update
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that only the test moves: an update takes `seconds`, the end of a run 5 (writing about 0)."""
+    clock = Clock()
+    update = Trainer._update
+
+    def timed(self, step):
+        clock.before(step)
+        clock.rates.append(self._adam.param_groups[0]["lr"])
+        clock.now += clock.seconds if step else 10  # the first one compiles
+        return update(self, step)
+
+    monkeypatch.setattr(time_limit, "clock", clock)
+    monkeypatch.setattr(Trainer, "_update", timed)
+    monkeypatch.setattr(Publisher, "seconds_to_complete", lambda self, weights: 5.0)
+    return clock
+
+
+def run(folder, **settings) -> Trainer:
+    return Trainer(TrainingConfig(**{**RUN, "output_dir": str(folder), **settings}))
+
+
+def test_a_steady_clock_gives_the_run_of_so_many_updates_bit_for_bit(clock, tmp_path, capsys):
+    timed = run(tmp_path / "timed", max_train_minutes=1.0)
+    timed.train()
+    # 60 s - 10 s of the first update - 5 s of the end, less the writing, which is below 1 s: 44 further updates
+    assert timed.step == 45
+    assert clock.now == 54
+    assert "1 minutes are about 45 updates, which leaves 0 s for writing the model and 5 s" in capsys.readouterr().out
+    # linear warm-up, then half a cosine
+    expected = [min(n / 4, 0.5 + 0.5 * math.cos(math.pi * max(0, n - 4) / 41)) for n in range(45)]
+    assert clock.rates == pytest.approx([3e-3 * share for share in expected], rel=1e-12)
+    run(tmp_path / "counted", max_train_steps=45).train()
+    a, b = (load_file(tmp_path / name / "unet/diffusion_pytorch_model.safetensors") for name in ("timed", "counted"))
+    assert all((a[key] == b[key]).all() for key in a)
+    card = (tmp_path / "timed" / "README.md").read_text()
+    assert "45 of 4 images, seed 0; planned for 1 minutes" in card
+
+
+def test_a_slower_machine_ends_in_time_and_at_zero(clock, tmp_path):
+    trainer = run(tmp_path / "run", max_train_minutes=1.0)
+
+    def slower(step):
+        clock.seconds = 1.0 if step < 15 else 2.5
+
+    clock.before = slower
+    trainer.train()
+    assert 50 < clock.now <= 55  # and the end takes 5 s
+    assert trainer.step < 45
+    falling = clock.rates[4:]
+    assert falling == sorted(falling, reverse=True)
+    assert falling[-1] < 0.02 * falling[0]
+
+
+def test_a_resumed_run_counts_the_time_before(clock, tmp_path, capsys):
+    folder = tmp_path / "run"
+    first = run(folder, max_train_minutes=1.0, checkpointing_steps=10)
+
+    def stopped(step):
+        if step == 20:
+            raise KeyboardInterrupt
+
+    clock.before = stopped
+    with pytest.raises(KeyboardInterrupt):
+        first.train()
+    state = json.loads((folder / "checkpoint-20" / "state.json").read_text())
+    assert state["seconds"] == 29  # 10 + 19
+    clock.now += 1000  # nobody is charged for the time between
+    again = run(folder, max_train_minutes=1.0, resume_from_checkpoint="latest")
+    start, clock.before, clock.rates = clock.now, lambda step: None, []
+    again.train()
+    assert again.step == 45
+    assert clock.now - start == 25
+    plan = state["time_limit"]
+    progress = plan["done"] + (1 - plan["done"]) * (20 - plan["from"]) / (plan["last"] - plan["from"])
+    assert clock.rates[0] == pytest.approx(3e-3 * (0.5 + 0.5 * math.cos(math.pi * progress)), rel=1e-12)
+    assert clock.rates == sorted(clock.rates, reverse=True)
+    assert clock.rates[-1] < 0.01 * 3e-3
+    assert "resumed after update 20" in capsys.readouterr().out
+
+
+def test_a_run_whose_time_was_used_up_is_finished(clock, tmp_path, capsys):
+    run(tmp_path / "run", max_train_steps=8, checkpointing_steps=4).train()
+    (tmp_path / "run" / "checkpoint-8").rename(tmp_path / "checkpoint-8")
+    late = run(tmp_path / "run", max_train_minutes=0.1, resume_from_checkpoint="latest", max_train_steps=100)
+    late.train()
+    assert late.step == 5
+    assert "the time is used up after update 5" in capsys.readouterr().out
+    DDPMPipeline.from_pretrained(tmp_path / "run")
+
+
+@pytest.mark.parametrize(("minutes", "at"), [(0.2, 1), (0.27, 3)])
+def test_a_time_that_is_too_short_is_one_sentence(clock, tmp_path, minutes, at):
+    trainer = run(tmp_path / "run", max_train_minutes=minutes)
+    with pytest.raises(TrainingError, match=rf"--max_train_minutes {minutes} is too short: .* give 0\.5 or more"):
+        trainer.train()
+    assert trainer.step == at
+    clock.now = 0.0
+    run(tmp_path / "run", max_train_minutes=0.5).train()  # the folder can be used again
+
+
+def test_an_evaluation_that_took_long_shortens_the_rest(clock, tmp_path, monkeypatch):
+    trainer = run(tmp_path / "run", max_train_minutes=2.0, save_images_steps=30)
+    show = trainer.publisher.show
+
+    def slow(*arguments):
+        clock.now += 20
+        return show(*arguments)
+
+    monkeypatch.setattr(trainer.publisher, "show", slow)
+    trainer.train()
+    # 120 s: 9 + n for the updates, 20 for the grid after update 30, and 20 to be left for that at the end; with one
+    # after update 60 there would be 11 updates more, so it ends with update 60 or 71
+    assert clock.now == 9 + trainer.step + 20 * ((trainer.step - 1) // 30)
+    assert 80 <= clock.now <= 100
+    assert clock.rates[-1] < 0.02 * 3e-3
+
+
+def test_the_end_is_estimated_from_the_networks_own_time(tmp_path, monkeypatch):
+    trainer = run(tmp_path / "run", num_sample_images=2, eval_num_images=3, eval_num_evaluations=10)
+    ticks = iter(range(0, 1000, 8))
+    monkeypatch.setattr("ddpm_hf.training.publishing.time.monotonic", lambda: next(ticks))
+    # 8 s for 2 images of one step: 4 s an evaluation, of which the grid needs 2 x 1, the likelihood 3 x 10
+    assert trainer.publisher.seconds_to_complete(trainer._ema_state_dict()) == pytest.approx(4 * 32)
+
+
+@pytest.mark.parametrize("decay", ["cosine", "linear", "constant"])
+def test_the_schedules_are_those_of_diffusers(decay):
+    adam = torch.optim.Adam([torch.zeros(1, requires_grad=True)], lr=1.0)
+    name = "constant_with_warmup" if decay == "constant" else decay
+    stock = get_scheduler(name, adam, num_warmup_steps=5, num_training_steps=40)
+    counts = {"max_train_steps": 40, "lr_warmup_steps": 5}
+    config = TrainingConfig(preset="digits", max_train_minutes=1.0, lr_scheduler=decay, **counts)
+    limit = TimeLimit(config, config.resolved_preset(), lambda: 0.0)
+    for step in range(41):
+        assert limit.factor(step) == pytest.approx(stock.get_last_lr()[0], abs=1e-12)
+        adam.step()
+        stock.step()
+
+
+def test_the_papers_constant_rate_becomes_a_cosine_unless_it_is_asked_for():
+    assert TrainingConfig(max_train_minutes=5).resolved_preset().lr_scheduler == "cosine"
+    assert TrainingConfig(max_train_minutes=5, lr_scheduler="linear").resolved_preset().lr_scheduler == "linear"
+    assert TrainingConfig(max_train_minutes=5, lr_scheduler="constant").resolved_preset().lr_scheduler == "constant"
+    assert TrainingConfig().resolved_preset().lr_scheduler == "constant"
