@@ -61,7 +61,6 @@ SMALLER_PYTHON = {
     '["_timesteps"]["20"]': '["_timesteps"]["5"]',
     "range(16)": "range(2)",
     "range(2 * 8))": "range(2 * 8), num_inference_steps=5)",
-    "batch_size=16": "batch_size=2",
     # Stock takes 1000 steps if none are given, whatever the chain has.
     "pipe(batch_size=4, generator": "pipe(num_inference_steps=50, batch_size=4, generator",
 }
