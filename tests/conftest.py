@@ -98,6 +98,15 @@ def small_pipeline(small_unet) -> DDPMPipeline:
     return pipe
 
 
+# The files that take longest. They come first, so that no process is alone with one of them at the end.
+LONGEST = ["test_trainer", "test_publish", "test_kill", "test_docs", "test_stock_compatibility", "test_space"]
+LONGEST += ["test_inference", "test_distributed", "test_space_page", "test_compiled", "test_packaging"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
+
 def pytest_unconfigure() -> None:
     shutil.rmtree(os.environ["DDPM_HF_CACHE"], ignore_errors=True)
 

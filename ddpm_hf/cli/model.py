@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..training.configuration import POSITIVE, one_of, paper_value
-from ..utils.errors import UserError, first_line
+from ..utils.errors import UserError
 from .command_line import Parser, given
 
 # Network evaluations that are worth a minute of compiling on a GPU, and on a CPU a rounding that is not stock's.
@@ -113,21 +113,13 @@ def load_pipeline(
 ) -> Any:
     """Return the `DDPMPipeline` of a flag on this process's device, or raise UserError: none, or not finite."""
     import torch
-    from diffusers.utils import logging
 
-    from ..models.unet_2d import check_weights
-    from ..pipelines.pipeline_ddpm import DDPMPipeline
+    from ..pipelines.pipeline_ddpm import load_named
     from ..utils.machine import use_tf32
     from ..utils.processes import processes
 
     use_tf32(tf32)
-    logging.disable_progress_bar()  # loading takes no time worth a bar
-    try:
-        pipe = DDPMPipeline.from_pretrained(model, weights=weights, dtype=getattr(torch, dtype))
-        check_weights(pipe.unet)  # before hours of work, not after them
-        return pipe.to(processes().device)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot load {flag} {model}: {first_line(error)}") from error
+    return load_named(flag, model, weights=weights, dtype=getattr(torch, dtype)).to(processes().device)
 
 
 def check_not_distilled(pipe: Any, command: str) -> None:

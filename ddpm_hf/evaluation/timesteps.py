@@ -114,12 +114,8 @@ def best_for_samples(
     Returns:
         The timesteps, and on seeds that the search did not see their distance and that of the sampler's own timesteps.
     """
-    K, T, target = (
-        options.num_inference_steps or 0,
-        pipe.scheduler.config.num_train_timesteps,
-        frechet_statistics(real),
-    )
-    scheduler = pipe.scheduler
+    K, scheduler, target = options.num_inference_steps or 0, pipe.scheduler, frechet_statistics(real)
+    T = scheduler.config.num_train_timesteps
 
     def distance(timesteps: Sequence[int], seed: int) -> float:
         scheduler.register_to_config(_timesteps={str(K): list(timesteps)}, _timestep_spacing=BEST)

@@ -15,12 +15,13 @@ from diffusers.pipelines.ddpm.pipeline_ddpm import DDPMPipeline as StockDDPMPipe
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler as StockDDPMScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin  # noqa: F401  (looked up here by name, see load_config)
+from diffusers.utils import logging
 from torch import Tensor
 
 from ..data.class_labels import Classes, ClassLabels
 from ..diffusion.scheduling_ddpm import DDPMScheduler
 from ..models.unet_2d import PortableConfigMixin, UNet2DModel, check_size, check_weights
-from ..utils.errors import NotFiniteError, UserError
+from ..utils.errors import NotFiniteError, UserError, first_line
 from ..utils.hub_errors import INDEX, PrivateByDefault, check_pipeline, retried
 from ..utils.processes import log
 from ..utils.randomness import NOISE_OF_SEEDS, Generators, standard_normal
@@ -28,7 +29,7 @@ from .adjustment import Adjustment, check_guide
 from .checkpoints import newer_checkpoint, read_checkpoint
 from .denoising import Denoiser, DenoisingStep, check_repaint, repaint
 from .inputs import count_and_generators, images_in_model_range, mask_of, one_per_image
-from .schedulers import BEST, DISTILLED_STEPS, checked_eta, checked_steps, set_timesteps
+from .schedulers import BEST, DISTILLED_STEPS, check_is_ddpm, checked_eta, checked_steps, set_timesteps
 
 # Arguments of from_pretrained that say where on the Hub, or how to read it: a checkpoint has no use for them.
 _OF_REPOSITORIES = {"cache_dir", "force_download", "local_files_only", "low_cpu_mem_usage", "proxies", "revision"}
@@ -116,11 +117,8 @@ class DDPMPipeline(PortableConfigMixin, PrivateByDefault, StockDDPMPipeline):
             raise UserError("use_safetensors=False would read a pickle; convert the repository to safetensors first")
         if weights not in ("ema", "raw"):
             raise UserError(f"weights must be 'ema' or 'raw', got {weights!r}")
-        name, load, folder = (
-            pretrained_model_name_or_path,
-            super().from_pretrained,
-            Path(pretrained_model_name_or_path),
-        )
+        name, folder = pretrained_model_name_or_path, Path(pretrained_model_name_or_path)
+        load = super().from_pretrained
         if not folder.exists() and (included := INCLUDED_MODELS.get(str(name))) is not None:
             name = folder = included
         if folder.is_dir() and (weights == "raw" or not (folder / INDEX).is_file()):
@@ -461,6 +459,23 @@ class DDPMPipeline(PortableConfigMixin, PrivateByDefault, StockDDPMPipeline):
         if (shape := tuple(data.image_shape)) != self.image_shape:
             own = f"the images of {data.name!r} are {shape} (channels, height, width)"
             raise UserError(f"{own}, and the model makes {self.image_shape}")
+
+
+def load_named(flag: str, name: str, as_ddpm: bool = False, **options: Any) -> DDPMPipeline:
+    """Load the model that a flag names, or raise a UserError: it cannot be loaded, or is not finite.
+
+    With `as_ddpm` it gets a `DDPMScheduler` over its own betas. `options` are those of `from_pretrained`.
+    """
+    logging.disable_progress_bar()  # loading takes no time worth a bar
+    try:
+        pipe = DDPMPipeline.from_pretrained(name, **options)
+        check_weights(pipe.unet)  # before hours of work, not after them
+        if as_ddpm:
+            check_is_ddpm(pipe.scheduler)
+            pipe.scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot load {flag} {name}: {first_line(error)}") from error
+    return pipe
 
 
 def _check_published_weights(safe_serialization: bool = True, variant: str | None = None) -> None:

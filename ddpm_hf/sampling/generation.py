@@ -7,7 +7,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -157,7 +157,7 @@ class SamplingOptions:
         return {**self.chain, "num_inference_steps": steps, "eta": eta, "guide": guide}
 
 
-_CHAIN = ("num_inference_steps", "eta", "guidance_scale", "guidance_interval", "epsilon_scale")
+_CHAIN = [field.name for field in fields(SamplingOptions)][3:]  # what is not the sampler's own
 
 
 def check_sampler(pipe: DDPMPipeline, **options: Any) -> None:

@@ -14,21 +14,19 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from diffusers.utils import logging
 from torch import Tensor
 
 from ..data.tensors import ImageDataset
 from ..diffusion.distributions import mean_flat
-from ..diffusion.scheduling_ddpm import DDPMScheduler
 from ..models.inference import InferenceNetwork, InferenceOptions
-from ..models.unet_2d import UNet2DModel, check_weights
+from ..models.unet_2d import UNet2DModel
 from ..pipelines.adjustment import Adjustment
 from ..pipelines.denoising import Denoiser
-from ..pipelines.pipeline_ddpm import INCLUDED_MODELS, DDPMPipeline
-from ..pipelines.schedulers import DISTILLED_STEPS, check_is_ddpm
+from ..pipelines.pipeline_ddpm import INCLUDED_MODELS, DDPMPipeline, load_named
+from ..pipelines.schedulers import DISTILLED_STEPS
 from ..presets import DISTILLATION, Preset
 from ..utils.digests import weights_digest
-from ..utils.errors import UserError, first_line
+from ..utils.errors import UserError
 from ..utils.progress import progress_bar
 from ..utils.randomness import SeededNoise, derive_seed
 from ..utils.text import is_local, recorded_name
@@ -73,14 +71,8 @@ class Distillation:
     def load(cls, config: DistillationConfig) -> "Distillation":
         """Load the teacher, or raise a UserError: it cannot be loaded or distilled, or its chain is too short."""
         model, K = str(config.model), config.steps
-        logging.disable_progress_bar()  # loading takes no time worth a bar
-        try:
-            pipe = DDPMPipeline.from_pretrained(model, dtype=torch.float32)
-            check_weights(pipe.unet)
-            check_is_ddpm(pipe.scheduler)
-            scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
-        except (OSError, ValueError) as error:
-            raise UserError(f"cannot load --model {model}: {first_line(error)}") from error
+        pipe = load_named("--model", model, as_ddpm=True, dtype=torch.float32)
+        scheduler = pipe.scheduler
         if pipe.distilled_steps:
             raise UserError(f"--model {model} is distilled already; give the model that it was made from")
         kind, learned = scheduler.config.prediction_type, "learned" in (scheduler.config.variance_type or "")
@@ -96,8 +88,8 @@ class Distillation:
         pipe.unet.requires_grad_(False).eval()
         times = evenly_in_angle(scheduler.alpha_bar, config.teacher_steps)
         base = None if is_local(model) or model in INCLUDED_MODELS else model
-        teacher, name, digest = DDPMPipeline(pipe.unet, scheduler), recorded_name(model), weights_digest(pipe.unet)
-        return cls(name, base, digest, teacher, K, times, config.guidance_scale, config.num_trajectories)
+        name, digest = recorded_name(model), weights_digest(pipe.unet)
+        return cls(name, base, digest, pipe, K, times, config.guidance_scale, config.num_trajectories)
 
     @property
     def record(self) -> dict[str, Any]:

@@ -10,17 +10,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers.utils import logging
 from torch import Tensor
 
 from ..data.class_labels import Classes
 from ..diffusion.scheduling_ddpm import LEARNED_VARIANCES, OPTIMAL_VARIANCE, DDPMScheduler
-from ..models.unet_2d import UNet2DModel, check_weights
-from ..pipelines.pipeline_ddpm import INCLUDED_MODELS, DDPMPipeline
-from ..pipelines.schedulers import check_is_ddpm
+from ..models.unet_2d import UNet2DModel
+from ..pipelines.pipeline_ddpm import INCLUDED_MODELS, load_named
 from ..presets import Preset, get_preset
 from ..utils.digests import weights_digest
-from ..utils.errors import UserError, first_line
+from ..utils.errors import UserError
 from ..utils.processes import log
 from ..utils.text import is_local, listed
 from .configuration import TrainingConfig
@@ -60,17 +58,11 @@ def open_initial_model(config: TrainingConfig, state: dict[str, Any] | None) -> 
     if (which := config.resume_from_checkpoint) not in (None, "latest"):
         what = f"--init_from {name} and --resume_from_checkpoint {which} both say which weights to start from"
         raise UserError(f"{what}, and {config.output_dir!r} holds no such checkpoint; leave out one of them")
-    logging.disable_progress_bar()  # loading takes no time worth a bar
-    try:
-        pipe = DDPMPipeline.from_pretrained(name, dtype=torch.float32)
-        check_weights(pipe.unet)
-        check_is_ddpm(pipe.scheduler)
-        scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot load --init_from {name}: {first_line(error)}") from error
+    pipe = load_named("--init_from", name, as_ddpm=True, dtype=torch.float32)
     if own := pipe.distilled_steps:
         what = f"--init_from {name} is distilled, and knows its own {own} timesteps only"
         raise UserError(f"{what}; start from the model that it was made from")
+    scheduler = pipe.scheduler
     known = inspect.signature(DDPMScheduler.__init__).parameters  # without what other samplers keep for themselves
     process = {key: value for key, value in scheduler.config.items() if key in known}
     process["variance_type"] = scheduler.variance_type

@@ -67,12 +67,8 @@ class Publisher:
         check_license(config.license)
         self._push = None
         if config.push_to_hub:
-            options: dict[str, Any] = {
-                "private": config.hub_private_repo,
-                "token": config.hub_token,
-                "license": config.license,
-            }
-            self._push = Push(config.output_dir, config.hub_model_id or self.folder.resolve().name, **options)
+            name = config.hub_model_id or self.folder.resolve().name
+            self._push = Push(config.output_dir, name, config.hub_private_repo, config.hub_token, config.license)
 
     def open_hub(self) -> None:
         """Check where the run's pushes will go, if it has any, or raise UserError; only the main process pushes."""
