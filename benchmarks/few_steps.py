@@ -3,8 +3,8 @@
 The Frechet distance (means and covariances of the pixels, levels 0..16) between samples of a digits model and the
 training images, for every method and number of network evaluations, in several sets of seeds: drawn by this package,
 and by stock diffusers in a process that cannot import it. What stock needs (a model with a divided epsilon, saved
-timesteps) is made first. If it is interrupted, the same command resumes. Writes table.md, results.json and a grid of
-images for each cell.
+timesteps) is made first. If it is interrupted, the same command resumes. Writes table.md, results.json, a plot, and a
+grid of images for each cell.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from digits_quality import frechet_distance
+from matplotlib import pyplot
 
 from ddpm_hf import DDPMPipeline
 from ddpm_hf.cli import main as command
@@ -152,6 +153,24 @@ def table(results: dict[str, float], steps: list[int]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def plot(results: dict[str, float], path: Path) -> None:
+    """Draw the means of this package's samples over the number of evaluations."""
+    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    for method in METHODS:
+        sets: dict[int, list[float]] = {}
+        for key, value in results.items():
+            name, evaluations, where, _ = key.split(" / ")
+            if name == method and where == "ddpm_hf":
+                sets.setdefault(int(evaluations), []).append(value)
+        if sets:
+            means = [np.mean(sets[k]) for k in sorted(sets)]
+            axes.loglog(sorted(sets), means, "o-" if len(sets) > 1 else "o", label=method, markersize=4)
+    axes.set(xlabel="network evaluations per image", ylabel="Frechet distance (pixels, levels 0..16)")
+    axes.grid(which="both", alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
 def main() -> None:
     """Draw what is missing, one cell of the table after the other."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -200,6 +219,7 @@ def main() -> None:
                     (folder / "table.md").write_text(table(results, sorted(arguments.evaluations)))
                     if s == 0:
                         save_picture(image_grid(images[:64]), folder / f"{method}-{k}-{name}.png")
+    plot(results, folder / "few_steps.png")
     print((folder / "table.md").read_text())
 
 

@@ -44,7 +44,7 @@ SMALLER = {
     "evaluate": "--num_images 2 --num_samples 12 --num_inference_steps 5",
     "reproduce": f"{_TRAIN} --num_images 1 --num_samples 12 --num_inference_steps 5",
     "optimal_variance": "--num_images 2",
-    "distill": "--max_train_steps 2 --total_batch_size 2 --num_sample_images 2 --steps 5 --teacher_steps 5",
+    "distill": "--max_train_steps 2 --num_trajectories 4 --num_sample_images 2 --steps 5 --teacher_steps 5",
     "ema": "--num_images 2 --num_samples 12 --num_inference_steps 5",
     "best_timesteps": "--num_images 2 --num_inference_steps 5 --num_samples 4 --num_trials 2",
 }
@@ -60,7 +60,7 @@ SMALLER_PYTHON = {
     "num_evaluations=50": "num_evaluations=2",
     '["_timesteps"]["20"]': '["_timesteps"]["5"]',
     "range(16)": "range(2)",
-    "batch_size=16": "batch_size=2",
+    "range(2 * 8))": "range(2 * 8), num_inference_steps=5)",
     # Stock takes 1000 steps if none are given, whatever the chain has.
     "pipe(batch_size=4, generator": "pipe(num_inference_steps=50, batch_size=4, generator",
 }

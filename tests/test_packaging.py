@@ -106,6 +106,12 @@ def test_the_sdist_holds_what_development_needs(built):
     assert not [name for name in names if name.startswith(("runs/", ".venv")) or "__pycache__" in name]
 
 
+def test_a_tracker_that_is_missing_names_the_extra(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("ddpm_hf.training.tracking.get_available_trackers", list)
+    assert cli.main(["train", "--preset", "digits", "--output_dir", str(tmp_path), "--report_to", "tensorboard"]) == 2
+    assert "pip install 'ddpm-hf[train]' first" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("missing", "extra", "command"),
     [

@@ -151,7 +151,8 @@ def test_presets_cannot_be_changed():
 @pytest.mark.parametrize("name", ["cifar", "CIFAR10", "", None, ["cifar10"]])
 def test_an_unknown_preset_is_refused(name):
     with pytest.raises(
-        ValueError, match=r"unknown preset .*the presets are digits, cifar10, cifar10_ablation_mu_learned"
+        ValueError,
+        match=r"unknown preset .*the presets are digits, cifar10, cifar10_fast, cifar10_ablation_mu_learned",
     ):
         get_preset(name)
     with pytest.raises(ValueError, match=r"did you mean 'lsun_cat256'"):

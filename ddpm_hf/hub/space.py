@@ -64,7 +64,7 @@ def write_space(
             stated = stated or (metadata_load(snapshot / CARD) or {}).get("license")
         for name, text in space_texts(model_id or MODEL, title, stated, model_id).items():
             (folder / name).write_text(text, encoding="utf-8")
-        ignored = shutil.ignore_patterns("__pycache__", "*.safetensors", "digits", "py.typed")
+        ignored = shutil.ignore_patterns("__pycache__", "*.safetensors", "py.typed", "digits")
         shutil.copytree(Path(__file__).parents[1], folder / PACKAGE, ignore=ignored)
         terms = distribution("ddpm-hf").read_text("licenses/LICENSE")
         (folder / PACKAGE / "LICENSE").write_text(terms or "", encoding="utf-8")

@@ -27,19 +27,23 @@ def dry_run(trainer: Trainer) -> None:
     Images, network and settings were checked when the trainer was made; its weights have moved afterwards. Raises
     UserError for a folder or disk that cannot take the run, a loss that is not finite, or a Hub that refuses it.
     """
-    left = trainer.recipe.max_train_steps - trainer.step
+    left, limit = max(0, trainer.last - trainer.step), trainer.config.max_train_minutes
     if left:
         trainer.begin()
         _seconds(trainer, 1)  # compiles, and takes all the memory that an update needs
         count = max(1, min(left, _MOST_UPDATES, from_first(int(_SECONDS / _seconds(trainer, 1)))))
         seconds = _seconds(trainer, count) / count
-        log(f"time: {time_left(seconds, left)} (measured over {count} updates; samples and evaluations come on top)")
+        time_of_updates = time_left(seconds, left)
+        if limit is not None:
+            left = min(left, max(0, int((60 * limit - trainer.seconds()) / seconds)))
+            time_of_updates = f"{seconds:.3g} s per update: at most {left:,} in the {limit:g} minutes"
+        log(f"time: {time_of_updates} (measured over {count} updates; samples and evaluations come on top)")
         log(f"memory: {peak_memory(trainer.device)}")
     else:
         log("time: no update is left")
     with raise_on_all_ranks():
         if trainer.accelerator.is_main_process:
-            log(f"disk: {_disk(trainer)}")
+            log(f"disk: {_disk(trainer, left)}")
             log(f"Hub: {trainer.publisher.describe_hub()}")
     log("dry run: all of this was checked, and nothing was written")
 
@@ -58,15 +62,15 @@ def _seconds(trainer: Trainer, count: int) -> float:
     return time.monotonic() - started
 
 
-def _disk(trainer: Trainer) -> str:
+def _disk(trainer: Trainer, updates: int) -> str:
     """Return what checkpoints take on the disk, or raise UserError: they do not fit, or cannot be written."""
     folder, config = trainer.output_dir, trainer.config
     there = next(path for path in (folder, *folder.resolve().parents) if path.exists())
     writable_folder(there, "--output_dir")
     # In float32: weights, EMA weights and Adam's two moments, and two averages for post-hoc EMA.
     size = parameter_count(trainer.unet) * 4 * (4 if trainer.update.powers is None else 6)
-    left = math.ceil((trainer.recipe.max_train_steps - trainer.step) / config.checkpointing_steps)
-    count = min(left, config.checkpoints_total_limit or left)
+    made = math.ceil(updates / config.checkpointing_steps)
+    count = min(made, config.checkpoints_total_limit or made)
     free = shutil.disk_usage(there).free
     text = f"checkpoints of {size / 1e9:.2g} GB, {count} kept, in {folder}, where {free / 1e9:.0f} GB are free"
     if size * (count + 1) > free:  # a new one is there before an old one is removed

@@ -1,8 +1,8 @@
 """`--max_train_minutes`: how many updates fit into a time, and a learning rate that ends with it.
 
-The clock decides the number of updates. It is planned after the first updates, and again after every eighth of those
-that are left, by the speed of the latest ones. Checkpoints hold the plan; given it, the learning rate is a function of
-the update alone.
+The clock decides the number of updates. It is planned after 3 updates, again when their number has doubled, and later
+after every eighth of those that are left, by the speed of the latest ones. Checkpoints hold the plan; given it, the
+learning rate is a function of the update alone.
 """
 
 import math
@@ -93,7 +93,7 @@ class TimeLimit:
             if last <= step and self._done < 0.9:
                 log(f"the time is used up after update {step}, {self._done:.0%} of the way of the learning rate")
             self.last = last
-        self._next = step + max(1, (last - step) // 8)
+        self._next = step + max(1, min(made, (last - step) // 8))
 
     def _seconds_per_update(self, least: int) -> float:
         """Return the seconds of an update, over at least so many of the latest ones; 0 after the first one."""

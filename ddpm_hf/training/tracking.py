@@ -24,7 +24,8 @@ def known_trackers(text: str | None) -> list[str]:
     if names == ["none"] or (names == ["all"] and installed):
         return installed if names == ["all"] else []
     if missing := [name for name in names if name not in installed]:
-        how = f"pip install it first, or give none (installed: {', '.join(installed) or 'none'})"
+        what = "'ddpm-hf[train]'" if missing[0] in ("tensorboard", "trackio") else "it"
+        how = f"pip install {what} first, or give none (installed: {', '.join(installed) or 'none'})"
         raise UserError(f"--report_to {missing[0]!r} is not an installed tracker; {how}")
     return list(dict.fromkeys(names))
 

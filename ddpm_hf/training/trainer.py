@@ -368,7 +368,7 @@ class Trainer:
         if plan.accumulation > 1:
             lines.append(f"each update gathers {plan.accumulation} micro-batches of {plan.micro} images per process")
         if self.step:
-            lines.append(f"resumed after update {self.step:,} of {self.recipe.max_train_steps:,}")
+            lines.append(f"resumed after update {self.step:,} of {self.last:,}")
         return "\n".join(filter(None, lines))
 
     def _epochs(self, updates: int) -> str:
@@ -387,7 +387,8 @@ class Trainer:
             f"grad {norm.item():.2f}, {images_per_second:.0f} images/s"
         )
         self.tracking.read()
-        if (estimate := self._pace.estimate(self.step, self.recipe.max_train_steps)) is not None:
+        # a time limit says what it plans
+        if self.limit is None and (estimate := self._pace.estimate(self.step, self.last)) is not None:
             log(estimate)
 
     def _save(self) -> None:

@@ -516,7 +516,7 @@ def test_nothing_becomes_public_by_accident(hub, run_folder, tmp_path):
         {"folder": folder, "repo_id": "org/llm"},
         {"folder": folder, "repo_id": "org/read-only"},
     )
-    assert "org/careful is public; add --private false" in refused["error"]
+    assert "org/careful is public; add private=False" in refused["error"]
     assert f"{hub.url}/org/public (public)" in public["lines"][0]
     assert f"{hub.url}/org/closed (private)" in closed["lines"][0]
     assert hub.info("models", "org/closed")["private"]

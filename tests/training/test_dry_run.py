@@ -1,5 +1,6 @@
 """`--dry_run`: it says what a run takes, refuses what will not work, and leaves no trace."""
 
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,6 +29,14 @@ def test_a_dry_run_writes_nothing_and_says_what_the_run_takes(tmp_path, capsys):
     assert "GB at most, of the " in said
     assert "2 kept" in said  # a checkpoint after update 3 and 6
     assert "Hub: no push (--push_to_hub)" in said
+
+
+def test_a_dry_run_of_a_time_says_how_many_updates_fit(tmp_path, capsys):
+    run = trainer(tmp_path / "run", dry_run=True, max_train_minutes=50, max_train_steps=10**7)
+    run.train()
+    said = re.search(r"time: (\S+) s per update: at most ([\d,]+) in the 50 minutes", capsys.readouterr().out)
+    seconds, updates = float(said[1]), int(said[2].replace(",", ""))
+    assert updates * seconds == pytest.approx(50 * 60 - run.seconds(), rel=0.02)  # three digits of the seconds
 
 
 def test_a_resume_and_a_new_run_after_it_are_as_without_it(tmp_path, whole, capsys):  # noqa: F811

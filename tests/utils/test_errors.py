@@ -1,7 +1,7 @@
 """Sentences name what the door that was used takes: flags on the command line, arguments in Python."""
 
 import pytest
-from conftest import FIXTURES
+from conftest import DIGITS_MODEL
 
 from ddpm_hf import DDPMScheduler, cli
 from ddpm_hf.data import load_images
@@ -41,7 +41,7 @@ def test_one_refusal_at_both_doors(tmp_path, capsys):
     out = ["--output_dir", str(tmp_path / "run")]
     assert cli.main(["train", "--preset", "digits", "--validation_split", "2", *out]) == 2
     assert "--validation_split must be at least 0 and less than 1, got" in capsys.readouterr().err
-    command = ["evaluate", "--model", str(FIXTURES / "digits_model"), "--dataset", "digits", "--validation_split", "2"]
+    command = ["evaluate", "--model", str(DIGITS_MODEL), "--dataset", "digits", "--validation_split", "2"]
     assert cli.main(command) == 2
     assert "--validation_split must be at least 0 and less than 1, got" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"^num_inference_steps must be between 1 and the 1000 steps"):
