@@ -199,7 +199,7 @@ def test_the_card_says_what_was_fine_tuned(tmp_path, model, monkeypatch):
     assert "base_model:" not in card
     assert str(tmp_path) not in card
     load = DDPMPipeline.from_pretrained
-    monkeypatch.setattr(initialization.DDPMPipeline, "from_pretrained", lambda name, **how: load(model, **how))
+    monkeypatch.setattr(DDPMPipeline, "from_pretrained", lambda name, **how: load(model, **how))
     trainer(tmp_path / "hub", init_from="org/model", max_train_steps=1).train()
     card = (tmp_path / "hub" / "README.md").read_text()
     assert "base_model: org/model\n" in card
