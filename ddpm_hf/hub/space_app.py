@@ -155,9 +155,7 @@ def make_page(demo: Demo, max_waiting: int = 20) -> gr.Blocks:
                 with gr.Row():
                     x_t = _picture("x_t, on its way from noise to the image", "x_t")
                     x_0 = _picture("x_0 as predicted from it (samplers ddpm and ddim)", "x_0")
-                images = gr.Gallery(
-                    label="Images, in the order of their seeds", elem_id="gallery", height=320, **_SHOWN
-                )
+                images = gr.Gallery(label="Images, in the order of seeds", elem_id="gallery", height=320, **_SHOWN)
             inputs: list[Any] = [model, seeds, steps, sampler, label, guidance]
             # "multiple": further clicks wait in the queue; gradio would ignore them, also for a while after a stop
             often = {**_QUEUED, "trigger_mode": "multiple", "show_progress": "hidden"}
