@@ -1060,9 +1060,9 @@ def test_the_best_model_is_kept(tmp_path, monkeypatch, name, values, best):
     averaged = {}
     record = run.evaluation.record
 
-    def noted(pipe, report, step):
+    def noted(pipe, report, step, *more):
         averaged[step] = {key: value.clone() for key, value in pipe.unet.state_dict().items()}
-        record(pipe, report, step)
+        record(pipe, report, step, *more)
 
     monkeypatch.setattr(run.evaluation, "record", noted)
     run.train()
