@@ -28,7 +28,7 @@ for run in settings:
         trainer.step = step + 1
     pipe = trainer.publisher.pipeline(trainer._ema_state_dict())
     trainer.publisher.write_model(pipe, trainer.step)
-    trainer.publisher.complete(pipe, trainer.step, 0.0)
+    trainer.publisher.complete(pipe, trainer.step, trainer.seconds())
     rows = gather_object([losses])
     weights = torch.cat([p.flatten() for p in pipe.unet.parameters()])
     report = EvaluationReport.load(trainer.output_dir / "evaluation.json")

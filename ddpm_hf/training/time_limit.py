@@ -124,8 +124,8 @@ class TimeLimit:
         self._shown += seconds
 
     def _announce(self, last: int) -> None:
-        end = f"{self.writing:.0f} s for writing the model and {self.showing:.0f} s for samples and numbers"
-        log(f"{self.minutes:g} minutes are about {last} updates, which leaves {end}")
+        end = f"{self.writing:.0f} s to write the model and {self.showing:.0f} s for samples and numbers"
+        log(f"{self.minutes:g} minutes are about {last} updates; kept for the end: {end}")
         if self.warmup > last // 2:
             log(f"the warm-up of {self.warmup} updates takes most of them; give a smaller --lr_warmup_steps")
 

@@ -65,7 +65,9 @@ def test_a_steady_clock_gives_the_run_of_so_many_updates_bit_for_bit(clock, tmp_
     # 60 s - 10 s of the first update - 5 s of the end, less the writing, which is below 1 s: 44 further updates
     assert timed.step == 45
     assert clock.now == 54
-    assert "1 minutes are about 45 updates, which leaves 0 s for writing the model and 5 s" in capsys.readouterr().out
+    assert (
+        "1 minutes are about 45 updates; kept for the end: 0 s to write the model and 5 s" in capsys.readouterr().out
+    )
     # linear warm-up, then half a cosine
     expected = [min(n / 4, 0.5 + 0.5 * math.cos(math.pi * max(0, n - 4) / 41)) for n in range(45)]
     assert clock.rates == pytest.approx([3e-3 * share for share in expected], rel=1e-12)
