@@ -33,9 +33,9 @@ demo: $(DEMO_INSTALLED)
 	$(BIN)/ddpm-hf evaluate --model $(DEMO_DIR) $(DEMO_DATA) --metrics rate_distortion,fid,kid,prc,nn --features pixels \
 		--num_images 16 --num_samples 256 --sampler ddim --num_inference_steps 20 --output $(DEMO_DIR)/evaluation
 
-# Two processes, each with whole files; `python -m pytest` runs them in one.
+# Two processes, each with whole files, in the order of `tests/conftest.py`; `python -m pytest` runs them in one.
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # In a real browser, which has to be there; says how to get it where it is not.
 space-test: setup
@@ -53,7 +53,7 @@ quality: setup
 
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --config-file docs/site/mkdocs.yml
-	@echo "open runs/site/index.html"
+	@echo "open runs/site/index.html; to search, too: python3 -m http.server --directory runs/site"
 
 bench: setup
 	$(BIN)/python benchmarks/speed.py --output runs/speed

@@ -123,7 +123,7 @@ def correctness(report: Report, device: torch.device, folder: Path) -> None:
         "largest difference from the official network's output", (output - official("unet_out")).abs().max().item()
     )
 
-    pipe = DDPMPipeline.from_pretrained(FIXTURES / "digits_model")
+    pipe = DDPMPipeline.from_pretrained("digits")
     pipe.set_progress_bar_config(disable=True)
     options = {"num_inference_steps": 10, "output_type": "pt"}
     on_cpu = pipe(seeds=range(16), **options).images

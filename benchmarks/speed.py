@@ -34,7 +34,8 @@ from ddpm_hf.pipelines.inference import optimize_for_inference
 from ddpm_hf.presets import get_preset
 from ddpm_hf.sampling.generation import generate, with_sampler
 
-DIGITS = str(Path(__file__).parent.parent / "tests" / "fixtures" / "digits_model")
+STOCK_BF16 = "stock in bf16 too"
+DIGITS = str(Path(__file__).parent.parent / "ddpm_hf" / "models" / "digits")
 
 
 def cifar10() -> DDPMPipeline:
@@ -58,7 +59,7 @@ def stock_of(pipe: DDPMPipeline) -> tuple[StockUNet2DModel, StockScheduler]:
 def gflop_of(unet: torch.nn.Module, shape: tuple[int, ...]) -> float:
     """Of one evaluation with plain convolutions."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        unet(torch.zeros(shape), 0)
+        unet(torch.zeros(shape, dtype=next(unet.parameters()).dtype), 0)
     return counter.get_total_flops() / 1e9
 
 
@@ -69,22 +70,26 @@ def pixel_values(x: torch.Tensor) -> torch.Tensor:
 def sampling(
     row: Row, pipe: DDPMPipeline, batch: int, steps: int, rounds: int, precision: str, compile: bool = False
 ) -> Row:
-    """`steps` steps of a batch, stock's loop beside the pipeline's; the check is filled in for float32."""
+    """`steps` steps of a batch, stock's loop beside the pipeline's; the check is filled in for float32.
+
+    Stock is in float32, or in the precision that the row's name says: as `pipe.to(torch.bfloat16)`, chain and all.
+    """
     unet, scheduler = stock_of(pipe)
+    unet.to(torch.bfloat16 if STOCK_BF16 in row.what else torch.float32)
     chosen = optimize_for_inference(pipe, precision=precision, compile=compile)
     pipe.set_progress_bar_config(disable=True)
     x = torch.randn(batch, *pipe.image_shape, generator=torch.Generator().manual_seed(0))
     made: dict[str, torch.Tensor] = {}
 
     def stock() -> None:
-        made["stock"] = sample(unet, scheduler, x, steps, torch.Generator().manual_seed(1))
+        made["stock"] = sample(unet, scheduler, x.to(unet.dtype), steps, torch.Generator().manual_seed(1))
 
     def ours() -> None:
         for step in pipe.denoise(x, torch.Generator().manual_seed(1), num_inference_steps=steps):
             made["ours"] = step.prev_sample
 
     row.gflop = gflop_of(unet, x.shape)
-    row.what += f" ({str(chosen).replace(',', '')})"
+    row.what += f" ({str(chosen).replace(',', '')})"  # ours
     interleaved(row, stock, ours, rounds)
     row.stock, row.ours = ([seconds / steps for seconds in side] for side in (row.stock, row.ours))
     row.low_precision = precision != "fp32"
@@ -131,7 +136,8 @@ def training(
     unet.load_state_dict(trainer.unet.state_dict())
     recipe = trainer.recipe
     scheduler = StockScheduler(**get_preset(preset).scheduler)
-    stock_side = StockTraining(unet, scheduler, recipe.learning_rate, recipe.lr_warmup_steps)
+    autocast = torch.bfloat16 if STOCK_BF16 in row.what else None
+    stock_side = StockTraining(unet, scheduler, recipe.learning_rate, recipe.lr_warmup_steps, autocast)
     batches = endless(DataLoader(as_the_example_loads(trainer.data), batch_size=batch, shuffle=True))
     log = SummaryWriter(folder / "log")
     losses: dict[str, list[float]] = {"stock": [], "ours": []}
@@ -322,6 +328,7 @@ def main() -> None:
         distances = [digits_distance(p, arguments.num_samples) for p in ("fp32", "bf16")]
         row.check = f"digits: Frechet distance {distances[1]:.2f}, in float32 {distances[0]:.2f}"
         rows.append(row)
+        rows.append(sampling(Row(f"{what}, {STOCK_BF16}", "> 1"), cifar10(), 16, 2, rounds, "bf16", compile))
         rows.append(sampling(Row(what, ">= 1.2"), cifar10(), 16, 2, rounds, "fp32"))
 
     def digits_sampling() -> None:
@@ -344,6 +351,8 @@ def main() -> None:
             row = Row("training update, CIFAR-10 network, batch 16 (bf16, channels_last)", ">= 1.6")
             values = {"train_data_dir": str(data), "channels_last": True, "gradient_accumulation_steps": 1}
             rows.append(training(row, Path(folder) / "cifar", "cifar10", 16, 1, rounds, False, **values))
+            row = Row(f"the same, {STOCK_BF16}", "> 1")
+            rows.append(training(row, Path(folder) / "both", "cifar10", 16, 1, rounds, False, **values))
             row = Row("training, digits preset, whole loop, an image (bf16)", ">= 2")
             values = {"dataset": "digits"}
             rows.append(training(row, Path(folder) / "digits", "digits", 64, 20, rounds, True, **values))

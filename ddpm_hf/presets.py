@@ -228,14 +228,15 @@ DISTILLATION = Preset(
     source="docs/distillation.md",
     unet={},
     scheduler={},
-    total_batch_size=16,
+    total_batch_size=64,
     learning_rate=2e-3,
-    max_train_steps=3000,
+    max_train_steps=2000,
     lr_warmup_steps=100,
     lr_scheduler="cosine",
     ema_decay=0.998,
     ema_warmup=True,
     random_flip=False,
+    timestep_sampling="stratified",
 )
 
 

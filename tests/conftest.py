@@ -13,8 +13,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-# Features of real images are kept across evaluations; nobody's own cache is written by tests.
+# Features of real images are kept across evaluations; nobody's own cache (or trackio) is written by tests.
 os.environ["DDPM_HF_CACHE"] = tempfile.mkdtemp(prefix="ddpm-hf-tests-")
+os.environ["TRACKIO_DIR"] = os.path.join(os.environ["DDPM_HF_CACHE"], "trackio")
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from ddpm_hf import DDPMPipeline, DDPMScheduler, UNet2DModel
 from ddpm_hf.utils.randomness import SeededNoise
 
 FIXTURES = Path(__file__).parent / "fixtures"
+DIGITS_MODEL = Path(__file__).parents[1] / "ddpm_hf/models/digits"  # trained: what `make demo` makes
 
 SMALL_NETWORK = {
     "sample_size": 8,
@@ -94,6 +96,15 @@ def small_pipeline(small_unet) -> DDPMPipeline:
     pipe = DDPMPipeline(small_unet, DDPMScheduler(variance_type="fixed_large"))
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+# The files that take longest. They come first, so that no process is alone with one of them at the end.
+LONGEST = ["test_trainer", "test_publish", "test_kill", "test_docs", "test_stock_compatibility", "test_space"]
+LONGEST += ["test_inference", "test_distributed", "test_space_page", "test_compiled", "test_packaging"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 
 def pytest_unconfigure() -> None:

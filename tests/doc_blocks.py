@@ -44,7 +44,7 @@ SMALLER = {
     "evaluate": "--num_images 2 --num_samples 12 --num_inference_steps 5",
     "reproduce": f"{_TRAIN} --num_images 1 --num_samples 12 --num_inference_steps 5",
     "optimal_variance": "--num_images 2",
-    "distill": "--max_train_steps 2 --total_batch_size 2 --num_sample_images 2 --steps 5 --teacher_steps 5",
+    "distill": "--max_train_steps 2 --num_trajectories 4 --num_sample_images 2 --steps 5 --teacher_steps 5",
     "ema": "--num_images 2 --num_samples 12 --num_inference_steps 5",
     "best_timesteps": "--num_images 2 --num_inference_steps 5 --num_samples 4 --num_trials 2",
 }
@@ -60,7 +60,7 @@ SMALLER_PYTHON = {
     "num_evaluations=50": "num_evaluations=2",
     '["_timesteps"]["20"]': '["_timesteps"]["5"]',
     "range(16)": "range(2)",
-    "batch_size=16": "batch_size=2",
+    "range(2 * 8))": "range(2 * 8), num_inference_steps=5)",
     # Stock takes 1000 steps if none are given, whatever the chain has.
     "pipe(batch_size=4, generator": "pipe(num_inference_steps=50, batch_size=4, generator",
 }
@@ -68,7 +68,11 @@ SMALLER_PYTHON = {
 # Commands that cannot run here, by how they begin: why, and what is checked instead.
 NOT_RUN = {
     "make ": ("these set up whole environments and train; .ci/run runs them", "target"),
-    "source ": ("activates an environment; `make setup` makes it", "nothing"),
+    "pip install": ("test_packaging.py builds and installs the package", "nothing"),
+    "python3 -m venv": ("makes an environment", "nothing"),
+    "uv run ": ("installs the released package; test_packaging.py checks what it asks for", "script"),
+    "hf jobs ": ("needs an account of the Hub", "script"),
+    "source ": ("activates an environment", "nothing"),
     "hf auth login": ("needs a person", "nothing"),
     "DDPM_HF_SPACE_MODELS=": ("serves until it is stopped; hub/test_space.py starts the same file", "script"),
     "ddpm-hf scale_epsilon": ("the quarter chain is not the network's; evaluation/test_epsilon_scaling.py", "flags"),
@@ -195,7 +199,7 @@ def make_world(folder: Path) -> None:
     from ddpm_hf import EvaluationReport
 
     folder.mkdir(parents=True)
-    shutil.copytree(ROOT / "tests/fixtures/digits_model", folder / "runs/digits")
+    shutil.copytree(ROOT / "ddpm_hf/models/digits", folder / "runs/digits")
     config = folder / "runs/digits/scheduler/scheduler_config.json"
     quarter = {"num_train_timesteps": 250, "beta_end": 0.08}  # a chain of a quarter, which ends in noise as well
     config.write_text(json.dumps({**json.loads(config.read_text()), **quarter}))
@@ -212,6 +216,11 @@ def make_world(folder: Path) -> None:
         picture(64 + i % 20, 80 - i % 20, (3, 1, 4)[i % 3]).save(folder / f"my-images/{i}.png")
     for name in ("a", "b", "c", "d", "photo", "mask"):
         picture(20, 16, 1).save(folder / f"{name}.png")
+    make_stock_model(folder / "ddpm-model-64")
+    shutil.copytree(folder / "ddpm-model-64", folder / "from-openai")
+    (folder / "named-images").mkdir()
+    for name in ("cat_1", "cat_2", "dog_1"):
+        picture(20, 16).save(folder / f"named-images/{name}.png")
     features = Features({"img": Image()})
     for name in ("cifar10", "uoft-cs/cifar10"):
         for split, count in (("train", 24), ("test", 14)):
@@ -223,6 +232,18 @@ def make_world(folder: Path) -> None:
         report.add("bits_per_dim", 4.4, 0.1, {"split": "validation", "num_images": 2})
         (folder / name).mkdir()
         report.save(folder / name / "report.json")
+
+
+def make_stock_model(folder: Path) -> None:
+    """What diffusers' unconditional example leaves, with the EMA weights of a checkpoint."""
+    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+    from diffusers.training_utils import EMAModel
+
+    blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2, "add_attention": False}
+    unet = UNet2DModel(64, block_out_channels=(8, 8), norm_num_groups=4, layers_per_block=1, **blocks)
+    DDPMPipeline(unet, DDPMScheduler(num_train_timesteps=50)).save_pretrained(folder)
+    ema = EMAModel(unet.parameters(), model_cls=UNet2DModel, model_config=unet.config)
+    ema.save_pretrained(folder / "checkpoint-500" / "unet_ema")
 
 
 def make_hub_model(hub: Any) -> None:

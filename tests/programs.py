@@ -4,6 +4,8 @@ That one process (of multiprocessing's `forkserver`) starts from nothing with th
 diffusers and this package, and computes nothing itself, so a program finds them as fresh as after a start of its own.
 """
 
+import importlib
+import io
 import multiprocessing
 import os
 import runpy
@@ -27,9 +29,11 @@ class Ended:
     stderr: str
 
 
-def run_program(*command: object, environment: dict[str, str] | None = None, timeout: float = 120) -> Ended:
-    """Run `python COMMAND`, where the command is `FILE.py ARGUMENTS` or `-m MODULE ARGUMENTS`."""
-    return _run([(command, environment or {})], timeout)[0]
+def run_program(
+    *command: object, environment: dict[str, str] | None = None, input: str = "", timeout: float = 120
+) -> Ended:
+    """Run `python COMMAND`, which reads `input`; the command is `FILE.py ARGUMENTS` or `-m MODULE ARGUMENTS`."""
+    return _run([(command, environment or {})], timeout, input)[0]
 
 
 def run_ranks(*commands: list[str], environment: dict[str, str] | None = None, timeout: float = 120) -> list[Ended]:
@@ -46,13 +50,13 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def _run(programs: list, timeout: float) -> list[Ended]:
+def _run(programs: list, timeout: float, input: str = "") -> list[Ended]:
     """Start all, wait for all; one that does not end in `timeout` seconds is killed and has no return code."""
     with tempfile.TemporaryDirectory() as folder:
         outputs = [(Path(folder) / f"out-{i}", Path(folder) / f"err-{i}") for i in range(len(programs))]
         processes = []
         for (command, environment), files in zip(programs, outputs, strict=True):
-            arguments = ([str(word) for word in command], {**os.environ, **environment}, files)
+            arguments = ([str(word) for word in command], {**os.environ, **environment}, files, input)
             processes.append(CONTEXT.Process(target=_program, args=arguments))
         try:
             for process in processes:
@@ -68,12 +72,17 @@ def _run(programs: list, timeout: float) -> list[Ended]:
         return [Ended(code, out.read_text(), err.read_text()) for code, (out, err) in zip(codes, outputs, strict=True)]
 
 
-def _program(command: list[str], environment: dict[str, str], outputs: tuple[Path, Path]) -> None:
+def _program(command: list[str], environment: dict[str, str], outputs: tuple[Path, Path], input: str) -> None:
     """A program's whole life."""
     for descriptor, path in enumerate(outputs, 1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
     os.environ.clear()
     os.environ.update(environment)
+    if "HF_ENDPOINT" in environment:  # a Hub of the test's own; these have read the variables when they were imported
+        for name in ("huggingface_hub.constants", "datasets.config"):
+            importlib.reload(importlib.import_module(name))
+        importlib.import_module("huggingface_hub.hf_api").api.endpoint = environment["HF_ENDPOINT"]
+    sys.stdin = io.StringIO(input)
     os.chdir(ROOT)
     if command[0] == "-m":
         sys.argv = command[1:]

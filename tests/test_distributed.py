@@ -36,7 +36,7 @@ SETTINGS = {
 }
 
 
-TUNED = {"max_train_steps": 3, "init_from": "tests/fixtures/digits_model", "class_conditional": True}
+TUNED = {"max_train_steps": 3, "init_from": "ddpm_hf/models/digits", "class_conditional": True}
 
 
 def start(folder: Path, runs: dict[str, dict]) -> list[str]:

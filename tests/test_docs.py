@@ -66,7 +66,7 @@ def commands_of(block: Block) -> list[str]:
     [
         ("bash", "curl example.org", "neither run nor in NOT_RUN"),
         ("bash", "make dmeo", "no target dmeo"),
-        ("bash", "ddpm-hf convert --form diffusers --checkpoint a --output b", "--form"),
+        ("bash", "ddpm-hf convert --form diffusers --checkpoint a --output b", "unknown flag form"),
         ("bash", "DDPM_HF_SPACE_MODELS=x python examples/space/ap.py", "no file examples/space/ap.py"),
         ("python", "1 +", "invalid syntax"),
         ("yaml", "preset: digits", "'# NAME.yaml'"),

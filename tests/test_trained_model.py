@@ -1,4 +1,4 @@
-"""Claims about a model that was really trained: the digits model of the demo, tests/fixtures/digits_model."""
+"""Claims about a model that was really trained: the digits model of the demo, ddpm_hf/models/digits."""
 
 import math
 import warnings
@@ -6,7 +6,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from conftest import FIXTURES
+from conftest import DIGITS_MODEL
 from scipy.linalg import sqrtm
 from sklearn.datasets import load_digits as sklearn_digits
 from sklearn.svm import SVC
@@ -19,7 +19,7 @@ from ddpm_hf.sampling.generation import generate, with_sampler
 
 @pytest.fixture(scope="module")
 def pipe() -> DDPMPipeline:
-    loaded = DDPMPipeline.from_pretrained(FIXTURES / "digits_model")
+    loaded = DDPMPipeline.from_pretrained(DIGITS_MODEL)
     loaded.unet.eval()
     return loaded
 
@@ -27,6 +27,17 @@ def pipe() -> DDPMPipeline:
 @pytest.fixture(scope="module")
 def held_out() -> torch.Tensor:
     return to_model_range(load_digits("validation").images)
+
+
+def test_the_model_comes_with_the_package_under_its_name(pipe, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    included = DDPMPipeline.from_pretrained("digits")
+    assert {n: w.tolist() for n, w in included.unet.named_parameters()} == {
+        n: w.tolist() for n, w in pipe.unet.named_parameters()
+    }
+    (tmp_path / "digits").mkdir()  # somebody's own folder comes first
+    with pytest.raises(OSError, match="'digits' holds no pipeline"):
+        DDPMPipeline.from_pretrained("digits")
 
 
 def test_stratified_bits_per_dim_agrees_with_the_full_sum_at_k_50(pipe, held_out):

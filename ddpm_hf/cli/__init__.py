@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from .. import __version__
-from ..utils.errors import UserError, in_one_line
+from ..utils.errors import UserError, in_one_line, showing_flags
 from ..utils.text import nearest
 from .best_timesteps import best_timesteps, best_timesteps_parser
 from .command_line import Parser
@@ -55,6 +55,12 @@ _ALL: dict[str, tuple[Callable[..., int | None], Callable[[str | None], Parser]]
 }
 COMMANDS = {name: command for name, (command, _) in _ALL.items()}
 PARSERS = {name: parser for name, (_, parser) in _ALL.items()}
+# What makes a command need less memory, where it is not --batch_size.
+_BATCH_SIZES = {
+    **dict.fromkeys(("train", "train.py", "distill"), "--train_batch_size"),
+    "reproduce": "--train_batch_size, or, where the model is measured, --batch_size",
+    "publish": "--eval_batch_size",
+}
 # Libraries whose errors about files and connections are written for users, and have no number of the system's.
 _CLEAR_ERRORS = ("ddpm_hf", "huggingface_hub", "diffusers", "transformers", "datasets")
 
@@ -93,6 +99,11 @@ def run(command: Callable[..., int | None], arguments: Sequence[str], prog: str)
     A file, a disk or a connection that fails, and too little memory, are one sentence and exit code 2 as well. With
     `--debug` among the arguments, or the environment variable DDPM_HF_TRACEBACK=1, exceptions are raised instead.
     """
+    with showing_flags():
+        return _run(command, arguments, prog)
+
+
+def _run(command: Callable[..., int | None], arguments: Sequence[str], prog: str) -> int:
     try:
         return command([argument for argument in arguments if argument != "--debug"], prog) or 0
     except KeyboardInterrupt:
@@ -101,7 +112,7 @@ def run(command: Callable[..., int | None], arguments: Sequence[str], prog: str)
     except Exception as error:
         if "--debug" in arguments or os.environ.get("DDPM_HF_TRACEBACK"):
             raise
-        sentence = _sentence(error)
+        sentence = _sentence(error, _BATCH_SIZES.get(prog.split()[-1], "--batch_size"))
         print(f"error: {sentence or _fault(error, prog)}", file=sys.stderr)
         return 2 if sentence else 1
     finally:
@@ -111,16 +122,16 @@ def run(command: Callable[..., int | None], arguments: Sequence[str], prog: str)
             distributed.destroy_process_group()
 
 
-def _sentence(error: Exception) -> str | None:
-    """Return what a user is told of an error; `None` where it is a fault."""
+def _sentence(error: Exception, batch_size: str) -> str | None:
+    """Return what a user is told of an error, by a command with that flag; `None` where it is a fault."""
     text = in_one_line(error)
     if isinstance(error, UserError):
         return text
     # By its name, as importing torch takes seconds; on CPUs PyTorch has only these words.
     if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
-        return "too little memory on the device; give a smaller --batch_size (training: --train_batch_size)"
+        return f"too little memory on the device; give a smaller {batch_size}"
     if isinstance(error, MemoryError):
-        return "too little memory on this machine; give a smaller --batch_size, or fewer images"
+        return f"too little memory on this machine; give a smaller {batch_size}, or fewer images"
     if isinstance(error, OSError):
         *_, (frame, _) = traceback.walk_tb(error.__traceback__)
         if error.errno is not None or str(frame.f_globals.get("__name__")).partition(".")[0] in _CLEAR_ERRORS:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from ..training.configuration import NOT_NEGATIVE, POSITIVE, one_of
@@ -40,8 +39,6 @@ def best_timesteps(arguments: Sequence[str], prog: str | None = None) -> int:
     values.sampler = values.sampler or "ddpm"
     if (K := values.num_inference_steps) is None:
         raise UserError("give the number of timesteps as --num_inference_steps")
-    if not Path(values.model).is_dir():
-        raise UserError(f"--model {values.model!r} must be a folder on this machine: its scheduler is rewritten")
     if values.objective == "bound" and values.sampler != "ddpm":
         raise UserError("--objective bound is of the ddpm chain; leave out --sampler, or take --objective samples")
     model.published_folder(values, "ddpm-hf publish makes one of a run or a checkpoint")
@@ -53,6 +50,7 @@ def best_timesteps(arguments: Sequence[str], prog: str | None = None) -> int:
     if processes().num_processes > 1:
         raise UserError("best_timesteps runs in one process; start it without torchrun or accelerate launch")
     pipe = model.load_pipeline(values.model, values.dtype, values.tf32, values.weights)
+    model.check_not_distilled(pipe, "best_timesteps")
     checked_steps(pipe.scheduler, K)
     found = (_for_bound if values.objective == "bound" else _for_samples)(values, pipe)
     if found is None:
@@ -82,7 +80,7 @@ def _for_bound(values: Any, pipe: Any) -> list[int]:
         error = prediction_error(pipe, images, progress=True, **options)
         pipe.scheduler.set_prediction_error(error)
     error = torch.as_tensor(pipe.scheduler.config["_prediction_error"], dtype=torch.float64)
-    chain, bound = best_for_bound(pipe, images, error, values.num_inference_steps, **options)
+    chain, bound = best_for_bound(pipe, images, error, values.num_inference_steps, progress=True, **options)
     log(f"{bound:.4f} bits/dim on these {len(images)} images, with --variance_type optimal --timestep_spacing best")
     return chain
 
@@ -101,14 +99,13 @@ def _for_samples(values: Any, pipe: Any) -> list[int] | None:
     splits = load_splits(None, False, validation_split=values.validation_split, **images)
     (split, data), *_ = splits.items()
     names = ("num_samples", "batch_size", "seed", "features", "inception_weights")
-    options = EvaluationOptions(**given(values, *names), **model.sampling_arguments(values))
+    options = EvaluationOptions(**given(values, *names), **vars(model.sampling_options(values)), progress=True)
     extractor = make_extractor(values.features, pipe.image_shape, values.inception_weights, pipe.device)
     real = real_images(split, first_images(data, values.num_images), [extractor], options)
-    sampler = with_sampler(pipe, **given(values, *model.SAMPLER))
+    sampler = options.pipeline(pipe)
     if sampler is pipe:  # the search changes its scheduler
         sampler = with_sampler(pipe, "ddpm", timestep_spacing=pipe.scheduler.config.timestep_spacing)
-    found, best, own = best_for_samples(
-        sampler, real.features[extractor.name], extractor, options, values.num_trials, log
-    )
+    features = real.features[extractor.name]
+    found, best, own = best_for_samples(sampler, features, extractor, options, values.num_trials, log)
     log(f"distance to {split} images on other seeds: {best:.4g}, with the sampler's own timesteps {own:.4g}")
     return found if best < own else None

@@ -5,9 +5,9 @@ import dataclasses
 import functools
 import re
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import NoneType
+from types import MappingProxyType, NoneType
 from typing import Any, NoReturn
 
 import yaml
@@ -69,7 +69,12 @@ class _HelpFormatter(argparse.HelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one sentence, without the usage."""
+    """A parser whose errors are one sentence, without the usage.
+
+    `elsewhere` says what to write instead of flags that another program has, and this one has not.
+    """
+
+    elsewhere: Mapping[str, str] = MappingProxyType({})
 
     def __init__(self, prog: str | None, description: str, arguments: str = "[flags]"):
         usage = f"%(prog)s {arguments}"
@@ -82,10 +87,12 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args: Sequence[str], namespace: Any = None) -> Any:  # type: ignore[override]
         """Return the values of the flags, or raise UserError: one is unknown, missing, or of another kind."""
-        for name in (argument.partition("=")[0] for argument in args):
-            if name.startswith("--") and name not in ("--", *self._option_string_actions):
-                hint = nearest(name, self._option_string_actions) or "; see --help"
-                raise UserError(f"unknown flag {name}{hint}")
+        names = dict.fromkeys(argument.partition("=")[0] for argument in args if argument.startswith("--"))
+        unknown = [name for name in names if name not in ("--", *self._option_string_actions)]
+        for name in [name for name in unknown if name not in self.elsewhere]:
+            raise UserError(f"unknown flag {name}{nearest(name, self._option_string_actions) or '; see --help'}")
+        if unknown:
+            raise UserError("not a flag here: " + "; ".join(f"{name} ({self.elsewhere[name]})" for name in unknown))
         return super().parse_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:

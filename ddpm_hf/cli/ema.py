@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,9 @@ def ema(arguments: Sequence[str], prog: str | None = None) -> None:
             raise UserError(f"--{name} goes with --sweep")
     from ..training.posthoc_ema import Snapshots, possible_lengths
     from ..utils.files import check_new_folder
+    from ..utils.processes import processes, raise_on_all_ranks, start_process
 
+    start_process()
     snapshots = Snapshots(Path(values.run))
     update = snapshots.last if values.step is None else values.step
     if values.sigma_rel is None:
@@ -63,12 +66,15 @@ def ema(arguments: Sequence[str], prog: str | None = None) -> None:
     if values.sweep:
         _sweep(values, snapshots, lengths, update)
         return
-    check_new_folder(output := Path(values.output))
-    for length in lengths:
-        folder = output if len(lengths) == 1 else output / f"sigma_rel-{length:g}"
-        error = snapshots.check(length, update)[1]
-        _write(snapshots, length, update, folder)
-        print(f"wrote {folder}: sigma_rel {length:g} after update {update}, predicted error {error:.2%}")
+    with raise_on_all_ranks():
+        if not processes().is_main_process:
+            return
+        check_new_folder(output := Path(values.output))
+        for length in lengths:
+            folder = output if len(lengths) == 1 else output / f"sigma_rel-{length:g}"
+            error = snapshots.check(length, update)[1]
+            _write(snapshots, length, update, folder)
+            print(f"wrote {folder}: sigma_rel {length:g} after update {update}, predicted error {error:.2%}")
 
 
 def _write(snapshots: Any, length: float, update: int, folder: Path) -> None:
@@ -90,13 +96,14 @@ def _write(snapshots: Any, length: float, update: int, folder: Path) -> None:
 
 def _sweep(values: Any, snapshots: Any, lengths: list[float], update: int) -> None:
     """Measure every length and the run's own EMA; write a table, JSON and a plot."""
+    from ..evaluation.plots import figure_class
     from ..evaluation.report import EvaluationReport
     from ..evaluation.run import parse_metrics
     from ..utils.files import writable_folder
-    from ..utils.processes import log, processes, raise_on_all_ranks, start_process
+    from ..utils.processes import log, processes, raise_on_all_ranks
 
     parse_metrics(values.metrics)
-    start_process()
+    figure_class()  # for what is written last
     folder = snapshots.run / SWEEP
     with raise_on_all_ranks():
         writable_folder(folder, "RUN")
@@ -118,6 +125,8 @@ def _sweep(values: Any, snapshots: Any, lengths: list[float], update: int) -> No
         finally:
             if processes().is_main_process:
                 shutil.rmtree(folder / "model", ignore_errors=True)
+                with suppress(OSError):
+                    folder.rmdir()  # empty, where nothing could be measured
     if processes().is_main_process:
         _write_sweep(folder, reports, update)
 

@@ -23,9 +23,7 @@ def add_evaluation_flags(parser: Parser) -> None:
     flag = parser.group("model and numbers")
     model.add_model_flags(flag, batch_size=256, required=False)
     text = "nll (bits/dim), rate_distortion, fid, is, kid, prc (precision and recall), dc (density and coverage), "
-    text += (
-        "fd_infinity, mmd (cmmd on CLIP features), sw (sliced Wasserstein), auth (authentic share), nn (neighbours)"
-    )
+    text += "fd_infinity, mmd (cmmd on CLIP features), sw (sliced Wasserstein), auth (authenticity), nn (neighbours)"
     flag("--metrics", str, "nll", f"comma-separated: {text}")
     flag("--seed", int, 0, "of the likelihood's noise; sample i has the seed SEED + i", NOT_NEGATIVE)
     flag("--compare", str, None, "only print reports side by side: A.json B.json", nargs="+")
@@ -91,7 +89,7 @@ def measure(values: Any) -> None:
     options |= {"likelihood_splits": splits and sorted(sets, key=lambda split: split == "train")}
     options |= {"likelihood_steps": values.num_inference_steps if of_few_steps else None}
     options |= {"prepare": model.inference_optimization(values, evaluations // values.batch_size)}
-    options |= given(values, *names, *model.SAMPLER) | model.sampling_arguments(values)
+    options |= given(values, *names) | vars(model.sampling_options(values))
     try:
         report = run.evaluate(pipe, sets, metrics, **options)
     except KeyboardInterrupt:

@@ -53,7 +53,7 @@ def draw_figure(values: Any) -> None:
         raise UserError(f"a figure needs images of 1 or 3 channels, and the model's have {pipe.image_shape[0]}")
     labels = class_sequence(pipe, values.class_labels, len(seeds))
     options = {"batch_size": values.batch_size, "class_labels": labels, "progress": True}
-    options |= model.sampling_arguments(values)
+    options |= model.sampling_options(values).chain
     ends = _given_images(values, 2 * len(seeds), pipe.image_shape)
     for flag in given(values, "output", "animation"):
         there = next(folder for folder in Path(getattr(values, flag)).absolute().parents if folder.exists())

@@ -1,12 +1,14 @@
 """Which model a command loads and how it is sampled: the flags, and what they name."""
 
 import argparse
+import re
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from ..training.configuration import POSITIVE, one_of, paper_value
-from ..utils.errors import UserError, first_line
+from ..utils.errors import UserError
 from .command_line import Parser, given
 
 # Network evaluations that are worth a minute of compiling on a GPU, and on a CPU a rounding that is not stock's.
@@ -81,22 +83,19 @@ def add_sampler_flags(parser: Parser) -> None:
     flag("--dtype", str, "float32", "the network's, not the chain's: float32, bfloat16 or float16 (GPU)", dtypes)
     flag("--tf32", bool, False, "NVIDIA GPUs: faster float32 products with 10 bits of mantissa")
     text = "how the network is computed: no (as stock computes it), yes (as is fast on the device, on NVIDIA GPUs by "
-    text += (
-        "CUDA graphs; images differ by rounding only), compile (by torch.compile as well), auto (yes on GPUs, with "
-    )
-    text += "compile for long runs; on CPUs yes for long runs)"
+    text += "CUDA graphs; images differ by rounding only), compile (by torch.compile as well), auto (yes on GPUs, "
+    text += "with compile for long runs; on CPUs yes for long runs)"
     flag("--optimize", str, "auto", text, one_of("auto", "yes", "no", "compile"))
 
 
-SAMPLER = ("sampler", "variance_type", "timestep_spacing")  # what `generation.with_sampler` takes of the flags
+def sampling_options(values: Any) -> Any:
+    """Return the `SamplingOptions` of the flags."""
+    from ..sampling.generation import SamplingOptions
 
-
-def sampling_arguments(values: Any) -> dict[str, Any]:
-    """Return what `DDPMPipeline` takes of the flags."""
-    found = given(values, "num_inference_steps", "eta", "guidance_scale", "guidance_interval", "epsilon_scale")
+    found = given(values, *(field.name for field in fields(SamplingOptions) if hasattr(values, field.name)))
     if len(found.get("epsilon_scale", [])) == 1:
         (found["epsilon_scale"],) = found["epsilon_scale"]
-    return found
+    return SamplingOptions(**found)
 
 
 def load_guided_pipeline(values: Any) -> Any:
@@ -114,28 +113,25 @@ def load_pipeline(
 ) -> Any:
     """Return the `DDPMPipeline` of a flag on this process's device, or raise UserError: none, or not finite."""
     import torch
-    from diffusers.utils import logging
 
-    from ..models.unet_2d import check_weights
-    from ..pipelines.pipeline_ddpm import DDPMPipeline
+    from ..pipelines.pipeline_ddpm import load_named
     from ..utils.machine import use_tf32
     from ..utils.processes import processes
 
     use_tf32(tf32)
-    logging.disable_progress_bar()  # loading takes no time worth a bar
-    try:
-        pipe = DDPMPipeline.from_pretrained(model, weights=weights, dtype=getattr(torch, dtype))
-        check_weights(pipe.unet)  # before hours of work, not after them
-        return pipe.to(processes().device)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot load {flag} {model}: {first_line(error)}") from error
+    return load_named(flag, model, weights=weights, dtype=getattr(torch, dtype)).to(processes().device)
+
+
+def check_not_distilled(pipe: Any, command: str) -> None:
+    """Raise a UserError for a distilled model, whose sampler and steps are fixed, so that a command has no choice."""
+    if (own := pipe.distilled_steps) is not None:
+        what = f"a model that is distilled into {own} steps leaves ddpm-hf {command} nothing to choose"
+        raise UserError(f"{what}; give the model that it was made from")
 
 
 def load_sampling_pipeline(values: Any) -> Any:
     """Return the model with the sampler that the flags name, or raise UserError: there is no such model or sampler."""
-    from ..sampling.generation import with_sampler
-
-    return with_sampler(load_guided_pipeline(values), **given(values, *SAMPLER))
+    return sampling_options(values).pipeline(load_guided_pipeline(values))
 
 
 def sampling_evaluations(pipe: Any, values: Any, count: int) -> int:
@@ -170,5 +166,6 @@ def read_images(flag: str, names: Sequence[str], image_shape: tuple[int, int, in
         try:
             pixels.append(read_image(Path(name), DecodeOptions(image_shape[0], image_shape[1:])))
         except UserError as error:
-            raise UserError(f"cannot read --{flag} {name}: {error}") from error
+            why = re.sub("; .*--.*", "; save it as 8-bit PNG", str(error))  # its flags are those of data sets
+            raise UserError(f"cannot read --{flag} {name}: {why}") from error
     return torch.from_numpy(np.stack(pixels))

@@ -31,6 +31,7 @@ def optimal_variance(arguments: Sequence[str], prog: str | None = None) -> None:
     from ..data.datasets import load_images
     from ..evaluation.optimal_variance import prediction_error, save_optimal_variance
     from ..evaluation.run import first_images
+    from ..hub.files import facts_of_model, write_model
     from ..utils.files import check_new_folder
     from ..utils.processes import log, processes, raise_on_all_ranks, start_process
 
@@ -41,6 +42,7 @@ def optimal_variance(arguments: Sequence[str], prog: str | None = None) -> None:
     start_process()
     with raise_on_all_ranks():
         pipe = model.load_pipeline(values.model, weights=values.weights)
+        model.check_not_distilled(pipe, "optimal_variance")
         if not values.keep_variance_type and "learned" in (pipe.scheduler.config.get("variance_type") or ""):
             raise UserError("this network predicts its own variance; add --keep_variance_type")
         data = load_images(split="train", **image_arguments(values, pipe.image_shape))
@@ -49,6 +51,6 @@ def optimal_variance(arguments: Sequence[str], prog: str | None = None) -> None:
     with raise_on_all_ranks():
         if processes().is_main_process:
             if values.output is not None:
-                pipe.save_pretrained(target)
+                write_model(target, pipe, facts_of_model(values.model, target.name, values.weights))
             save_optimal_variance(target, pipe, error, use=not values.keep_variance_type)
     log(f"wrote the error on {len(images)} images into {target}/scheduler")

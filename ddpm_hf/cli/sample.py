@@ -62,7 +62,7 @@ def sample(arguments: Sequence[str], prog: str | None = None) -> None:
         labels = class_sequence(pipe, values.class_labels, len(seeds))
         images = _given_images(values, len(seeds), pipe.image_shape)
     prepare = model.inference_optimization(values, model.sampling_evaluations(pipe, values, len(seeds)))
-    options = {"progress": True, "class_labels": labels, **model.sampling_arguments(values), **images}
+    options = {"progress": True, "class_labels": labels, **model.sampling_options(values).chain, **images}
     drawn = write_samples(pipe, seeds, values.output, batch_size=values.batch_size, prepare=prepare, **options)
     already = f", {len(seeds) - drawn} were there already" if drawn < len(seeds) else ""
     log(f"wrote {drawn} images to {values.output}{already}")

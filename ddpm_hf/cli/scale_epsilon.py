@@ -10,6 +10,7 @@ from typing import Any
 from ..training.configuration import NOT_NEGATIVE, POSITIVE, one_of
 from ..utils.errors import UserError
 from ..utils.files import check_new_folder
+from ..utils.text import table
 from . import model
 from .command_line import Parser, add_image_flags, given, image_arguments
 
@@ -28,13 +29,8 @@ def scale_epsilon_parser(prog: str | None = None) -> Parser:
     flag("--num_samples", int, 1000, "samples per distance; about 15 distances are computed", POSITIVE)
     flag("--features", str, "pixels", "what the distance is of: pixels, inception, facebook/dinov2-base, ...")
     flag("--inception_weights", str, None, "Inception weights file; torch-fidelity's own if left out")
-    flag(
-        "--seed",
-        int,
-        0,
-        "of the first sample; the numbers at the end are of the seeds after those searched with",
-        NOT_NEGATIVE,
-    )
+    text = "of the first sample; the numbers at the end are of the seeds after those searched with"
+    flag("--seed", int, 0, text, NOT_NEGATIVE)
     flag = parser.group("images")
     add_image_flags(flag)
     flag("--validation_split", float, 0.0, "the share that was held out in training")
@@ -53,63 +49,69 @@ def scale_epsilon(arguments: Sequence[str], prog: str | None = None) -> int:
         check_new_folder(output)
     from ..evaluation import epsilon_scaling, run
     from ..evaluation.features import make_extractor
-    from ..sampling.generation import check_sampler, with_sampler
+    from ..hub.files import facts_of_model, write_model
+    from ..sampling.generation import check_sampler
     from ..utils.processes import log, processes, raise_on_all_ranks, start_process
+    from ..utils.progress import progress_bar
 
     start_process()
     chain, steps = given(values, "num_inference_steps", "eta"), values.num_inference_steps
     with raise_on_all_ranks():
         pipe = model.load_pipeline(values.model, weights=values.weights)
+        model.check_not_distilled(pipe, "scale_epsilon")
         if output is not None:
             epsilon_scaling.check_can_be_scaled(pipe)
-        sampled = with_sampler(pipe, **given(values, *model.SAMPLER))
+        sampled = model.sampling_options(values).pipeline(pipe)
         check_sampler(sampled, **chain)
         arguments_of_images = image_arguments(values, pipe.image_shape)
         sets = run.load_splits(None, False, validation_split=values.validation_split, **arguments_of_images)
         images = run.first_images(next(iter(sets.values())), values.num_images)
         extractor = make_extractor(values.features, pipe.image_shape, values.inception_weights, pipe.device)
     common = {**chain, "batch_size": values.batch_size}
-    norms = {**common, "seed": values.seed}
+    main = processes().is_main_process
+    norms = {**common, "seed": values.seed, "progress": True}
     distance, distance_of_others = (
-        epsilon_scaling.sample_distance(sampled, images, extractor, range(first, first + values.num_samples), **common)
+        epsilon_scaling.sample_distance(
+            sampled, images, extractor, range(first, first + values.num_samples), **common, progress=main
+        )
         for first in (values.seed, values.seed + values.num_samples)
     )
     objective = distance
     if values.objective == "norms":
         objective = epsilon_scaling.norm_mismatch(sampled, images, **norms)
-    objective = functools.cache(objective)  # the search for a ramp begins with that for a constant
-    scales = {"no scaling": (1.0, 0.0)}
-    for name, ramp in {"constant": False, "ramp": True}.items():
-        if values.ramp or not ramp:
-            scales[name] = epsilon_scaling.find_epsilon_scale(
-                objective, pipe.scheduler.config.num_train_timesteps, ramp
-            )
+    scales, T = {"no scaling": (1.0, 0.0)}, pipe.scheduler.config.num_train_timesteps
+    with progress_bar(epsilon_scaling.EVALUATIONS * (1 + values.ramp), "search", "scale", main) as bar:
+
+        @functools.cache  # the search for a ramp begins with that for a constant
+        def counted(scale: Any) -> float:
+            found = objective(scale)
+            bar.update()
+            return found
+
+        for name, ramp in {"constant": False, "ramp": True}.items():
+            if values.ramp or not ramp:
+                scales[name] = epsilon_scaling.find_epsilon_scale(counted, T, ramp)
     log(_table({name: (scale, distance_of_others(scale)) for name, scale in scales.items()}))
-    biases = [
-        epsilon_scaling.exposure_bias(sampled, images, epsilon_scale=scale, **norms) for scale in scales.values()
-    ]
+    found = scales.values()
+    biases = [epsilon_scaling.exposure_bias(sampled, images, epsilon_scale=scale, **norms) for scale in found]
     log("\n" + _norms(list(scales), biases))
     if output is not None:
         scaled = epsilon_scaling.scaled_model(pipe, scales["constant"][0], values.sampler, steps)
         with raise_on_all_ranks():
             if processes().is_main_process:
-                _write(scaled, output, Path(values.model))
+                write_model(output, scaled, facts_of_model(values.model, output.name, values.weights))
         log(f"wrote {output}: epsilon divided by {scales['constant'][0]:.4f}, for {values.sampler} over {steps} steps")
     return 0
 
 
 def _table(found: dict[str, tuple[tuple[float, float], float]]) -> str:
     """Return scales and their distances as Markdown."""
-    from ..utils.text import table
-
     rows = [[name, f"{b:.4f}", f"{k:.3g}", f"{d:.5g}"] for name, ((b, k), d) in found.items()]
     return table([["lambda(t) = k t + b", "b", "k per timestep", "distance, other seeds"], *rows])
 
 
 def _norms(names: list[str], biases: list[Any]) -> str:
     """Return the ratios of norms at about ten timesteps as Markdown."""
-    from ..utils.text import table
-
     head = ["t", "norm of epsilon, training", *(f"sampling / training, {name}" for name in names)]
     K = len(biases[0].timesteps)
     rows = [
@@ -117,15 +119,3 @@ def _norms(names: list[str], biases: list[Any]) -> str:
         for i in sorted({round(i * (K - 1) / 9) for i in range(10)})
     ]
     return table([head, *rows], texts=())
-
-
-def _write(pipe: Any, output: Path, source: Path) -> None:
-    """Save the scaled model and its card, which repeats what that of the source says of the training."""
-    from dataclasses import replace
-
-    from ..hub.files import CARD, read_card, write_model
-    from ..hub.model_card import CardFacts, generated_facts
-
-    card = source / CARD
-    facts = (generated_facts(read_card(card)) if card.is_file() else None) or CardFacts("")
-    write_model(output, pipe, replace(facts, name=output.name))

@@ -6,10 +6,35 @@ from collections.abc import Sequence
 from ..training.configuration import DistillationConfig, ReproductionConfig, TrainingConfig
 from .command_line import Parser, add_config_flags, parse_configs
 
+# What to write instead of flags of diffusers' train_unconditional.py that do not exist here; docs/coming_from.md.
+_PRESET = "as in --preset; or make a pipeline in Python and give --init_from"
+_OF_DIFFUSERS_EXAMPLE = {
+    "--num_epochs": "give --max_train_steps; an epoch is (number of images) / (images per update) steps",
+    "--save_images_epochs": "give --save_images_steps",
+    "--save_model_epochs": "leave it out; the model is written at the end, and by ddpm-hf publish",
+    "--use_ema": "leave it out; EMA weights are always kept, and are the model",
+    "--ema_inv_gamma": "leave it out; the decay is --ema_max_decay from the start, or as in --preset",
+    "--ema_power": "leave it out, as --ema_inv_gamma",
+    "--adam_beta1": "leave it out; 0.9",
+    "--adam_beta2": "leave it out; 0.999",
+    "--adam_weight_decay": "leave it out; 0",
+    "--adam_epsilon": "leave it out; 1e-8",
+    "--logger": "give --report_to",
+    "--overwrite_output_dir": "name a new --output_dir; a finished model is not overwritten",
+    "--model_config_name_or_path": _PRESET,
+    "--ddpm_num_steps": _PRESET,
+    "--ddpm_beta_schedule": _PRESET,
+    "--enable_xformers_memory_efficient_attention": "leave it out; PyTorch's own attention is used",
+    "--preserve_input_precision": "leave it out; 16-bit images are scaled to 8 bits, not clipped",
+    "--local_rank": "leave it out; launchers set LOCAL_RANK",
+}
+
 
 def training_parser(prog: str | None = None) -> Parser:
     """Return the parser of `ddpm-hf train` and `examples/train.py`."""
-    return _parser(prog, "Train a DDPM (Ho et al. 2020).", TrainingConfig)
+    parser = _parser(prog, "Train a DDPM (Ho et al. 2020).", TrainingConfig)
+    parser.elsewhere = _OF_DIFFUSERS_EXAMPLE
+    return parser
 
 
 def reproduction_parser(prog: str | None = None) -> Parser:
@@ -69,6 +94,8 @@ def reproduce(arguments: Sequence[str], prog: str | None = None) -> int:
     except KeyboardInterrupt:
         print("what is finished is kept: the same command resumes from there", file=sys.stderr)
         raise
+    if config.dry_run:
+        return 0
     if found is None:
         log("not finished: the same command resumes from there")
         return 130

@@ -167,9 +167,8 @@ def _head_channels(from_format: str, tensors: Tensors, options: dict[str, Any], 
         flags = f"--num_heads (4 in its training script){' or --num_head_channels' if guided else ''}"
         raise UserError(f"give {flags}: a file of {from_format} does not say how its attention is cut into heads")
     if odd := sorted(width for width in widths if width % parts):
-        raise UserError(
-            f"{parts} heads or channels per head do not divide the {odd[0]} channels of an attention block"
-        )
+        what = f"do not divide the {odd[0]} channels of an attention block"
+        raise UserError(f"{parts} heads or channels per head {what}")
     if upsample not in (None, heads):
         raise UserError(f"--num_heads_upsample {upsample} is not --num_heads; UNet2DModel has one head size for all")
     if heads is not None and upsample is None and options.get("preset") not in RELEASED:
@@ -243,10 +242,9 @@ def _rescaled(betas: Mapping[str, Any], T: int) -> dict[str, Any]:
     OpenAI's sampler does the same with `--timestep_respacing ddim1000`.
     """
     if T % 1000:
+        what = f"only a multiple of 1000 timesteps can be converted, not {T}"
         advice = "if it was trained without, give --rescale_timesteps false"
-        raise UserError(
-            f"with rescale_timesteps only a multiple of 1000 timesteps can be converted, not {T}; {advice}"
-        )
+        raise UserError(f"with --rescale_timesteps {what}; {advice}")
     alpha_bar = np.cumprod(1 - make_betas(num_train_timesteps=T, **betas))[:: T // 1000]
     chain = 1 - alpha_bar / np.append(1.0, alpha_bar[:-1])
     return {"beta_schedule": "linear", "num_train_timesteps": 1000, "trained_betas": chain.tolist()}
@@ -264,9 +262,8 @@ def _load_weights(unet: UNet2DModel, tensors: Tensors, names: Mapping[str, str],
             shapes = f"{tuple(value.shape)}, and the network asks for {tuple(target)}"
             raise UserError(f"{where} has shape {shapes} ({key})")
         if not (value.is_floating_point() and value.isfinite().all()):
-            raise UserError(
-                f"{where} ({value.dtype}) holds NaN, infinity or no floating-point numbers; take an intact copy"
-            )
+            what = "holds NaN, infinity or no floating-point numbers"
+            raise UserError(f"{where} ({value.dtype}) {what}; take an intact copy")
         state[key] = value.to(wanted[key].dtype)
     if lost := [names.get(key, key) for key in tensors if key not in wanted]:
         raise UserError(f"{str(file)!r}: no place for {shortened(lost)} in the network that the others describe")

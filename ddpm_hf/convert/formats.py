@@ -117,6 +117,5 @@ def find_model(preset: str, from_format: str) -> KnownModel:
     options = {option: recipe.scheduler[name] for option, name in names.items() if name in recipe.scheduler}
     with torch.device("meta"):
         parameters = parameter_count(UNet2DModel(**recipe.unet))
-    return KnownModel(
-        {"sample_size": recipe.unet["sample_size"], **options}, parameters, recipe.unet.get("dropout", 0.0)
-    )
+    options["sample_size"] = recipe.unet["sample_size"]
+    return KnownModel(options, parameters, recipe.unet.get("dropout", 0.0))

@@ -94,11 +94,9 @@ def read_official_tf(path: Path, ema: bool) -> Checkpoint:
         raise UserError(f"{str(prefix)!r} is no TensorFlow checkpoint, or damaged ({error})") from None
     weights = _which_weights(path, ema, is_ema.values(), "by the names of the variables")
     # Convolutions are [H, W, in, out] and become [out, in, H, W], matrices [in, out] and become [out, in].
-    axes = {4: (3, 2, 0, 1), 2: (1, 0)}
-    variables = {
-        name: torch.from_numpy(a.transpose(axes.get(a.ndim, tuple(range(a.ndim))))) for name, a in arrays.items()
-    }
-    return Checkpoint({official_name(name): value.contiguous() for name, value in variables.items()}, weights)
+    axes = {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,), 0: ()}
+    variables = {official_name(name): torch.from_numpy(a.transpose(axes[a.ndim])) for name, a in arrays.items()}
+    return Checkpoint({name: value.contiguous() for name, value in variables.items()}, weights)
 
 
 def read_pesser(path: Path, ema: bool) -> Checkpoint:

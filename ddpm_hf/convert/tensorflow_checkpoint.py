@@ -77,9 +77,8 @@ def read_variables(path: Path, index: tuple[int, Mapping[str, Variable]], names:
     for name in names:
         at = variables[name]
         if at.dtype not in _DTYPES or at.sliced:
-            raise Damaged(
-                f"{name} is {'stored in slices' if at.sliced else f'of type {at.dtype}, which is no number'}"
-            )
+            what = "stored in slices" if at.sliced else f"of type {at.dtype}, which is no number"
+            raise Damaged(f"{name} is {what}")
         content = data[at.shard][at.offset : at.offset + at.size]
         dtype = np.dtype(_DTYPES[at.dtype])
         if len(content) != at.size or at.size != dtype.itemsize * int(np.prod(at.shape)):
@@ -198,9 +197,7 @@ def crc32c(data: np.ndarray) -> int:
     sums = np.zeros(lanes, np.uint32)
     for column in np.ascontiguousarray(whole.reshape(lanes, lane).T):
         sums = _next(sums, column)
-    over = _next(
-        1 << np.arange(32, dtype=np.uint32), np.zeros(1, np.uint8)
-    )  # [32]: each bit of a sum, after a byte of 0
+    over = _next(1 << np.arange(32, dtype=np.uint32), np.zeros(1, np.uint8))  # [32]: each bit, after a byte of 0
     for _ in range(lane.bit_length() - 1):
         over = _through(over, over)  # twice as many zeros
     while len(sums) > 1:

@@ -118,15 +118,17 @@ class Classes:
         guidance that the network does not have, or another number of labels.
         """
         if not math.isfinite(guidance_scale):
-            raise UserError(f"guidance_scale must be a finite number, got {guidance_scale}")
+            raise UserError(f"--guidance_scale must be a finite number, got {guidance_scale}")
         if self.count is None:
             if labels is not None or guidance_scale != 1:
-                raise UserError("class_labels and guidance_scale are for class-conditional networks; this one is not")
+                raise UserError(
+                    "--class_labels and --guidance_scale are for class-conditional networks; this one is not"
+                )
             return None
         if guidance_scale != 1 and self.null is None:
-            raise UserError(f"guidance_scale={guidance_scale} needs a network that was trained with class dropout")
+            raise UserError(f"--guidance_scale {guidance_scale:g} needs a network that was trained with class dropout")
         if labels is None and self.null is None:
-            raise UserError(f"this network is class-conditional: give class_labels; its classes are {self.known()}")
+            raise UserError(f"this network is class-conditional: give --class_labels; its classes are {self.known()}")
         indices = torch.tensor([self.index(label) for label in as_list(labels)], dtype=torch.long)
         return one_per_image(indices, batch_size, "class_labels")
 

@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..utils.errors import UserError
+from ..utils.progress import progress_bar
 from ..utils.randomness import derived_generator
 from ..utils.text import nearest
 from .decoding import DecodeOptions, decode_all, leave_out_bad
@@ -60,7 +60,7 @@ def load_images(
     if len(given) != 1:
         raise UserError(f"give exactly one of --dataset, --dataset_name and --train_data_dir, got {len(given)}")
     if not 0 <= validation_split < 1:
-        raise UserError(f"validation_split must be at least 0 and less than 1, got {validation_split}")
+        raise UserError(f"--validation_split must be at least 0 and less than 1, got {validation_split}")
     of_tables = {field.name for field in dataclasses.fields(TableOptions)} & set(options)
     table = TableOptions(**{name: options.pop(name) for name in of_tables})
     decode = DecodeOptions(**options)
@@ -121,7 +121,7 @@ def _load(source: Source, rows: Tensor, options: DecodeOptions) -> ImageDataset 
     good: list[int] = []
     bad: dict[str, ValueError] = {}
     # The bar appears only where there is something to wait for.
-    with tqdm(total=len(rows), desc=f"reading {source.name}", unit="image", delay=2, leave=False) as bar:
+    with progress_bar(len(rows), f"reading {source.name}", delay=2, leave=False) as bar:
         for chunk in rows.split(_CHUNK):
             for row, pixels in zip(chunk.tolist(), decode_all(source.fetch(chunk.tolist()), options), strict=True):
                 if isinstance(pixels, ValueError):

@@ -62,7 +62,7 @@ class DecodeOptions:
             raise UserError(f"background must be a colour such as white or #808080, got {self.background!r}") from None
         low, high = self.value_range or (0, 1)
         if not -math.inf < low < high < math.inf:
-            raise UserError(f"value_range must be two numbers, the lower one first, such as 0 1, got {low} {high}")
+            raise UserError(f"--value_range must be two numbers, the lower one first, such as 0 1, got {low} {high}")
 
 
 # A file, its bytes, its URL, or what `datasets` has for an image that it has not decoded: {"bytes", "path"} or None.

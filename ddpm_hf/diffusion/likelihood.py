@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..utils.errors import NotFiniteError, UserError
+from ..utils.progress import progress_bar
 from ..utils.randomness import derived_generator
 from .distributions import bound_term, mean_flat, nats_to_bits, normal_kl
 from .scheduling_ddpm import DDPMScheduler, infinite_to_nan
@@ -157,7 +157,7 @@ class _Bound:
     def batches(self, batch_size: int) -> Iterator[tuple[Tensor, list[torch.Generator]]]:
         """Yield the numbers of the images in each batch, and what their random numbers are drawn from."""
         if batch_size < 1:
-            raise UserError(f"batch_size must be at least 1, got {batch_size}")
+            raise UserError(f"--batch_size must be at least 1, got {batch_size}")
         for rows in torch.arange(len(self._x_0)).split(batch_size):
             yield rows, [derived_generator(self._seed, "bits_per_dim", self._ids[i]) for i in rows]
 
@@ -179,9 +179,8 @@ class _Bound:
         if not (finite := term.isfinite()).all():
             where = f"the bound's term at t={int(t.expand_as(term)[~finite][0])} is not finite"
             hint = ", float16 ends at 65504: use bfloat16 or float32" if dtype == torch.float16 else ""
-            raise NotFiniteError(
-                f"{where}: the network's output there, or one of its weights, is NaN or infinite{hint}"
-            )
+            why = f"the network's output there, or one of its weights, is NaN or infinite{hint}"
+            raise NotFiniteError(f"{where}: {why}")
         return term, mean_flat((pred_x_0 - x_0).square())
 
 
@@ -217,13 +216,13 @@ def bits_per_dim(
     bound, n = _Bound(unet, scheduler, x_0, seed, options), len(x_0)
     scheduler, T = bound.scheduler, bound.scheduler.config.num_train_timesteps
     terms, mse = torch.empty(n, T), torch.empty(n, T)
-    with tqdm(total=n * T, desc="bits/dim", unit="eval", disable=not progress) as bar:
+    with progress_bar(n, "bits/dim", show=progress) as bar:
         for rows, streams in bound.batches(batch_size):
             for t in range(T):
                 noise = torch.stack([torch.randn(x_0.shape[1:], generator=g, dtype=x_0.dtype) for g in streams])
                 term, error = bound.evaluate(rows, torch.tensor(t), noise)
                 terms[rows, t], mse[rows, t] = term.float().cpu(), error.float().cpu()
-                bar.update(len(rows))
+                bar.update(len(rows) / T)
     prior = prior_bpd(scheduler, x_0).float().cpu()
     return LikelihoodResult(prior + terms.sum(1), prior, terms, mse)
 
@@ -266,11 +265,11 @@ def stratified_bits_per_dim(
     bound, n, K = _Bound(unet, scheduler, x_0, seed, options), len(x_0), num_evaluations
     scheduler, T = bound.scheduler, bound.scheduler.config.num_train_timesteps
     if not isinstance(K, int) or K not in range(2, 2 * T + 1, 2):
-        raise UserError(f"num_evaluations must be even and between 2 and {2 * T}, got {K}")
+        raise UserError(f"--num_evaluations must be even and between 2 and {2 * T}, got {K}")
     edges = torch.from_numpy(timestep_strata(T, K // 2))
     low, width = edges[:-1], edges.diff()
     draws = torch.empty(n, 2, dtype=torch.float64)
-    with tqdm(total=n * K, desc="bits/dim, stratified", unit="eval", disable=not progress) as bar:
+    with progress_bar(n, "bits/dim, stratified", show=progress) as bar:
         for images, streams in bound.batches(min(batch_size, max(1, batch_size // K))):
             # [images, draws, strata], flattened: which t, which noise, and which image each evaluation is for.
             # In an interval of w timesteps t is uniform, so w times its term is an unbiased draw of their sum.
@@ -281,7 +280,7 @@ def stratified_bits_per_dim(
             terms = []
             for part in zip(rows.split(batch_size), t.split(batch_size), noise.split(batch_size), strict=True):
                 terms.append(bound.evaluate(*part)[0].double().cpu())
-                bar.update(len(part[0]))
+                bar.update(len(part[0]) / K)
             draws[images] = (torch.cat(terms).view(len(images), 2, -1) * width).sum(2)
     prior = prior_bpd(scheduler, x_0).double().cpu()
     return LikelihoodEstimate(prior + draws.mean(1), prior, (draws[:, 0] - draws[:, 1]).square() / 4)

@@ -411,7 +411,7 @@ class DDPMScheduler(ProcessTables, PrivateByDefault, StockDDPMScheduler):
         """Raise a `ValueError` where the variance is `optimal` and the network's error was not measured."""
         if self.variance_type == OPTIMAL_VARIANCE and self.config.get("_prediction_error") is None:
             advice = "run ddpm-hf optimal_variance, or call scheduler.set_prediction_error"
-            raise UserError(f"variance_type='optimal' needs the network's measured error: {advice}")
+            raise UserError(f"--variance_type optimal needs the network's measured error: {advice}")
 
     def register_to_config(self, **kwargs: Any) -> None:
         """Change settings; bad values, and others of what the tables were made from, raise a `ValueError`."""

@@ -183,8 +183,8 @@ def whole_number(name: str, value: Any, or_float: bool = False) -> int:
 
 def number_of_steps(value: Any, T: int) -> int:
     """Return a number of sampler steps, or raise a `ValueError` where it is not a whole number from 1 to T."""
-    if not 1 <= (steps := whole_number("num_inference_steps", value, or_float=True)) <= T:
-        raise UserError(f"num_inference_steps must be between 1 and the {T} steps of the chain, got {steps}")
+    if not 1 <= (steps := whole_number("--num_inference_steps", value, or_float=True)) <= T:
+        raise UserError(f"--num_inference_steps must be between 1 and the {T} steps of the chain, got {steps}")
     return steps
 
 

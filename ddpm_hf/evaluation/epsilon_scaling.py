@@ -27,6 +27,7 @@ from .features import FeatureExtractor
 from .metrics import frechet_distance, frechet_statistics
 
 _RANGE = 0.95, 1.10  # where b is looked for; Ning et al. find 1.0004 to 1.03
+EVALUATIONS = 11  # of an objective, for one number
 _GOLDEN = (5**0.5 - 1) / 2
 
 
@@ -90,10 +91,8 @@ def exposure_bias(
         noise = SeededNoise(seeds, pipe.device)
         training = []
         for t in timesteps:
-            x_t = pipe.scheduler.add_noise(
-                x_0, noise.normal(x_0.shape), torch.full((len(ids),), t, device=pipe.device)
-            )
-            training.append(norm(x_t, t, classes))
+            at = torch.full((len(ids),), t, device=pipe.device)
+            training.append(norm(pipe.scheduler.add_noise(x_0, noise.normal(x_0.shape), at), t, classes))
         return {"sampling": sampling, "training": torch.stack(training, dim=1)}
 
     with evaluating(pipe.unet):
@@ -131,8 +130,8 @@ def sample_distance(
 def find_epsilon_scale(objective: Callable[[Any], float], T: int, ramp: bool = False) -> tuple[float, float]:
     """Return b and k of lambda(t) = k t + b where an objective is smallest; k is 0 without `ramp`.
 
-    A golden-section search, to 0.001, in 11 evaluations; for a ramp another one for its slope around the middle of the
-    chain. Raises a UserError where b would be outside 0.95 to 1.10.
+    A golden-section search, to 0.001, in `EVALUATIONS` evaluations; for a ramp another one for its slope around the
+    middle of the chain. Raises a UserError where b would be outside 0.95 to 1.10.
     """
     low, high = _RANGE
     b = _smallest(lambda b: objective((b, 0.0)), low, high)
@@ -144,7 +143,7 @@ def find_epsilon_scale(objective: Callable[[Any], float], T: int, ramp: bool = F
     return b - rise / 2, rise / T
 
 
-def _smallest(f: Callable[[float], float], low: float, high: float, narrowed: int = 9) -> float:
+def _smallest(f: Callable[[float], float], low: float, high: float, narrowed: int = EVALUATIONS - 2) -> float:
     """Return where f, with one minimum between low and high, is smallest (golden-section search)."""
     a, b = high - _GOLDEN * (high - low), low + _GOLDEN * (high - low)
     f_a, f_b = f(a), f(b)

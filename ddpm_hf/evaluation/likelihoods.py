@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..data.tensors import ImageDataset, to_model_range
-from ..diffusion.likelihood import LikelihoodResult, bits_per_dim, stratified_bits_per_dim
+from ..diffusion.likelihood import LikelihoodEstimate, LikelihoodResult, bits_per_dim, stratified_bits_per_dim
 from ..diffusion.scheduling_ddpm import DDPMScheduler
 from ..pipelines.pipeline_ddpm import DDPMPipeline, evaluating
 from ..pipelines.schedulers import set_timesteps
@@ -48,11 +49,12 @@ def evaluate_likelihood(
     report = EvaluationReport(recorded_name(data.name), split, len(data))
     timesteps = None
     if steps is not None:
-        _check_has_likelihood(pipe)
+        check_has_likelihood(pipe)
         set_timesteps(pipe.scheduler, steps)
         timesteps = pipe.scheduler.timesteps.tolist()
     rows = likelihood_rows(pipe, data, options, timesteps)
-    how = "full sum" if K is None else f"stratified, {K} evaluations per image"
+    all_terms = steps or pipe.scheduler.config.num_train_timesteps
+    how = f"{'full sum' if K is None else 'stratified'}, {K or all_terms} evaluations per image"
     settings: dict[str, Any] = {
         "estimator": how if steps is None else f"{how}, of the chain of {steps} steps",
         **({} if steps is None else {"timesteps": timesteps}),
@@ -72,9 +74,26 @@ def evaluate_likelihood(
     return report
 
 
-def _check_has_likelihood(pipe: DDPMPipeline) -> None:
+def check_has_likelihood(pipe: DDPMPipeline) -> None:
+    """Raise a UserError for a model without a variational bound: a distilled one, or another scheduler's."""
+    if (own := pipe.distilled_steps) is not None:
+        what = f"a distilled model has no likelihood: it knows its own {own} timesteps only"
+        raise UserError(f"{what}; measure the model that it was made from")
     if not isinstance(pipe.scheduler, DDPMScheduler):
         raise UserError(f"the model was saved with a {type(pipe.scheduler).__name__}, which has no likelihood")
+
+
+def estimate_bits_per_dim(pipe: DDPMPipeline, pixels: Tensor, label: Any = None) -> tuple[LikelihoodEstimate, int]:
+    """Estimate the bound of one image, `[C, H, W]` uint8, and return from how many network evaluations.
+
+    There are 50, as in the docs' tables, but no more than two for each timestep. Raises a UserError for a model
+    without a likelihood, or a class that it does not know.
+    """
+    check_has_likelihood(pipe)
+    number, labels = min(50, 2 * pipe.scheduler.config.num_train_timesteps), pipe.classes.checked(label, 1.0, 1)
+    options: dict[str, Any] = {} if labels is None else {"class_labels": labels.to(pipe.device)}
+    x_0 = to_model_range(pixels[None]).to(pipe.device)
+    return stratified_bits_per_dim(pipe.unet, pipe.scheduler, x_0, num_evaluations=number, **options), number
 
 
 def likelihood_rows(
@@ -86,7 +105,7 @@ def likelihood_rows(
     `sampling_variance` `[N]` float64; for a full sum also `terms` and `mse` `[N, T]` (or `[N, K]`). Raises a UserError
     for a model without a likelihood, no images or images of another shape, or unknown labels.
     """
-    _check_has_likelihood(pipe)
+    check_has_likelihood(pipe)
     if not len(data):
         raise UserError(f"there are no images to evaluate on in {data.name!r}")
     pipe.check_images_fit(data)

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
+from ..sampling.generation import SamplingOptions
 from ..utils.files import default_cache_dir
 
 
 @dataclass(frozen=True)
-class EvaluationOptions:
-    """How a model is evaluated; `batch_size` changes no number. See `generation.with_sampler` and `DDPMPipeline`."""
+class EvaluationOptions(SamplingOptions):
+    """How a model is sampled and evaluated; `batch_size` changes no number."""
 
     # the likelihood
     likelihood_splits: Sequence[str] | None = None  # the first has the plain names; by default those held out
@@ -21,14 +21,6 @@ class EvaluationOptions:
     likelihood_steps: int | None = None  # nll is the bound of the chain of so many steps; of all T for `None`
     # samples
     num_samples: int = 50_000
-    sampler: str | None = None
-    variance_type: str | None = None
-    timestep_spacing: str | None = None
-    num_inference_steps: int | None = None
-    eta: float | None = None
-    guidance_scale: float = 1.0
-    guidance_interval: Sequence[float] | None = None
-    epsilon_scale: float | Sequence[float] | None = None
     features: Sequence[str] | str = "inception"  # what images are compared by, see `features.make_extractor`; "a,b"
     inception_weights: str | Path | None = None
     # both
@@ -39,9 +31,3 @@ class EvaluationOptions:
     output: Path | None = None  # a folder for `report.json`, `report.md`, pictures and `work/`
     model_name: str | None = None
     progress: bool = False
-
-    @property
-    def chain(self) -> dict[str, Any]:
-        """What a call of `DDPMPipeline` takes of them."""
-        names = ("num_inference_steps", "eta", "guidance_scale", "guidance_interval", "epsilon_scale")
-        return {name: getattr(self, name) for name in names}

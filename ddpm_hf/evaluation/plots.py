@@ -20,12 +20,17 @@ def save_figure(figure: Any, path: Path) -> None:
     write_whole(path, lambda partial: figure.savefig(partial, format="png"))
 
 
-def _figure(width: float, height: float) -> Any:
+def figure_class() -> Any:
+    """Return matplotlib's `Figure`, which needs no screen, or raise UserError: it is not installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise UserError("pictures of an evaluation need matplotlib: pip install 'ddpm-hf[eval]'") from None
-    return Figure(figsize=(width, height), layout="constrained", dpi=120)  # needs no screen
+    return Figure
+
+
+def _figure(width: float, height: float) -> Any:
+    return figure_class()(figsize=(width, height), layout="constrained", dpi=120)
 
 
 def rate_distortion_figure(rate: Tensor, rmse: Tensor, title: str) -> Any:

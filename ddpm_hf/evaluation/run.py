@@ -23,9 +23,10 @@ from ..utils.processes import from_first, processes, raise_on_all_ranks
 from ..utils.text import nearest, recorded_name
 from ..utils.visualize import image_grid, save_picture
 from .features import FeatureExtractor, make_extractor
-from .likelihoods import evaluate_likelihood
+from .likelihoods import check_has_likelihood, evaluate_likelihood
 from .neighbours import add_neighbours, find_neighbours, save_neighbours
 from .options import EvaluationOptions
+from .plots import figure_class
 from .report import EvaluationReport, as_markdown
 from .samples import SAMPLE_METRICS, add_sample_metrics, draw_samples, real_images
 
@@ -78,7 +79,7 @@ def first_images(data: Images, count: int | None) -> ImageDataset:
     """Load the first `count` images (all for `None`, but not of a stream) into memory."""
     if isinstance(data, StreamedImages):
         if count is None:
-            raise UserError(f"{data.name!r} is a stream: say how many images to take")
+            raise UserError(f"{data.name!r} is a stream: say how many images to take with --num_images")
         return data.take(count)
     rows = torch.arange(len(data))[:count]
     return ImageDataset(*data.batch(rows), data.name, data.class_names)
@@ -112,8 +113,12 @@ def evaluate(
     if len(for_samples) < len(metrics):
         splits = options.likelihood_splits or [split for split in sets if split != "train"] or list(sets)
     with raise_on_all_ranks():  # what is missing on one machine is missing for all
+        if splits and pipe.distilled_steps:
+            check_has_likelihood(pipe)
         sampling_pipe, extractors = check_evaluation(pipe, sets, for_samples, options, bool(for_samples))
         options = dataclasses.replace(options, work_dir=_work_dir(options))
+        if "rate_distortion" in metrics and options.output is not None:
+            figure_class()  # the last thing that an evaluation needs
     if prepare is not None:
         prepare(pipe)
         sampling_pipe.network = pipe.network
@@ -150,12 +155,11 @@ def _likelihoods(
     """Compute the bound of the chain of few steps, of all T, or of both, as the metrics and options say."""
     steps, rate_distortion = options.likelihood_steps, "rate_distortion" in metrics
     few = steps is not None and steps != pipe.scheduler.config.num_train_timesteps
-    # the bound is the ancestral process's; a distilled model has none, and is refused
-    if few and not pipe.distilled_steps and "nll" in metrics:
+    if few and "nll" in metrics:  # the bound is the ancestral process's
         bound_pipe = with_sampler(pipe, "ddpm", options.variance_type, options.timestep_spacing)
         yield evaluate_likelihood(bound_pipe, data, split, options, steps=steps)
-    if rate_distortion or not few or pipe.distilled_steps:
-        bound_pipe = pipe if pipe.distilled_steps else with_sampler(pipe, "ddpm", options.variance_type)
+    if rate_distortion or not few:
+        bound_pipe = with_sampler(pipe, "ddpm", options.variance_type)
         yield evaluate_likelihood(bound_pipe, data, split, options, rate_distortion)
 
 
@@ -193,7 +197,7 @@ def check_evaluation(
     """
     if not sets:
         raise UserError("no images to evaluate on")
-    sampling_pipe = with_sampler(pipe, options.sampler, options.variance_type, options.timestep_spacing)
+    sampling_pipe = options.pipeline(pipe)
     if samples:
         check_sampler(sampling_pipe, **options.chain)
     extractors = checked_extractors(pipe, sets, metrics, options) if metrics else []

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from ..data.class_labels import ClassIndex
 from ..pipelines.pipeline_ddpm import DDPMPipeline, without_bar
-from ..pipelines.schedulers import checked_eta
 from ..sampling.shards import Rows, all_rows
 from ..utils.digests import digest, images_digest, weights_digest
 from ..utils.processes import from_first, processes, raise_on_all_ranks
+from ..utils.progress import progress_bar
 from ..utils.randomness import derived_generator
 from . import further_metrics, metrics
 from .features import FeatureExtractor
@@ -96,16 +96,9 @@ def draw_samples(
     A class-conditional network is sampled with the class frequencies of the `train` images. Raises a UserError for a
     count or number of steps out of range, or classes that the network does not know.
     """
-    count, seed, steps = options.num_samples, options.seed, pipe.checked_steps(options.num_inference_steps)
-    sampling: dict[str, Any] = {
-        "sampler": type(pipe.scheduler).__name__,
-        **options.chain,
-        "num_inference_steps": steps,
-        "eta": checked_eta(pipe.scheduler, options.eta),
-        "guide": None if pipe.guide is None else weights_digest(pipe.guide.unet),
-        "seed": seed,
-        **describe_pipeline(pipe),
-    }
+    count, seed = options.num_samples, options.seed
+    sampling: dict[str, Any] = {"sampler": type(pipe.scheduler).__name__, **options.recorded(pipe), "seed": seed}
+    sampling |= describe_pipeline(pipe)
     labels, rule = _labels_of_samples(pipe.classes, options, train)
     seen_labels = None
     if rule is not None:
@@ -116,9 +109,15 @@ def draw_samples(
 
     def rows_of(start: int, rows: list[int]) -> Rows:
         ids = [start + row for row in rows]
-        with without_bar(pipe):
-            classes = None if labels is None else [labels[i] for i in ids]
-            drawn: Any = pipe(seeds=[seed + i for i in ids], class_labels=classes, output_type="pt", **options.chain)
+        shown = options.progress and processes().is_main_process
+        with without_bar(pipe), progress_bar(len(ids), "this batch", show=shown, delay=2) as bar:
+
+            def advance(*_: Any) -> None:
+                bar.update(len(ids) / len(pipe.scheduler.timesteps))  # of some samplers more than `steps`
+
+            own: dict[str, Any] = {"class_labels": None if labels is None else [labels[i] for i in ids]}
+            own |= {"callback_on_step_end": advance, **options.chain}
+            drawn: Any = pipe(seeds=[seed + i for i in ids], output_type="pt", **own)
         pixels = drawn.images.float() * 255
         both = {"uint8": pixels.round().to(torch.uint8), "float": pixels}
         found: Rows = {} if start else {"images": both["uint8"]}
@@ -130,12 +129,14 @@ def draw_samples(
 
     def part(name: str, start: int, stop: int) -> Rows:
         folder = None if options.work_dir is None else options.work_dir / "samples" / key[:16] / name
-        rows, desc = max(0, stop - start), f"sampling, {steps} steps"
+        rows, desc = max(0, stop - start), f"sampling, {sampling['num_inference_steps']} steps"
         return all_rows(rows, partial(rows_of, start), options.batch_size, folder, desc, options.progress)
 
     first, rest = part("first", 0, min(count, KEPT_SAMPLES)), part("rest", KEPT_SAMPLES, count)
     images = first.pop("images")
-    samples = Samples(count, images, {}, {}, {**sampling, "num_samples": count, "seeds": f"{seed}-{seed + count - 1}"})
+    numbers = {"num_samples": count, "seeds": f"{seed}-{seed + count - 1}"}
+    numbers["network_evaluations"] = pipe.network_evaluations(**options.chain)
+    samples = Samples(count, images, {}, {}, sampling | numbers)
     for row_name in sorted(first):
         extractor_name, kind, what = row_name.rsplit("/", 2)
         values = torch.cat([first[row_name], rest[row_name]]) if rest else first[row_name]
@@ -255,9 +256,10 @@ def add_sample_metrics(
         features = Features(values.to(device), None if logits is None else logits.to(device))
         chosen = [metric for name, metric in SAMPLE_METRICS.items() if name in wanted and kind in metric.kinds]
         for metric, real in ((m, real) for m in chosen for real in (references if m.of_real else references[:1])):
-            words, how = f"{count} samples ({kind})", {"features": name, "sample_values": kind, "num_samples": count}
+            words = f"{count} samples ({kind}) of {samples.settings['network_evaluations']} network evaluations each"
+            how = {"features": name, "sample_values": kind, "num_samples": count}
             if metric.of_real:
-                words += f" against {len(real.images)} images of {real.split}, {name} features"
+                words += f", against {len(real.images)} images of {real.split}, {name} features"
                 how |= {"split": real.split, "num_real": len(real.images), "statistics": real.fingerprints[name]}
             for what, estimate, settings, more in metric.compute(features, reals[real.split, name]):
                 estimator = ", ".join(filter(None, (words, settings.get("estimator"))))

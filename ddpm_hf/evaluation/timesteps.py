@@ -20,6 +20,7 @@ from ..pipelines.pipeline_ddpm import DDPMPipeline, evaluating
 from ..pipelines.schedulers import BEST, set_timesteps
 from ..sampling.generation import with_sampler
 from ..utils.errors import UserError
+from ..utils.progress import progress_bar
 from .features import FeatureExtractor
 from .metrics import frechet_distance, frechet_statistics
 from .options import EvaluationOptions
@@ -58,7 +59,7 @@ def shortest_chain(cost: np.ndarray, prior: np.ndarray, decoder: np.ndarray, K: 
 
 @torch.no_grad()
 def best_for_bound(
-    pipe: DDPMPipeline, data: ImageDataset, error: Tensor, K: int, **options: Any
+    pipe: DDPMPipeline, data: ImageDataset, error: Tensor, K: int, progress: bool = False, **options: Any
 ) -> tuple[list[int], float]:
     """Return the K timesteps of the lowest bound on these images, with the optimal variance, and that bound.
 
@@ -73,10 +74,11 @@ def best_for_bound(
     if (labels := pipe.classes.of_dataset(data)) is not None:
         options["class_labels"] = labels.to(pipe.device)
     prior, decoder = np.empty(T), np.empty(T)
-    with evaluating(pipe.unet):
+    with evaluating(pipe.unet), progress_bar(len(x_0), "ends of chains", show=progress) as bar:
         for t in range(T):  # the chain of the one step from t to the data has both
             one = bits_per_dim(pipe.network, scheduler, x_0, timesteps=[t], **options)
             prior[t], decoder[t] = one.prior_bpd.double().mean(), one.terms_bpd.double().mean()
+            bar.update(len(x_0) / T)
     return shortest_chain(step_costs(scheduler.alpha_bar, error.double().numpy()), prior, decoder, K)
 
 
@@ -112,12 +114,8 @@ def best_for_samples(
     Returns:
         The timesteps, and on seeds that the search did not see their distance and that of the sampler's own timesteps.
     """
-    K, T, target = (
-        options.num_inference_steps or 0,
-        pipe.scheduler.config.num_train_timesteps,
-        frechet_statistics(real),
-    )
-    scheduler = pipe.scheduler
+    K, scheduler, target = options.num_inference_steps or 0, pipe.scheduler, frechet_statistics(real)
+    T = scheduler.config.num_train_timesteps
 
     def distance(timesteps: Sequence[int], seed: int) -> float:
         scheduler.register_to_config(_timesteps={str(K): list(timesteps)}, _timestep_spacing=BEST)
@@ -130,13 +128,19 @@ def best_for_samples(
     tries = [own, *(power_spaced(T, K, power, last) for power in (1.0, 1.5, 2.0, 3.0) for last in lasts)]
     draw = np.random.default_rng(options.seed)
     best, lowest = own, np.inf
-    for trial in range(num_trials):
-        candidate = tries[trial] if trial < len(tries) else _moved(best, T, draw)
-        if (found := distance(candidate, options.seed)) < lowest:
-            best, lowest = candidate, found
-            report(f"{trial + 1} of {num_trials}: distance {found:.4g}, timesteps {' '.join(map(str, candidate))}")
-    unseen = options.seed + options.num_samples
-    return best, distance(best, unseen), distance(own, unseen)
+    with progress_bar(num_trials + 2, "search", "trial", show=options.progress) as bar:
+        for trial in range(num_trials):
+            candidate = tries[trial] if trial < len(tries) else _moved(best, T, draw)
+            if (found := distance(candidate, options.seed)) < lowest:
+                best, lowest = candidate, found
+                report(f"{trial + 1} of {num_trials}: distance {found:.4g}, timesteps {' '.join(map(str, candidate))}")
+            bar.update()
+        unseen = options.seed + options.num_samples
+        of_best = distance(best, unseen)
+        bar.update()
+        of_own = distance(own, unseen)
+        bar.update()
+    return best, of_best, of_own
 
 
 def _moved(timesteps: Sequence[int], T: int, draw: np.random.Generator) -> list[int]:

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from ..evaluation.report import EvaluationReport, report_file
 from ..utils.errors import UserError, first_line
 from ..utils.files import write_directory, write_text
 from ..utils.hub_errors import INDEX, check_pipeline
-from ..utils.text import public_name
+from ..utils.text import is_local, public_name
 from .model_card import CardFacts, ModelFacts, generated_facts, make_card, training_facts
 
 if TYPE_CHECKING:  # torch and diffusers take seconds, which mistakes on the command line need not wait for
@@ -181,6 +182,22 @@ def facts_of_run(run: Path, name: str, state: Mapping[str, Any], step: int, raw:
         config = dict(yaml.safe_load((run / CONFIG).read_text(encoding="utf-8")))
     given = {name: config.get(name) for name in ("dataset_name", "license")}
     return training_facts(name, state, step, raw, **given)
+
+
+def facts_of_model(model: str, name: str, weights: str = "ema") -> CardFacts:
+    """Return what the card of a model that was made from `model` says of the training: what is known of that one's.
+
+    `model` and `weights` are those of `DDPMPipeline.from_pretrained`; `name` is the new model's.
+    """
+    from ..pipelines.checkpoints import RAW, read_checkpoint
+
+    folder = Path(model)
+    if folder.is_dir() and (weights == "raw" or not (folder / INDEX).is_file()):
+        checkpoint = read_checkpoint(folder, weights)
+        state = checkpoint.state
+        return facts_of_run(checkpoint.run, name, state, state["step"], checkpoint.file == RAW)
+    known = generated_facts(read_card(folder / CARD)) if (folder / CARD).is_file() else None
+    return replace(known or CardFacts(name, base_model=None if is_local(model) else model), name=name)
 
 
 def _snapshot_of_checkpoint(folder: Path, token: str | None, weights: str) -> Path:

@@ -205,7 +205,9 @@ def _evaluation(report: Mapping[str, Any]) -> tuple[list[str], list[EvalResult]]
     if lines:
         lines.insert(0, f"On {dataset}; ± is one standard error.\n")
         sampling = all_settings.get("sampling") or {}
-        drawn = [f"{key} {sampling[key]}" for key in ("sampler", "num_inference_steps", "seed") if key in sampling]
+        keys = ["sampler", "num_inference_steps", "network_evaluations", "seed"]
+        keys += ["guidance_scale"] * (sampling.get("guidance_scale", 1) != 1)
+        drawn = [f"{key} {sampling[key]}" for key in keys if key in sampling]
         lines += [f"\nSamples were drawn with {', '.join(drawn)}."] if drawn else []
         lines += [f"\nBefore you compare: {warning}" for warning in report.get("warnings") or []]
     return lines, results

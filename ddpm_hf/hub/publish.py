@@ -123,13 +123,33 @@ class Push:
         """
         get_session().timeout = self.timeout  # the client itself would wait for ever
         to = hub_errors.open_repository(self.repo_id, self.private, self.token)
+        return to, self._files_of_ddpm(to)
+
+    def _files_of_ddpm(self, to: ModelInfo) -> list[str]:
         on_hub = [sibling.rfilename for sibling in to.siblings or ()]
         holds = next((name for name in on_hub if name.endswith(_WEIGHTS_OF_OTHERS)), "DDPMPipeline")
         if INDEX in on_hub:
             holds = json.loads(self._remote_text(to, INDEX)).get("_class_name")
         if holds not in ("DDPMPipeline", "DDIMPipeline"):
             raise PushError(f"{to.id} holds another model ({holds}), which a push would overwrite; name another one")
-        return to, on_hub
+        return on_hub
+
+    def describe_destination(self) -> str:
+        """Return where it would go, or raise UserError: it would not be possible; nothing is changed on the Hub."""
+        push = dataclasses.replace(self, token=known_token(self.token))
+        get_session().timeout = self.timeout
+
+        def find() -> str:
+            name, to = hub_errors.find_repository(self.repo_id, self.private, push.token)
+            if to is None:
+                return f"{constants.ENDPOINT}/{name} ({'private' if self.private else 'public'}), which will be made"
+            push._files_of_ddpm(to)
+            return describe(to)
+
+        try:
+            return hub_errors.retried(find, self.repo_id)
+        except OSError as error:
+            raise PushError(f"cannot push to {self.repo_id}: {error}") from error
 
     def _card(self, snapshot: Path, to: ModelInfo, remote: str | None, log: Callable[[str], None]) -> str | None:
         """Return the card to publish; `None` where the one on the Hub stays, because it was edited there."""

@@ -1,8 +1,4 @@
-"""Write a Space, a web page on the Hub that shows a trained model, into a folder, or push it.
-
-It holds the front matter for the Hub (`README.md`), `app.py`, `requirements.txt`, a copy of this package, which is on
-no index, and `model/`: what `ddpm-hf push` would publish of the run, unless the model comes from the Hub.
-"""
+"""Write a Space, a web page on the Hub that shows a trained model, into a folder, or push it (see docs/space.md)."""
 
 import shutil
 import tempfile
@@ -53,16 +49,14 @@ def write_space(
 ) -> None:
     """Write a Space for a trained model into a new folder, which appears complete or not at all.
 
-    It gets what `ddpm-hf push` would publish of `run`, or loads `model_id` from the Hub instead. `license` is by
-    default what the run's card says; `token` is an access token that must not be in any of the files; `weights` is
-    `raw` for a checkpoint's weights in training. Raises OSError or UserError: there is no DDPM in `run` that opens, or
-    `output` is not empty.
+    It gets what `ddpm-hf push` would publish of `run`, with the same `weights`, or loads `model_id` from the Hub.
+    `license` is by default what the run's card says; `token` must not be in any of the files. Raises OSError or
+    UserError: there is no DDPM in `run` that opens, or `output` is not empty.
     """
-    run, output = Path(run), Path(output)
-    check_new_folder(output)
+    check_new_folder(output := Path(output))
     check_repo_id(model_id or MODEL)
     check_license(license)
-    snapshot = make_snapshot(run, token, weights)
+    snapshot = make_snapshot(run := Path(run), token, weights)
 
     def fill(folder: Path) -> None:
         title, stated = f"DDPM: {model_id or run.resolve().name}", license
@@ -70,7 +64,7 @@ def write_space(
             stated = stated or (metadata_load(snapshot / CARD) or {}).get("license")
         for name, text in space_texts(model_id or MODEL, title, stated, model_id).items():
             (folder / name).write_text(text, encoding="utf-8")
-        ignored = shutil.ignore_patterns("__pycache__", "*.safetensors", "py.typed")
+        ignored = shutil.ignore_patterns("__pycache__", "*.safetensors", "py.typed", "digits")
         shutil.copytree(Path(__file__).parents[1], folder / PACKAGE, ignore=ignored)
         terms = distribution("ddpm-hf").read_text("licenses/LICENSE")
         (folder / PACKAGE / "LICENSE").write_text(terms or "", encoding="utf-8")

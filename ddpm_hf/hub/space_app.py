@@ -1,21 +1,25 @@
 """The page of a Space: sampling, interpolation and bits/dim of some models, with gradio (extra `space`)."""
 
+import math
 import os
-import re
 import sys
 import time
 from collections.abc import Iterator
+from importlib import import_module, util
 from pathlib import Path
 from typing import Any
 
-import gradio as gr
 import torch
 from PIL import Image
 
+try:
+    import gradio as gr
+except ModuleNotFoundError:
+    raise SystemExit("error: the page of a Space needs gradio: pip install 'ddpm-hf[space]'") from None
+
 from ..data.decoding import DecodeOptions, read_image
-from ..data.tensors import to_model_range, to_uint8
-from ..diffusion.likelihood import stratified_bits_per_dim
-from ..diffusion.scheduling_ddpm import DDPMScheduler
+from ..data.tensors import to_uint8
+from ..evaluation.likelihoods import estimate_bits_per_dim
 from ..models.unet_2d import check_weights, parameter_count
 from ..pipelines.figures import interpolate
 from ..pipelines.pipeline_ddpm import DDPMPipeline
@@ -23,22 +27,13 @@ from ..sampling.generation import SAMPLERS, parse_seeds, with_sampler
 from ..utils.errors import UserError, in_one_line
 from ..utils.visualize import image_grid
 
+# ZeroGPU's package lends a function a GPU for each call, for the time that is asked for; elsewhere it does nothing.
+_gpu: Any = import_module("spaces").GPU if util.find_spec("spaces") else lambda duration: lambda function: function
 # One request at a time, whichever button it comes from.
 _QUEUED: dict[str, Any] = {"concurrency_id": "network", "concurrency_limit": 1, "show_progress": "minimal"}
+_AT_ONCE: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 _SHOWN: dict[str, Any] = {"format": "png", "interactive": False, "elem_classes": "pixels"}
 _MEGABYTES, _PIXELS = 10, 25_000_000  # of an uploaded image
-
-
-def parse_at_most(limit: int, seeds: str) -> list[int]:
-    """Return the seeds of `0-7` or `0,5,8-11`; refuse more than `limit` before a list of them fills the memory."""
-    ranges = re.findall(r"(\d+)-(\d+)", seeds) if len(seeds) <= 200 else [(0, limit)]
-    if any(int(last) - int(first) >= limit for first, last in ranges) or len(parse_seeds(seeds, "Seeds")) > limit:
-        raise UserError(f"too many seeds; at most {limit} images at a time")
-    return parse_seeds(seeds, "Seeds")
-
-
-def _grid(images: torch.Tensor | None) -> Image.Image | None:
-    return None if images is None else image_grid(to_uint8(images), columns=min(4, len(images)), tile=48)
 
 
 class Demo:
@@ -47,40 +42,59 @@ class Demo:
     def __init__(self, models: str, folder: Path = Path(), max_images: int = 16, max_steps: int = 1000):
         self.max_images, self.max_steps = max_images, max_steps
         self.pipes: dict[str, DDPMPipeline] = {}
+        self.measured: dict[str, float] = {}  # seconds of an evaluation of one image, on this machine
         for name in filter(None, map(str.strip, models.split(","))):
             pipe = DDPMPipeline.from_pretrained(folder / name if (folder / name).is_dir() else name)
             check_weights(pipe.unet)
             self.pipes[name] = pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+            first, start = pipe.classes.all_names()[:1] or None, time.monotonic()
+            few = range(0 if os.environ.get("SPACES_ZERO_GPU") else 4)  # there no GPU is there yet
+            for _, step in zip(few, pipe.progressive(seeds=range(4), class_labels=first), strict=False):
+                step.prev_sample.cpu()
+                start, self.measured[name] = time.monotonic(), (time.monotonic() - start) / 4  # the first one is slow
         if not self.pipes:
             raise UserError(f"name at least one model, such as runs/digits,org/name; got {models!r}")
 
     def _chain(self, model: str, steps: int, sampler: str, label: Any, guidance: float) -> tuple[DDPMPipeline, dict]:
         """Return a pipeline with a scheduler of its own, which remembers how far a chain has come, and its options."""
-        own = self.pipes[model].distilled_steps  # then the page's sampler and number do not count
-        pipe = with_sampler(self.pipes[model], None if own else sampler)
+        pipe = self.pipes[model]
+        pipe = with_sampler(pipe, None if pipe.distilled_steps else sampler)  # a distilled model has only its own
         pipe = DDPMPipeline(pipe.unet, type(pipe.scheduler).from_config(pipe.scheduler.config))
-        steps = pipe.checked_steps(own or steps)
         return pipe, {"num_inference_steps": steps, "class_labels": label or None, "guidance_scale": guidance}
 
-    def sample(
-        self, model: str, seeds: str, steps: int, sampler: str, label: Any, guidance: float
-    ) -> Iterator[tuple[Any, Any, list[Image.Image], str]]:
+    def seconds(self, images: int, model: str, *inputs: Any) -> float:
+        """Return how long drawing takes: as measured here; on ZeroGPU an allowance, which was chosen, not measured."""
+        pipe, options = self._chain(model, *inputs[-4:])
+        allowed = 0.05 + 4e-7 * images * math.prod(pipe.image_shape[1:])
+        return pipe.network_evaluations(**options) * (self.measured[model] * images if self.measured else allowed)
+
+    def expected(self, *inputs: Any) -> str:
+        """Say how long `sample` will take, and how that is known; or what is wrong with its inputs."""
+        try:
+            seconds = self.seconds(len(parse_seeds(inputs[1], "Seeds", self.max_images)), *inputs)
+        except UserError as error:
+            return str(error)
+        how = f"measured: {self.measured[inputs[0]]:.2g} s per image and evaluation" if self.measured else "a guess"
+        return f"Expected: {max(seconds, 0.1):.1f} s ({how})."
+
+    def sample(self, model: str, seeds: str, steps: int, sampler: str, label: Any, guidance: float) -> Iterator[Any]:
         """Draw `pipe(seeds=seeds)`; yield x_t, the predicted x_0 or `None`, the images at the end, and a text."""
         pipe, options = self._chain(model, steps, sampler, label, guidance)
-        count, T = options["num_inference_steps"], pipe.scheduler.config.num_train_timesteps
+        evaluations, count = pipe.network_evaluations(**options), len(pipe.scheduler.timesteps)
         worked, resumed = 0.0, time.monotonic()  # the time in which pictures are shown is not the network's
-        for step in pipe.progressive(seeds=parse_at_most(self.max_images, seeds), **options):
-            done = step.index + 1
+        for step in pipe.progressive(seeds=parse_seeds(seeds, "Seeds", self.max_images), **options):
+            done, both = step.index + 1, (step.prev_sample, step.pred_original_sample)
             if step.index % max(1, count // 20) and done < count and time.monotonic() - resumed < 1:
                 continue
             pipe.check_finite(step.prev_sample)
             images = pipe.as_output(step.prev_sample, "pil") if done == count else []
             worked += time.monotonic() - resumed
-            text = f"step {done} of {count}, t = {step.timestep} of {T}: {done / worked:.1f} steps/s"
+            text = f"step {done} of {count}, t = {step.timestep}: {done / worked:.1f} steps/s"
             if images:
-                drawn = f"{len(images)} image{'s'[: len(images) > 1]} in {worked:.2f} s"
-                text = f"{drawn}: {count} steps of {sampler}, {count / worked:.1f} steps/s"
-            yield _grid(step.prev_sample), _grid(step.pred_original_sample), images, text
+                self.measured[model] = worked / evaluations / len(images)
+                how = f"{steps} steps" + f" of {sampler}" * (pipe.distilled_steps is None)
+                text = f"{len(images)} drawn in {worked:.2f} s: {how}, {evaluations} network evaluations each"
+            yield *(x if x is None else image_grid(to_uint8(x), min(4, len(x)), tile=48) for x in both), images, text
             resumed = time.monotonic()
 
     def interpolate(
@@ -92,26 +106,19 @@ class Demo:
         (ends,) = pipe(seeds=[seed_a, seed_b], output_type="pt", return_dict=False, **options)
         (a, b), t = ends.cpu().split(1), round(share * pipe.scheduler.config.num_train_timesteps)
         figure = interpolate(pipe, a, b, t, seeds=[seed_a], batch_size=self.max_images, **options)
-        took = f"in {time.monotonic() - start:.2f} s"
-        return figure.draw(), f"{len(figure.lambdas)} images between two, mixed at t = {figure.t}, {took}"
+        text = f"{len(figure.lambdas)} images between two, mixed at t = {figure.t}"
+        return figure.draw(), f"{text}, in {time.monotonic() - start:.2f} s"
 
     def bits_per_dim(self, model: str, file: str | None, label: Any = None) -> tuple[Image.Image, str]:
         """Estimate the bound on an image's -log p in bits/dim; return the image as the network sees it, and a text."""
         pipe, start = self.pipes[model], time.monotonic()
         if not file:
             raise UserError("choose an image file first")
-        if not isinstance(pipe.scheduler, DDPMScheduler):
-            raise UserError(f"{model!r} was saved with another scheduler than DDPM's, which has no likelihood")
-        pixels = read_image(Path(file), DecodeOptions(pipe.image_shape[0], pipe.image_shape[1:]))
-        x_0 = to_model_range(torch.tensor(pixels)[None]).to(pipe.device)
-        labels = pipe.classes.checked(label or None, 1.0, 1)
-        # 50 evaluations as in the docs' tables; there are no more than two for each step.
-        number = min(50, 2 * pipe.scheduler.config.num_train_timesteps)
-        options: dict[str, Any] = {} if labels is None else {"class_labels": labels.to(pipe.device)}
-        estimate = stratified_bits_per_dim(pipe.unet, pipe.scheduler, x_0, num_evaluations=number, **options)
+        pixels = torch.tensor(read_image(Path(file), DecodeOptions(pipe.image_shape[0], pipe.image_shape[1:])))
+        estimate, number = estimate_bits_per_dim(pipe, pixels, label or None)
         bits = f"**{estimate.mean:.2f} ± {estimate.sampling_standard_error:.2f} bits/dim**: the variational bound"
-        text = f"{bits}, estimated from {number} network evaluations in {time.monotonic() - start:.2f} s"
-        return image_grid(torch.tensor(pixels)[None], tile=256), text
+        text = f"{bits}, estimated from {number} network evaluations"
+        return image_grid(pixels[None], tile=256), f"{text} in {time.monotonic() - start:.2f} s"
 
 
 def make_page(demo: Demo, max_waiting: int = 20) -> gr.Blocks:
@@ -120,35 +127,41 @@ def make_page(demo: Demo, max_waiting: int = 20) -> gr.Blocks:
     guided = any(classes.null is not None for classes in every)
     names = [name for classes in every for i, name in enumerate(classes.all_names()) if i != classes.null]
     first = names[0] if not guided and all(classes.count for classes in every) else None  # where a class is needed
+    own = {pipe.distilled_steps for pipe in demo.pipes.values()}
+    fixed = own.pop() if len(own) == 1 else None  # all are distilled into so many steps, which cannot be chosen
+    lend = _gpu(duration=lambda *inputs: 10 + math.ceil(2 * demo.seconds(demo.max_images, *inputs)))  # Fig. 8: 2
     with gr.Blocks(title="DDPM", analytics_enabled=False, delete_cache=(3600, 3600)) as page:  # seconds
         gr.Markdown("# Denoising diffusion probabilistic models")
         with gr.Row():
             model = gr.Dropdown(list(demo.pipes), label="Model", interactive=True)
-            steps = gr.Slider(1, demo.max_steps, min(50, demo.max_steps), step=1, label="Steps")
-            sampler = gr.Dropdown(list(SAMPLERS), value="ddim", label="Sampler", interactive=True)
+            few = min(20, demo.max_steps)  # better than 50 of ddim on digits, see docs/sampling.md
+            steps = gr.Slider(1, demo.max_steps, fixed or few, step=1, label="Steps", interactive=not fixed)
+            sampler = gr.Dropdown(list(SAMPLERS), value="dpmsolver++", label="Sampler", visible=not fixed)
             options: dict[str, Any] = {"value": first, "allow_custom_value": True, "visible": bool(names)}
             label = gr.Dropdown(list(dict.fromkeys(names)), label="Class (empty: any)", **options)
-            guidance = gr.Slider(0, 20, 1, step=0.5, label="Guidance (1: as learned)", visible=guided)
+            guidance = gr.Slider(0, 20, 1, step=0.5, label="Guidance (1: as learned)", visible=guided and not fixed)
         for name, pipe in demo.pipes.items():
             shape, T = " x ".join(map(str, pipe.image_shape)), pipe.scheduler.config.num_train_timesteps
-            gr.Markdown(f"{name}: images of {shape}, {parameter_count(pipe.unet):,} parameters, T = {T}")
+            how = f", distilled into {pipe.distilled_steps} steps" if pipe.distilled_steps else ""
+            gr.Markdown(f"{name}: images of {shape}, {parameter_count(pipe.unet):,} parameters, T = {T}{how}")
         with gr.Tab("Sample"), gr.Row():
             with gr.Column(scale=1):
-                how = f"one image each, such as 0-7 or 0,5,8-11; at most {demo.max_images}"
+                how = f"one image each, such as 0,5,8-11; at most {demo.max_images}"
                 seeds = gr.Textbox(f"0-{min(8, demo.max_images) - 1}", label="Seeds", info=how, max_lines=1)
+                expected = gr.Markdown(elem_id="expected")
                 go, stop = gr.Button("Sample", variant="primary"), gr.Button("Stop")
                 text = gr.Markdown(elem_id="timing")
             with gr.Column(scale=3):
                 with gr.Row():
                     x_t = _picture("x_t, on its way from noise to the image", "x_t")
                     x_0 = _picture("x_0 as predicted from it (samplers ddpm and ddim)", "x_0")
-                look: dict[str, Any] = {"columns": 8, "object_fit": "contain", "height": 240, **_SHOWN}
-                images = gr.Gallery(label="Images, in the order of their seeds", elem_id="gallery", **look)
-            inputs = [model, seeds, steps, sampler, label, guidance]
+                images = gr.Gallery(label="Images, in the order of seeds", elem_id="gallery", height=320, **_SHOWN)
+            inputs: list[Any] = [model, seeds, steps, sampler, label, guidance]
             # "multiple": further clicks wait in the queue; gradio would ignore them, also for a while after a stop
             often = {**_QUEUED, "trigger_mode": "multiple", "show_progress": "hidden"}
-            drawing = go.click(demo.sample, inputs, [x_t, x_0, images, text], **often)
-            stop.click(lambda: "stopped", None, text, cancels=drawing, queue=False, api_visibility="private")
+            drawing = go.click(lend(demo.sample), inputs, [x_t, x_0, images, text], **often)
+            stop.click(lambda: "stopped", None, text, cancels=drawing, **_AT_ONCE)
+            gr.on([page.load, images.change, *(x.change for x in inputs)], demo.expected, inputs, expected, **_AT_ONCE)
         with gr.Tab("Interpolate"):
             with gr.Row():
                 seed_a, seed_b = (gr.Number(i, label=f"Seed {'AB'[i]}", minimum=0, precision=0) for i in (0, 1))
@@ -156,13 +169,13 @@ def make_page(demo: Demo, max_waiting: int = 20) -> gr.Blocks:
             mix, mixed = gr.Button("Interpolate", variant="primary"), gr.Markdown(elem_id="progress")
             figure = _picture("From A to B", "figure", height=None)
             inputs = [model, seed_a, seed_b, share, steps, sampler, label, guidance]
-            mix.click(demo.interpolate, inputs, [figure, mixed], **_QUEUED)
-        with gr.Tab("Bits/dim"), gr.Row():
+            mix.click(lend(demo.interpolate), inputs, [figure, mixed], **_QUEUED)
+        with gr.Tab("Bits/dim", visible=not fixed), gr.Row():
             with gr.Column():
                 file = gr.File(label=f"An image of any kind, up to {_MEGABYTES} MB", elem_id="file")
                 measure, bits = gr.Button("Bits per dimension", variant="primary"), gr.Markdown(elem_id="bits")
             seen = _picture("What the network sees", "seen")
-            measure.click(demo.bits_per_dim, [model, file, label], [seen, bits], **_QUEUED)
+            measure.click(_gpu(duration=60)(demo.bits_per_dim), [model, file, label], [seen, bits], **_QUEUED)
     return page.queue(max_size=max_waiting, api_open=False)
 
 
@@ -173,10 +186,7 @@ def _picture(title: str, elem_id: str, height: int | None = 300) -> gr.Image:
 
 
 def serve(app: str, models: str, max_images: int = 16, max_steps: int = 1000, max_waiting: int = 20) -> None:
-    """Show the page of a `Demo` until Ctrl-C; a model that cannot be opened is one sentence, and exit code 2.
-
-    Models are looked for beside the app's file, `app`. The variable `DDPM_HF_SPACE_MODELS` replaces them.
-    """
+    """Show the page of a `Demo` until Ctrl-C; models are looked for beside the app's file, `app`."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     Image.MAX_IMAGE_PIXELS = _PIXELS // 2  # Pillow refuses twice as many, before it decodes anything
     try:
@@ -185,6 +195,7 @@ def serve(app: str, models: str, max_images: int = 16, max_steps: int = 1000, ma
         print(f"error: {in_one_line(error)}", file=sys.stderr)
         sys.exit(2)
     css = ".pixels img { image-rendering: pixelated; object-fit: contain }"  # small images as squares, not blurred
+    css += " #gallery .grid-container { grid-template-columns: repeat(auto-fill, minmax(80px, 1fr)) }"
     # Fonts of the visitor's system instead of Google's; server-side rendering would need Node.js.
     theme = gr.themes.Base(font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace"))
     off = dict.fromkeys(("ssr_mode", "share", "pwa", "mcp_server", "run_history", "enable_monitoring"), False)

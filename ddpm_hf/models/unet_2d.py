@@ -130,10 +130,9 @@ def check_size(network: StockUNet2DModel, height: int, width: int) -> None:
     for size in (height, width):
         if size % factor or size < factor:
             below = max(size // factor, 1) * factor
+            sizes = f"{below} or {below + factor}"
             what = f"an image of {height}x{width} cannot be halved {factor.bit_length() - 1} time(s)"
-            advice = (
-                f"use a multiple of {factor}, for example {below} or {below + factor}, or fewer block_out_channels"
-            )
+            advice = f"use a multiple of {factor}, for example {sizes}, or fewer block_out_channels"
             raise UserError(f"{what} as this network does; {advice}")
 
 

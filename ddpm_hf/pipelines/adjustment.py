@@ -32,23 +32,23 @@ class Adjustment:
     ) -> Adjustment:
         """Return that of a pipeline's arguments (see `DDPMPipeline.__call__`); a UserError for one out of range."""
         if not math.isfinite(guidance_scale):
-            raise UserError(f"guidance_scale must be a finite number, got {guidance_scale}")
+            raise UserError(f"--guidance_scale must be a finite number, got {guidance_scale}")
         if guidance_interval is not None:
             if guidance_scale == 1:
-                raise UserError("guidance_interval goes with a guidance_scale other than 1")
-            guidance_interval = _two_numbers("guidance_interval", "two timesteps LOW and HIGH", guidance_interval)
+                raise UserError("--guidance_interval goes with a --guidance_scale other than 1")
+            guidance_interval = _two_numbers("--guidance_interval", "two timesteps LOW and HIGH", guidance_interval)
             low, high = guidance_interval
             if not 0 <= low <= min(high, T - 1):
                 what = f"must be 0 <= LOW <= HIGH, with LOW below T = {T}"
-                raise UserError(f"guidance_interval {what}, got {low:g} and {high:g}")
+                raise UserError(f"--guidance_interval {what}, got {low:g} and {high:g}")
         if epsilon_scale is None:
             return cls(guidance_scale, guidance_interval, guide=guide)
         if isinstance(epsilon_scale, int | float):
             epsilon_scale = (epsilon_scale, 0.0)
-        b, k = _two_numbers("epsilon_scale", "a number b, or b and k of lambda(t) = k t + b", epsilon_scale)
+        b, k = _two_numbers("--epsilon_scale", "a number b, or b and k of lambda(t) = k t + b", epsilon_scale)
         if not min(b, b + k * (T - 1)) > 0:
             ends = f"{b:g} at t=0 and {b + k * (T - 1):g} at t={T - 1}"
-            raise UserError(f"epsilon_scale divides by k t + b, which must stay above 0, got {ends}")
+            raise UserError(f"--epsilon_scale divides by k t + b, which must stay above 0, got {ends}")
         return cls(guidance_scale, guidance_interval, (b, k), guide)
 
     def guides(self, t: float) -> bool:
@@ -100,7 +100,7 @@ def output_without_noise(scheduler: Any) -> Tensor | None:
         return None
     alpha_bar = torch.as_tensor(getattr(scheduler, "alpha_bar", scheduler.alphas_cumprod)).double().cpu()
     if not (alpha_bar > 0).all():
-        raise UserError("epsilon_scale needs a schedule that leaves something of the image at every timestep")
+        raise UserError("--epsilon_scale needs a schedule that leaves something of the image at every timestep")
     if kind == "posterior_mean":  # Eq. 11: mu = (x_t - beta_t / sqrt(1 - alpha_bar_t) eps) / sqrt(alpha_t)
         return (torch.cat([torch.ones(1).double(), alpha_bar[:-1]]) / alpha_bar).sqrt().float()
     # Eq. 15: x_0 = x_t / sqrt(alpha_bar_t); v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x_0
@@ -113,6 +113,8 @@ def check_guide(pipe: Any, guide: Any) -> None:
         raise UserError(f"guide must be a DDPMPipeline, got {type(guide).__name__}")
     kind, its_kind = (one.scheduler.config.get("prediction_type", "epsilon") for one in (pipe, guide))
     table, its_table = (one.scheduler.alphas_cumprod.double().cpu() for one in (pipe, guide))
+    if guide.distilled_steps:
+        raise UserError(f"the guide is distilled into {guide.distilled_steps} steps, and knows no other timesteps")
     if guide.image_shape != pipe.image_shape:
         shapes = f"of {guide.image_shape} (channels, height, width), the model of {pipe.image_shape}"
         raise UserError(f"the guide makes images {shapes}; both have to make the same")

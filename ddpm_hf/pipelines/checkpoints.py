@@ -202,9 +202,8 @@ class Checkpoint:
             return make_model(self.state, self.weights)
         except (KeyError, TypeError, ValueError) as error:
             why = f"it has no {error}" if isinstance(error, KeyError) else first_line(error)
-            raise CheckpointError(
-                f"the checkpoint {str(self.path)!r} does not fit its own {STATE_FILE}: {why}; take another checkpoint"
-            ) from error
+            what = f"the checkpoint {str(self.path)!r} does not fit its own {STATE_FILE}: {why}"
+            raise CheckpointError(f"{what}; take another checkpoint") from error
 
 
 def make_model(settings: dict[str, Any], weights: dict[str, Tensor]) -> tuple[UNet2DModel, Any]:
@@ -242,13 +241,11 @@ def read_checkpoint(folder: Path, weights: str = "ema") -> Checkpoint:
         why = "raw weights are in checkpoints only" if file == RAW else "the model is published already"
         raise CheckpointError(f"{str(folder)!r} holds a published model and no checkpoint: {why}")
     elif (folder / CONFIG).exists():
-        raise CheckpointError(
-            f"the run in {str(folder)!r} has no checkpoint yet, so no model; it writes one when it is stopped"
-        )
+        what = f"the run in {str(folder)!r} has no checkpoint yet, so no model"
+        raise CheckpointError(f"{what}; it writes one when it is stopped")
     else:
-        raise OSError(
-            f"{str(folder)!r} holds no pipeline (there is no {INDEX} in it) and no checkpoint of a training run"
-        )
+        what = f"holds no pipeline (there is no {INDEX} in it) and no checkpoint of a training run"
+        raise OSError(f"{str(folder)!r} {what}")
     if file not in tensors:
         raise CheckpointError(f"the checkpoint {str(path)!r} has no {weights} weights: no {file}.safetensors")
     return Checkpoint(path, file, tensors[file], state)

@@ -194,9 +194,9 @@ class _Given(SeededNoise):
 def check_repaint(scheduler: Any, length: int, times: int) -> None:
     """Raise a UserError for a scheduler that has no q(x_{t-1}|x_0) of its own, or numbers below 1."""
     if not isinstance(scheduler, (DDPMScheduler, DDIMScheduler, DDIMParallelScheduler)):
-        raise UserError(f"mask_image works with the ddpm and ddim samplers, not {type(scheduler).__name__}")
+        raise UserError(f"--mask_image works with the ddpm and ddim samplers, not {type(scheduler).__name__}")
     if length < 1 or times < 1:
-        raise UserError(f"resample_length and resample_times must be at least 1, got {length} and {times}")
+        raise UserError(f"--resample_length and --resample_times must be at least 1, got {length} and {times}")
 
 
 def repaint(

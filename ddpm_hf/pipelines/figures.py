@@ -15,12 +15,12 @@ import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from PIL import Image
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..data.class_labels import ClassLabels, as_list
 from ..data.tensors import to_uint8
 from ..diffusion.scheduling_ddpm import DDPMScheduler
 from ..utils.errors import UserError
+from ..utils.progress import progress_bar
 from ..utils.randomness import SeededNoise, derive_seed
 from ..utils.visualize import labelled_grid
 from .inputs import images_in_model_range
@@ -43,7 +43,7 @@ class _Chain:
         **options: Any,
     ):
         if batch_size < 1:
-            raise UserError(f"batch_size must be at least 1, got {batch_size}")
+            raise UserError(f"--batch_size must be at least 1, got {batch_size}")
         self.pipe, self.batch_size, self.class_labels = pipe, batch_size, class_labels
         self._options = {"num_inference_steps": num_inference_steps, **options}
         scheduler = pipe.scheduler
@@ -51,7 +51,7 @@ class _Chain:
         self.T: int = scheduler.config.num_train_timesteps
         self.ts = [*(scheduler.timesteps.long() + 1).tolist(), 0]  # before each step, and the data
         # The delay keeps a bar away from the sentence about a class that the network does not have.
-        self.bar = tqdm(desc="drawing", unit="step", delay=0.1, disable=not progress)
+        self.bar = progress_bar(0, "drawing", "step", show=progress, delay=0.1)
 
     def indices_of(self, ts: Sequence[int]) -> list[int]:
         """Return the place in the chain of the step nearest to each t, without repeats; the data's is the last."""
@@ -66,7 +66,7 @@ class _Chain:
     def labels(self, count: int) -> list[Any]:  # one class label per seed
         labels = as_list(self.class_labels)
         if len(labels) not in (1, count):
-            raise UserError(f"got {len(labels)} class_labels for {count} seeds; give one, or one per seed")
+            raise UserError(f"got {len(labels)} --class_labels for {count} seeds; give one, or one per seed")
         return labels * (count // len(labels))
 
     def options(self, labels: Sequence[Any]) -> dict[str, Any]:
@@ -197,8 +197,10 @@ def shared_latents(
         raise UserError(f"a figure of shared latents needs at least 2 seeds, got {len(seeds)}")
     random = isinstance(pipe.scheduler, DDIMScheduler) and options.get("eta")
     if not (random or isinstance(pipe.scheduler, DDPMScheduler)):
-        name = type(pipe.scheduler).__name__
-        raise UserError(f"{name} is deterministic from x_t on; use the sampler ddpm, or ddim with an eta above 0")
+        what, how = type(pipe.scheduler).__name__, "use the sampler ddpm, or ddim with an --eta above 0"
+        if pipe.distilled_steps:
+            what, how = "a distilled model", "draw the figure of the model that it was made from"
+        raise UserError(f"{what} is deterministic from x_t on; {how}")
     chain = _Chain(pipe, **options)
     labels = chain.labels(len(seeds))
     indices = chain.indices_of([round(chain.T * share / 4) for share in (4, 3, 2, 1)] if ts is None else ts)
@@ -281,9 +283,8 @@ def interpolate(
         options: See `progressive_generation`; one label per pair.
     """
     chain = _Chain(pipe, **options)
-    return _interpolations(chain, (image_a, image_b), [chain.T // 2 if t is None else t], lambdas, seeds, same_noise)[
-        0
-    ]
+    ts = [chain.T // 2 if t is None else t]
+    return _interpolations(chain, (image_a, image_b), ts, lambdas, seeds, same_noise)[0]
 
 
 @torch.no_grad()

@@ -82,7 +82,9 @@ def mask_of(mask: Any, image_shape: tuple[int, int, int], batch_size: int) -> Te
         mask = read_image(mask, DecodeOptions(1, (height, width)))  # as the image, or it would cover something else
     values = torch.tensor(mask) if isinstance(mask, np.ndarray) else torch.as_tensor(mask)
     if values.shape[-2:] != (height, width) or values.ndim > 4 or (values.ndim > 2 and values.shape[-3] != 1):
-        raise UserError(f"mask_image has shape {tuple(values.shape)}, and the network's images are {height} x {width}")
+        raise UserError(
+            f"--mask_image has shape {tuple(values.shape)}, and the network's images are {height} x {width}"
+        )
     if values.dtype not in (torch.uint8, torch.bool) and values.numel() and not 0 <= values.min() <= values.max() <= 1:
         got = f"{values.dtype} from {values.min().item():g} to {values.max().item():g}"
         raise UserError(f"mask_image must be uint8, bool or lie in [0, 1], got {got}")

@@ -15,12 +15,13 @@ from diffusers.pipelines.ddpm.pipeline_ddpm import DDPMPipeline as StockDDPMPipe
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler as StockDDPMScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin  # noqa: F401  (looked up here by name, see load_config)
+from diffusers.utils import logging
 from torch import Tensor
 
 from ..data.class_labels import Classes, ClassLabels
 from ..diffusion.scheduling_ddpm import DDPMScheduler
 from ..models.unet_2d import PortableConfigMixin, UNet2DModel, check_size, check_weights
-from ..utils.errors import NotFiniteError, UserError
+from ..utils.errors import NotFiniteError, UserError, first_line
 from ..utils.hub_errors import INDEX, PrivateByDefault, check_pipeline, retried
 from ..utils.processes import log
 from ..utils.randomness import NOISE_OF_SEEDS, Generators, standard_normal
@@ -28,11 +29,14 @@ from .adjustment import Adjustment, check_guide
 from .checkpoints import newer_checkpoint, read_checkpoint
 from .denoising import Denoiser, DenoisingStep, check_repaint, repaint
 from .inputs import count_and_generators, images_in_model_range, mask_of, one_per_image
-from .schedulers import BEST, DISTILLED_STEPS, checked_eta, checked_steps, set_timesteps
+from .schedulers import BEST, DISTILLED_STEPS, check_is_ddpm, checked_eta, checked_steps, set_timesteps
 
 # Arguments of from_pretrained that say where on the Hub, or how to read it: a checkpoint has no use for them.
 _OF_REPOSITORIES = {"cache_dir", "force_download", "local_files_only", "low_cpu_mem_usage", "proxies", "revision"}
 _OF_REPOSITORIES |= {"token", "use_safetensors"}
+
+# A trained model inside the package: what `make demo` makes.
+INCLUDED_MODELS = {"digits": Path(__file__).parents[1] / "models" / "digits"}
 
 # What stock repositories name, and our class of the same name that opens it.
 _OURS = {("diffusers", "UNet2DModel"), ("diffusers", "DDPMScheduler")}
@@ -100,7 +104,8 @@ class DDPMPipeline(PortableConfigMixin, PrivateByDefault, StockDDPMPipeline):
         run without one the newest complete checkpoint is taken; a line says which.
 
         Args:
-            pretrained_model_name_or_path: The folder or the repository; what is in the cache needs no network.
+            pretrained_model_name_or_path: The folder or the repository; what is in the cache needs no network. Where
+                there is no folder `digits`, this is the trained model inside the package.
             weights: `ema`, or `raw` for those that a run's last update left, which only checkpoints hold.
             kwargs: Those of `diffusers.DiffusionPipeline.from_pretrained`: `dtype`, `revision`, `cache_dir`, ...
 
@@ -112,11 +117,10 @@ class DDPMPipeline(PortableConfigMixin, PrivateByDefault, StockDDPMPipeline):
             raise UserError("use_safetensors=False would read a pickle; convert the repository to safetensors first")
         if weights not in ("ema", "raw"):
             raise UserError(f"weights must be 'ema' or 'raw', got {weights!r}")
-        name, load, folder = (
-            pretrained_model_name_or_path,
-            super().from_pretrained,
-            Path(pretrained_model_name_or_path),
-        )
+        name, folder = pretrained_model_name_or_path, Path(pretrained_model_name_or_path)
+        load = super().from_pretrained
+        if not folder.exists() and (included := INCLUDED_MODELS.get(str(name))) is not None:
+            name = folder = included
         if folder.is_dir() and (weights == "raw" or not (folder / INDEX).is_file()):
             return cls._from_checkpoint(folder, weights, **kwargs)
         if weights == "raw":
@@ -288,7 +292,7 @@ class DDPMPipeline(PortableConfigMixin, PrivateByDefault, StockDDPMPipeline):
                 check_repaint(self.scheduler, resample_length, resample_times)
                 mask = mask_of(mask_image, self.image_shape, batch_size).to(device)
         elif strength is not None or mask_image is not None:
-            raise UserError("strength and mask_image go with an image; pass image=")
+            raise UserError("--strength and --mask_image go with an image; give --image")
         adjust = {"guidance_interval": guidance_interval, "epsilon_scale": epsilon_scale}
         denoiser = self._denoiser(source, batch_size, class_labels, guidance_scale, eta, **adjust)
         x_t = torch.empty(0, *self.image_shape)
@@ -345,8 +349,8 @@ class DDPMPipeline(PortableConfigMixin, PrivateByDefault, StockDDPMPipeline):
         if strength is None and inpainting:
             return 0
         if strength is None or not 0 <= strength <= 1:
-            what = "image needs strength (the share of the chain to go back) or a mask_image"
-            raise UserError(f"{what}; strength must be between 0 and 1, got {strength}")
+            what = "--image needs --strength (the share of the chain to go back) or a --mask_image"
+            raise UserError(f"{what}; --strength must be between 0 and 1, got {strength}")
         steps = len(self.scheduler.timesteps)
         start = steps - min(round(steps * strength), steps)
         # second-order solvers come to their timesteps twice, and start with the step that is taken from one
@@ -391,7 +395,9 @@ class DDPMPipeline(PortableConfigMixin, PrivateByDefault, StockDDPMPipeline):
     ) -> Denoiser:
         """Return what takes steps down the chain that is set, with its options checked."""
         if self.distilled_steps and (eta or guidance_scale != 1 or any(adjust.values())):
-            what = f"a distilled model takes no {', '.join(['eta', 'guidance_scale', *adjust])}"
+            what = (
+                f"a distilled model takes no {', '.join(f'--{name}' for name in ['eta', 'guidance_scale', *adjust])}"
+            )
             raise UserError(f"{what}: the teacher is guided, by ddpm-hf distill --guidance_scale")
         checked_eta(self.scheduler, eta)
         guide, T = self.guide, self.scheduler.config.num_train_timesteps
@@ -401,7 +407,7 @@ class DDPMPipeline(PortableConfigMixin, PrivateByDefault, StockDDPMPipeline):
         adjustment = Adjustment.checked(T, guidance_scale, guide=None if guide is None else guide.network, **adjust)
         if adjustment.scales and (done := self.unet.config.get("_epsilon_scale")) is not None:
             what = f"this network's epsilon is divided by {done['b']:g} already"
-            raise UserError(f"{what}; leave epsilon_scale out, or take the model that it was made from")
+            raise UserError(f"{what}; leave --epsilon_scale out, or take the model that it was made from")
         labels = self.classes.checked(class_labels, 1.0 if guide is not None else guidance_scale, count)
         labels = None if labels is None else labels.to(self._execution_device)
         return Denoiser(self.network, self.scheduler, generator, labels, adjustment, eta)
@@ -423,9 +429,25 @@ class DDPMPipeline(PortableConfigMixin, PrivateByDefault, StockDDPMPipeline):
         """Return the number of sampler steps, T or a distilled model's own for `None`, or raise a UserError."""
         own = self.distilled_steps
         if own is not None and num_inference_steps not in (None, own):
-            what = f"this model is distilled for num_inference_steps={own}"
+            what = f"this model is distilled for --num_inference_steps {own}"
             raise UserError(f"{what}, and can do no other number, got {num_inference_steps}")
         return checked_steps(self.scheduler, own or num_inference_steps)
+
+    def network_evaluations(
+        self,
+        num_inference_steps: int | None = None,
+        guidance_scale: float = 1.0,
+        guidance_interval: Any = None,
+        **others: Any,
+    ) -> int:
+        """Return how often a network is evaluated for an image from noise; the arguments are those of `__call__`.
+
+        Once for each timestep that the sampler sets (Heun's K steps are 2K - 1), twice where it is guided.
+        """
+        set_timesteps(self.scheduler, self.checked_steps(num_inference_steps))
+        T, timesteps = self.scheduler.config.num_train_timesteps, self.scheduler.timesteps.tolist()
+        adjustment = Adjustment.checked(T, guidance_scale, guidance_interval)
+        return sum(1 + adjustment.guides(t) for t in timesteps)
 
     @property
     def classes(self) -> Classes:
@@ -437,6 +459,23 @@ class DDPMPipeline(PortableConfigMixin, PrivateByDefault, StockDDPMPipeline):
         if (shape := tuple(data.image_shape)) != self.image_shape:
             own = f"the images of {data.name!r} are {shape} (channels, height, width)"
             raise UserError(f"{own}, and the model makes {self.image_shape}")
+
+
+def load_named(flag: str, name: str, as_ddpm: bool = False, **options: Any) -> DDPMPipeline:
+    """Load the model that a flag names, or raise a UserError: it cannot be loaded, or is not finite.
+
+    With `as_ddpm` it gets a `DDPMScheduler` over its own betas. `options` are those of `from_pretrained`.
+    """
+    logging.disable_progress_bar()  # loading takes no time worth a bar
+    try:
+        pipe = DDPMPipeline.from_pretrained(name, **options)
+        check_weights(pipe.unet)  # before hours of work, not after them
+        if as_ddpm:
+            check_is_ddpm(pipe.scheduler)
+            pipe.scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot load {flag} {name}: {first_line(error)}") from error
+    return pipe
 
 
 def _check_published_weights(safe_serialization: bool = True, variant: str | None = None) -> None:

@@ -98,8 +98,7 @@ def set_timesteps(scheduler: Any, steps: int) -> None:
     if vanishes and config.get("prediction_type") == "epsilon":  # stock divides by 0, and clips what comes of it
         raise UserError(vanished(first, "epsilon"))
     if wrong:
-        how = "--timestep_spacing trailing, in Python timestep_spacing='trailing'"
-        raise UserError(f"{type(scheduler).__name__} {wrong} with {steps} steps; use {how}")
+        raise UserError(f"{type(scheduler).__name__} {wrong} with {steps} steps; use --timestep_spacing trailing")
 
 
 def _what_is_wrong(scheduler: Any) -> str | None:
@@ -160,9 +159,8 @@ def best_timesteps(scheduler: Any, steps: int) -> list[int]:
     if (timesteps := saved.get(str(steps))) is None:
         there = f"it has those for {', '.join(saved)} steps" if saved else "it has none"
         advice = f"run ddpm-hf best_timesteps --num_inference_steps {steps}"
-        raise UserError(
-            f"timestep_spacing='best' takes timesteps saved with the model for {steps} steps; {there}: {advice}"
-        )
+        what = f"--timestep_spacing best takes timesteps saved with the model for {steps} steps"
+        raise UserError(f"{what}; {there}: {advice}")
     return list(timesteps)
 
 
@@ -194,9 +192,9 @@ def checked_eta(scheduler: Any, eta: float | None) -> float:
     if eta is None:
         return 0.0 if known is None else known.default
     if not 0 <= eta <= 1:
-        raise UserError(f"eta must be between 0 and 1, got {eta}")
+        raise UserError(f"--eta must be between 0 and 1, got {eta}")
     if eta and known is None:
-        raise UserError(f"eta={eta} is for the ddim sampler; {type(scheduler).__name__} has none")
+        raise UserError(f"--eta {eta:g} is for the ddim sampler; {type(scheduler).__name__} has none")
     return eta
 
 

@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,6 @@ from diffusers.schedulers.scheduling_heun_discrete import HeunDiscreteScheduler
 from diffusers.schedulers.scheduling_sasolver import SASolverScheduler
 from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..data.class_labels import as_list
 from ..diffusion.noise_schedule import check_choice
@@ -31,6 +31,7 @@ from ..utils.digests import digest, weights_digest
 from ..utils.errors import NotFiniteError, UserError, in_one_line
 from ..utils.files import write_text, write_whole
 from ..utils.processes import processes, raise_on_all_ranks
+from ..utils.progress import progress_bar
 from ..utils.visualize import as_picture, image_grid, save_picture
 from .shards import in_order, kept_rows, write_tensors
 
@@ -55,15 +56,17 @@ _RESAMPLE = {"resample_length": 10, "resample_times": 10}  # RePaint's j and r, 
 _OTHER_FILES = re.compile(r"\.(jpe?g|gif|webp|bmp|tiff?|npy|zip|tar|safetensors)", re.IGNORECASE)
 
 
-def parse_seeds(text: str, name: str = "--seeds") -> list[int]:
-    """Read `"0-3,8"` as `[0, 1, 2, 3, 8]`; a UserError about `name` for another text, or a seed named twice."""
+def parse_seeds(text: str, name: str = "--seeds", most: int = 10_000_000) -> list[int]:
+    """Read `"0-3,8"` as `[0, 1, 2, 3, 8]`; a UserError about `name` for another text, a seed named twice, too many."""
     seeds: list[int] = []
     for part in text.split(","):
-        match = re.fullmatch(r"([0-9]+)(?:-([0-9]+))?", part.strip())
+        match = re.fullmatch(r"([0-9]{1,30})(?:-([0-9]{1,30}))?", part.strip())
         low, high = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
-        if not low <= high < min(low + 10_000_000, 2**63):  # a longer list would fill the memory
-            takes = "whole numbers and rising ranges (below 2^63, of at most ten million)"
-            raise UserError(f"{name} takes {takes}, such as 0-63 or 0,5,8-11, got {part.strip()!r}")
+        if high - low >= most - len(seeds):  # before a list of them fills the memory
+            raise UserError(f"{name} are too many; at most {most} images at a time")
+        if not low <= high < 2**63:
+            takes = "whole numbers and rising ranges (below 2^63)"
+            raise UserError(f"{name} takes {takes}, such as 0-63 or 0,5,8-11, got {part.strip()[:40]!r}")
         seeds.extend(range(low, high + 1))
     if len(set(seeds)) < len(seeds):
         raise UserError(f"{name} {text!r} names a seed twice")
@@ -108,13 +111,13 @@ def with_sampler(
     if variance_type is not None:
         trained = config.get("variance_type") or "fixed_small"
         if sampler != "ddpm":
-            raise UserError(f"variance_type={variance_type!r} is for the ddpm sampler, {sampler} has none")
+            raise UserError(f"--variance_type {variance_type} is for the ddpm sampler, {sampler} has none")
         if variance_type != trained and "learned" in f"{variance_type} {trained}":
             what = f"does not go with this network, whose variance is {trained!r}"
-            raise UserError(f"variance_type={variance_type!r} {what}")
+            raise UserError(f"--variance_type {variance_type} {what}")
         settings["variance_type"] = variance_type
     if timestep_spacing is not None:
-        check_choice("timestep_spacing", timestep_spacing, (*TIMESTEP_SPACINGS, BEST))
+        check_choice("--timestep_spacing", timestep_spacing, (*TIMESTEP_SPACINGS, BEST))
         if timestep_spacing != BEST:
             settings["timestep_spacing"] = timestep_spacing
     scheduler = kind.from_config(config, **settings)
@@ -123,6 +126,38 @@ def with_sampler(
     made = DDPMPipeline(pipe.unet, scheduler)
     made.network, made.guide = pipe.network, pipe.guide
     return made
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How a model is sampled; see `with_sampler` for the first three, and `DDPMPipeline` for the others."""
+
+    sampler: str | None = None
+    variance_type: str | None = None
+    timestep_spacing: str | None = None
+    num_inference_steps: int | None = None
+    eta: float | None = None
+    guidance_scale: float = 1.0
+    guidance_interval: Sequence[float] | None = None
+    epsilon_scale: float | Sequence[float] | None = None
+
+    def pipeline(self, pipe: DDPMPipeline) -> DDPMPipeline:
+        """Return a pipeline of the same network with this sampler."""
+        return with_sampler(pipe, self.sampler, self.variance_type, self.timestep_spacing)
+
+    @property
+    def chain(self) -> dict[str, Any]:
+        """What a call of `DDPMPipeline` takes."""
+        return {name: getattr(self, name) for name in _CHAIN}
+
+    def recorded(self, pipe: DDPMPipeline) -> dict[str, Any]:
+        """Return what decides, beside `pipe.settings`, which image a seed gives, with the defaults' values."""
+        steps, eta = pipe.checked_steps(self.num_inference_steps), checked_eta(pipe.scheduler, self.eta)
+        guide = None if pipe.guide is None else weights_digest(pipe.guide.unet)
+        return {**self.chain, "num_inference_steps": steps, "eta": eta, "guide": guide}
+
+
+_CHAIN = [field.name for field in fields(SamplingOptions)][3:]  # what is not the sampler's own
 
 
 def check_sampler(pipe: DDPMPipeline, **options: Any) -> None:
@@ -155,14 +190,14 @@ def generate(
         pipe: Network and sampler.
         seeds: One per image; an image depends on its own seed only.
         batch_size: Images at a time.
-        progress: One progress bar over all steps of all batches.
+        progress: Show one progress bar over all steps of all batches.
         class_labels: One per seed, for class-conditional networks.
         image, mask_image: Start from these, `[n, C, H, W]` uint8 and `[n, 1, H, W]` bool; one, or one per seed.
         options: `num_inference_steps`, `guidance_scale`, `guidance_interval`, `epsilon_scale`, `eta`, `strength`,
             `resample_length` and `resample_times` of `DDPMPipeline`. Counts that disagree raise a UserError.
     """
     if batch_size < 1:
-        raise UserError(f"batch_size must be at least 1, got {batch_size}")
+        raise UserError(f"--batch_size must be at least 1, got {batch_size}")
     if class_labels is not None:
         _check_labels(class_labels, seeds)
     set_timesteps(pipe.scheduler, pipe.checked_steps(options.get("num_inference_steps")))
@@ -172,13 +207,12 @@ def generate(
         steps = round(steps * strength)
     if mask_image is not None:
         steps *= options.get("resample_times", _RESAMPLE["resample_times"])
-    starts = range(0, len(seeds), batch_size)
-    with tqdm(total=len(starts) * steps, desc="sampling", unit="step", disable=not progress) as bar:
+    with progress_bar(len(seeds), "sampling", show=progress) as bar:
 
         def advance(*_: Any) -> None:
-            bar.update()
+            bar.update(len(seeds[rows]) / steps)
 
-        for start in starts:
+        for start in range(0, len(seeds), batch_size):
             rows = slice(start, start + batch_size)
             own: dict[str, Any] = {"image": _share(image, rows), "mask_image": _share(mask_image, rows)}
             own["class_labels"] = None if class_labels is None else list(class_labels[rows])
@@ -189,7 +223,7 @@ def generate(
 
 def _check_labels(class_labels: Sequence[Any], seeds: Sequence[int]) -> None:
     if len(class_labels) != len(seeds):
-        raise UserError(f"got {len(class_labels)} class_labels for {len(seeds)} seeds; give one per seed")
+        raise UserError(f"got {len(class_labels)} --class_labels for {len(seeds)} seeds; give one per seed")
 
 
 def _share(values: Tensor | None, rows: slice | list[int]) -> Tensor | None:
@@ -320,12 +354,8 @@ def _claim(folder: Path, has_images: bool, pipe: DDPMPipeline, seeds: Sequence[i
     inpainting = options.get("mask_image") is not None
     made = {
         "weights": weights_digest(pipe.unet),
-        **json.loads(json.dumps(pipe.settings)),
-        "num_inference_steps": pipe.checked_steps(options.get("num_inference_steps")),
-        "guidance_scale": options.get("guidance_scale", 1.0),
-        **{name: options.get(name) for name in ("guidance_interval", "epsilon_scale")},
-        "guide": None if pipe.guide is None else weights_digest(pipe.guide.unet),
-        "eta": checked_eta(pipe.scheduler, options.get("eta")),
+        **pipe.settings,
+        **SamplingOptions(**{name: options[name] for name in _CHAIN if name in options}).recorded(pipe),
         "strength": options.get("strength"),
         **{name: options.get(name, default) if inpainting else None for name, default in _RESAMPLE.items()},
     }
@@ -344,7 +374,8 @@ def _claim(folder: Path, has_images: bool, pipe: DDPMPipeline, seeds: Sequence[i
         except (FileNotFoundError, ValueError):
             what = f"holds images, and no {_NOTE} that can be read and says how they were made"
             raise UserError(f"{str(folder)!r} {what}; name another --output") from None
-        different = [key for key, value in made.items() if there.get(key) != value]
+        in_file = json.loads(json.dumps(made))  # a tuple is a list there
+        different = [key for key, value in in_file.items() if there.get(key) != value]
         for name, now in own.items():
             before = there.get(name, {})
             if bool(before) != bool(now) or before | now != now | before:

@@ -17,11 +17,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..utils.errors import NotFiniteError, UserError
 from ..utils.files import write_whole
 from ..utils.processes import gather, processes, raise_on_all_ranks
+from ..utils.progress import progress_bar
 
 Rows = dict[str, Tensor]
 Maker = Callable[[list[int]], Rows]  # ids to rows: tensors whose first axis is that of the ids
@@ -60,8 +60,8 @@ def all_rows(
     batches = [missing[start : start + batch_size] for start in range(0, len(missing), batch_size)]
     mine = batches[here.process_index :: here.num_processes]
     made: list[Rows] = []
-    quiet = not (progress and here.is_main_process and missing)
-    with raise_on_all_ranks(), tqdm(total=sum(map(len, mine)), desc=desc, unit="image", disable=quiet) as bar:
+    shown = bool(progress and here.is_main_process and missing)
+    with raise_on_all_ranks(), progress_bar(sum(map(len, mine)), desc, show=shown) as bar:
         for ids in mine:
             rows = {name: value.cpu() for name, value in make(ids).items()}
             for name, value in rows.items():

@@ -21,7 +21,7 @@ from .run import Run, image_size
 class MicroBatch(NamedTuple):
     """What one forward and backward pass sees, on the device."""
 
-    images: Tensor  # [b, C, H, W] uint8
+    images: Tensor  # [b, C, H, W] uint8; float32 trajectories, where a teacher is distilled
     flip: Tensor  # [b] bool
     t: Tensor  # [b] int64
     noise: Tensor  # [b, C, H, W] float32
@@ -34,6 +34,7 @@ class Batches:
     def __init__(self, run: Run):
         self.run, self.plan, self.seed, self.device = run, run.plan, run.config.seed, run.device
         self.data: Images = run.data.on(self.device) if isinstance(run.data, ImageDataset) else run.data
+        self._dtype = self.data.images.dtype if isinstance(self.data, ImageDataset) else torch.uint8
         self._image_shape = (run.unet_config.get("in_channels", 3), *image_size(run.unet_config))
         self._order = (-1, torch.empty(0, dtype=torch.long))  # the current epoch and its permutation
         self._reader = ThreadPoolExecutor(1)  # decodes the next micro-batch while the network runs on this one
@@ -64,7 +65,8 @@ class Batches:
         noise = torch.zeros(self.plan.micro, *self._image_shape, device=self.device)
         t = torch.zeros(self.plan.micro, dtype=torch.long, device=self.device)
         labels = t.clone() if self.run.config.class_conditional else None
-        return MicroBatch(noise.byte(), t.bool(), t, noise, labels)
+        images = torch.zeros(self.plan.micro, *self.data.image_shape, dtype=self._dtype, device=self.device)
+        return MicroBatch(images, t.bool(), t, noise, labels)
 
     def draws(self, step: int) -> dict[str, Tensor]:
         """Draw t, noise, flips and class dropout of the whole update, the same for every cut of it."""

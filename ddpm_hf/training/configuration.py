@@ -147,6 +147,7 @@ class TrainingConfig:
     checkpointing_steps: int = _flag(5000, "updates between checkpoints", POSITIVE)
     checkpoints_total_limit: int | None = _flag(None, "how many checkpoints to keep; all if left out", POSITIVE)
     resume_from_checkpoint: str | None = _flag(None, "latest, or a checkpoint's folder; if left out, a new run")
+    dry_run: bool = _flag(False, "check images, network, memory, disk, Hub and time, then stop; writes nothing")
 
     save_images_steps: int | None = _flag(None, f"updates between grids; {_AT_END}", POSITIVE, group=_SAMPLES)
     num_sample_images: int = _flag(64, "images in a grid", POSITIVE)
@@ -170,7 +171,9 @@ class TrainingConfig:
     channels_last: bool | None = _flag(None, "channels_last memory layout; default: on NVIDIA GPUs")
     cuda_graphs: bool = _flag(True, "NVIDIA GPUs: launch an update as one captured graph")
     gradient_checkpointing: bool = _flag(False, "trade time for memory")
-    report_to: str | None = _flag(None, "trackers by accelerate: tensorboard, wandb, ...; several as a,b; all; none")
+    report_to: str | None = _flag(
+        None, "trackers by accelerate: tensorboard, trackio, wandb, ...; several as a,b; all; none"
+    )
     logging_steps: int = _flag(10, "updates between the numbers that trackers get", POSITIVE)
     logging_dir: str = _flag("logs", "where trackers write, inside the output folder")
 
@@ -266,16 +269,18 @@ class TrainingConfig:
         pixels = size**2 if isinstance(size, int) else math.prod(size)
         return min(most, max(self.batch_plan(num_processes)[0], 256 * 32 * 32 // pixels, 1))
 
-    def sampling(self, pipe: Any) -> dict[str, Any]:
-        """Return the sampler and its steps for the run's samples; a distilled model has its own."""
+    def sampling(self, pipe: Any) -> Any:
+        """Return the `SamplingOptions` of the run's samples; a distilled model has its own."""
+        from ..sampling.generation import SamplingOptions
+
         if pipe.distilled_steps:
-            return {"sampler": None, "num_inference_steps": pipe.distilled_steps}
+            return SamplingOptions()
         steps = min(self.ddpm_num_inference_steps, pipe.scheduler.config.num_train_timesteps)
-        return {"sampler": self.sampler, "num_inference_steps": steps}
+        return SamplingOptions(self.sampler, num_inference_steps=steps)
 
     def public_values(self) -> dict[str, Any]:
         """Return all values of flags but the access token, for files and trackers."""
-        private = {"hub_token", *self.not_flags}
+        private = {"hub_token", "dry_run", *self.not_flags}
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in private}
 
     def save(self, path: Path) -> None:
@@ -302,8 +307,9 @@ class DistillationConfig(TrainingConfig):
     not_flags: ClassVar[frozenset[str]] = frozenset(_OF_TRAINING.split())
 
     model: str | None = _flag(None, "the teacher: a folder, a checkpoint, or a name on the Hub", group="distillation")
-    steps: int = _flag(4, "network evaluations of the student for an image; divides T", POSITIVE)
-    teacher_steps: int = _flag(16, "network evaluations of the teacher for an image, a multiple of --steps", POSITIVE)
+    steps: int = _flag(4, "network evaluations of the student for an image", POSITIVE)
+    teacher_steps: int = _flag(24, "network evaluations of the teacher for an image, a multiple of --steps", POSITIVE)
+    num_trajectories: int = _flag(8192, "images that the teacher makes, before the training starts", POSITIVE)
     guidance_scale: float = _flag(1.0, "the teacher's classifier-free guidance, which the student learns", POSITIVE)
 
     def __post_init__(self) -> None:

@@ -1,7 +1,7 @@
 """Distillation into K deterministic steps (Salimans & Ho 2022, arXiv 2202.00512, without its halving of steps).
 
-The teacher's probability flow leads from noise x_T through x_t at the student's K timesteps to an image. Each of the
-student's steps, by stock's `DDIMScheduler`, is to lead from one of them to the next. Nothing but noise, and classes,
+The teacher's probability flow leads from noise x_T through x_t at K of its timesteps to an image. Each of the
+student's K steps, by stock's `DDIMScheduler`, is to lead from one of them to the next. Nothing but noise, and classes,
 is needed: the teacher makes the images.
 """
 
@@ -13,59 +13,66 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers.utils import logging
+from accelerate import Accelerator
 from torch import Tensor
 
 from ..data.tensors import ImageDataset
 from ..diffusion.distributions import mean_flat
-from ..diffusion.scheduling_ddpm import DDPMScheduler
-from ..models.unet_2d import check_weights
+from ..models.inference import InferenceNetwork, InferenceOptions
+from ..models.unet_2d import UNet2DModel
 from ..pipelines.adjustment import Adjustment
 from ..pipelines.denoising import Denoiser
-from ..pipelines.pipeline_ddpm import DDPMPipeline
-from ..pipelines.schedulers import DISTILLED_STEPS, check_is_ddpm
+from ..pipelines.pipeline_ddpm import INCLUDED_MODELS, DDPMPipeline, load_named
+from ..pipelines.schedulers import DISTILLED_STEPS
 from ..presets import DISTILLATION, Preset
 from ..utils.digests import weights_digest
-from ..utils.errors import UserError, first_line
+from ..utils.errors import UserError
+from ..utils.progress import progress_bar
+from ..utils.randomness import SeededNoise, derive_seed
 from ..utils.text import is_local, recorded_name
 from .configuration import DistillationConfig
+
+# Without gradients, so many times as many images fit on a device as in training.
+_TIMES_THE_BATCH = 4
 
 
 @dataclass
 class Distillation:
-    """A teacher, and at which timesteps its student samples."""
+    """A teacher, and at which of its timesteps the student samples."""
 
     name: str  # the teacher's, as it may be published
     base_model: str | None  # its name on the Hub, if it has one
     digest: str  # SHA-256 of its weights
     teacher: DDPMPipeline
-    stops: list[int]  # the student's timesteps, from high to low
-    times: list[int]  # where the teacher is evaluated, from high to low; the stops are among them
+    steps: int  # K
+    times: list[int]  # where the teacher is evaluated, from high to low, a multiple of K
     guidance_scale: float
+    num_trajectories: int = 1
 
     def __post_init__(self) -> None:
         # [T + 1] each, the data last, where index -1 finds it
         alpha_bar = np.append(self.teacher.scheduler.alpha_bar, 1.0)
         self._alpha, self._sigma = np.sqrt(alpha_bar).tolist(), np.sqrt(1 - alpha_bar).tolist()
-        self.to(torch.device("cpu"))
-
-    def to(self, device: torch.device) -> None:
-        """Move the teacher, and the timesteps of both, to a device."""
-        self.teacher.to(device)
-        self._times, self._stops = (torch.tensor(times, device=device) for times in (self.times, self.stops))
+        self._points = self.times[:: len(self.times) // self.steps]  # the teacher's timesteps that the student knows
+        T, K = len(alpha_bar) - 1, self.steps
+        # A step of stock's DDIM is T // K timesteps long. They are far apart, so that the time embedding tells them
+        # from each other.
+        self._stride = T // K
+        self._own_times = torch.arange(K, 0, -1) * self._stride - 1
+        # [K] each: alpha_t and sigma_t at the points, alpha_s and sigma_s at the next ones
+        columns = (
+            [values[t] for t in times]
+            for times in (self._points, [*self._points[1:], -1])
+            for values in (self._alpha, self._sigma)
+        )
+        self._levels = torch.tensor(list(columns))
 
     @classmethod
     def load(cls, config: DistillationConfig) -> "Distillation":
         """Load the teacher, or raise a UserError: it cannot be loaded or distilled, or its chain is too short."""
         model, K = str(config.model), config.steps
-        logging.disable_progress_bar()  # loading takes no time worth a bar
-        try:
-            pipe = DDPMPipeline.from_pretrained(model, dtype=torch.float32)
-            check_weights(pipe.unet)
-            check_is_ddpm(pipe.scheduler)
-            scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
-        except (OSError, ValueError) as error:
-            raise UserError(f"cannot load --model {model}: {first_line(error)}") from error
+        pipe = load_named("--model", model, as_ddpm=True, dtype=torch.float32)
+        scheduler = pipe.scheduler
         if pipe.distilled_steps:
             raise UserError(f"--model {model} is distilled already; give the model that it was made from")
         kind, learned = scheduler.config.prediction_type, "learned" in (scheduler.config.variance_type or "")
@@ -74,28 +81,27 @@ class Distillation:
             need = "epsilon, sample or v_prediction with a fixed variance"
             raise UserError(f"--model {model} predicts {what}, which cannot be distilled; a teacher needs {need}")
         T = scheduler.config.num_train_timesteps
-        if T % K or config.teacher_steps % K or config.teacher_steps > T:  # DDIM's step is T // K timesteps long
-            what = f"--steps must divide the teacher's T = {T}, and --teacher_steps, which is at most T"
-            raise UserError(f"{what}; got {K} and {config.teacher_steps}")
+        if config.teacher_steps % K or config.teacher_steps > T:
+            what = f"--teacher_steps must be a multiple of --steps, and at most the teacher's T = {T}"
+            raise UserError(f"{what}; got {config.teacher_steps} and {K}")
         pipe.classes.checked(0 if pipe.classes.count else None, config.guidance_scale, 1)
         pipe.unet.requires_grad_(False).eval()
-        stops = list(range(T - 1, -1, -T // K))
-        times, base = teacher_times(stops, config.teacher_steps // K), None if is_local(model) else model
-        teacher = DDPMPipeline(pipe.unet, scheduler)
+        times = evenly_in_angle(scheduler.alpha_bar, config.teacher_steps)
+        base = None if is_local(model) or model in INCLUDED_MODELS else model
         name, digest = recorded_name(model), weights_digest(pipe.unet)
-        return cls(name, base, digest, teacher, stops, times, config.guidance_scale)
+        return cls(name, base, digest, pipe, K, times, config.guidance_scale, config.num_trajectories)
 
     @property
     def record(self) -> dict[str, Any]:
         """What checkpoints keep of it, and a resumed run has to share."""
         guided = f", guided by {self.guidance_scale:g}" * (self.guidance_scale != 1)
-        stops = ", ".join(map(str, self.stops))
+        points = ", ".join(map(str, self._points))
         return {
             "model": self.name,
             "base_model": self.base_model,
             "digest": self.digest,
             "teacher_timesteps": self.times,
-            "description": f"DDIM steps from t = {stops} of {len(self.times)} steps of the teacher{guided}, in v",
+            "description": f"DDIM steps from t = {points} of {len(self.times)} steps of the teacher{guided}, in v",
         }
 
     @property
@@ -103,40 +109,93 @@ class Distillation:
         """The default recipe, with the teacher's network and schedule, and the student's sampler."""
         known = ("_class_names", "_null_class")
         unet = {n: v for n, v in self.teacher.unet.config.items() if not n.startswith("_") or n in known}
-        unet |= {"dropout": 0.0, DISTILLED_STEPS: len(self.stops)}
+        unet |= {"dropout": 0.0, DISTILLED_STEPS: self.steps}
         sampler = {"prediction_type": "v_prediction", "timestep_spacing": "trailing", "clip_sample": False}
-        process = {**_schedule(self.teacher.scheduler), **sampler, "set_alpha_to_one": True}
-        return dataclasses.replace(DISTILLATION, unet=unet, scheduler=process)
+        process = {"num_train_timesteps": self.steps * self._stride, "trained_betas": self._betas(), **sampler}
+        return dataclasses.replace(DISTILLATION, unet=unet, scheduler=process | {"set_alpha_to_one": True})
 
-    def images(self) -> ImageDataset:
-        """Return what stands for the images of a run: black ones, of which only the classes are used, all as often."""
-        classes = self.teacher.classes
+    def _betas(self) -> list[float]:
+        """Return the student's schedule: alpha_bar as at the points, and between them as in a cosine schedule."""
+        # arctan(sigma / alpha) is 0 at the data, and grows by equal steps from point to point
+        angles = [math.atan2(self._sigma[t], self._alpha[t]) for t in (-1, *reversed(self._points))]
+        t = np.arange(-1, self.steps * self._stride)
+        alpha_bar = np.cos(np.interp(t, [-1, *self._own_times.flip(0).tolist()], angles)) ** 2
+        return (1 - alpha_bar[1:] / alpha_bar[:-1]).tolist()
+
+    def initialize(self, unet: UNet2DModel) -> None:
+        """Start from the teacher's weights, with a time embedding that takes the student's timesteps for the points'.
+
+        Its last layer is changed: to the one that does so exactly and is nearest to the teacher's.
+        """
+        unet.load_state_dict(self.teacher.unet.state_dict())
+        embedding = unet.time_embedding
+        with torch.no_grad():
+            of_points, own = (
+                embedding.act(embedding.linear_1(unet.time_proj(t.to(unet.device)).to(unet.dtype)))
+                for t in (torch.tensor(self._points), self._own_times)
+            )  # [K, D] each
+            change = embedding.linear_2(of_points) - embedding.linear_2(own)
+            nearest = torch.linalg.pinv(own.double()) @ change.double()  # of least norm with own @ nearest = change
+            embedding.linear_2.weight += nearest.T.to(unet.dtype)
+
+    def trajectories(
+        self, seed: int, accelerator: Accelerator, batch_size: int, compiled: bool = False
+    ) -> ImageDataset:
+        """Follow the teacher from noise to images; every process its share, and all get all.
+
+        Args:
+            seed: The run's. The noise of a trajectory is a function of it and of the trajectory's number.
+            accelerator: Processes and precision.
+            batch_size: What fits in training.
+            compiled: Whether the teacher is.
+
+        Returns:
+            The points of the trajectories as images of (K + 1) C channels, `[N, (K + 1) C, H, W]` float32; all classes
+            as often, "no class" among them.
+        """
+        device, classes, batch_size = accelerator.device, self.teacher.classes, _TIMES_THE_BATCH * batch_size
+        self._own_times, self._levels = self._own_times.to(device), self._levels.to(device)
+        precision = {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
+        unet = self.teacher.unet.to(device)
+        network = InferenceNetwork(unet, InferenceOptions.for_device(device, precision, compiled))
+        share = -(-self.num_trajectories // accelerator.num_processes)
+        first = share * accelerator.process_index
+        made = []
+        with progress_bar(share, "the teacher's trajectories", "image", accelerator.is_main_process) as bar:
+            for start in range(first, first + share, batch_size):
+                numbers = range(start, min(start + batch_size, first + share))
+                noise = SeededNoise([derive_seed(seed, "trajectory", number) for number in numbers], device)
+                labels = None if classes.count is None else torch.tensor(numbers, device=device) % classes.count
+                points = self.trajectory(noise.normal((len(numbers), *self.teacher.image_shape)), labels, network)
+                made.append(points.transpose(0, 1).flatten(1, 2))
+                bar.update(len(numbers))
+        points = accelerator.gather(torch.cat(made))[: self.num_trajectories]
+        labels = None if classes.count is None else torch.arange(len(points), device=device) % classes.count
         names = [name for i, name in enumerate(classes.all_names()) if i != classes.null]
-        count, black = classes.count or 1, torch.zeros(1, *self.teacher.image_shape, dtype=torch.uint8)
-        n = count * -(-1024 // count)
-        labels = None if classes.count is None else torch.arange(n) % count
-        return ImageDataset(black.expand(n, -1, -1, -1), labels, f"images made by {self.name}", names)
+        return ImageDataset(points, labels, f"images made by {self.name}", names)
 
-    def trajectory(self, x_T: Tensor, class_labels: Tensor | None = None) -> Tensor:
+    def trajectory(self, x_T: Tensor, class_labels: Tensor | None = None, network: Any = None) -> Tensor:
         """Follow the teacher's probability flow from noise, by DPM-Solver++(2M) (Lu et al. 2022b, Algorithm 2).
 
         Args:
             x_T: Standard normal, `[B, C, H, W]`.
             class_labels: `[B]`, for class-conditional teachers.
+            network: The teacher's, made faster.
 
         Returns:
-            x_t at the student's timesteps and the teacher's image, `[K + 1, B, C, H, W]`.
+            x_t at the K points and the teacher's image, `[K + 1, B, C, H, W]`.
         """
-        unet, scheduler = self.teacher.unet, self.teacher.scheduler
+        scheduler, times = self.teacher.scheduler, torch.tensor(self.times, device=x_T.device)
         clip = scheduler.config.clip_sample or scheduler.config.thresholding
-        denoiser = Denoiser(unet, scheduler, None, class_labels, Adjustment(self.guidance_scale))
+        network = network or self.teacher.unet
+        denoiser = Denoiser(network, scheduler, None, class_labels, Adjustment(self.guidance_scale))
         x_t, points, before, h_before = x_T, [], None, math.inf
         with torch.no_grad():
             for i, (t, s) in enumerate(pairwise([*self.times, -1])):
-                if t in self.stops:
+                if t in self._points:
                     points.append(x_t)
-                output = denoiser.predict(x_t, self._times[i], self.guidance_scale != 1)
-                x_0 = scheduler.p_mean_variance(output, self._times[i], x_t, clip)[3]
+                output = denoiser.predict(x_t, times[i], self.guidance_scale != 1)
+                x_0 = scheduler.p_mean_variance(output, times[i], x_t, clip)[3]
                 # h = lambda_s - lambda_t, lambda = log(alpha / sigma); D = (1 + 1/2r) x_0 - 1/2r of the one before
                 h = self._log_snr(s) - self._log_snr(t)
                 direction = x_0
@@ -153,41 +212,44 @@ class Distillation:
         alpha, sigma = self._alpha[t], self._sigma[t]
         return math.inf if sigma == 0 else -math.inf if alpha == 0 else math.log(alpha / sigma)
 
-    def targets(self, points: Tensor) -> Tensor:
-        """Return the v whose DDIM steps lead from each point of a trajectory to the next, `[K, B, C, H, W]`."""
-        targets = []
-        for (t, s), (x_t, x_s) in zip(pairwise([*self.stops, -1]), pairwise(points), strict=True):
-            # x_s = alpha_s x_0 + r (x_t - alpha_t x_0) with r = sigma_s / sigma_t (Salimans & Ho 2022, Eq. 9)
-            alpha, sigma, ratio = self._alpha[t], self._sigma[t], self._sigma[s] / self._sigma[t]
-            x_0 = (x_s - ratio * x_t) / (self._alpha[s] - ratio * alpha)
-            targets.append((alpha * x_t - x_0) / sigma)
-        return torch.stack(targets)
-
     def loss(
-        self, unet: Any, scheduler: Any, x_0: Tensor, t: Tensor, noise: Tensor, class_labels: Tensor | None = None
+        self, unet: Any, scheduler: Any, points: Tensor, t: Tensor, noise: Tensor, class_labels: Tensor | None = None
     ) -> Tensor:
-        """Return the squared error of the student's v over its timesteps, `[B]`; see `objectives`.
+        """Return the squared error of the student's v, `[B]`; see `objectives`.
 
-        The images and t of a batch are not used: they are the teacher's, and all of the student's.
+        Args:
+            unet: The student's network.
+            scheduler: Not used, as is `noise`.
+            points: Of trajectories, `[B, (K + 1) C, H, W]`.
+            t: In 0 to T - 1, `[B]`; of the student's timesteps the next one up is taken.
+            noise: Not used.
+            class_labels: `[B]`, for class-conditional networks.
         """
-        points = self.trajectory(noise, class_labels)
-        K, timesteps = len(self.stops), self._stops.repeat_interleave(len(noise))
-        labels = {} if class_labels is None else {"class_labels": class_labels.repeat(K)}
-        v = unet(points[:-1].flatten(0, 1), timesteps, **labels).sample.float()
-        return mean_flat((v - self.targets(points).flatten(0, 1)).square()).view(K, -1).mean(0)
+        k = self.steps - 1 - t // self._stride  # [B], which step of the chain
+        points = points.unflatten(1, (self.steps + 1, -1))
+        row = torch.arange(len(t), device=t.device)
+        x_t, x_s = points[row, k], points[row, k + 1]
+        labels = {} if class_labels is None else {"class_labels": class_labels}
+        v = unet(x_t, self._own_times[k], **labels).sample.float()
+        return mean_flat((v - self.target(x_t, x_s, k)).square())
+
+    def target(self, x_t: Tensor, x_s: Tensor, k: Tensor) -> Tensor:
+        """Return the v whose DDIM step, the `k`-th of the chain (`[B]`), leads from x_t to x_s, `[B, C, H, W]`."""
+        alpha, sigma, alpha_s, sigma_s = self._levels[:, k, None, None, None]
+        ratio = sigma_s / sigma
+        # x_s = alpha_s x_0 + r (x_t - alpha_t x_0) with r = sigma_s / sigma_t (Salimans & Ho 2022, Eq. 9)
+        x_0 = (x_s - ratio * x_t) / (alpha_s - ratio * alpha)
+        return (alpha * x_t - x_0) / sigma
 
 
-def teacher_times(stops: list[int], per_step: int) -> list[int]:
-    """Return falling timesteps, `per_step` from each of the student's on, evenly spaced down to the data at t = -1."""
-    between = [np.linspace(t, s, per_step + 1)[:-1] for t, s in pairwise([*stops, -1])]
-    return np.concatenate(between).round().astype(int).tolist()
+def evenly_in_angle(alpha_bar: np.ndarray, n: int) -> list[int]:
+    """Return n falling timesteps from T - 1 on, evenly spaced in arctan(sigma_t / alpha_t) down to the data.
 
-
-def _schedule(scheduler: DDPMScheduler) -> dict[str, Any]:
-    """Return the settings of a schedule that stock's `DDIMScheduler` knows: by name, or beta by beta."""
-    names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
-    settings = {name: scheduler.config[name] for name in names}
-    plain = settings["beta_schedule"] in ("linear", "scaled_linear", "squaredcos_cap_v2")
-    if plain and scheduler.config.trained_betas is None and not scheduler.config.rescale_betas_zero_snr:
-        return settings
-    return settings | {"beta_schedule": "linear", "trained_betas": scheduler.betas.double().tolist()}
+    As in a cosine schedule, which progressive distillation samples uniformly (Salimans & Ho 2022, Section 2).
+    """
+    angle = np.arctan2(np.sqrt(1 - alpha_bar), np.sqrt(alpha_bar))
+    times: list[int] = []
+    for i in range(n):
+        t = int(np.abs(angle - angle[-1] * (1 - i / n)).argmin())
+        times.append(max(min(t, times[-1] - 1 if times else t), n - 1 - i))  # they differ where T is small
+    return times

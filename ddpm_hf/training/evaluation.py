@@ -84,7 +84,9 @@ class TrainingEvaluation:
         try:
             _, extractors = check_evaluation(pipe, self.sets, self._of_samples, self._options(pipe))
         except UserError as error:  # evaluate's flags have other names here
-            raise UserError(re.sub("--(num_samples|features|inception_weights)", r"--eval_\1", str(error))) from error
+            raise UserError(
+                re.sub("--(num_samples|features|inception_weights)", r"--eval_\1", error.args[0])
+            ) from error
         best, names = config.best_metric, names_of_numbers(self.metrics, extractors, list(self.sets))
         if best is not None and best not in names:
             what = f"none of the numbers that --eval_metrics {config.eval_metrics} gives{nearest(best, names)}"
@@ -96,7 +98,8 @@ class TrainingEvaluation:
         return EvaluationOptions(
             **{name: getattr(config, f"eval_{name}") for name in same_name},
             batch_size=config.evaluation_batch(self.network, processes().num_processes),
-            **config.sampling(pipe),
+            **vars(config.sampling(pipe)),
+            progress=True,
         )
 
     def network_evaluations(self, steps: int) -> int:

@@ -5,20 +5,20 @@ copied; what is new starts so that the network computes what it computed before.
 """
 
 import dataclasses
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers.utils import logging
 from torch import Tensor
 
 from ..data.class_labels import Classes
 from ..diffusion.scheduling_ddpm import LEARNED_VARIANCES, OPTIMAL_VARIANCE, DDPMScheduler
-from ..models.unet_2d import UNet2DModel, check_weights
-from ..pipelines.pipeline_ddpm import DDPMPipeline
+from ..models.unet_2d import UNet2DModel
+from ..pipelines.pipeline_ddpm import INCLUDED_MODELS, load_named
 from ..presets import Preset, get_preset
 from ..utils.digests import weights_digest
-from ..utils.errors import UserError, first_line
+from ..utils.errors import UserError
 from ..utils.processes import log
 from ..utils.text import is_local, listed
 from .configuration import TrainingConfig
@@ -58,14 +58,13 @@ def open_initial_model(config: TrainingConfig, state: dict[str, Any] | None) -> 
     if (which := config.resume_from_checkpoint) not in (None, "latest"):
         what = f"--init_from {name} and --resume_from_checkpoint {which} both say which weights to start from"
         raise UserError(f"{what}, and {config.output_dir!r} holds no such checkpoint; leave out one of them")
-    logging.disable_progress_bar()  # loading takes no time worth a bar
-    try:
-        pipe = DDPMPipeline.from_pretrained(name, dtype=torch.float32)
-        check_weights(pipe.unet)
-        scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot load --init_from {name}: {first_line(error)}") from error
-    process = {key: value for key, value in scheduler.config.items() if not key.startswith("_")}
+    pipe = load_named("--init_from", name, as_ddpm=True, dtype=torch.float32)
+    if own := pipe.distilled_steps:
+        what = f"--init_from {name} is distilled, and knows its own {own} timesteps only"
+        raise UserError(f"{what}; start from the model that it was made from")
+    scheduler = pipe.scheduler
+    known = inspect.signature(DDPMScheduler.__init__).parameters  # without what other samplers keep for themselves
+    process = {key: value for key, value in scheduler.config.items() if key in known}
     process["variance_type"] = scheduler.variance_type
     if scheduler.variance_type == OPTIMAL_VARIANCE:
         log(f"the optimal variance of {name} was measured for its weights; training goes by fixed_small")
@@ -77,7 +76,8 @@ def open_initial_model(config: TrainingConfig, state: dict[str, Any] | None) -> 
     there = {**{key: process[key] or None for key in _PROCESS}, "in_channels": network["in_channels"]}
     if other := [f"{key} {value}"[:40] for key, value in there.items() if value != here.get(key)]:
         log(f"taken from {name}, not from the preset: {', '.join(other)}")
-    base_model, digest = None if is_local(name) else name, weights_digest(pipe.unet)
+    not_on_hub = is_local(name) or name in INCLUDED_MODELS
+    base_model, digest = None if not_on_hub else name, weights_digest(pipe.unet)
     preset = _with_network(config, network, process)
     return InitialModel(name, base_model, digest, preset, network, pipe.unet.state_dict())
 

@@ -48,7 +48,9 @@ def gamma_of(sigma_rel: float) -> float:
     sigma_rel^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)), a cubic equation in gamma. Raises UserError outside.
     """
     if not 1e-6 <= sigma_rel <= LONGEST:
-        raise UserError(f"sigma_rel must be above 1e-6 and at most {LONGEST:.4f} (the mean of all), got {sigma_rel:g}")
+        raise UserError(
+            f"--sigma_rel must be above 1e-6 and at most {LONGEST:.4f} (the mean of all), got {sigma_rel:g}"
+        )
     s = sigma_rel**-2.0  # (gamma + 2)^2 (gamma + 3) - s (gamma + 1) = 0
     return max(0.0, float(np.polynomial.Polynomial([12 - s, 16 - s, 7, 1]).roots().real.max()))
 

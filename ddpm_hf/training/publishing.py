@@ -23,7 +23,7 @@ from ..hub.publish import Push, check_destination
 from ..models.unet_2d import UNet2DModel, check_weights
 from ..pipelines.checkpoints import CONFIG, RAW, Checkpoint, make_model
 from ..pipelines.pipeline_ddpm import DDPMPipeline
-from ..sampling.generation import generate, with_sampler
+from ..sampling.generation import generate
 from ..utils.errors import NotFiniteError
 from ..utils.files import check_new_folder
 from ..utils.processes import from_first, gather, log, only_run_in, processes, raise_on_all_ranks
@@ -31,6 +31,7 @@ from ..utils.visualize import image_grid, save_picture
 from .configuration import TrainingConfig, TrainingError, due
 from .evaluation import TrainingEvaluation
 from .run import load_split
+from .tracking import Tracking
 
 
 @contextmanager
@@ -56,26 +57,28 @@ class Publisher:
         config: TrainingConfig,
         settings: dict[str, Any],
         evaluation: TrainingEvaluation | None,
+        tracking: Tracking | None = None,
         raw: bool = False,
     ):
         self.config, self.settings, self.evaluation, self.raw = config, settings, evaluation, raw
+        self.tracking = tracking
         self.folder = Path(config.output_dir)
         self.pushes: BackgroundPush | None = None
         check_license(config.license)
         self._push = None
         if config.push_to_hub:
-            options: dict[str, Any] = {
-                "private": config.hub_private_repo,
-                "token": config.hub_token,
-                "license": config.license,
-            }
-            self._push = Push(config.output_dir, config.hub_model_id or self.folder.resolve().name, **options)
+            name = config.hub_model_id or self.folder.resolve().name
+            self._push = Push(config.output_dir, name, config.hub_private_repo, config.hub_token, config.license)
 
     def open_hub(self) -> None:
         """Check where the run's pushes will go, if it has any, or raise UserError; only the main process pushes."""
         with raise_on_all_ranks():
             if self._push is not None and processes().is_main_process:
                 self.pushes = BackgroundPush(check_destination(self._push, log), log)
+
+    def describe_hub(self) -> str:
+        """Return where the run's pushes will go, or raise UserError: they will not be possible; nothing is changed."""
+        return "no push (--push_to_hub)" if self._push is None else self._push.describe_destination()
 
     def push(self, ema_weights: dict[str, Tensor], step: int) -> None:
         """Put the model as it is after update `step` into the output folder, and on its way to the Hub."""
@@ -91,7 +94,7 @@ class Publisher:
             else:
                 self.pushes.offer(f"After update {step}")
 
-    def show(self, ema_weights: dict[str, Tensor], step: int, seconds: float) -> EvaluationReport | None:
+    def show(self, ema_weights: dict[str, Tensor], step: int, seconds: float) -> None:
         """Make the sample grid and the evaluation that are due after update `step`, unless they are not finite.
 
         The run has taken so many `seconds`, for its curve.
@@ -101,16 +104,18 @@ class Publisher:
             pipe = self.pipeline(ema_weights)
             try:
                 if due(step, config.save_images_steps):
-                    self.sample_grid(pipe, f"samples-{step}.png")
-                return self._measure(pipe, step, seconds) if due(step, config.validation_steps) else None
+                    self.sample_grid(pipe, f"samples-{step}.png", step)
+                if due(step, config.validation_steps):
+                    self._measure(pipe, step, seconds)
             except NotFiniteError as error:
                 log(f"nothing to show after update {step}: {error}")
-                return None
 
     def _measure(self, pipe: DDPMPipeline, step: int, seconds: float) -> EvaluationReport | None:
         if self.evaluation is None or (report := self.evaluation.measure(pipe)) is None:
             return None
         self.evaluation.record(pipe, report, step, step * self.settings["total_batch_size"], seconds)
+        if self.tracking is not None:
+            self.tracking.numbers(step, {name: entry["value"] for name, entry in report.values.items()})
         return report
 
     def write_model(self, pipe: DDPMPipeline, step: int) -> None:
@@ -124,7 +129,7 @@ class Publisher:
     def complete(self, pipe: DDPMPipeline, step: int, seconds: float) -> None:
         """Add sample grid, numbers and a card with both to what `write_model` wrote, or raise NotFiniteError."""
         with _memory_advice(step):
-            self.sample_grid(pipe, SAMPLES)
+            self.sample_grid(pipe, SAMPLES, step)
             report = self._measure(pipe, step, seconds)
         self._write_report_and_card(step, report)
         if self.pushes is not None:
@@ -169,13 +174,15 @@ class Publisher:
             broadcast(pipe.unet.state_dict())
         return pipe
 
-    def _draw(self, pipe: DDPMPipeline, seeds: range, steps: int) -> Iterator[Any]:
+    def _draw(self, pipe: DDPMPipeline, seeds: range, steps: int | None, progress: bool = False) -> Iterator[Any]:
         classes = self.settings["network"].get("_class_names")
+        sampling = self.config.sampling(pipe)
         return generate(
-            with_sampler(pipe, self.config.sampling(pipe)["sampler"]),
+            sampling.pipeline(pipe),
             seeds,
             batch_size=self._grid_batch(),
-            num_inference_steps=steps,
+            progress=progress,
+            **(sampling.chain | {"num_inference_steps": steps}),
             class_labels=[ClassIndex(seed % len(classes)) for seed in seeds] if classes else None,
         )
 
@@ -185,7 +192,7 @@ class Publisher:
     def seconds_to_complete(self, ema_weights: dict[str, Tensor]) -> float:
         """Estimate how long `complete` takes, from a few network evaluations; features are not in it."""
         pipe = self.pipeline(ema_weights)
-        steps = self.config.sampling(pipe)["num_inference_steps"]
+        steps = pipe.checked_steps(self.config.sampling(pipe).num_inference_steps)
         few = steps if pipe.distilled_steps else min(2, steps)
         images = min(self.config.num_sample_images, self._grid_batch())
         for _ in range(2):  # the first time, kernels are chosen
@@ -197,18 +204,21 @@ class Publisher:
         evaluations += 0 if self.evaluation is None else self.evaluation.network_evaluations(steps)
         return seconds / (images * few) * evaluations / processes().num_processes
 
-    def sample_grid(self, pipe: DDPMPipeline, name: str) -> None:
-        """Write images 0, 1, ... as a grid; every process draws a share of them."""
+    def sample_grid(self, pipe: DDPMPipeline, name: str, step: int) -> None:
+        """Write images 0, 1, ... as a grid, for the trackers too; every process draws a share of them."""
         config, here = self.config, processes()
         seeds = range(here.process_index, config.num_sample_images, here.num_processes)
-        batches = self._draw(pipe, seeds, config.sampling(pipe)["num_inference_steps"])
+        batches = self._draw(pipe, seeds, config.sampling(pipe).num_inference_steps, here.is_main_process)
         with raise_on_all_ranks():
             drawn = [(seed, image) for part, images in batches for seed, image in zip(part, images, strict=True)]
         whole = dict(pair for share in gather(drawn) for pair in share)
         path = self.folder / name
         with raise_on_all_ranks():
             if here.is_main_process:
-                save_picture(image_grid(torch.stack([whole[seed] for seed in range(config.num_sample_images)])), path)
+                grid = image_grid(torch.stack([whole[seed] for seed in range(config.num_sample_images)]))
+                save_picture(grid, path)
+                if self.tracking is not None:
+                    self.tracking.picture(step, "samples", grid)
         log(f"wrote {path}")
 
 
@@ -243,7 +253,7 @@ def publish_checkpoint(
         if not there:
             publisher.write_model(pipe, step)
         if redraw or (samples and not from_first((folder / SAMPLES).exists())):
-            publisher.sample_grid(pipe, SAMPLES)
+            publisher.sample_grid(pipe, SAMPLES, step)
         report = None if evaluation is None else evaluation.measure(pipe)
         if report is None and (folder / REPORT).exists():  # of these weights
             report = EvaluationReport.load(folder / REPORT)

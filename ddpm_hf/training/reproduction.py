@@ -94,13 +94,13 @@ def reproduce(config: TrainingConfig, options: ReproductionConfig) -> Reproducti
     """
     for flag, other in (("resume_from_checkpoint", "latest"), ("init_from", None)):
         if getattr(config, flag) not in (None, other):
-            raise UserError(
-                f"reproduce starts from the paper's initialisation, or resumes by itself; leave out --{flag}"
-            )
+            what = "reproduce starts from the paper's initialisation, or resumes by itself"
+            raise UserError(f"{what}; leave out --{flag}")
     config = dataclasses.replace(config, resume_from_checkpoint="latest")
     end_with_the_launcher()
     folder, here = Path(config.output_dir), processes()
-    pipe = _load_trained(config) or _train(config, options)
+    pipe = None if config.dry_run else _load_trained(config)
+    pipe = pipe or _train(config, options)
     if pipe is None:
         return None
     with raise_on_all_ranks():

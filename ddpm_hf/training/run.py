@@ -1,5 +1,6 @@
 """One training run, resolved once from its configuration: machine, recipe, images, network arguments, batches."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +15,12 @@ from ..models.unet_2d import UNet2DModel, check_size
 from ..presets import Preset
 from ..utils.errors import UserError, in_one_line
 from ..utils.machine import choose_precision, compiler_problem, keep_freed_memory, use_tf32
-from ..utils.processes import cpu_only, end_with_the_launcher, known_trackers, log, reduce_in_float32, set_cpu_threads
+from ..utils.processes import cpu_only, end_with_the_launcher, log, reduce_in_float32, set_cpu_threads
 from ..utils.text import listed
 from .configuration import TrainingConfig
 from .distillation import Distillation
 from .initialization import InitialModel
+from .tracking import known_trackers
 
 
 @dataclass(frozen=True)
@@ -151,12 +153,14 @@ def resolve(config: TrainingConfig, accelerator: Accelerator, initial: InitialMo
     micro, accumulation, _ = config.batch_plan(accelerator.num_processes)
     plan = BatchPlan(micro, accumulation, accelerator.process_index, accelerator.num_processes)
     computation = choose_computation(config, accelerator)
-    with torch.device("meta"):  # sizes that the network cannot halve, before any image is read
-        check_size(UNet2DModel(**recipe.unet), *image_size(recipe.unet))
+    try:  # sizes that the network cannot halve, before any image is read
+        with torch.device("meta"):
+            check_size(UNet2DModel(**recipe.unet), *image_size(recipe.unet))
+    except UserError as error:  # a run's network is that of its preset
+        raise UserError(re.sub(", or fewer block_out_channels", " as --resolution", str(error))) from error
     if isinstance(initial, Distillation):
-        initial.to(accelerator.device)
-        rest = initial.images(), dict(recipe.unet), None, initial
-        return Run(config, recipe, accelerator, computation, plan, *rest)
+        images = initial.trajectories(config.seed, accelerator, plan.micro, computation.compile)
+        return Run(config, recipe, accelerator, computation, plan, images, dict(recipe.unet), None, initial)
     data = load_split(config, recipe.unet, "train")
     if not isinstance(data, StreamedImages) and not len(data):
         raise UserError(f"{data.name!r} has no images to train on")

@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
-from tqdm.auto import tqdm
 
+from ..data.datasets import StreamedImages
 from ..models.unet_2d import UNet2DModel, parameter_count, use_plain_attention
 from ..pipelines import checkpoints
 from ..pipelines.pipeline_ddpm import DDPMPipeline
@@ -32,17 +32,21 @@ from ..utils.errors import UserError
 from ..utils.files import remove_leftovers, writable_folder
 from ..utils.machine import deterministic_algorithms, has_deterministic_algorithms
 from ..utils.processes import StopFlag, log, only_run_in, raise_on_all_ranks, same_everywhere, stop_signals
+from ..utils.progress import progress_bar
 from ..utils.randomness import derive_seed
 from . import checkpointing, time_limit
 from .batches import Batches
 from .configuration import DistillationConfig, TrainingConfig, TrainingError, due
 from .distillation import Distillation
+from .dry_run import dry_run
+from .estimate import Pace
 from .evaluation import TrainingEvaluation
 from .initialization import InitialModel, initialize, open_initial_model
 from .posthoc_ema import PowerAverages, discard_snapshots, is_due, save_snapshot
 from .publishing import Publisher
 from .run import resolve, start_accelerator
 from .time_limit import TimeLimit
+from .tracking import Tracking
 from .update import CapturedUpdate, Update
 
 # How often the progress bar reads the loss, for which the host waits for the device.
@@ -60,8 +64,9 @@ class Trainer:
         self._started, self._seconds_before = time_limit.clock(), 0.0
         self.output_dir, self.accelerator = Path(config.output_dir), start_accelerator(config)
         self.device = self.accelerator.device
-        self._deterministic = has_deterministic_algorithms(self.device)
-        if self.device.type == "cuda" and not self._deterministic:
+        deterministic = has_deterministic_algorithms(self.device)
+        self.reproducible = deterministic_algorithms if deterministic else nullcontext  # around updates
+        if self.device.type == "cuda" and not deterministic:
             what = "this process has used the GPU already, so this run may not end in the same bits when it is resumed"
             log(f"{what}; set CUBLAS_WORKSPACE_CONFIG=:4096:8 before Python starts")
         with raise_on_all_ranks():
@@ -77,7 +82,8 @@ class Trainer:
         same_everywhere(self.run.describe_images(), "all of them need the same images")
         if initial is not None:
             same_everywhere(f"{initial.name} ({initial.digest[:12]})", "all of them need the same model to start from")
-        self.publisher = Publisher(config, checkpointing.settings_of(self.run), self.evaluation)
+        self.tracking, self._pace = Tracking(self.accelerator, config), Pace()
+        self.publisher = Publisher(config, checkpointing.settings_of(self.run), self.evaluation, self.tracking)
         self.limit = None if config.max_train_minutes is None else TimeLimit(config, self.recipe, self.seconds)
         self.unet = self._new_network()
         self._prepare_optimization()
@@ -90,8 +96,6 @@ class Trainer:
         parts = (self.model, self.unet, self._adam, self.optimizer, self.ema, powers)
         self.update = make_update(self.run, self.batches, *parts)
         self.step, self._saved_at = 0, -1  # optimizer updates done, and those in the last checkpoint
-        # For the trackers: update, loss and gradient norm on the device, other numbers.
-        self._unlogged: list[tuple[int, Tensor, dict[str, float]]] = []
         if config.resume_from_checkpoint:
             self._resume(config.resume_from_checkpoint)
 
@@ -112,7 +116,7 @@ class Trainer:
             with raise_on_all_ranks():
                 initialize(unet, initial)
         if (distillation := self.run.distillation) is not None:
-            unet.load_state_dict(distillation.teacher.unet.state_dict())
+            distillation.initialize(unet)
         with raise_on_all_ranks():  # can everything be measured that is to be measured on the way?
             self.evaluation.check(DDPMPipeline(unet, make_scheduler(unet.config, self.recipe.scheduler)))
         if self.device.type == "cpu":
@@ -157,11 +161,17 @@ class Trainer:
         after the last update its model too; only samples and numbers are left out. `end_processes=False` leaves the
         process group to processes that have more to do together.
 
+        With `dry_run` all is checked and nothing written; this trainer's weights have moved then.
+
         Raises TrainingError (loss or gradients are no longer finite), OSError (the disk refuses; the last checkpoint
         is intact) or KeyboardInterrupt (a second Ctrl-C, or one while the last push is waited for).
         """
         log(self._introduction())
         with ExitStack() as cleanup:
+            if self.config.dry_run:
+                cleanup.callback(self._close, end_processes)
+                dry_run(self)
+                return None
             with raise_on_all_ranks():
                 if self.accelerator.is_main_process:
                     writable_folder(self.output_dir, "--output_dir")
@@ -173,7 +183,7 @@ class Trainer:
             if self.step:  # a kill may have come between its checkpoint and its snapshot
                 self._save_snapshot()
             self.publisher.open_hub()
-            self._start_trackers()
+            self.tracking.start(resumed=self.step > 0)
             cleanup.callback(self._close, end_processes)
             with stop_signals() as stop:
                 self._run_updates(stop)
@@ -193,17 +203,13 @@ class Trainer:
     def _run_updates(self, stop: StopFlag) -> None:
         """Make the updates that are left, or those until the run is asked to stop."""
         config, first = self.config, self.step
-        reproducible = deterministic_algorithms if self._deterministic else nullcontext
-        self.model.train()
-        with reproducible():
-            self._settle_buckets()
+        self.begin()
         started = shown = time.monotonic()
-        hidden = not self.accelerator.is_main_process
-        with tqdm(total=self.last, initial=first, desc="training", unit="step", disable=hidden) as bar:
+        with progress_bar(self.last, "training", "step", self.accelerator.is_main_process, initial=first) as bar:
             if 0 < first < self.last and self.evaluation.is_missing(first):  # ended between checkpoint and evaluation
                 self._show_progress(stop)
             while self.step < self.last:
-                with reproducible():
+                with self.reproducible():
                     loss, norm = self._update(self.step)
                 self.step += 1
                 bar.update()
@@ -215,9 +221,9 @@ class Trainer:
                 last = self.last
                 now = time.monotonic()
                 speed = (self.step - first) * self.plan.total / (now - started)
-                if self.accelerator.trackers and (due(self.step, config.logging_steps) or self.step == last):
+                if due(self.step, config.logging_steps) or self.step == last:
                     numbers = {"lr": self.lr_schedule.get_last_lr()[0], "images_per_second": speed}
-                    self._unlogged.append((self.step, torch.stack([loss, norm]), numbers))
+                    self.tracking.note(self.step, loss, norm, numbers)
                 if now - shown > _SECONDS_BETWEEN_READINGS or self.step == last:
                     self._read_numbers(bar, loss, norm, speed)
                     shown = now
@@ -234,7 +240,7 @@ class Trainer:
                 if self._all_agree_to_stop(stop):
                     self._save()
                     if self.step < last:
-                        return self._log_numbers()
+                        return self.tracking.read()
         made, seconds = self.step - first, time.monotonic() - started
         log(f"trained {made} updates in {seconds:.1f} s, {made * self.plan.total / seconds:.0f} images/s")
 
@@ -247,13 +253,17 @@ class Trainer:
         if (step + 1) % _UPDATES_BETWEEN_CHECKS == 0 and self.update.skipped_on_host.read() >= _MOST_SKIPPED_UPDATES:
             kept, skipped = checkpoints.list_checkpoints(self.output_dir), int(self.update.skipped_in_a_row.item())
             rate, precision = self._adam.param_groups[0]["lr"], f"precision {self.run.precision}"
-            what = (
-                f"loss {loss.item()} and gradient norm {norm.item()} at update {step + 1}: {skipped} updates in a row "
-            )
-            what += f"were skipped because their gradients are not finite (learning rate {rate:.3g}, {precision})"
+            what = f"loss {loss.item()} and gradient norm {norm.item()} at update {step + 1}: {skipped} updates in a "
+            what += f"row were skipped because their gradients are not finite (learning rate {rate:.3g}, {precision})"
             last = kept[-1] if kept else "none yet"
             raise TrainingError(f"{what}; lower the learning rate; the last checkpoint is {last}")
         return loss, norm
+
+    def begin(self) -> None:
+        """Get the network ready for updates."""
+        self.model.train()
+        with self.reproducible():
+            self._settle_buckets()
 
     def _settle_buckets(self) -> None:
         """Make a backward pass of no effect, after which DDP adds gradients up in the order of the rest of the run."""
@@ -267,8 +277,9 @@ class Trainer:
         if not (due(self.step, self.config.save_images_steps) or due(self.step, self.config.validation_steps)):
             return
         before = time_limit.clock()
+        self._pace.restart()
         try:
-            self._unless_stopped(stop, self._show)
+            self._unless_stopped(stop, lambda: self.publisher.show(self._ema_state_dict(), self.step, self.seconds()))
         except (UserError, OSError, MemoryError):
             self._save()  # what was trained is not lost
             raise
@@ -282,11 +293,6 @@ class Trainer:
             limit.writing = limit.writing or 4 * parameter_count(self.unet) * 9 / 1e8
             limit.estimate = self.publisher.seconds_to_complete(self._ema_state_dict())
         limit.plan(self.step)
-
-    def _show(self) -> None:
-        if (report := self.publisher.show(self._ema_state_dict(), self.step, self.seconds())) is not None:
-            self._log_numbers()  # some trackers take updates in their order only
-            self.accelerator.log({name: entry["value"] for name, entry in report.values.items()}, step=self.step)
 
     def _unless_stopped(self, stop: StopFlag, make: Callable[[], None]) -> bool:
         """Call `make` and return whether it ended: not after a stop, with one process also in between."""
@@ -354,23 +360,23 @@ class Trainer:
 
     def _introduction(self) -> str:
         run, plan, limit = self.run, self.plan, self.config.max_train_minutes
-        updates = f"{self.last - self.step} updates" if limit is None else f"{limit:g} minutes of updates"
+        updates = f"{self.last - self.step:,} updates" if limit is None else f"{limit:g} minutes of updates"
         how = f"{self.device.type} ({plan.num_processes} process(es), {run.describe_computation()})"
         what = f"{self.recipe.name}: {parameter_count(self.unet):,} parameters, {run.describe_images()}"
-        lines = [f"{what}, {updates} of {plan.total} images on {how}", run.describe_classes() or ""]
+        seen = "" if limit is not None else self._epochs(self.last - self.step)
+        lines = [f"{what}, {updates} of {plan.total} images{seen} on {how}", run.describe_classes() or ""]
         if plan.accumulation > 1:
             lines.append(f"each update gathers {plan.accumulation} micro-batches of {plan.micro} images per process")
-        return "\n".join(filter(None, [*lines, f"resumed after update {self.step}" if self.step else ""]))
+        if self.step:
+            lines.append(f"resumed after update {self.step:,} of {self.last:,}")
+        return "\n".join(filter(None, lines))
 
-    def _start_trackers(self) -> None:
-        if self.accelerator.log_with:
-            given = self.config.public_values().items()
-            settings = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in given if v is not None}
-            with raise_on_all_ranks():
-                try:
-                    self.accelerator.init_trackers("ddpm_hf", config=settings)
-                except Exception as error:  # each has errors of its own, for a missing login for example
-                    raise UserError(f"--report_to {self.config.report_to} cannot start: {error}") from error
+    def _epochs(self, updates: int) -> str:
+        """Return how many images, and how often each of them, so many updates see; the teacher's are made anew."""
+        seen = updates * self.plan.total
+        if self.run.distillation is not None or isinstance(self.data, StreamedImages):
+            return f" ({seen:,} in all)"
+        return f" ({seen:,} in all, {seen / len(self.data):.3g} epochs)"
 
     def _read_numbers(self, bar: Any, loss: Tensor, norm: Tensor, images_per_second: float) -> None:
         """Read the numbers from the device, for the progress bar and the trackers."""
@@ -380,20 +386,16 @@ class Trainer:
             f"loss {loss.item() * self.plan.num_processes:.4f}, lr {self.lr_schedule.get_last_lr()[0]:.2e}, "
             f"grad {norm.item():.2f}, {images_per_second:.0f} images/s"
         )
-        self._log_numbers()
-
-    def _log_numbers(self) -> None:
-        """Hand the numbers of every `logging_steps`-th update to the trackers, read from the device at once."""
-        noted, self._unlogged = self._unlogged, []
-        read = torch.stack([pair for _, pair, _ in noted]).tolist() if noted else []
-        for (step, _, values), (loss, norm) in zip(noted, read, strict=True):
-            loss *= self.plan.num_processes  # it is of this process's share
-            self.accelerator.log({"loss": loss, "grad_norm": norm, **values}, step=step)
+        self.tracking.read()
+        # a time limit says what it plans
+        if self.limit is None and (estimate := self._pace.estimate(self.step, self.last)) is not None:
+            log(estimate)
 
     def _save(self) -> None:
         """Write a checkpoint of this update, if there is none: the main process does, from what all have."""
         if self._saved_at == self.step:
             return
+        self._pace.restart()
         weights, moments, values = checkpointing.training_state(self.model, self._adam)
         tensors = {"model": weights, "ema": self._ema_state_dict(), "optimizer": moments}
         scaler, keep = self.accelerator.scaler, self.config.checkpoints_total_limit

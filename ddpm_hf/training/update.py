@@ -80,7 +80,9 @@ class Update:
 
     def accumulate(self, batch: MicroBatch) -> None:
         """Add a micro-batch's share to the loss and, by line 5, to the gradients."""
-        x_0 = to_model_range(flip_images(batch.images, batch.flip))  # [b, C, H, W] in [-1, 1]
+        x_0 = flip_images(batch.images, batch.flip)
+        if self.run.distillation is None:  # else they are float32 already
+            x_0 = to_model_range(x_0)  # [b, C, H, W] in [-1, 1]
         labels = {} if batch.labels is None else {"class_labels": batch.labels}
         # [b]; Eq. 14, where the loss is `simple`
         losses = self.objective(self.model, self.scheduler, x_0, batch.t, batch.noise, **labels)

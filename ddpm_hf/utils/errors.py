@@ -1,12 +1,55 @@
 """The error classes of users' mistakes."""
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+# A flag with its value, if that is one by its form or a choice of flags; commands to be typed stay as they are.
+_NUMBERS = r"-?\d+(?:\.\d+)?(?:e-?\d+)?\b"
+_CHOICES = "true|false|skip|trailing|best|optimal|fixed_small|fixed_large|learned|learned_range|hybrid|vlb|simple"
+_CHOICES += "|latest|CHW|HWC|pixels|inception|fid|nll|samples|bf16|fp16|\\w+_diffusion"
+_VALUE = rf"(?P<numbers>{_NUMBERS}(?: {_NUMBERS})*)|(?P<choice>{_CHOICES})\b|(?P<quoted>'[^']*')"
+_FLAG = re.compile(rf"(?P<command>ddpm-hf [^;,)]*)|(?<![^\s(])--(?P<name>[a-z]\w*)(?: (?:{_VALUE}))?")
+_OTHER_NAMES = {"from": "from_format", "no_ema": "ema=False"}
+_flags = False  # whether people see flags
+
+
+@contextmanager
+def showing_flags() -> Iterator[None]:
+    """Let sentences name flags, within: for command lines; elsewhere they name arguments."""
+    global _flags
+    before, _flags = _flags, True
+    try:
+        yield
+    finally:
+        _flags = before
+
+
+def _as_argument(found: re.Match[str]) -> str:
+    if found["command"]:
+        return found["command"]
+    name = _OTHER_NAMES.get(found["name"], found["name"])
+    if found["numbers"]:
+        value = f"({', '.join(several)})" if len(several := found["numbers"].split()) > 1 else several[0]
+    elif found["choice"]:
+        value = found["choice"].title() if found["choice"] in ("true", "false") else repr(found["choice"])
+    else:
+        value = found["quoted"]
+    return f"{name}={value}" if value else name
+
 
 class UserError(ValueError):
     """A mistake of a user, in one sentence: what is wrong, which value, what to write instead.
 
+    A sentence is written with flags: `--resolution 64`. Who called from Python reads `resolution=64`.
+
     Commands print the sentence and end with exit code 2. Any other exception is a fault of this package or of a
     library, and keeps its traceback. It is a `ValueError`, so that code which catches those of stock diffusers works.
     """
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        return text if _flags else _FLAG.sub(_as_argument, text)
 
 
 class NotFiniteError(UserError):

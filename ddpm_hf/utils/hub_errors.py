@@ -65,10 +65,37 @@ def open_repository(repo_id: str, private: bool | None, token: str | None, repo_
         sdk = "gradio" if repo_type == "space" else None
         api.create_repo(repo_id, private=private is not False, repo_type=repo_type, space_sdk=sdk, exist_ok=True)
         info = api.repo_info(repo_id, repo_type=repo_type)
-    if private is not False and info.private is not True:
-        how = "add --private false (in training --hub_private_repo false), in Python private=False"
-        raise UserError(f"{repo_id} is public; {how}, to publish there, or name another repository")
+    _check_private(info, private)
     return info
+
+
+def _check_private(info: Any, private: bool | None) -> None:
+    if private is not False and info.private is not True:
+        how = "add --private false (in training --hub_private_repo false)"
+        raise UserError(f"{info.id} is public; {how}, to publish there, or name another repository")
+
+
+def find_repository(repo_id: str, private: bool | None, token: str | None) -> tuple[str, Any]:
+    """Return the full name of a model's repository that may be written, and what the Hub knows of it; changes nothing.
+
+    That is `None` where `open_repository` would make it. Raises UserError, or the client's errors, where it could not.
+    """
+    api = HfApi(token=token, library_name="ddpm_hf")
+    user = api.whoami()
+    repo_id = repo_id if "/" in repo_id else f"{user['name']}/{repo_id}"
+    try:
+        info = api.repo_info(repo_id)
+    except errors.RepositoryNotFoundError:
+        writing = [org["name"] for org in user.get("orgs", []) if org.get("roleInOrg") not in (None, "read")]
+        if (namespace := repo_id.partition("/")[0]) not in (names := [user["name"], *writing]):
+            known = f"this token, of {user['name']}, can make repositories in {', '.join(names)}"
+            raise UserError(f"{repo_id} does not exist, or is hidden, and {known}, not in {namespace}") from None
+        if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
+            raise UserError(f"the token may only read; {repo_id} needs one with write access") from None
+        return repo_id, None
+    api.auth_check(repo_id, write=True)
+    _check_private(info, private)
+    return repo_id, info
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -2,10 +2,12 @@
 
 import ctypes
 import os
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
+import psutil
 import torch
 import torch.utils.deterministic
 from torch import Tensor
@@ -23,6 +25,21 @@ def keep_freed_memory() -> None:
         return
     mallopt(M_MMAP_MAX, 0)
     mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def peak_memory(device: torch.device) -> str:
+    """Return how much memory this process has taken at most, on a CUDA device or in all, and how much there is."""
+    if device.type == "cuda":
+        most, there, where = torch.cuda.max_memory_reserved(device), torch.cuda.mem_get_info(device)[1], "of the GPU"
+    else:
+        here = psutil.Process().memory_info()
+        most, there, where = getattr(here, "peak_wset", here.rss), psutil.virtual_memory().total, "of this machine"
+        with suppress(ImportError):  # Windows has peak_wset instead
+            import resource
+
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            most = peak if sys.platform == "darwin" else peak * 1024  # bytes there, KiB on Linux
+    return f"{most / 1e9:.1f} GB at most, of the {there / 1e9:.0f} GB {where}"
 
 
 def use_tf32(wanted: bool) -> None:

@@ -1,4 +1,4 @@
-"""Sibling processes, cores, signals, locks, trackers."""
+"""Sibling processes, cores, signals, locks."""
 
 import ctypes
 import dataclasses
@@ -17,7 +17,6 @@ from typing import Any
 import psutil
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType
 from tqdm.auto import tqdm
 
@@ -126,18 +125,6 @@ def set_cpu_threads(wanted: int | None, num_processes: int) -> None:
         wanted = max(1, min(cores, physical) // num_processes)
     if wanted is not None:
         torch.set_num_threads(wanted)
-
-
-def known_trackers(text: str | None) -> list[str]:
-    """Return the trackers of `"tensorboard,wandb"` (`all`: the installed; `none`, `None`: none); or UserError."""
-    names = [part.strip().lower() for part in (text or "none").split(",") if part.strip()]
-    installed = [str(tracker) for tracker in get_available_trackers()]
-    if names == ["none"] or (names == ["all"] and installed):
-        return installed if names == ["all"] else []
-    if missing := [name for name in names if name not in installed]:
-        how = f"pip install it first, or give none (installed: {', '.join(installed) or 'none'})"
-        raise UserError(f"--report_to {missing[0]!r} is not an installed tracker; {how}")
-    return list(dict.fromkeys(names))
 
 
 def end_with_the_launcher() -> None:

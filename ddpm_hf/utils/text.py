@@ -35,6 +35,16 @@ def number(value: float, standard_error: float = math.nan) -> str:
     return f"{value:.{digits}f} ± {standard_error:.{digits}f}"
 
 
+def duration(seconds: float) -> str:
+    """Return a time in the unit that suits it: `45 s`, `12 min`, `3 h 20 min`, `5 days`."""
+    minutes = round(seconds / 60)
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    if minutes < 100:
+        return f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes < 48 * 60 else f"{minutes / 1440:.0f} days"
+
+
 def table(rows: list[list[str]], texts: tuple[int, ...] = (0,)) -> str:
     """Return Markdown, aligned to be read as plain text too; the first row is the head, `texts` columns of text."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

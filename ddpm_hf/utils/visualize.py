@@ -96,9 +96,8 @@ def save_animation(frames: Sequence[Image.Image], path: str | Path, duration: in
     """
     file_format = animation_format(path)
     width, height = max(frame.width for frame in frames), max(frame.height for frame in frames)
-    first, *others = [
-        ImageOps.expand(frame, (0, 0, width - frame.width, height - frame.height), "white") for frame in frames
-    ]
+    borders = [(0, 0, width - frame.width, height - frame.height) for frame in frames]
+    first, *others = [ImageOps.expand(frame, box, "white") for frame, box in zip(frames, borders, strict=True)]
     options = {"save_all": True, "append_images": others, "duration": [duration] * len(others) + [hold], "loop": 0}
     if file_format == "WEBP":
         options["lossless"] = True

@@ -90,6 +90,35 @@ def test_every_preset_has_a_configuration_that_changes_nothing_of_it(repository_
     assert sorted(found) == sorted(PRESETS)
 
 
+# All flags of diffusers' examples/unconditional_image_generation/train_unconditional.py in August 2026.
+OF_DIFFUSERS_EXAMPLE = """
+dataset_name dataset_config_name model_config_name_or_path train_data_dir output_dir overwrite_output_dir
+cache_dir resolution center_crop random_flip train_batch_size eval_batch_size dataloader_num_workers num_epochs
+save_images_epochs save_model_epochs gradient_accumulation_steps learning_rate lr_scheduler lr_warmup_steps
+adam_beta1 adam_beta2 adam_weight_decay adam_epsilon use_ema ema_inv_gamma ema_power ema_max_decay push_to_hub
+hub_token hub_model_id hub_private_repo logger logging_dir local_rank mixed_precision prediction_type
+ddpm_num_steps ddpm_num_inference_steps ddpm_beta_schedule checkpointing_steps checkpoints_total_limit
+resume_from_checkpoint enable_xformers_memory_efficient_attention preserve_input_precision
+"""
+
+
+def test_a_flag_of_diffusers_example_is_taken_or_says_what_to_write_instead(capsys):
+    parser = cli.training_parser()
+    flags = {f"--{name}" for name in OF_DIFFUSERS_EXAMPLE.split()}
+    taken = flags & {*parser._option_string_actions}
+    assert flags - taken == {*parser.elsewhere}
+    assert len(taken) > 25
+    # The command of its README, whose values are typed with an equals sign.
+    command = "--resolution=64 --center_crop --random_flip --output_dir=x --train_batch_size=16 --num_epochs=100 "
+    command += "--gradient_accumulation_steps=1 --use_ema --learning_rate=1e-4 --lr_warmup_steps=500"
+    assert cli.main(["train", "--dataset_name=huggan/pokemon", *command.split()]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: not a flag here: --num_epochs (give --max_train_steps; ")
+    assert "; --use_ema (leave it out; " in said
+    for text in parser.elsewhere.values():  # flags that it names exist
+        assert set(re.findall(r"--\w+", text)) <= {*parser._option_string_actions, "--ema_inv_gamma"}
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -228,9 +257,10 @@ def test_too_little_memory_on_the_device_is_one_sentence(capsys, monkeypatch):
         torch.empty(2**60)
 
     assert cli.run(too_large, [], "ddpm-hf sample") == 2
-    assert capsys.readouterr().err == (
-        "error: too little memory on the device; give a smaller --batch_size (training: --train_batch_size)\n"
-    )
+    assert capsys.readouterr().err == "error: too little memory on the device; give a smaller --batch_size\n"
+    for prog, flag in {"ddpm-hf distill": "train", "train.py": "train", "ddpm-hf publish": "eval"}.items():
+        assert cli.run(too_large, [], prog) == 2
+        assert f"; give a smaller --{flag}_batch_size\n" in capsys.readouterr().err
     assert cli.run(of_the_cpu, [], "ddpm-hf sample") == 2
     assert "error: too little memory on the device; give a smaller --batch_size" in capsys.readouterr().err
     monkeypatch.setenv("DDPM_HF_TRACEBACK", "1")
@@ -537,6 +567,13 @@ def test_given_images_that_cannot_be_used_are_refused_before_anything_is_written
     assert len(err.splitlines()) == 1, err
     assert words in err
     assert sorted(given.iterdir()) == before
+
+
+def test_advice_about_a_given_image_names_no_flag_of_data_sets(given, capsys):
+    Image.fromarray(np.zeros((8, 8), np.float32)).save(given / "float.tiff")
+    assert sample(given, "--image {}/float.tiff --strength 0.5 --output {}/out.png") == 2
+    why = "32-bit float pixels have no range of their own; save it as 8-bit PNG"
+    assert capsys.readouterr().err == f"error: cannot read --image {given}/float.tiff: {why}\n"
 
 
 def test_a_network_computed_in_another_way_makes_the_same_images(tmp_path, capsys, small_pipeline):

@@ -8,9 +8,11 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
+from programs import run_ranks
 from safetensors.torch import load_file
 
 from ddpm_hf import DDPMPipeline, Trainer, TrainingConfig, cli
+from ddpm_hf.hub.files import facts_of_model
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "training"))
 from test_trainer import QUICK, small_preset  # noqa: F401  (the fixture, which is used by itself)
@@ -39,6 +41,31 @@ def test_one_length_is_a_pipeline_that_stock_opens(run, tmp_path, capsys):
     assert "EMA weights: power function of relative width sigma_rel 0.1, ending after update 10" in card
     assert "trained on **digits**" in card
     assert not list(tmp_path.glob("*/.*partial"))
+
+
+def test_under_torchrun_one_process_writes(run, tmp_path):
+    command = ["-m", "ddpm_hf.cli", "ema", str(run), "--sigma_rel", "0.05,0.1", "--output", str(tmp_path / "models")]
+    first, second = run_ranks(command, command)
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+    assert first.stdout.count("wrote ") == 2
+    assert second.stdout == ""
+    assert sorted(path.name for path in (tmp_path / "models").iterdir()) == ["sigma_rel-0.05", "sigma_rel-0.1"]
+    again = run_ranks(command, command)
+    assert [end.returncode for end in again] == [2, 2]
+    assert all("holds something else" in end.stderr for end in again)
+
+
+@pytest.mark.parametrize("which", ["run", "checkpoint-10", "raw", "stopped"])
+def test_a_model_made_of_a_run_tells_of_its_training(run, tmp_path, which):
+    """As `scale_epsilon` and `optimal_variance` write them."""
+    model = run / "checkpoint-10" if which == "checkpoint-10" else run
+    if which == "stopped":
+        shutil.copytree(run, model := tmp_path / "run", ignore=shutil.ignore_patterns("unet", "*.json", "*.md"))
+        shutil.copytree(run / "checkpoint-10", model / "checkpoint-10", dirs_exist_ok=True)
+    facts = facts_of_model(str(model), "made", "raw" if which == "raw" else "ema")
+    assert (facts.name, facts.dataset, facts.base_model) == ("made", "digits", None)
+    assert facts.recipe["updates"] == "10 of 16 images, seed 0"
+    assert ("not these" in facts.recipe["EMA weights"]) is (which == "raw")
 
 
 def test_several_lengths_are_several_folders_and_differ(run, tmp_path):

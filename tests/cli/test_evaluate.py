@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import FIXTURES, make_small_unet
+from conftest import DIGITS_MODEL, make_small_unet
 from inception import save_random_inception
 from PIL import Image
 from programs import run_ranks
@@ -15,7 +15,7 @@ from ddpm_hf.data.datasets import load_digits
 from ddpm_hf.sampling.generation import with_sampler
 from ddpm_hf.utils.visualize import image_grid
 
-MODEL = ["--model", str(FIXTURES / "digits_model")]
+MODEL = ["--model", str(DIGITS_MODEL)]
 LEADING = ["--timestep_spacing", "leading"]
 SMALL = ["--sampler", "ddim", "--num_inference_steps", "5", "--num_samples", "24", "--features", "pixels"]
 
@@ -210,9 +210,7 @@ def test_other_settings_are_drawn_anew_and_recorded(tmp_path, monkeypatch):
         report = found[eta, dtype] = EvaluationReport.load(out)
         assert (report.settings["sampling"]["eta"], report.settings["sampling"]["dtype"]) == (float(eta), dtype)
         assert report.settings["bits_per_dim"]["dtype"] == dtype
-        pipe = with_sampler(
-            DDPMPipeline.from_pretrained(FIXTURES / "digits_model", dtype=getattr(torch, dtype)), "ddim"
-        )
+        pipe = with_sampler(DDPMPipeline.from_pretrained(DIGITS_MODEL, dtype=getattr(torch, dtype)), "ddim")
         drawn = original(pipe, seeds=range(24), num_inference_steps=5, eta=float(eta), output_type="pt").images
         expected = np.asarray(image_grid((drawn * 255).round().byte()))
         assert np.array_equal(np.asarray(Image.open(out / "samples.png")), expected)

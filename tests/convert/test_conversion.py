@@ -64,7 +64,7 @@ def test_ermongroup_training_checkpoint_has_raw_and_ema_weights(tmp_path, x_and_
     agrees(load_pipeline("pesser", path, sample_size=16).unet, other.run_pesser(ema, *x_and_t), *x_and_t)
     pipe = load_pipeline("pesser", path, sample_size=16, ema=False)
     agrees(pipe.unet, other.run_pesser(raw, *x_and_t), *x_and_t)
-    with pytest.raises(UserError, match=r"raw weights only .*--no_ema"):
+    with pytest.raises(UserError, match=r"raw weights only .*ema=False"):
         load_pipeline("pesser", saved(tmp_path, [raw, {}, 5, 100]), sample_size=16)
 
 
@@ -129,16 +129,16 @@ def test_guided_diffusion(tmp_path, x_and_t, network, options):
 @pytest.mark.parametrize(
     ("format_", "options", "words"),
     [
-        ("improved_diffusion", {}, "give --num_heads .*: a file of improved_diffusion does not say"),
-        ("guided_diffusion", {}, "give --num_heads .* or --num_head_channels"),
-        ("guided_diffusion", {"num_heads": 4}, "give --use_new_attention_order"),
-        ("guided_diffusion", {"num_heads": 4, "num_head_channels": 16}, "give --num_heads .* or --num_head_channels"),
+        ("improved_diffusion", {}, "give num_heads .*: a file of improved_diffusion does not say"),
+        ("guided_diffusion", {}, "give num_heads .* or num_head_channels"),
+        ("guided_diffusion", {"num_heads": 4}, "give use_new_attention_order"),
+        ("guided_diffusion", {"num_heads": 4, "num_head_channels": 16}, "give num_heads .* or num_head_channels"),
         ("improved_diffusion", {"num_heads": 3}, "3 heads or channels per head do not divide the 64 channels"),
-        ("improved_diffusion", {"num_heads": 4, "num_heads_upsample": 2}, "--num_heads_upsample 2 is not --num_heads"),
+        ("improved_diffusion", {"num_heads": 4, "num_heads_upsample": 2}, "num_heads_upsample=2 is not num_heads"),
         (
             "improved_diffusion",
             {"num_heads": 4, "use_new_attention_order": True},
-            "takes no --use_new_attention_order",
+            "takes no use_new_attention_order",
         ),
         ("improved_diffusion", {"num_heads": 0}, "num_heads must be at least 1"),
         ("improved_diffusion", {"num_heads": 1, "learn_sigma": True}, "no channels for a learned variance"),
@@ -157,13 +157,13 @@ def test_what_openai_files_do_not_say_is_asked_for(tmp_path, format_, options, w
 
 def test_a_network_of_guided_diffusion_is_not_taken_for_improved_diffusion(tmp_path):
     path = saved(tmp_path, other.make_improved(updown=True))
-    with pytest.raises(UserError, match="give --from guided_diffusion"):
+    with pytest.raises(UserError, match="give from_format='guided_diffusion'"):
         load_pipeline("improved_diffusion", path, sample_size=16, num_heads=4)
 
 
 @pytest.mark.parametrize("format_", ["pesser", "pytorch_ddpm", "official_tf"])
 def test_heads_are_refused_where_attention_has_one(tmp_path, format_):
-    with pytest.raises(ValueError, match="takes no --num_heads; leave it out"):
+    with pytest.raises(ValueError, match="takes no num_heads; leave it out"):
         load_pipeline(format_, tmp_path / "any", sample_size=16, num_heads=1)
 
 
@@ -229,7 +229,7 @@ def test_a_released_model_needs_its_preset_only(tmp_path, monkeypatch, capsys):
     assert pipe.unet.config.attention_head_dim == 16  # 64 channels, 4 heads
     assert pipe.scheduler.config.num_train_timesteps == 1000
     plain = saved(tmp_path, other.make_improved(**network), "plain.pt")  # without learned variance
-    with pytest.raises(UserError, match=r"a network of [\d,]+ parameters, and that of --preset .* has [\d,]+$"):
+    with pytest.raises(UserError, match=r"a network of [\d,]+ parameters, and that of preset .* has [\d,]+$"):
         load_pipeline("improved_diffusion", plain, preset=preset)
 
 
@@ -292,9 +292,9 @@ def test_pesser_files_by_their_folder_and_by_their_contents(tmp_path, capsys, mo
     ema, raw = (tmp_path / f"{prefix}diffusion_cifar10_model" / "model-790000.ckpt" for prefix in ("ema_", ""))
     load_pipeline("pesser", ema, sample_size=16)
     load_pipeline("pesser", raw, sample_size=16, ema=False)
-    with pytest.raises(UserError, match=r"raw weights only .*diffusion_cifar10_model.* or --no_ema"):
+    with pytest.raises(UserError, match=r"raw weights only .*diffusion_cifar10_model.* or ema=False"):
         load_pipeline("pesser", raw, sample_size=16)
-    with pytest.raises(UserError, match=r"holds EMA weights only .*leave out --no_ema"):
+    with pytest.raises(UserError, match=r"holds EMA weights only .*leave out ema=False"):
         load_pipeline("pesser", ema, sample_size=16, ema=False)
     elsewhere = saved(tmp_path, state, "model.ckpt")
     arguments = ["convert", "--from", "pesser", "--checkpoint", str(elsewhere), "--sample_size", "16"]
@@ -318,7 +318,7 @@ def test_no_ema_is_refused_for_ema_weights(tmp_path):
     with pytest.raises(UserError, match="EMA weights only"):
         load_pipeline("improved_diffusion", path, sample_size=16, num_heads=1, ema=False)
     path = saved(tmp_path, {"ema_model": other.make_pytorch_ddpm()}, "ckpt.pt")
-    with pytest.raises(UserError, match=r"holds EMA weights only .*leave out --no_ema"):
+    with pytest.raises(UserError, match=r"holds EMA weights only .*leave out ema=False"):
         load_pipeline("pytorch_ddpm", path, sample_size=16, ema=False)
 
 
@@ -526,7 +526,7 @@ def test_a_checkpoint_without_ema_weights_is_refused_by_default(tmp_path):
     from official_writer import write_checkpoint
 
     write_checkpoint(tmp_path / "x", {"model/conv_in/b": np.zeros(3, np.float32)})
-    with pytest.raises(UserError, match=r"raw weights only.*--no_ema for these"):
+    with pytest.raises(UserError, match=r"raw weights only.*ema=False for these"):
         load_pipeline("official_tf", tmp_path / "x", sample_size=8)
     write_checkpoint(tmp_path / "x", {"other/conv_in/b": np.zeros(3, np.float32)})
     with pytest.raises(UserError, match=r"nothing found for .*; is the format right"):

@@ -343,7 +343,7 @@ BAD_IMAGES = {
     "cut tiff": (saved(Image.fromarray(NOISE), "TIFF")[:-300], {}, "."),
     "damaged png": (PNG[:60] + bytes(30) + PNG[90:], {}, "."),
     "decompression bomb": (png_by_hand(np.zeros((1, 1), np.uint8), 0, 8), {}, "exceeds limit"),
-    "float tiff, no range": (tiff_by_hand(NOT_A_NUMBER, sample_format=3), {}, "--value_range 0 1"),
+    "float tiff, no range": (tiff_by_hand(NOT_A_NUMBER, sample_format=3), {}, r"value_range=\(0, 1\)"),
     "float tiff, not a number": (
         tiff_by_hand(NOT_A_NUMBER, sample_format=3),
         {"value_range": (0, 1)},
@@ -527,7 +527,7 @@ def test_values_of_arrays(array, value_range, expected):
 @pytest.mark.parametrize(
     ("values", "value_range", "message"),
     [
-        (np.array([0.5]), None, "float64 values have no range.*--value_range 0 1"),
+        (np.array([0.5]), None, r"float64 values have no range.*value_range=\(0, 1\)"),
         (np.array([5], np.uint16), None, "uint16 values have no range"),
         (np.array([0.5, -1]), (0, 1), "the value -1.0 is outside the range 0 to 1"),
         (np.array([3, 200], np.uint8), (0, 1), "the value 3 is outside"),
@@ -585,7 +585,7 @@ def test_axes_of_arrays(array, channels, expected, tmp_path):
 def test_a_shape_that_fits_both_layouts(tmp_path):
     array = axes(3, 4, 3)
     np.save(tmp_path / "a.npy", array)
-    with pytest.raises(ValueError, match="--array_layout CHW or HWC"):
+    with pytest.raises(ValueError, match="array_layout='CHW' or HWC"):
         open_arrays(tmp_path / "a.npy", DecodeOptions())
     images, _ = open_arrays(tmp_path / "a.npy", DecodeOptions(array_layout="CHW"))
     assert np.array_equal(images[0], array)

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import FIXTURES, gaussian_pipeline, make_small_unet
+from conftest import DIGITS_MODEL, gaussian_pipeline, make_small_unet
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from oracles import GaussianData
 from programs import run_program
@@ -84,11 +84,13 @@ numpy.save(sys.argv[2], made.images)
 
 
 def test_the_command_writes_a_model_for_stock(tmp_path, capsys):
-    model, scaled = FIXTURES / "digits_model", tmp_path / "scaled"
+    model, scaled = DIGITS_MODEL, tmp_path / "scaled"
     command = ["scale_epsilon", "--model", str(model), "--sampler", "ddim", "--num_inference_steps", "5"]
     command += ["--dataset", "digits", "--num_images", "64", "--num_samples", "64"]
     assert main([*command, "--output", str(scaled)]) == 0
-    printed = capsys.readouterr().out
+    printed, bars = capsys.readouterr()
+    assert "search: 100%" in bars
+    assert "| 11/11 [" in bars
     assert "| constant " in printed
     assert "norm of epsilon, training" in printed
 
@@ -143,7 +145,7 @@ def test_a_guide_is_recorded(tmp_path, capsys):
     assert main([*guided, *interval]) == 0  # the same again is resumed
     for command_line, sentence in (
         ([*guided], "made with other guidance_interval"),
-        ([*command, *interval], "guidance_interval goes with a guidance_scale"),
+        ([*command, *interval], "--guidance_interval goes with a --guidance_scale"),
         ([*command, "--guide", str(guide)], "--guide needs --guidance_scale"),
         ([*command, "--guide", str(tmp_path / "none"), "--guidance_scale", "2"], "cannot load --guide"),
     ):

@@ -56,7 +56,7 @@ def test_inception_from_safetensors_and_from_its_usual_place(weights, tmp_path, 
     first = Inception(weights).fingerprint
     assert Inception(tmp_path / "inception.safetensors").fingerprint == first
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    with pytest.raises(ValueError, match=r"weights-inception-2015-12-05-6726825d\.pth.*--inception_weights FILE"):
+    with pytest.raises(ValueError, match=r"weights-inception-2015-12-05-6726825d\.pth.*inception_weights FILE"):
         Inception()
     (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
     state["fc.bias"][0] += 1
@@ -160,11 +160,11 @@ def test_pixels():
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("inceptoin", "unknown --features 'inceptoin'"),
+        ("inceptoin", "unknown features='inceptoin'"),
         ("{tmp}/inception", r"/inception: .* name 'inception'.*another name"),
         ("someone/pixels/", r"someone/pixels/: .* name 'pixels'.*another name"),
-        ("nobody/no-such-model", "cannot load --features nobody/no-such-model"),
-        ("{tmp}", "cannot load --features"),
+        ("nobody/no-such-model", "cannot load features nobody/no-such-model"),
+        ("{tmp}", "cannot load features"),
     ],
 )
 def test_features_that_cannot_be_had(tmp_path, name, words):

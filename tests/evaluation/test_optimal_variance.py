@@ -7,7 +7,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import FIXTURES, gaussian_pipeline, make_small_unet
+from conftest import DIGITS_MODEL, gaussian_pipeline, make_small_unet
 from oracles import GaussianData
 
 from ddpm_hf import DDPMPipeline, DDPMScheduler
@@ -48,7 +48,7 @@ def test_batches_do_not_matter_and_bad_images_are_refused(small_pipeline):
 
 def test_held_out_digits_cost_the_fewest_bits_with_it():
     """The bound of a trained network on images it has not seen, with the same draws for every variance."""
-    pipe = DDPMPipeline.from_pretrained(FIXTURES / "digits_model")
+    pipe = DDPMPipeline.from_pretrained(DIGITS_MODEL)
     error = prediction_error(pipe, digits("train", 4))
     x_0 = to_model_range(digits("validation", 24).images)
 
@@ -80,6 +80,9 @@ def test_the_command_rewrites_the_scheduler_only(tmp_path, capsys):
     seeds = ["--seeds", "0-1", "--num_inference_steps", "5", "--output", str(tmp_path / "out.npz")]
     assert main(["sample", "--model", str(model), *seeds]) == 0
 
+    assert main([*command, "--output", str(tmp_path / "new")]) == 0
+    assert DDPMPipeline.from_pretrained(tmp_path / "new").scheduler.variance_type == "optimal"
+    assert "# new" in (tmp_path / "new" / "README.md").read_text()
     assert main([*command[:2], "org/model", *command[3:]]) == 2
     assert "give --output" in capsys.readouterr().err
     shutil.rmtree(model)

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from conftest import FIXTURES, make_small_unet
+from conftest import DIGITS_MODEL, make_small_unet
 from PIL import Image
 from scipy.spatial.distance import cdist
 
@@ -39,7 +39,7 @@ class Counting(Pixels):
 
 @pytest.fixture(scope="module")
 def digits_pipeline():
-    return with_sampler(DDPMPipeline.from_pretrained(FIXTURES / "digits_model"), "ddim")
+    return with_sampler(DDPMPipeline.from_pretrained(DIGITS_MODEL), "ddim")
 
 
 def test_samples_are_what_their_seeds_give(digits_pipeline, tmp_path):
@@ -192,7 +192,7 @@ def test_without_held_out_images_nothing_is_judged(tmp_path):
 
 def test_what_cannot_be_compared(digits_pipeline, tmp_path):
     some = {"train": load_digits("train")}
-    with pytest.raises(ValueError, match="nn needs at least 1 samples, got --num_samples 0"):
+    with pytest.raises(ValueError, match="nn needs at least 1 samples, got num_samples=0"):
         check_evaluation(digits_pipeline, some, ["nn"], EvaluationOptions(num_samples=0, features="pixels"))
     with pytest.raises(ValueError, match="num_inference_steps"):
         draw_samples(digits_pipeline, [PIXELS], EvaluationOptions(num_samples=1, num_inference_steps=2000))

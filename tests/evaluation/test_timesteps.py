@@ -126,11 +126,15 @@ def test_the_command_writes_timesteps_that_every_sampler_takes(tmp_path, capsys)
     DDPMPipeline(make_small_unet(), DDPMScheduler(num_train_timesteps=12)).save_pretrained(model)
     command = ["best_timesteps", "--model", str(model), "--dataset", "digits", "--num_images", "3"]
     assert main([*command, "--num_inference_steps", "4"]) == 0
-    assert "bits/dim on these 3 images, with --variance_type optimal" in capsys.readouterr().out
+    printed, bars = capsys.readouterr()
+    assert "bits/dim on these 3 images, with --variance_type optimal" in printed
+    assert "ends of chains: 100%" in bars
     search = ["--objective", "samples", "--sampler", "ddim", "--features", "pixels", "--num_samples", "4"]
     many = [*command[:-1], "8", "--num_inference_steps", "3", *search, "--num_trials", "4"]
     assert main(many) == 0
-    assert "distance to validation images on other seeds" in capsys.readouterr().out
+    printed, bars = capsys.readouterr()
+    assert "distance to validation images on other seeds" in printed
+    assert "| 6/6 [" in bars  # 4 trials, and 2 on other seeds
     config = DDPMPipeline.from_pretrained(model).scheduler.config
     assert len(config["_timesteps"]["4"]) == 4
     assert config.variance_type == "fixed_small"
@@ -152,7 +156,7 @@ def test_the_command_writes_timesteps_that_every_sampler_takes(tmp_path, capsys)
         (["--num_inference_steps", "13"], "between 1 and the 12 steps"),
         (["--num_inference_steps", "3", "--sampler", "ddim"], "leave out --sampler, or take --objective samples"),
         (["--num_inference_steps", "3", "--objective", "fid"], "fid"),
-        (["--num_inference_steps", "3", "--model", "org/model"], "must be a folder on this machine"),
+        (["--num_inference_steps", "3", "--model", "org/model"], "'org/model' is no published model here"),
     ],
 )
 def test_mistakes_are_one_sentence(tmp_path, capsys, flags, words):
@@ -165,5 +169,5 @@ def test_mistakes_are_one_sentence(tmp_path, capsys, flags, words):
 def test_a_learned_variance_has_no_table_of_costs():
     unet = make_small_unet(out_channels=2)
     pipe = DDPMPipeline(unet, DDPMScheduler(num_train_timesteps=5, variance_type="learned_range"))
-    with pytest.raises(ValueError, match="predicts its own variance; use --objective samples"):
+    with pytest.raises(ValueError, match="predicts its own variance; use objective='samples'"):
         best_for_bound(pipe, pixels(2), torch.zeros(5), 2)

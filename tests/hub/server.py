@@ -78,6 +78,8 @@ class HubServer:
         root: Where repositories and objects are kept.
         before: Pattern of "METHOD /path" to what happens once, just before such a request is answered.
         tokens: Token to user. The first user owns what is created without a namespace.
+        orgs: What the users may do in which organizations.
+        roles: What tokens may do: `read`; others `write`.
     """
 
     root: Path
@@ -85,6 +87,8 @@ class HubServer:
     faults: list[Fault] = field(default_factory=list)
     log: list[Request] = field(default_factory=list)
     before: dict[str, Callable[[], Any]] = field(default_factory=dict)
+    orgs: dict[str, str] = field(default_factory=dict)
+    roles: dict[str, str] = field(default_factory=dict)
 
     def __enter__(self) -> Self:
         self.root = Path(self.root)
@@ -214,7 +218,7 @@ def _handler(hub: HubServer, port: str) -> type[BaseHTTPRequestHandler]:
             size = int(self.headers.get("Content-Length") or 0)
             token = (self.headers.get("Authorization") or "").removeprefix("Bearer ") or None
             request = Request(self.command, self.route, token, size, dict(self.headers))
-            self.user = hub.tokens.get(token or "")
+            self.user, self.role = hub.tokens.get(token or ""), hub.roles.get(token or "", "write")
             fault = self.take_fault(str(request))
             self.drop_after = fault.drop_after if fault else None
             try:
@@ -335,7 +339,12 @@ def _handler(hub: HubServer, port: str) -> type[BaseHTTPRequestHandler]:
         def whoami(self) -> Any:
             if self.user is None:
                 raise _Answer(401, message="Invalid credentials in Authorization header")
-            return {"type": "user", "name": self.user, "orgs": [], "auth": {"accessToken": {"role": "write"}}}
+            orgs = [{"name": name, "roleInOrg": role} for name, role in hub.orgs.items()]
+            return {"type": "user", "name": self.user, "orgs": orgs, "auth": {"accessToken": {"role": self.role}}}
+
+        def auth_check(self, kind: str, name: str) -> Any:
+            self.seen(kind, name, write=True)
+            return {}
 
         def validate_card(self) -> Any:
             text = json.loads(self.body)["content"]
@@ -522,6 +531,7 @@ _ROUTES: list[tuple[str, Callable[..., Any]]] = [
     ("POST /api/repos/create", _call("create")),
     ("GET /api/whoami-v2", _call("whoami")),
     ("POST /api/validate-yaml", _call("validate_card")),
+    (f"GET /api/{_KIND}/{_NAME}/auth-check/write", _call("auth_check")),
     (f"GET /api/{_KIND}/{_NAME}(/revision/{_REV})?", _call("repository")),
     (f"GET /api/{_KIND}/{_NAME}/tree/{_REV}(/(?P<under>.+))?", _call("tree")),
     (f"POST /api/{_KIND}/{_NAME}/paths-info/{_REV}", _call("paths")),

@@ -2,23 +2,22 @@
 
 import json
 import shutil
-import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import FIXTURES
+from conftest import DIGITS_MODEL
 from hub.server import Fault, HubServer
 from huggingface_hub import HfApi
+from programs import run_program
 from test_publish import DRIVERS, TOKEN, environment, push_all, tree, variant
 
 from ddpm_hf.hub.background import BackgroundPush
 from ddpm_hf.hub.publish import Push
 
-MODEL = FIXTURES / "digits_model"
+MODEL = DIGITS_MODEL
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
 
@@ -29,9 +28,8 @@ def hub(tmp_path):
 
 
 def background(hub: HubServer, run: Path, *versions: Path, **variables: str) -> dict:
-    command = [sys.executable, str(DRIVERS / "driver_background.py"), str(run), *map(str, versions)]
     env = environment(hub, run.parent / "home", None) | variables
-    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    done = run_program(DRIVERS / "driver_background.py", run, *versions, environment=env)
     assert done.returncode == 0, done.stderr
     assert TOKEN not in done.stdout + done.stderr
     return json.loads(done.stdout)

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import yaml
-from conftest import FIXTURES
+from conftest import DIGITS_MODEL
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
@@ -15,14 +15,14 @@ from ddpm_hf.hub.files import write_card
 from ddpm_hf.hub.model_card import CardFacts, ModelFacts, generated_facts, make_card
 from ddpm_hf.utils.text import public_name
 
-MODEL = FIXTURES / "digits_model"
+MODEL = DIGITS_MODEL
 FACTS = ModelFacts((3, 32, 32), 35_746_307, 1000, "epsilon", None)
 
 
 def report() -> dict:
     made = EvaluationReport("cifar10", "test", 10_000)
     made.add("bits_per_dim", 3.7512, 0.011, {"estimator": "full sum"})
-    words = "50000 samples (float) against 50000 images of train, inception features"
+    words = "50000 samples (float) of 1000 network evaluations each, against 50000 images of train, inception features"
     fid = {"estimator": words, "num_samples": 50_000, "split": "train", "features": "inception"}
     made.values["fid_inception_train_float"] = {"value": 3.1711}  # no error known
     made.settings["fid_inception_train_float"] = fid
@@ -30,6 +30,7 @@ def report() -> dict:
     made.values["rmse"] = {"value": float("nan"), "standard_error": 0.1}  # as reports of earlier versions have it
     made.add("prior_bpd", 1.2345e-5, 1.2e-7, {"estimator": "L_T"})
     made.settings["sampling"] = {"sampler": "ddpm", "num_inference_steps": 1000, "seed": 0}
+    made.settings["sampling"] |= {"network_evaluations": 2000, "guidance_scale": 1.5}
     made.warnings.append("few samples")
     return dataclasses.asdict(made)
 
@@ -54,7 +55,9 @@ def test_a_card_says_all_that_a_stranger_wants_to_know():
         "prior_bpd": 1.2345e-5,
     }
     assert found["bits_per_dim"].metric_name == "bits/dim (10000 images of test, full sum)"
-    assert found["fid"].metric_name.startswith("FID (50000 samples (float) against 50000 images of train, inception")
+    assert found["fid"].metric_name.startswith(
+        "FID (50000 samples (float) of 1000 network evaluations each, against 50000 images of train, inception"
+    )
     assert (found["fid"].dataset_split, found["bits_per_dim"].dataset_split) == ("train", "test")
     for words in (
         "35,746,307",
@@ -65,7 +68,7 @@ def test_a_card_says_all_that_a_stranger_wants_to_know():
         "**3.751** ± 0.011",
         "**3.1711**\n",
         "prior_bpd (10000 images of test, L_T): **1.234e-05** ± 1.2e-07",
-        "sampler ddpm, num_inference_steps 1000",
+        "sampler ddpm, num_inference_steps 1000, network_evaluations 2000, seed 0, guidance_scale 1.5.",
         "Before you compare: few samples",
         "updates: 800000 of 128 images",
         "fraud, crime and misinformation",

@@ -8,18 +8,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import FIXTURES
+from conftest import DIGITS_MODEL, FIXTURES
 from datasets import Dataset
 from diffusers import DDPMPipeline as StockDDPMPipeline
 from diffusers import UNet2DModel as StockUNet2DModel
 from hub.server import Fault, HubServer
 from huggingface_hub import ModelCard, constants
 from PIL import Image
+from programs import run_program
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -31,7 +34,7 @@ from ddpm_hf.utils.files import remove_leftovers
 from ddpm_hf.utils.text import public_name
 
 TOKEN = "hf_test_token"
-MODEL = FIXTURES / "digits_model"
+MODEL = DIGITS_MODEL
 DRIVERS = Path(__file__).parent
 
 
@@ -66,9 +69,13 @@ def environment(hub: HubServer, home: Path, token: str | None = TOKEN) -> dict[s
 
 def push_all(hub: HubServer, home: Path, *jobs: dict, token: str | None = TOKEN, opening: bool = False) -> list[dict]:
     """Several pushes at once, in one process of their own."""
-    command = [sys.executable, str(DRIVERS / "driver_push.py"), *["open"] * opening]
+    command = [str(DRIVERS / "driver_push.py"), *["open"] * opening]
     env = environment(hub, home, token)
-    done = subprocess.run(command, input=json.dumps(jobs), capture_output=True, text=True, env=env)
+    if opening:
+        done = run_program(*command, environment=env, input=json.dumps(jobs))
+    else:
+        command = [sys.executable, *command]
+        done = subprocess.run(command, input=json.dumps(jobs), capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
     assert TOKEN not in done.stdout + done.stderr
     return json.loads(done.stdout)
@@ -76,28 +83,30 @@ def push_all(hub: HubServer, home: Path, *jobs: dict, token: str | None = TOKEN,
 
 def load_all(hub: HubServer, home: Path, package: str, *jobs: dict, token: str | None = None) -> list[dict]:
     """Several loads, one after the other, in one process of their own."""
-    command = [sys.executable, str(DRIVERS / "driver_load.py"), package]
-    env = environment(hub, home, token)
-    done = subprocess.run(command, input=json.dumps(jobs), capture_output=True, text=True, env=env)
+    command, env = [str(DRIVERS / "driver_load.py"), package], environment(hub, home, token)
+    if package == "ddpm_hf":
+        done = run_program(*command, environment=env, input=json.dumps(jobs))
+    else:  # in a process that has never imported ours
+        command = [sys.executable, *command]
+        done = subprocess.run(command, input=json.dumps(jobs), capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
 def load_between(hub: HubServer, home: Path, when: dict[Path, Callable[[], object]], *jobs: dict) -> list[dict]:
     """`load_all` with ddpm_hf; a job that waits for a file goes on after what `when` says was done."""
-    command = [sys.executable, str(DRIVERS / "driver_load.py"), "ddpm_hf"]
     env = environment(hub, home, None) | {"HF_HUB_DOWNLOAD_TIMEOUT": "2", "HF_HUB_ETAG_TIMEOUT": "2"}
-    out = home.parent / "loads.json"
-    with out.open("w") as stdout, subprocess.Popen(command, stdin=subprocess.PIPE, stdout=stdout, env=env) as process:
-        process.stdin.write(json.dumps(jobs).encode())
-        process.stdin.close()
+    load = partial(run_program, DRIVERS / "driver_load.py", "ddpm_hf", environment=env, input=json.dumps(jobs))
+    with ThreadPoolExecutor(1) as pool:
+        loading = pool.submit(load)
         for file, action in when.items():
-            while process.poll() is None and not Path(f"{file}.reached").exists():
+            while not loading.done() and not Path(f"{file}.reached").exists():
                 time.sleep(0.02)
             action()
             file.touch()
-    assert process.returncode == 0
-    return json.loads(out.read_text())
+        done = loading.result()
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
 def weights_hash(folder: Path) -> str:
@@ -507,7 +516,7 @@ def test_nothing_becomes_public_by_accident(hub, run_folder, tmp_path):
         {"folder": folder, "repo_id": "org/llm"},
         {"folder": folder, "repo_id": "org/read-only"},
     )
-    assert "org/careful is public; add --private false" in refused["error"]
+    assert "org/careful is public; add private=False" in refused["error"]
     assert f"{hub.url}/org/public (public)" in public["lines"][0]
     assert f"{hub.url}/org/closed (private)" in closed["lines"][0]
     assert hub.info("models", "org/closed")["private"]
@@ -604,10 +613,9 @@ def test_an_edit_on_the_hub_during_a_push_is_not_lost(hub, run_folder, tmp_path)
 
 def push_objects(hub: HubServer, home: Path, *jobs: dict) -> list[dict]:
     """Pushes of pipelines and their parts from Python, in one process of their own."""
-    command = [sys.executable, str(DRIVERS / "driver_objects.py")]
     jobs = [{"model": str(MODEL), **job} for job in jobs]
     env = environment(hub, home)
-    done = subprocess.run(command, input=json.dumps(jobs), capture_output=True, text=True, env=env)
+    done = run_program(DRIVERS / "driver_objects.py", environment=env, input=json.dumps(jobs))
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -825,9 +833,8 @@ def train_all(hub: HubServer, home: Path, runs: dict[str, list[str]]) -> dict[st
     recipe = "--preset digits --max_train_steps 6 --checkpointing_steps 2 --total_batch_size 8 --num_sample_images 4"
     recipe += " --ddpm_num_inference_steps 5 --eval_num_images 8 --eval_num_evaluations 2 --push_to_hub"
     jobs = [[*recipe.split(), "--output_dir", str(home.parent / name), *flags] for name, flags in runs.items()]
-    command = [sys.executable, str(DRIVERS / "driver_train.py")]
     env = environment(hub, home)
-    done = subprocess.run(command, input=json.dumps(jobs), capture_output=True, text=True, env=env)
+    done = run_program(DRIVERS / "driver_train.py", environment=env, input=json.dumps(jobs))
     assert done.returncode == 0, done.stderr
     assert TOKEN not in done.stdout + done.stderr
     results = json.loads(done.stdout)
@@ -878,3 +885,40 @@ def test_training_from_the_hub_and_to_the_hub(hub, tmp_path):
     assert "tester/refused is public; add --private false (in training --hub_private_repo false)" in output["refused"]
     assert set(hub.files("models", "tester/refused")) == {".gitattributes"}
     assert not list((tmp_path / "refused").glob("checkpoint-*"))
+
+
+def test_a_dry_run_asks_the_hub_and_changes_nothing(hub, tmp_path):
+    hub.orgs = {"org": "contributor", "readers": "read"}
+    hub.tokens["hf_reading"], hub.roles["hf_reading"] = "reader", "read"
+    put(hub, "org/ddpm", tree(MODEL), private=True)
+    put(hub, "org/read-only", tree(MODEL), private=True)
+    hub.change("models", "org/read-only", read_only=True)
+    put(hub, "org/public", tree(MODEL))
+    put(hub, "org/other", {"model.safetensors": b"x"}, private=True)
+    ids = {"mine": None, "made": "org/made", "there": "org/ddpm", "readers": "readers/made", "foreign": "others/made"}
+    ids |= {"read_only": "org/read-only", "public": "org/public", "other": "org/other", "token": None, "unknown": None}
+    runs = {name: ["--dry_run", *(["--hub_model_id", repo] if repo else [])] for name, repo in ids.items()}
+    runs["token"] += ["--hub_token", "hf_reading"]
+    runs["unknown"] += ["--hub_token", "hf_unknown"]
+    output = train_all(hub, tmp_path / "home", runs)
+    for name, what in {
+        "mine": "tester/mine (private), which will be made",
+        "made": "org/made (private), which",
+    }.items():
+        assert output[name].startswith("0 ")
+        assert f"Hub: {hub.url}/{what}" in output[name]
+    assert f"Hub: {hub.url}/org/ddpm (private)\n" in output["there"]
+    refusals = {
+        "readers": "this token, of tester, can make repositories in tester, org, not in readers",
+        "foreign": "can make repositories in tester, org, not in others",
+        "read_only": "the Hub answered 403 for 'org/read-only': Forbidden: you must use a write token",
+        "public": "org/public is public; add --private false (in training --hub_private_repo false)",
+        "other": "org/other holds another model (model.safetensors)",
+        "token": "the token may only read; reader/token needs one with write access",
+        "unknown": "the Hub does not know this token",
+    }
+    for name, words in refusals.items():
+        assert output[name].startswith("2 "), name
+        assert words in output[name]
+    assert hub.requests("^(POST|PUT)") == []
+    assert not [name for name in runs if (tmp_path / name).exists()]

@@ -1,26 +1,24 @@
 """A Space for a model: what is written and pushed, and the app as a visitor's program sees it."""
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
 import pytest
 import yaml
-from conftest import FIXTURES
+from conftest import DIGITS_MODEL
 from hub.server import Fault, HubServer
 from huggingface_hub import constants
+from programs import run_program
 
 from ddpm_hf import cli
 from ddpm_hf.hub import publish
 from ddpm_hf.hub.space import GRADIO, space_texts, write_space
 
 ROOT = Path(__file__).parents[2]
-MODEL = FIXTURES / "digits_model"
+MODEL = DIGITS_MODEL
 TOKEN = "hf_test_token"
 
 
@@ -161,13 +159,9 @@ print(json.dumps([cli.main(["space", *arguments]) for arguments in json.load(sys
 
 def push_all(hub: HubServer, home: Path, *commands: list[str]) -> tuple[list[int], str, str]:
     """`ddpm-hf space` commands, one after the other in one process: exit codes, what they printed, their errors."""
-    done = subprocess.run(
-        [sys.executable, "-c", PUSH_ALL],
-        input=json.dumps(commands),
-        capture_output=True,
-        text=True,
-        env={**os.environ, **hub.environment(home, TOKEN), "OMP_NUM_THREADS": "1"},
-    )
+    program = home.parent / "push_all.py"
+    program.write_text(PUSH_ALL)
+    done = run_program(program, environment=hub.environment(home, TOKEN), input=json.dumps(commands))
     assert done.returncode == 0, done.stderr
     assert TOKEN not in done.stdout + done.stderr
     *lines, codes = done.stdout.strip().splitlines()

@@ -1,19 +1,27 @@
 """What visitors of a Space can ask for, and what they are told where they cannot have it."""
 
+import importlib
+import importlib.machinery
+import re
+import sys
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import FIXTURES, make_small_unet
+from conftest import DIGITS_MODEL, FIXTURES, make_small_unet
+from diffusers import DDIMScheduler
 from PIL import Image
 
 from ddpm_hf import DDPMPipeline, DDPMScheduler
 from ddpm_hf.diffusion.likelihood import stratified_bits_per_dim
-from ddpm_hf.hub.space_app import Demo, make_page, parse_at_most
+from ddpm_hf.hub import space_app
+from ddpm_hf.hub.space_app import Demo, make_page
+from ddpm_hf.sampling.generation import parse_seeds, with_sampler
 from ddpm_hf.utils.errors import NotFiniteError, UserError
 
-MODEL = str(FIXTURES / "digits_model")
+MODEL = str(DIGITS_MODEL)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +59,7 @@ def last(steps):
     [("0-3", [0, 1, 2, 3]), (" 8 , 1-2", [8, 1, 2]), ("9223372036854775807", [2**63 - 1])],
 )
 def test_seeds(text, seeds):
-    assert parse_at_most(4, text) == seeds
+    assert parse_seeds(text, "Seeds", 4) == seeds
 
 
 @pytest.mark.parametrize(
@@ -66,15 +74,8 @@ def test_seeds(text, seeds):
 )
 def test_other_seeds_are_refused(text, sentence):
     with pytest.raises(UserError, match=sentence) as error:
-        parse_at_most(4, text)
+        parse_seeds(text, "Seeds", 4)
     assert len(str(error.value)) < 150
-
-
-def test_seeds_are_counted_before_there_is_a_list_of_them(monkeypatch):
-    monkeypatch.setattr("ddpm_hf.hub.space_app.parse_seeds", lambda text: pytest.fail("there was a list"))
-    for text in ("0-999999", "7,0-4", "1," * 5000):
-        with pytest.raises(UserError, match="at most 4 images at a time"):
-            parse_at_most(4, text)
 
 
 def test_a_model_without_images_to_look_at_is_refused(tmp_path):
@@ -118,6 +119,121 @@ def test_requests_do_not_share_a_sampler(demo):
     for _ in range(5):
         next(short), next(long)
     assert [last(short)[2][0].tobytes(), last(long)[2][0].tobytes()] == alone
+
+
+def test_heun_draws_all_of_its_chain(demo):
+    """K steps are 2K - 1 evaluations; what is shown is what the pipeline draws."""
+    pipe = with_sampler(DDPMPipeline.from_pretrained(MODEL), "heun")
+    pipe.set_progress_bar_config(disable=True)
+    wanted = pipe(seeds=[3], num_inference_steps=6).images[0]
+    seen = list(demo.sample(MODEL, "3", 6, "heun", None, 1))
+    assert re.fullmatch(r"1 drawn in \S+ s: 6 steps of heun, 11 network evaluations each", seen[-1][3])
+    np.testing.assert_array_equal(np.asarray(seen[-1][2][0]), np.asarray(wanted))
+
+
+# ---------------------------------------------------------------- a distilled model
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("students") / "student"
+    process = {"prediction_type": "v_prediction", "timestep_spacing": "trailing", "clip_sample": False}
+    DDPMPipeline(make_small_unet(_distilled_steps=4), DDIMScheduler(**process)).save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_distilled_model_has_its_own_steps_and_sampler(student):
+    page = make_page(Demo(student))
+    fields = {getattr(block, "label", None): block for block in page.blocks.values()}
+    assert (fields["Steps"].value, fields["Steps"].interactive) == (4, False)
+    hidden = ("Sampler", "Guidance (1: as learned)", "Bits/dim")
+    assert not any(fields[name].visible for name in hidden)
+    pipe = DDPMPipeline.from_pretrained(student)
+    pipe.set_progress_bar_config(disable=True)
+    seen = list(Demo(student).sample(student, "5", 4, "unipc", None, 1))
+    np.testing.assert_array_equal(np.asarray(seen[-1][2][0]), np.asarray(pipe(seeds=[5]).images[0]))
+    assert re.fullmatch(r"1 drawn in \S+ s: 4 steps, 4 network evaluations each", seen[-1][3])
+
+
+def test_what_a_distilled_model_cannot_do_is_told(student):
+    demo = Demo(f"{student},{MODEL}")
+    assert "distilled for num_inference_steps=4, and can do no other" in demo.expected(
+        student, "0", 20, "ddim", None, 1
+    )
+    for values, sentence in (
+        (("0", 20, "ddim", None, 1), "distilled for num_inference_steps=4, and can do no other number, got 20"),
+        (("0", 4, "ddim", None, 2), "a distilled model takes no eta, guidance_scale"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            next(demo.sample(student, *values))
+    with pytest.raises(UserError, match="a distilled model has no likelihood"):
+        demo.bits_per_dim(student, str(FIXTURES.parent.parent / "docs" / "digits.png"))
+    assert demo.interpolate(student, 0, 1, 0.5, 4, "ddim", None, 1)[1].startswith("11 images between two")
+    fields = {getattr(block, "label", None): block for block in make_page(demo).blocks.values()}
+    assert (fields["Steps"].value, fields["Steps"].interactive) == (20, True)  # one of the two has a choice
+    assert fields["Sampler"].value == "dpmsolver++"
+
+
+# ---------------------------------------------------------------- time
+
+
+def test_the_expected_time_is_of_evaluations_and_images(demo, with_classes):
+    demo.measured[MODEL] = 0.01
+    assert demo.expected(MODEL, "0-7", 20, "ddim", None, 1) == (
+        "Expected: 1.6 s (measured: 0.01 s per image and evaluation)."
+    )
+    assert demo.expected(MODEL, "0-7", 20, "heun", None, 1).startswith("Expected: 3.1 s")  # 39 evaluations
+    assert with_classes.measured.keys() == {"plain", "guided"}
+    with_classes.measured["guided"] = 0.5
+    assert with_classes.expected("guided", "3", 10, "ddim", "cat", 3).startswith("Expected: 10.0 s")  # 20 evaluations
+    for values in (("0-99", 20, "ddim", None, 1), ("x", 20, "ddim", None, 1), ("0", 0, "ddim", None, 1)):
+        assert re.search("at most 16 images|Seeds takes whole numbers|between 1 and", demo.expected(MODEL, *values))
+
+
+def test_the_time_of_the_last_sampling_counts(demo):
+    demo.measured[MODEL] = 100.0
+    last(demo.sample(MODEL, "0-3", 5, "ddim", None, 1))
+    assert 0 < demo.measured[MODEL] < 1
+
+
+def test_on_zero_gpu_a_gpu_is_asked_for_as_long_as_it_is_needed(student, folder, monkeypatch):
+    """With a module in the place of ZeroGPU's, which runs the functions as they are."""
+    lent, module = [], types.ModuleType("spaces")
+    module.__spec__ = importlib.machinery.ModuleSpec("spaces", None)
+
+    def lend(duration):
+        def decorate(function):
+            lent.append((function.__name__, duration))
+            return function
+
+        return decorate
+
+    module.GPU = lend
+    monkeypatch.setitem(sys.modules, "spaces", module)
+    monkeypatch.setenv("SPACES_ZERO_GPU", "true")
+    monkeypatch.setattr("torch.compile", lambda *_, **__: pytest.fail("there is no compiler there"))
+    try:
+        app = importlib.reload(space_app)
+        demo = app.Demo(f"{MODEL},{student}")
+        assert demo.measured == {}  # no GPU is there before a visitor asks for one
+        app.make_page(demo)
+        assert [name for name, _ in lent] == ["sample", "interpolate", "bits_per_dim"]
+        sampling, interpolating = (dict(lent)[name] for name in ("sample", "interpolate"))
+        few, many, heun = (
+            sampling(MODEL, "0", *chain, None, 1) for chain in ((4, "ddim"), (200, "ddim"), (200, "heun"))
+        )
+        assert 10 < few < many < heun
+        assert all(isinstance(seconds, int) for seconds in (few, many, heun))
+        assert sampling(student, "0", 4, "ddim", None, 1) == few
+        assert interpolating(MODEL, 0, 1, 0.5, 200, "ddim", None, 1) == many
+        assert demo.expected(MODEL, "0", 20, "ddim", None, 1) == "Expected: 1.0 s (a guess)."
+        with pytest.raises(app.UserError, match="num_inference_steps"):
+            sampling(MODEL, "0", 0, "ddim", None, 1)
+        *_, (_, _, images, _) = demo.sample(MODEL, "0", 4, "ddim", None, 1)
+        assert len(images) == 1
+    finally:
+        monkeypatch.undo()
+        importlib.reload(space_app)
 
 
 # ---------------------------------------------------------------- classes

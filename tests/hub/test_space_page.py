@@ -10,7 +10,7 @@ from urllib.request import urlopen
 import numpy as np
 import pytest
 import torch
-from conftest import FIXTURES, stock_draws
+from conftest import DIGITS_MODEL, stock_draws
 from diffusers import DDIMScheduler
 from diffusers import DDPMPipeline as StockDDPMPipeline
 from gradio_client import handle_file
@@ -24,7 +24,7 @@ from ddpm_hf.hub.space import write_space
 from ddpm_hf.hub.space_app import serve
 from ddpm_hf.utils.randomness import SeededNoise
 
-MODEL = FIXTURES / "digits_model"
+MODEL = DIGITS_MODEL
 
 
 @pytest.fixture(scope="module")
@@ -37,10 +37,10 @@ def space(tmp_path_factory) -> Path:
 def test_images_are_the_pipelines_own(client):
     job = client.submit("model", "0-2", 20, "ddpm", None, 1, api_name="/sample")
     x_t, x_0, images, text = job.result()
-    assert re.fullmatch(r"3 images in \S+ s: 20 steps of ddpm, \S+ steps/s", text)
+    assert re.fullmatch(r"3 drawn in \S+ s: 20 steps of ddpm, 20 network evaluations each", text)
     on_the_way = job.outputs()[:-1]
     assert len(on_the_way) > 3, "there was nothing to watch"
-    assert all(seen[2] == [] and re.match(r"step \d+ of 20, t = \d+ of 1000", seen[3]) for seen in on_the_way)
+    assert all(seen[2] == [] and re.match(r"step \d+ of 20, t = \d+: ", seen[3]) for seen in on_the_way)
     first, last = (np.asarray(Image.open(seen[0]), float) for seen in (on_the_way[0], on_the_way[-1]))
     assert np.abs(first - last).mean() > 10, "the pictures on the way do not change"
     assert Image.open(x_t).size == Image.open(x_0).size
@@ -70,8 +70,8 @@ def test_two_visitors_at_once_do_not_disturb_each_other(client):
 @pytest.mark.parametrize(
     ("values", "sentence"),
     [
-        (("model", "0-99", 5, "ddim", None, 1), "too many seeds; at most 16 images at a time"),
-        (("model", "0-9999999999", 5, "ddim", None, 1), "too many seeds; at most 16 images at a time"),
+        (("model", "0-99", 5, "ddim", None, 1), "Seeds are too many; at most 16 images at a time"),
+        (("model", "0-9999999999", 5, "ddim", None, 1), "Seeds are too many; at most 16 images at a time"),
         (("model", "one", 5, "ddim", None, 1), "Seeds takes whole numbers and rising ranges"),
         (("model", "", 5, "ddim", None, 1), "Seeds takes whole numbers and rising ranges"),
         (("model", "0", 5000, "ddim", None, 1), "greater than maximum value 1000"),

@@ -222,5 +222,5 @@ def test_nothing_is_scaled_twice():
         pipe(epsilon_scale=1.01, **CALL)
     with pytest.raises(UserError, match=r"divided by 1\.02, for ddim over 20 steps already"):
         scaled_model(pipe, 1.01, "ddim", 20)
-    with pytest.raises(UserError, match=r"predicts 'v_prediction'.*--epsilon_scale instead"):
+    with pytest.raises(UserError, match=r"predicts 'v_prediction'.*epsilon_scale instead"):
         scaled_model(pipeline(prediction_type="v_prediction"), 1.01, "ddim", 20)

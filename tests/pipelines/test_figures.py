@@ -7,7 +7,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import FIXTURES, make_small_unet, stock_draws
+from conftest import DIGITS_MODEL, make_small_unet, stock_draws
 from oracles import GaussianData
 from PIL import Image
 
@@ -34,7 +34,7 @@ def digits() -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def trained() -> DDPMPipeline:
-    return DDPMPipeline.from_pretrained(FIXTURES / "digits_model")
+    return DDPMPipeline.from_pretrained(DIGITS_MODEL)
 
 
 # ---------------------------------------------------------------------- Gaussian data

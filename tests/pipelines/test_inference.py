@@ -90,8 +90,8 @@ def test_other_kinds_of_networks_too(options, changes):
 @torch.no_grad()
 def test_compiled(precision):
     """A network of few kernels in scalar code: each kernel takes a C++ compiler a second, vectorized code two."""
-    blocks = {"down_block_types": ("AttnDownBlock2D",), "up_block_types": ("UpBlock2D",), "mid_block_type": None}
-    unet = network(block_out_channels=(32,), **blocks)
+    blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("AttnUpBlock2D",), "mid_block_type": None}
+    unet = network(block_out_channels=(32,), layers_per_block=0, **blocks)  # one residual block, one attention block
     x = torch.randn(4, 3, 16, 16)
     compiled = InferenceNetwork(unet, InferenceOptions(precision, channels_last=True, compiled=True))
     expected = stock_of(unet)(x, 10).sample

@@ -13,6 +13,7 @@ from PIL import Image
 
 from ddpm_hf import DDPMPipeline, DDPMScheduler, UNet2DModel
 from ddpm_hf.pipelines.schedulers import set_timesteps
+from ddpm_hf.sampling.generation import SAMPLERS, with_sampler
 from ddpm_hf.utils.errors import NotFiniteError
 from ddpm_hf.utils.randomness import SeededNoise
 
@@ -79,8 +80,8 @@ def test_a_bf16_network_keeps_a_float32_chain(small_pipeline):
     [
         ({"batch_size": -1}, "batch_size"),
         ({"image": np.zeros((8, 8, 1))}, "needs strength"),
-        ({"strength": 0.5}, "pass image="),
-        ({"mask_image": np.ones((8, 8))}, "pass image="),
+        ({"strength": 0.5}, "give image"),
+        ({"mask_image": np.ones((8, 8))}, "give image"),
         ({"image": np.zeros((8, 8, 1)), "strength": 1.5}, "between 0 and 1, got 1.5"),
         ({"image": np.zeros((9, 8, 1)), "strength": 0.5}, "are \\(1, 8, 8\\)"),
         ({"image": np.full((8, 8, 1), 7.0), "strength": 0.5}, "must lie in"),
@@ -307,6 +308,26 @@ def test_classes_beyond_those_of_the_network():
     assert pipe.classes.of_names(["a", "b", "c"]) == [0, 1, 2]
     with pytest.raises(ValueError, match=r"class label 3 is outside 0\.\.2"):
         pipe.classes.of_names(["a", "b", "c", "d"])
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("guided", ["not", "by class", "by a model", "on an interval"])
+def test_evaluations_are_counted_as_the_network_sees_them(monkeypatch, sampler, guided):
+    unet = make_small_unet(**({"num_class_embeds": 3, "_null_class": 2} if guided == "by class" else {}))
+    pipe = with_sampler(DDPMPipeline(unet, DDPMScheduler(num_train_timesteps=100)), sampler)
+    options = {"num_inference_steps": 5} | ({} if guided == "not" else {"guidance_scale": 2.0})
+    if guided == "on an interval":
+        options["guidance_interval"] = (30, 70)
+    if guided in ("by a model", "on an interval"):
+        pipe.guide = DDPMPipeline(make_small_unet(1), DDPMScheduler(num_train_timesteps=100))
+    seen, forward = [], UNet2DModel.forward
+    monkeypatch.setattr(
+        UNet2DModel, "forward", lambda self, x, *a, **kw: seen.append(len(x)) or forward(self, x, *a, **kw)
+    )
+    pipe(seeds=[0, 1], output_type="pt", **options, **({"class_labels": 0} if guided == "by class" else {}))
+    assert pipe.network_evaluations(**options) == sum(seen) / 2
+    if guided == "not":
+        assert sum(seen) / 2 == (9 if sampler == "heun" else 5)
 
 
 def test_second_order_samplers_come_to_a_timestep_twice_on_purpose(small_unet):

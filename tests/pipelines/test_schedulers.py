@@ -46,7 +46,7 @@ def test_every_sampler_has_a_chain_of_any_number_of_steps(sampler, spacing):
             assert len(scheduler.sigmas) == K + 1
             assert (scheduler.sigmas.diff() < 0).all()
     assert len(refused) <= (0 if spacing in (None, "trailing") else 3)  # with one to three steps
-    advice = "use --timestep_spacing trailing, in Python timestep_spacing='trailing'"
+    advice = "use timestep_spacing='trailing'"
     assert all("starts from noise at t=" in sentence and sentence.endswith(advice) for sentence in refused)
 
 

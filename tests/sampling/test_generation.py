@@ -4,7 +4,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import FIXTURES, SMALL_NETWORK, gaussian_pipeline, make_small_unet
+from conftest import DIGITS_MODEL, SMALL_NETWORK, gaussian_pipeline, make_small_unet
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from oracles import GaussianData
 from PIL import Image
@@ -135,7 +135,7 @@ def test_chains_that_stock_rounds_wrongly(sampler, spacing, steps):
 
 
 def test_one_spacing_that_cannot_start_is_refused(small_pipeline):
-    with pytest.raises(UserError, match="from noise at t=500 with 2 steps; use --timestep_spacing trailing"):
+    with pytest.raises(UserError, match="from noise at t=500 with 2 steps; use timestep_spacing='trailing'"):
         with_sampler(small_pipeline, "ddim", timestep_spacing="leading")(seeds=[0], num_inference_steps=2)
 
 
@@ -255,7 +255,7 @@ def test_images_of_other_classes_are_not_mixed(tmp_path):
 
 def test_digits_are_the_same_for_every_batch_size_and_number_of_processes(tmp_path):
     """Bit for bit, on one thread per process (`OMP_NUM_THREADS=1`, see conftest)."""
-    pipe = with_sampler(DDPMPipeline.from_pretrained(FIXTURES / "digits_model"), "ddpm", "fixed_small")
+    pipe = with_sampler(DDPMPipeline.from_pretrained(DIGITS_MODEL), "ddpm", "fixed_small")
     options = {"num_inference_steps": 20}
     one_by_one = torch.cat([images for _, images in generate(pipe, range(16), batch_size=1, **options)])
     assert len(one_by_one.flatten(1).unique(dim=0)) == 16
@@ -268,7 +268,7 @@ def test_digits_are_the_same_for_every_batch_size_and_number_of_processes(tmp_pa
         "ddpm_hf.cli",
         "sample",
         "--model",
-        str(FIXTURES / "digits_model"),
+        str(DIGITS_MODEL),
         "--variance_type",
         "fixed_small",
     ]
@@ -282,7 +282,7 @@ def test_digits_are_the_same_for_every_batch_size_and_number_of_processes(tmp_pa
 
 
 def test_a_file_without_content_is_drawn_again_and_strangers_are_left_alone(tmp_path, small_pipeline):
-    options = {"num_inference_steps": 3}
+    options = {"num_inference_steps": 3, "epsilon_scale": (1.02, 0.0)}  # a list in sampling.json
     write_samples(small_pipeline, [0, 1], tmp_path / "v1.0", **options)
     whole = (tmp_path / "v1.0" / "00000" / "00000001.png").read_bytes()
     (tmp_path / "v1.0" / "00000" / "00000001.png").write_bytes(b"")

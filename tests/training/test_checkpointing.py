@@ -86,5 +86,5 @@ def test_a_file_and_a_run_are_named(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(ValueError, match="is a file; name a folder"):
         check(tmp_path / "file")
-    with pytest.raises(ValueError, match="already holds a run; resume it with --resume_from_checkpoint latest"):
+    with pytest.raises(ValueError, match="already holds a run; resume it with resume_from_checkpoint='latest'"):
         check(folder_with(tmp_path / "run", CONFIG, "checkpoint-3/manifest.json"))

@@ -103,7 +103,7 @@ def test_a_total_batch_size_that_cannot_be_reached(settings, processes):
     ],
 )
 def test_values_out_of_range_are_named(name, value):
-    with pytest.raises(ValueError, match=f"--{name}.*{value}"):
+    with pytest.raises(ValueError, match=f"^{name}.*{value}"):
         TrainingConfig(preset="digits", **{name: value})
 
 

@@ -57,6 +57,17 @@ def model(tmp_path) -> str:
     return save_model(tmp_path / "model")
 
 
+def test_a_model_that_was_saved_with_another_sampler(model, tmp_path):
+    stock = diffusers.DDPMPipeline.from_pretrained(model)
+    scheduler = diffusers.DDIMScheduler.from_config(stock.scheduler.config)
+    diffusers.DDIMPipeline(stock.unet, scheduler).save_pretrained(tmp_path / "ddim")
+    run = trainer(tmp_path / "run", init_from=str(tmp_path / "ddim"), max_train_steps=1)
+    assert torch.equal(run.unet.conv_in.weight, stock.unet.conv_in.weight)
+    trained = run.train().scheduler
+    assert type(trained) is DDPMScheduler
+    torch.testing.assert_close(trained.alphas_cumprod, scheduler.alphas_cumprod, rtol=0, atol=1e-6)
+
+
 LEARNED = {"variance_type": "learned_range", "loss": "hybrid"}
 CLASSES = {"class_conditional": True, "class_dropout": 0.2}
 
@@ -188,7 +199,7 @@ def test_the_card_says_what_was_fine_tuned(tmp_path, model, monkeypatch):
     assert "base_model:" not in card
     assert str(tmp_path) not in card
     load = DDPMPipeline.from_pretrained
-    monkeypatch.setattr(initialization.DDPMPipeline, "from_pretrained", lambda name, **how: load(model, **how))
+    monkeypatch.setattr(DDPMPipeline, "from_pretrained", lambda name, **how: load(model, **how))
     trainer(tmp_path / "hub", init_from="org/model", max_train_steps=1).train()
     card = (tmp_path / "hub" / "README.md").read_text()
     assert "base_model: org/model\n" in card
@@ -210,16 +221,16 @@ def test_an_optimal_variance_belongs_to_the_weights_it_was_measured_for(tmp_path
         ({}, {}, {"prediction_type": "sample"}, "predicts epsilon, not sample"),
         ({}, {}, {"variance_type": "learned", "loss": "vlb"}, "use learned_range"),
         ({}, {"variance_type": "learned_range"}, {}, "conv_out has 1 channels, and 2 belong to 1 image channels"),
-        ({"out_channels": 2}, {"variance_type": "learned_range"}, {}, "--loss simple does not go with"),
+        ({"out_channels": 2}, {"variance_type": "learned_range"}, {}, "loss='simple' does not go with"),
         (
             {"out_channels": 2},
             {"variance_type": "learned_range"},
             {"variance_type": "learned", "loss": "vlb"},
             ", not learned",
         ),
-        ({"rows": ROWS}, {}, {}, r"is class-conditional \(0..2\); add --class_conditional"),
+        ({"rows": ROWS}, {}, {}, r"is class-conditional \(0..2\); add class_conditional"),
         ({"class_embed_type": "timestep"}, {}, CLASSES, "class_embed_type 'timestep'"),
-        ({"sample_size": None}, {}, {}, "has no sample_size; add --resolution"),
+        ({"sample_size": None}, {}, {}, "has no sample_size; add resolution"),
         ({}, {}, {"resolution": 9}, "cannot be halved"),
         (
             {},
@@ -266,12 +277,12 @@ def test_weights_that_do_not_fit_are_all_named(tmp_path, model):
 def test_a_resumed_run_cannot_start_from_elsewhere(tmp_path, model):
     other = save_model(tmp_path / "other", seed=1)
     trainer(tmp_path / "run", init_from=model).train()
-    with pytest.raises(UserError, match=r"started with --init_from .*model, not with .*other; leave out"):
+    with pytest.raises(UserError, match=r"started with init_from .*model, not with .*other; leave out"):
         trainer(tmp_path / "run", init_from=other, resume_from_checkpoint="latest")
     fresh = {key: value for key, value in QUICK.items() if key != "preset"}
     Trainer(TrainingConfig(preset="digits", output_dir=str(tmp_path / "fresh"), **fresh)).train()
     for which in ("latest", "checkpoint-4"):
-        with pytest.raises(UserError, match=r"started with no --init_from.* leave out --init_from"):
+        with pytest.raises(UserError, match=r"started with no init_from.* leave out init_from"):
             trainer(tmp_path / "fresh", init_from=model, resume_from_checkpoint=which)
 
 

@@ -156,7 +156,7 @@ def test_averages_end_after_earlier_updates_too(tracked):
         assert torch.allclose(weight, stored[f"0.1/{name}"].float(), rtol=1e-3, atol=1e-6)
     assert snapshots.check(0.15, 250)[1] < 0.1
     for update in (0, 301):
-        with pytest.raises(UserError, match=f"--step {update} .* up to 300"):
+        with pytest.raises(UserError, match=f"step={update} .* up to 300"):
             snapshots.check(0.1, update)
 
 

@@ -5,15 +5,13 @@ import re
 import shlex
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import DDPMPipeline as StockDDPMPipeline
 from hub.server import HubServer
-from programs import ROOT, run_ranks
+from programs import ROOT, run_program, run_ranks
 from safetensors.torch import load_file
 from test_trainer import QUICK, small_preset  # noqa: F401  (the fixture, which is used by itself)
 
@@ -93,6 +91,7 @@ def test_the_commands_that_a_stopped_run_names_work(tmp_path, monkeypatch, capsy
     assert f"EMA weights of {folder}/checkpoint-3, after 3 updates" in capsys.readouterr().out
     assert len(list((folder / "samples-3").rglob("*.png"))) == 2
     assert ddpm_hf(*shlex.split(named["publish"])) == 0
+    assert "| 4/4 [" in capsys.readouterr().err  # the grid
     assert "3 of 16 images, seed 0; 400 updates were planned" in (folder / "README.md").read_text()
     assert ddpm_hf(*shlex.split(named["resume"]), "--max_train_steps", 4) == 0
     assert (folder / "checkpoint-4").is_dir()
@@ -207,9 +206,8 @@ def test_a_stopped_run_is_pushed_with_a_card_that_says_so(tmp_path, stopped):
     before = {path: path.stat().st_mtime_ns for path in stopped.rglob("*") if path.is_file()}
     with HubServer(tmp_path / "hub") as hub:
         for folder, name, more in [(stopped, "run", []), (stopped / "checkpoint-3", "raw", ["--weights", "raw"])]:
-            command = [sys.executable, "-m", "ddpm_hf.cli", "push", str(folder), "--repo_id", f"org/{name}", *more]
-            environment = {**os.environ, **hub.environment(tmp_path / "home", "hf_test_token")}
-            done = subprocess.run(command, capture_output=True, text=True, env=environment)
+            command = ["-m", "ddpm_hf.cli", "push", folder, "--repo_id", f"org/{name}", *more]
+            done = run_program(*command, environment=hub.environment(tmp_path / "home", "hf_test_token"))
             assert done.returncode == 0, done.stderr
             assert f"weights of {stopped}/checkpoint-3, after 3 updates" in done.stdout
             card = hub.read("models", f"org/{name}", "README.md").decode()

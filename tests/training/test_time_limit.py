@@ -133,7 +133,7 @@ def test_a_run_whose_time_was_used_up_is_finished(clock, tmp_path, capsys):
 @pytest.mark.parametrize(("minutes", "at"), [(0.2, 1), (0.27, 3)])
 def test_a_time_that_is_too_short_is_one_sentence(clock, tmp_path, minutes, at):
     trainer = run(tmp_path / "run", max_train_minutes=minutes)
-    with pytest.raises(TrainingError, match=rf"--max_train_minutes {minutes} is too short: .* give 0\.5 or more"):
+    with pytest.raises(TrainingError, match=rf"max_train_minutes={minutes} is too short: .* give 0\.5 or more"):
         trainer.train()
     assert trainer.step == at
     clock.now = 0.0

@@ -6,13 +6,13 @@ import shutil
 import httpx2
 import pytest
 import torch
-from conftest import FIXTURES
+from conftest import DIGITS_MODEL
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from ddpm_hf import DDPMPipeline
 from ddpm_hf.utils import hub_errors
 
-MODEL = FIXTURES / "digits_model"
+MODEL = DIGITS_MODEL
 
 
 def answered(status: int) -> HfHubHTTPError:

@@ -173,7 +173,9 @@ def test_bf16_is_the_default_where_the_card_has_it_and_no_launcher_speaks(monkey
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True, there=there: there)
         assert machine.choose_precision(None) == expected
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
-    with pytest.raises(UserError, match="bf16 is not there on Tesla T4; use fp16, or no for float32"):
+    with pytest.raises(
+        UserError, match="mixed_precision='bf16' is not there on Tesla T4; use fp16, or no for float32"
+    ):
         machine.choose_precision("bf16")
     assert machine.choose_precision("fp16") == "fp16"
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
