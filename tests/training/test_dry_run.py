@@ -32,14 +32,8 @@ def test_a_dry_run_writes_nothing_and_says_what_the_run_takes(tmp_path, capsys):
 
 
 def test_a_dry_run_of_a_time_says_how_many_updates_fit(tmp_path, capsys):
-<<<<<<< HEAD
     limits = {"max_train_minutes": 50, "max_train_steps": 10**7, "checkpoints_total_limit": 2}
     run = trainer(tmp_path / "run", dry_run=True, **limits)
-=======
-    run = trainer(
-        tmp_path / "run", dry_run=True, max_train_minutes=50, max_train_steps=10**7, checkpoints_total_limit=1
-    )
->>>>>>> real
     run.train()
     said = re.search(r"time: (\S+) s per update: at most ([\d,]+) in the 50 minutes", capsys.readouterr().out)
     seconds, updates = float(said[1]), int(said[2].replace(",", ""))
