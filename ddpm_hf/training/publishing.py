@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast
+from PIL import Image
 from torch import Tensor
 
 from ..data.class_labels import ClassIndex
@@ -116,6 +117,9 @@ class Publisher:
         self.evaluation.record(pipe, report, step, step * self.settings["total_batch_size"], seconds)
         if self.tracking is not None:
             self.tracking.numbers(step, {name: entry["value"] for name, entry in report.values.items()})
+            if processes().is_main_process and (self.folder / CURVE).exists():
+                with Image.open(self.folder / CURVE) as curve:
+                    self.tracking.picture(step, "curve", curve)
         return report
 
     def write_model(self, pipe: DDPMPipeline, step: int) -> None:

@@ -27,7 +27,11 @@ def test_tensorboard_gets_numbers_and_grids_at_their_updates(tmp_path):
     assert {"loss", "lr", "grad_norm", "images_per_second"} <= set(events.Tags()["scalars"])
     assert [event.step for event in events.Scalars("loss")] == [4, 6]
     assert [event.step for event in events.Scalars("bits_per_dim")] == [2, 4, 6]
-    grids = {event.step: event.encoded_image_string for event in events.Images("samples")}
+    grids, curves = (
+        {event.step: event.encoded_image_string for event in events.Images(name)} for name in ("samples", "curve")
+    )
+    assert list(curves) == [2, 4, 6]
+    assert same_picture(io.BytesIO(curves[6]), tmp_path / "run" / "curve.png")
     assert list(grids) == [3, 6]
     for step, name in {3: "samples-3.png", 6: "samples.png"}.items():
         assert same_picture(io.BytesIO(grids[step]), tmp_path / "run" / name)
