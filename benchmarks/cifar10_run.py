@@ -33,7 +33,7 @@ from ddpm_hf.evaluation import evaluate
 from ddpm_hf.evaluation.options import EvaluationOptions
 from ddpm_hf.evaluation.run import check_evaluation
 from ddpm_hf.pipelines.inference import optimize_for_inference
-from ddpm_hf.utils.errors import UserError
+from ddpm_hf.utils.errors import UserError, showing_flags
 from ddpm_hf.utils.files import write_text
 from ddpm_hf.utils.text import finite
 
@@ -182,11 +182,12 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run everything; return 1 if a part failed, 2 if nothing could begin."""
     arguments, rest = parse(argv)
-    try:
-        return run(arguments, rest)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    with showing_flags():
+        try:
+            return run(arguments, rest)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
 
 
 def run(arguments: argparse.Namespace, rest: Sequence[str]) -> int:

@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 from ddpm_hf.evaluation.features import make_extractor
 from ddpm_hf.evaluation.metrics import frechet_distance
 from ddpm_hf.evaluation.samples import SAMPLE_METRICS, Features, number_name
-from ddpm_hf.utils.errors import UserError
+from ddpm_hf.utils.errors import UserError, showing_flags
 from ddpm_hf.utils.files import write_text
 from ddpm_hf.utils.text import finite, table
 from ddpm_hf.utils.visualize import labelled_grid, save_picture
@@ -151,7 +151,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         weights, names = arguments.inception_weights, arguments.features.split(",")
         extractors = [make_extractor(name, shape, weights, device) for name in names]
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        with showing_flags():
+            print(f"error: {error}", file=sys.stderr)
         return 2
     arguments.output.mkdir(parents=True, exist_ok=True)
     shown = torch.from_numpy(np.stack([images[:SHOWN] for images in (reference, *rows.values())]))

@@ -71,7 +71,7 @@ def test_the_whole_command(benchmark, data, tmp_path, capsys):
 def test_a_mistake_is_one_sentence_before_the_training(benchmark, data, tmp_path, capsys):
     flags = ["--data", str(data), "--output", str(tmp_path / "run"), *SMALL]
     assert benchmark.main([*flags, "--samples", "10"]) == 2
-    assert "error: sw needs at least 20 samples, got num_samples=10" in capsys.readouterr().err
+    assert "error: sw needs at least 20 samples, got --num_samples 10" in capsys.readouterr().err
     assert benchmark.main([*flags, "--features", "inceptoin"]) == 2
     assert "unknown --features 'inceptoin'" in capsys.readouterr().err
     assert benchmark.main([*flags, "--learning_rat", "1"]) == 2
