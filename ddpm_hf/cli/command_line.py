@@ -102,7 +102,8 @@ class Parser(argparse.ArgumentParser):
 def add_config_flags(parser: Parser, config_class: type) -> None:
     """Add a flag for each field of a configuration."""
     hints, left_out = typing.get_type_hints(config_class), getattr(config_class, "not_flags", ())
-    for field in dataclasses.fields(config_class):
+    defaults, own = getattr(config_class, "defaults", None), config_class.__annotations__
+    for field in sorted(dataclasses.fields(config_class), key=lambda field: field.name not in own):
         if field.metadata["group"] is not None:
             title = field.metadata["group"]  # which may speak of --preset
             flag = parser.group(title.partition("; ")[0] if "preset" in left_out else title)
@@ -114,7 +115,10 @@ def add_config_flags(parser: Parser, config_class: type) -> None:
         several = {"nargs": "+"} if typing.get_origin(kind) is list else {}
         kind = typing.get_args(kind)[0] if several else kind
         null = field.default is None  # which takes the place of what a file says
-        flag(names, kind, field.default, field.metadata["help"], null=null, **several)
+        text = field.metadata["help"]
+        if defaults is not None and field.metadata["paper"]:  # instead of the paper's values
+            text = f"{text.partition('; the paper: ')[0]}; default: {getattr(defaults, field.metadata['paper'])}"
+        flag(names, kind, field.default, text, null=null, **several)
 
 
 def parse_configs(parser: Parser, arguments: Sequence[str], *config_classes: type) -> list[Any]:

@@ -101,6 +101,8 @@ def sampling_options(values: Any) -> Any:
 def load_guided_pipeline(values: Any) -> Any:
     """Return the model of the flags with that of `--guide`, or raise UserError: no such model, or nothing to guide."""
     pipe = load_pipeline(values.model, values.dtype, values.tf32, values.weights)
+    if values.guide is None and values.guidance_scale != 1 and pipe.classes.count is None:
+        raise UserError("--guidance_scale needs --guide, a worse model, or a class-conditional --model; this is none")
     if values.guide is not None:
         if values.guidance_scale == 1:
             raise UserError("--guide needs --guidance_scale, such as 2; at 1 nothing is guided")

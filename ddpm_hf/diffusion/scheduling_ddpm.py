@@ -20,7 +20,7 @@ from diffusers.utils import logging
 from torch import Tensor
 
 from ..presets import get_preset
-from ..utils.errors import UserError
+from ..utils.errors import UserError, named_as_typed
 from ..utils.hub_errors import PrivateByDefault
 from ..utils.randomness import Generators, standard_normal
 from .noise_schedule import (
@@ -377,9 +377,9 @@ class DDPMScheduler(ProcessTables, PrivateByDefault, StockDDPMScheduler):
         self._use_timesteps(chosen, device=device)
         if self.variance_type in _LARGE and len(chosen) < T and not DDPMScheduler._warned_of_fixed_large:
             DDPMScheduler._warned_of_fixed_large = True  # the variance of many repositories
-            better = "'optimal' (after ddpm-hf optimal_variance) or 'fixed_small', or the ddim sampler"
-            what = f"variance_type={self.variance_type!r} over {len(chosen)} steps leaves noise in the images"
-            logger.warning(f"{what}; better: variance_type={better}")
+            better = "--variance_type optimal (after ddpm-hf optimal_variance) or fixed_small, or the ddim sampler"
+            what = f"--variance_type '{self.variance_type}' over {len(chosen)} steps leaves noise in the images"
+            logger.warning(named_as_typed(f"{what}; better: {better}"))
 
     def previous_timestep(self, timestep: Timestep) -> Timestep:
         """Return the chain's next timestep below `timestep`, or -1 where that is the data; its type is stock's."""

@@ -18,7 +18,7 @@ from diffusers.utils import logging
 
 from ..diffusion.scheduling_ddpm import DDPMScheduler, vanished
 from ..diffusion.tables import number_of_steps, spaced_timesteps
-from ..utils.errors import UserError
+from ..utils.errors import UserError, named_as_typed
 from ..utils.randomness import Generators, SeededNoise
 
 logger = logging.get_logger(__name__)
@@ -98,7 +98,8 @@ def set_timesteps(scheduler: Any, steps: int) -> None:
     if vanishes and config.get("prediction_type") == "epsilon":  # stock divides by 0, and clips what comes of it
         raise UserError(vanished(first, "epsilon"))
     if wrong:
-        raise UserError(f"{type(scheduler).__name__} {wrong} with {steps} steps; use --timestep_spacing trailing")
+        what = f"{type(scheduler).__name__} {wrong} with --num_inference_steps {steps}"
+        raise UserError(f"{what}; use --timestep_spacing trailing")
 
 
 def _what_is_wrong(scheduler: Any) -> str | None:
@@ -126,9 +127,9 @@ def _warn_of_a_late_start(scheduler: Any) -> None:
     global _warned_of_a_late_start
     if not _warned_of_a_late_start and _starts_late(scheduler):
         _warned_of_a_late_start = True
+        what = f"--num_inference_steps {len(scheduler.timesteps)} starts from pure noise"
         where = f"at t={int(scheduler.timesteps[0])}, where the network expects a part of the image"
-        better = "better: --timestep_spacing trailing, in Python timestep_spacing='trailing'"
-        logger.warning(f"{len(scheduler.timesteps)} steps start from pure noise {where}; {better}")
+        logger.warning(named_as_typed(f"{what} {where}; better: --timestep_spacing trailing"))
 
 
 def takes_timesteps(scheduler: Any) -> bool:

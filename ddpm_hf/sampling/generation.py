@@ -94,7 +94,8 @@ def with_sampler(
     """
     if pipe.distilled_steps:
         if sampler or variance_type or timestep_spacing:
-            raise UserError("a distilled model has one sampler, its own; leave out sampler and its settings")
+            others = "--sampler, --variance_type and --timestep_spacing"
+            raise UserError(f"a distilled model has one sampler, its own; leave out {others}")
         return pipe
     sampler = sampler or "ddpm"
     check_choice("sampler", sampler, SAMPLERS)

@@ -128,11 +128,21 @@ def settings_of(run: Run) -> dict[str, Any]:
     return {**fixed_settings(run), "recipe": changeable_settings(run)}
 
 
+def _shortened(value: Any) -> str:
+    """Return a setting as text that fits into a sentence: a schedule may be a thousand numbers."""
+    text = str(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
 def check_checkpoint(run: Run, path: Path, state: dict[str, Any]) -> None:
     """Log what changes where a run resumes from this checkpoint; raise UserError: it is not one to resume from."""
     for name, here in plain(fixed_settings(run)).items():  # plain as in the checkpoint: tuples are lists there
-        if state.get(name) != here:
-            what = f"{str(path)!r} was trained with {name} {state.get(name)}, and this run has {here}"
+        if (was := state.get(name)) != here:
+            if isinstance(was, dict) and isinstance(here, dict):
+                differ = [key for key in {**was, **here} if was.get(key) != here.get(key)]
+                was, here = ({key: one.get(key) for key in differ} for one in (was, here))
+            name = "--num_trajectories" if run.distillation and name == "num_images" else name
+            what = f"{str(path)!r} was trained with {name} {_shortened(was)}, and this run has {_shortened(here)}"
             raise UserError(f"{what}; resume with the same setting, or start a new run in another folder")
     for name, here in changeable_settings(run).items():
         if (was := state["recipe"].get(name, here)) != here:  # 0.1.0 did not write all of them

@@ -71,7 +71,7 @@ def _flag(
 ) -> Any:
     """Return a field that is a flag; `paper` is for `paper_value`, `group` the title of it and those that follow."""
     text = f"{help}; {paper_value(paper)}" if paper else help
-    return field(default=default, metadata={"help": text, "limit": limit, "group": group}, repr=repr)
+    return field(default=default, metadata={"help": text, "limit": limit, "group": group, "paper": paper}, repr=repr)
 
 
 def _preset(name: str, help: str) -> Any:
@@ -100,6 +100,7 @@ class TrainingConfig:
     """One training run: each field is a flag and a YAML key. Raises UserError for values that cannot be taken."""
 
     not_flags: ClassVar[frozenset[str]] = frozenset()  # fields that are none
+    defaults: ClassVar[Preset | None] = None  # what is left out, where there is no --preset
 
     preset: str = _flag("cifar10", f"the experiment: {', '.join(PRESETS)}", group=f"network and process; {_PRESET}")
     init_from: str | None = _flag(None, _INIT_FROM, NOT_EMPTY)
@@ -305,6 +306,7 @@ class DistillationConfig(TrainingConfig):
     """
 
     not_flags: ClassVar[frozenset[str]] = frozenset(_OF_TRAINING.split())
+    defaults: ClassVar[Preset | None] = DISTILLATION
 
     model: str | None = _flag(None, "the teacher: a folder, a checkpoint, or a name on the Hub", group="distillation")
     steps: int = _flag(4, "network evaluations of the student for an image", POSITIVE)

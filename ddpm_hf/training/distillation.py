@@ -100,8 +100,8 @@ class Distillation:
             "model": self.name,
             "base_model": self.base_model,
             "digest": self.digest,
-            "teacher_timesteps": self.times,
             "description": f"DDIM steps from t = {points} of {len(self.times)} steps of the teacher{guided}, in v",
+            "teacher_timesteps": self.times,
         }
 
     @property

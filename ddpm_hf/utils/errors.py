@@ -38,6 +38,11 @@ def _as_argument(found: re.Match[str]) -> str:
     return f"{name}={value}" if value else name
 
 
+def named_as_typed(sentence: str) -> str:
+    """Return a sentence that is written with flags: as it is on a command line, with names of arguments elsewhere."""
+    return sentence if _flags else _FLAG.sub(_as_argument, sentence)
+
+
 class UserError(ValueError):
     """A mistake of a user, in one sentence: what is wrong, which value, what to write instead.
 
@@ -48,8 +53,7 @@ class UserError(ValueError):
     """
 
     def __str__(self) -> str:
-        text = super().__str__()
-        return text if _flags else _FLAG.sub(_as_argument, text)
+        return named_as_typed(super().__str__())
 
 
 class NotFiniteError(UserError):

@@ -37,6 +37,7 @@ import ddpm_hf.diffusion.scheduling_ddpm as our_module
 from ddpm_hf import DDPMScheduler
 from ddpm_hf.diffusion.noise_schedule import OFFICIAL_SCHEDULES, STOCK_SCHEDULES, make_betas
 from ddpm_hf.diffusion.scheduling_ddpm import PREDICTION_TYPES
+from ddpm_hf.utils.errors import showing_flags
 
 StockDDPMScheduler = diffusers.DDPMScheduler
 VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range")
@@ -412,8 +413,12 @@ def test_fixed_large_over_few_steps_is_warned_of_once(monkeypatch):
     for _ in range(2):
         DDPMScheduler(variance_type="fixed_large").set_timesteps(10)
     assert len(said) == 1
-    assert "'optimal'" in said[0]
-    assert "'fixed_small'" in said[0]
+    assert said[0].startswith("variance_type='fixed_large' over 10 steps")
+    assert "better: variance_type='optimal' (after ddpm-hf optimal_variance) or fixed_small" in said[0]
+    monkeypatch.setattr(DDPMScheduler, "_warned_of_fixed_large", False)
+    with showing_flags():
+        DDPMScheduler(variance_type="fixed_large").set_timesteps(10)
+    assert "better: --variance_type optimal (after" in said[1]
 
 
 @pytest.mark.parametrize("chain", ["full", "leading-10", "trailing-50", "custom"])

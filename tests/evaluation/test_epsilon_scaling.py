@@ -146,6 +146,7 @@ def test_a_guide_is_recorded(tmp_path, capsys):
     for command_line, sentence in (
         ([*guided], "made with other guidance_interval"),
         ([*command, *interval], "--guidance_interval goes with a --guidance_scale"),
+        ([*command, "--guidance_scale", "2"], "--guidance_scale needs --guide, a worse model, or"),
         ([*command, "--guide", str(guide)], "--guide needs --guidance_scale"),
         ([*command, "--guide", str(tmp_path / "none"), "--guidance_scale", "2"], "cannot load --guide"),
     ):

@@ -376,7 +376,8 @@ def test_a_late_start_is_said_once(small_pipeline, monkeypatch, caplog):
         set_timesteps(small_pipeline.scheduler, steps)
     said = [record.message for record in caplog.records if "pure noise" in record.message]
     assert len(said) == 1
-    assert "2 steps start from pure noise at t=500" in said[0]
+    assert "num_inference_steps=2 starts from pure noise at t=500" in said[0]
+    assert said[0].endswith("better: timestep_spacing='trailing'")
 
 
 # ------------------------------------------------------------------------- what is not finite is not an image

@@ -135,7 +135,9 @@ def test_chains_that_stock_rounds_wrongly(sampler, spacing, steps):
 
 
 def test_one_spacing_that_cannot_start_is_refused(small_pipeline):
-    with pytest.raises(UserError, match="from noise at t=500 with 2 steps; use timestep_spacing='trailing'"):
+    with pytest.raises(
+        UserError, match="from noise at t=500 with num_inference_steps=2; use timestep_spacing='trailing'"
+    ):
         with_sampler(small_pipeline, "ddim", timestep_spacing="leading")(seeds=[0], num_inference_steps=2)
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from ddpm_hf import DDPMPipeline, DDPMScheduler, Trainer, UNet2DModel
 from ddpm_hf.cli import main
-from ddpm_hf.cli.train import parse_distillation_config
+from ddpm_hf.cli.train import distillation_parser, parse_distillation_config
 from ddpm_hf.diffusion.noise_schedule import make_betas
 from ddpm_hf.hub.model_card import CardFacts, ModelFacts, make_card
 from ddpm_hf.sampling.generation import with_sampler
@@ -218,8 +218,20 @@ def test_a_run_is_not_resumed_with_another_teacher(teacher, student, tmp_path):
     other = save_teacher(tmp_path / "other", make_small_unet(1))
     with pytest.raises(UserError, match="was trained with"):
         distil(other, student, resume_from_checkpoint="latest")
-    with pytest.raises(UserError, match="was trained with distillation"):
+    with pytest.raises(UserError, match="was trained with distillation") as error:
         distil(teacher, student, teacher_steps=6, resume_from_checkpoint="latest")
+    assert "digest" not in str(error.value)  # what is the same is left out
+    with pytest.raises(UserError, match="was trained with num_trajectories=8, and this run has 5;"):
+        distil(teacher, student, num_trajectories=5, resume_from_checkpoint="latest")
+
+
+def test_help_has_the_recipe_of_distillation_and_not_the_papers():
+    actions = distillation_parser("x")._actions
+    helps = {action.dest: action.help for action in actions}
+    assert helps["max_train_steps"] == "optimizer updates; default: 2000"
+    assert helps["learning_rate"].endswith("; default: 0.002")
+    assert not any("the paper" in text for text in helps.values())
+    assert [action.dest for action in actions[2:4]] == ["model", "steps"]  # first, after --help and --config
 
 
 def test_a_class_conditional_teacher(tmp_path):
@@ -277,7 +289,7 @@ def test_a_student_does_its_own_steps(student, tmp_path, capsys):
     assert "num_inference_steps=2)" in card
     assert "trained on **images made by teacher" in card
     assert main([*sample, "3", "--output", str(tmp_path / "four"), "--sampler", "ddim"]) == 2
-    assert "a distilled model has one sampler, its own" in capsys.readouterr().err
+    assert "a distilled model has one sampler, its own; leave out --sampler" in capsys.readouterr().err
     assert main(["evaluate", "--model", str(student), "--dataset", "digits", "--metrics", "nll"]) == 2
     assert "a distilled model has no likelihood" in capsys.readouterr().err
 
