@@ -8,7 +8,7 @@ import torch
 from diffusers.optimization import get_scheduler
 from safetensors.torch import load_file
 
-from ddpm_hf import DDPMPipeline, Trainer, TrainingConfig
+from ddpm_hf import DDPMPipeline, Trainer, TrainingConfig, UNet2DModel
 from ddpm_hf.training import time_limit
 from ddpm_hf.training.configuration import TrainingError
 from ddpm_hf.training.publishing import Publisher
@@ -163,6 +163,19 @@ def test_the_end_is_estimated_from_the_networks_own_time(tmp_path, monkeypatch):
     monkeypatch.setattr("ddpm_hf.training.publishing.time.monotonic", lambda: next(ticks))
     # 8 s for 2 images of one step: 4 s an evaluation, of which the grid needs 2 x 1, the likelihood 3 x 10
     assert trainer.publisher.seconds_to_complete(trainer._ema_state_dict()) == pytest.approx(4 * 32)
+
+
+def test_the_estimate_follows_the_runs_own_chain_and_warns_of_no_short_one(tmp_path, monkeypatch):
+    trainer, seen = run(tmp_path / "run", ddpm_num_inference_steps=1000), []
+    forward = UNet2DModel.forward
+
+    def recorded(self, sample, timestep, *arguments, **options):
+        seen.append(int(timestep))
+        return forward(self, sample, timestep, *arguments, **options)
+
+    monkeypatch.setattr(UNet2DModel, "forward", recorded)
+    trainer.publisher.seconds_to_complete(trainer._ema_state_dict())
+    assert seen == [999, 998] * 2
 
 
 @pytest.mark.parametrize("decay", ["cosine", "linear", "constant"])
