@@ -22,14 +22,14 @@ from ..models.inference import InferenceNetwork, InferenceOptions
 from ..models.unet_2d import UNet2DModel
 from ..pipelines.adjustment import Adjustment
 from ..pipelines.denoising import Denoiser
-from ..pipelines.pipeline_ddpm import INCLUDED_MODELS, DDPMPipeline, load_named
+from ..pipelines.pipeline_ddpm import DDPMPipeline, load_named, name_on_hub
 from ..pipelines.schedulers import DISTILLED_STEPS
 from ..presets import DISTILLATION, Preset
 from ..utils.digests import weights_digest
 from ..utils.errors import UserError
 from ..utils.progress import progress_bar
 from ..utils.randomness import SeededNoise, derive_seed
-from ..utils.text import is_local, recorded_name
+from ..utils.text import recorded_name
 from .configuration import DistillationConfig
 
 # Without gradients, so many times as many images fit on a device as in training.
@@ -87,8 +87,7 @@ class Distillation:
         pipe.classes.checked(0 if pipe.classes.count else None, config.guidance_scale, 1)
         pipe.unet.requires_grad_(False).eval()
         times = evenly_in_angle(scheduler.alpha_bar, config.teacher_steps)
-        base = None if is_local(model) or model in INCLUDED_MODELS else model
-        name, digest = recorded_name(model), weights_digest(pipe.unet)
+        name, base, digest = recorded_name(model), name_on_hub(model), weights_digest(pipe.unet)
         return cls(name, base, digest, pipe, K, times, config.guidance_scale, config.num_trajectories)
 
     @property
