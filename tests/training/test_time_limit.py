@@ -120,6 +120,23 @@ def test_a_resumed_run_counts_the_time_before(clock, tmp_path, capsys):
     assert "resumed after update 20" in capsys.readouterr().out
 
 
+def test_a_finished_run_continues_where_it_gets_more_minutes(clock, tmp_path):
+    folder = tmp_path / "run"
+    run(folder, max_train_minutes=0.5).train()
+    resume = {"resume_from_checkpoint": "latest"}
+    again = run(folder, max_train_minutes=0.5, **resume)
+    again.train()
+    assert again.step == 15  # 30 s - 10 s - 5 s, with the first update
+    clock.rates = []
+    longer = run(folder, max_train_minutes=1.0, **resume)
+    longer.train()
+    assert 50 < longer.seconds() <= 55
+    assert longer.step == 45
+    assert clock.rates[0] > 0.9 * 3e-3
+    assert clock.rates == sorted(clock.rates, reverse=True)
+    assert clock.rates[-1] < 0.01 * 3e-3
+
+
 def test_a_run_whose_time_was_used_up_is_finished(clock, tmp_path, capsys):
     run(tmp_path / "run", max_train_steps=8, checkpointing_steps=4).train()
     (tmp_path / "run" / "checkpoint-8").rename(tmp_path / "checkpoint-8")
