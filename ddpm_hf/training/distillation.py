@@ -12,6 +12,7 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from accelerate import Accelerator
 from torch import Tensor
@@ -27,6 +28,7 @@ from ..pipelines.schedulers import DISTILLED_STEPS
 from ..presets import DISTILLATION, Preset
 from ..utils.digests import weights_digest
 from ..utils.errors import UserError
+from ..utils.processes import raise_on_all_ranks
 from ..utils.progress import progress_bar
 from ..utils.randomness import SeededNoise, derive_seed
 from ..utils.text import recorded_name
@@ -149,27 +151,35 @@ class Distillation:
             compiled: Whether the teacher is.
 
         Returns:
-            The points of the trajectories as images of (K + 1) C channels, `[N, (K + 1) C, H, W]` float32; all classes
-            as often, "no class" among them.
+            The points of the trajectories as images of (K + 1) C channels, `[N, (K + 1) C, H, W]` float32 on the host;
+            all classes as often, "no class" among them.
+
+        Raises:
+            UserError: They do not fit into memory.
         """
-        device, classes, batch_size = accelerator.device, self.teacher.classes, _TIMES_THE_BATCH * batch_size
+        device, classes, processes = accelerator.device, self.teacher.classes, accelerator.num_processes
+        (C, H, W), N = self.teacher.image_shape, self.num_trajectories
+        if (size := 4 * N * (self.steps + 1) * C * H * W) > psutil.virtual_memory().available:
+            raise UserError(f"--num_trajectories {N} take {size / 1e9:.0f} GB, and this machine has less; give fewer")
+        points = torch.empty(N, (self.steps + 1) * C, H, W)
         self._own_times, self._levels = self._own_times.to(device), self._levels.to(device)
         precision = {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
         unet = self.teacher.unet.to(device)
         network = InferenceNetwork(unet, InferenceOptions.for_device(device, precision, compiled))
-        share = -(-self.num_trajectories // accelerator.num_processes)
-        first = share * accelerator.process_index
-        made = []
-        with progress_bar(share, "the teacher's trajectories", "image", accelerator.is_main_process) as bar:
-            for start in range(first, first + share, batch_size):
-                numbers = range(start, min(start + batch_size, first + share))
-                noise = SeededNoise([derive_seed(seed, "trajectory", number) for number in numbers], device)
-                labels = None if classes.count is None else torch.tensor(numbers, device=device) % classes.count
-                points = self.trajectory(noise.normal((len(numbers), *self.teacher.image_shape)), labels, network)
-                made.append(points.transpose(0, 1).flatten(1, 2))
-                bar.update(len(numbers))
-        points = accelerator.gather(torch.cat(made))[: self.num_trajectories]
-        labels = None if classes.count is None else torch.arange(len(points), device=device) % classes.count
+        with progress_bar(N, "the teacher's trajectories", "image", accelerator.is_main_process) as bar:
+            for start in range(0, N, _TIMES_THE_BATCH * batch_size * processes):
+                rows = points[start : start + _TIMES_THE_BATCH * batch_size * processes]
+                share = -(-len(rows) // processes)
+                first = start + share * accelerator.process_index
+                with raise_on_all_ranks():
+                    numbers = range(first, first + share)
+                    noise = SeededNoise([derive_seed(seed, "trajectory", number) for number in numbers], device)
+                    labels = None if classes.count is None else torch.tensor(numbers, device=device) % classes.count
+                    made = self.trajectory(noise.normal((share, C, H, W)), labels, network)
+                rows.copy_(accelerator.gather(made.transpose(0, 1).flatten(1, 2))[: len(rows)])
+                bar.update(len(rows))
+        unet.to("cpu")  # the student needs the memory
+        labels = None if classes.count is None else torch.arange(N) % classes.count
         names = [name for i, name in enumerate(classes.all_names()) if i != classes.null]
         return ImageDataset(points, labels, f"images made by {self.name}", names)
 

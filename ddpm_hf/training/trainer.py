@@ -76,7 +76,8 @@ class Trainer:
             if isinstance(config, DistillationConfig):
                 initial = Distillation.load(config)
                 config = replace(config, class_conditional=initial.teacher.classes.count is not None)
-            self.config, self.run = config, resolve(config, self.accelerator, initial)
+            with self.reproducible():  # a resumed run makes a teacher's trajectories again
+                self.config, self.run = config, resolve(config, self.accelerator, initial)
             self.evaluation = TrainingEvaluation(config, self.run.unet_config, self.run.data)
         self.recipe, self.data, self.plan = self.run.recipe, self.run.data, self.run.plan
         same_everywhere(self.run.describe_images(), "all of them need the same images")
