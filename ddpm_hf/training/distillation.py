@@ -27,7 +27,7 @@ from ..pipelines.pipeline_ddpm import DDPMPipeline, load_named, name_on_hub
 from ..pipelines.schedulers import DISTILLED_STEPS
 from ..presets import DISTILLATION, Preset
 from ..utils.digests import weights_digest
-from ..utils.errors import UserError
+from ..utils.errors import NotFiniteError, UserError
 from ..utils.processes import raise_on_all_ranks
 from ..utils.progress import progress_bar
 from ..utils.randomness import SeededNoise, derive_seed
@@ -136,8 +136,9 @@ class Distillation:
                 for t in (torch.tensor(self._points), self._own_times)
             )  # [K, D] each
             change = embedding.linear_2(of_points) - embedding.linear_2(own)
-            nearest = torch.linalg.pinv(own.double()) @ change.double()  # of least norm with own @ nearest = change
-            embedding.linear_2.weight += nearest.T.to(unet.dtype)
+            # Of least norm with own @ nearest = change; on the CPU, as not all devices have float64.
+            nearest = torch.linalg.pinv(own.cpu().double()) @ change.cpu().double()
+            embedding.linear_2.weight += nearest.T.to(embedding.linear_2.weight)
 
     def trajectories(
         self, seed: int, accelerator: Accelerator, batch_size: int, compiled: bool = False
@@ -155,7 +156,7 @@ class Distillation:
             all classes as often, "no class" among them.
 
         Raises:
-            UserError: They do not fit into memory.
+            UserError: They do not fit into memory, or (NotFiniteError) the teacher makes NaN of some noise.
         """
         device, classes, processes = accelerator.device, self.teacher.classes, accelerator.num_processes
         (C, H, W), N = self.teacher.image_shape, self.num_trajectories
@@ -176,6 +177,8 @@ class Distillation:
                     noise = SeededNoise([derive_seed(seed, "trajectory", number) for number in numbers], device)
                     labels = None if classes.count is None else torch.tensor(numbers, device=device) % classes.count
                     made = self.trajectory(noise.normal((share, C, H, W)), labels, network)
+                    if not made.isfinite().all():  # every update that sees one of them would be skipped
+                        raise NotFiniteError(f"--model {self.name} makes NaN or infinities, in {precision}")
                 rows.copy_(accelerator.gather(made.transpose(0, 1).flatten(1, 2))[: len(rows)])
                 bar.update(len(rows))
         unet.to("cpu")  # the student needs the memory

@@ -51,8 +51,9 @@ class TimeLimit:
 
         A finished run that gets more minutes, or updates, gets a new plan: its learning rate rises, and falls again.
         """
-        more = state is not None and (self.minutes > state["minutes"] or self.most > state["max_train_steps"])
-        if state is not None and not (more and step >= state["last"]):
+        state = state or {}
+        more = self.minutes > state.get("minutes", math.inf) or self.most > state.get("max_train_steps", math.inf)
+        if state and not (more and step >= state["last"]):
             self.last, self._from, self._done = min(state["last"], self.most), state["from"], state["done"]
         self._first, self._next = step, step + 1
 

@@ -230,6 +230,14 @@ def test_trajectories_are_made_by_deterministic_algorithms(teacher, tmp_path, mo
     assert set(seen) == {True}
 
 
+def test_a_teacher_that_makes_nan_is_refused(tmp_path, capsys):
+    unet = make_small_unet()
+    torch.nn.init.constant_(unet.conv_out.weight, 3e38)  # finite, unlike its sums
+    teacher = save_teacher(tmp_path / "teacher", unet)
+    assert main(["distill", "--model", teacher, "--output", str(tmp_path / "student"), "--num_trajectories", "4"]) == 2
+    assert "error: --model teacher makes NaN or infinities, in fp32" in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------------- a run
 
 
