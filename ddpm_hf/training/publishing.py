@@ -190,7 +190,7 @@ class Publisher:
     def _grid_batch(self) -> int:
         return self.config.evaluation_batch(self.settings["network"], processes().num_processes, most=64)
 
-    def seconds_to_complete(self, ema_weights: dict[str, Tensor]) -> float:
+    def seconds_to_complete(self, ema_weights: dict[str, Tensor], step: int) -> float:
         """Estimate how long `complete` takes, from a few network evaluations; features are not in it."""
         pipe = self.pipeline(ema_weights)
         sampling, seeds = self.config.sampling(pipe), range(min(self.config.num_sample_images, self._grid_batch()))
@@ -200,8 +200,9 @@ class Publisher:
                 seeds=seeds, class_labels=self._labels(seeds), **sampling.chain
             )
             started, few = time.monotonic(), 0
-            for few, step in zip((1, 2), chain, strict=False):  # noqa: B007 (how many a short chain has)
-                step.prev_sample.cpu()
+            with _memory_advice(step):
+                for few, made in zip((1, 2), chain, strict=False):  # noqa: B007 (how many a short chain has)
+                    made.prev_sample.cpu()
             seconds = time.monotonic() - started
         evaluations = self.config.num_sample_images * steps
         evaluations += 0 if self.evaluation is None else self.evaluation.network_evaluations(steps)

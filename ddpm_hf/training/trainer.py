@@ -292,7 +292,7 @@ class Trainer:
         if limit.estimate is None:
             # At 100 MB/s: weights, EMA, two moments, two averages of the post-hoc EMA in two places, the model.
             limit.writing = limit.writing or 4 * parameter_count(self.unet) * 9 / 1e8
-            limit.estimate = self.publisher.seconds_to_complete(self._ema_state_dict())
+            limit.estimate = self.publisher.seconds_to_complete(self._ema_state_dict(), self.step)
         limit.plan(self.step)
 
     def _unless_stopped(self, stop: StopFlag, make: Callable[[], None]) -> bool:

@@ -51,7 +51,7 @@ def clock(monkeypatch):
 
     monkeypatch.setattr(time_limit, "clock", clock)
     monkeypatch.setattr(Trainer, "_update", timed)
-    monkeypatch.setattr(Publisher, "seconds_to_complete", lambda self, weights: 5.0)
+    monkeypatch.setattr(Publisher, "seconds_to_complete", lambda self, weights, step: 5.0)
     return clock
 
 
@@ -179,7 +179,7 @@ def test_the_end_is_estimated_from_the_networks_own_time(tmp_path, monkeypatch):
     ticks = iter(range(0, 1000, 8))
     monkeypatch.setattr("ddpm_hf.training.publishing.time.monotonic", lambda: next(ticks))
     # 8 s for 2 images of one step: 4 s an evaluation, of which the grid needs 2 x 1, the likelihood 3 x 10
-    assert trainer.publisher.seconds_to_complete(trainer._ema_state_dict()) == pytest.approx(4 * 32)
+    assert trainer.publisher.seconds_to_complete(trainer._ema_state_dict(), 1) == pytest.approx(4 * 32)
 
 
 def test_the_estimate_follows_the_runs_own_chain_and_warns_of_no_short_one(tmp_path, monkeypatch):
@@ -191,8 +191,19 @@ def test_the_estimate_follows_the_runs_own_chain_and_warns_of_no_short_one(tmp_p
         return forward(self, sample, timestep, *arguments, **options)
 
     monkeypatch.setattr(UNet2DModel, "forward", recorded)
-    trainer.publisher.seconds_to_complete(trainer._ema_state_dict())
+    trainer.publisher.seconds_to_complete(trainer._ema_state_dict(), 1)
     assert seen == [999, 998] * 2
+
+
+def test_too_little_memory_for_the_estimate_names_the_flag_of_the_samples(tmp_path, monkeypatch):
+    trainer = run(tmp_path / "run", max_train_minutes=1.0)
+
+    def full(*arguments, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(DDPMPipeline, "denoise", full)
+    with pytest.raises(TrainingError, match=r"samples and numbers after update 1; give a smaller eval_batch_size"):
+        trainer.train()
 
 
 @pytest.mark.parametrize("decay", ["cosine", "linear", "constant"])
