@@ -192,20 +192,19 @@ class Publisher:
 
     def seconds_to_complete(self, ema_weights: dict[str, Tensor], step: int) -> float:
         """Estimate how long `complete` takes, from a few network evaluations; features are not in it."""
-        pipe = self.pipeline(ema_weights)
-        sampling, seeds = self.config.sampling(pipe), range(min(self.config.num_sample_images, self._grid_batch()))
-        steps = pipe.checked_steps(sampling.num_inference_steps)
+        pipe, seeds = self.pipeline(ema_weights), range(min(self.config.num_sample_images, self._grid_batch()))
+        sampling = self.config.sampling(pipe)
+        pipe = sampling.pipeline(pipe)
         for _ in range(2):  # the first time, kernels are chosen
-            chain = sampling.pipeline(pipe).progressive(
-                seeds=seeds, class_labels=self._labels(seeds), **sampling.chain
-            )
+            chain = pipe.progressive(seeds=seeds, class_labels=self._labels(seeds), **sampling.chain)
             started, few = time.monotonic(), 0
             with _memory_advice(step):
                 for few, made in zip((1, 2), chain, strict=False):  # noqa: B007 (how many a short chain has)
                     made.prev_sample.cpu()
             seconds = time.monotonic() - started
-        evaluations = self.config.num_sample_images * steps
-        evaluations += 0 if self.evaluation is None else self.evaluation.network_evaluations(steps)
+        of_an_image = pipe.network_evaluations(**sampling.chain)
+        evaluations = self.config.num_sample_images * of_an_image
+        evaluations += 0 if self.evaluation is None else self.evaluation.network_evaluations(of_an_image)
         return seconds / (len(seeds) * few) * evaluations / processes().num_processes
 
     def sample_grid(self, pipe: DDPMPipeline, name: str, step: int) -> None:

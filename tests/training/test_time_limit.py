@@ -174,12 +174,16 @@ def test_an_evaluation_that_took_long_shortens_the_rest(clock, tmp_path, monkeyp
     assert clock.rates[-1] < 0.02 * 3e-3
 
 
-def test_the_end_is_estimated_from_the_networks_own_time(tmp_path, monkeypatch):
-    trainer = run(tmp_path / "run", num_sample_images=2, eval_num_images=3, eval_num_evaluations=10)
+@pytest.mark.parametrize(("sampler", "steps", "seconds"), [("ddim", 1, 4 * 32), ("heun", 8, 2 * (2 * 15 + 30))])
+def test_the_end_is_estimated_from_the_networks_own_time(tmp_path, monkeypatch, sampler, steps, seconds):
+    settings = {"num_sample_images": 2, "eval_num_images": 3, "eval_num_evaluations": 10}
+    trainer = run(tmp_path / "run", **settings, sampler=sampler, ddpm_num_inference_steps=steps)
     ticks = iter(range(0, 1000, 8))
     monkeypatch.setattr("ddpm_hf.training.publishing.time.monotonic", lambda: next(ticks))
-    # 8 s for 2 images of one step: 4 s an evaluation, of which the grid needs 2 x 1, the likelihood 3 x 10
-    assert trainer.publisher.seconds_to_complete(trainer._ema_state_dict(), 1) == pytest.approx(4 * 32)
+    # The grid needs 2 x 1 evaluations, the likelihood 3 x 10. 8 s are for 2 images of one step: 4 s an evaluation; or
+    # for two steps of Heun's 2 x 8 - 1.
+    estimate = trainer.publisher.seconds_to_complete(trainer._ema_state_dict(), 1)
+    assert estimate == pytest.approx(seconds)
 
 
 def test_the_estimate_follows_the_runs_own_chain_and_warns_of_no_short_one(tmp_path, monkeypatch):
