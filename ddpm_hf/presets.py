@@ -19,6 +19,8 @@ CHOICES = {
     "timestep_sampling": ("uniform", "stratified"),
     "loss": ("simple", "vlb", "hybrid"),
 }
+# Names of samplers; `sampling.generation` has their schedulers.
+SAMPLERS = ("ddpm", "ddim", "dpmsolver++", "unipc", "heun", "deis", "sa_solver")
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..presets import SAMPLERS
 from ..training.configuration import NOT_NEGATIVE, POSITIVE, TrainingConfig, one_of
 from ..utils.errors import UserError
 from . import model
@@ -23,7 +24,7 @@ def publish_parser(prog: str | None = None) -> Parser:
     flag = parser.group("sample grid, as the run would have drawn it if left out")
     flag("--num_sample_images", int, None, "images in the grid; 0: no grid", NOT_NEGATIVE)
     flag("--ddpm_num_inference_steps", int, None, "steps of the sampler", POSITIVE)
-    flag("--sampler", str, None, "ddpm or ddim", one_of("ddpm", "ddim"))
+    flag("--sampler", str, None, "of samples and numbers", one_of(*SAMPLERS))
     flag("--eval_batch_size", int, None, "images at a time; changes no image and no number", POSITIVE)
     return parser
 

@@ -53,6 +53,8 @@ def rate_distortion_figure(rate: Tensor, rmse: Tensor, title: str) -> Any:
 
 def curve_figure(curve: Sequence[Mapping[str, Any]]) -> Any:
     """Draw each number of a run over the images that it had seen; `curve` are the entries of `curve.json`."""
+    from matplotlib.ticker import EngFormatter
+
     names = list(
         dict.fromkeys(name for entry in curve for name in entry if name not in ("update", "images", "seconds"))
     )
@@ -64,6 +66,8 @@ def curve_figure(curve: Sequence[Mapping[str, Any]]) -> Any:
         points = [(entry["images"], entry[name]) for entry in curve if entry.get(name) is not None]
         axis.plot(*zip(*points, strict=True), color=_BLUE, linewidth=1.8, marker="o", markersize=4)
         axis.set(xlabel="images seen in training", title=name)
+        axis.locator_params(axis="x", nbins=5)
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))  # 50k
         axis.title.set_fontsize(9)
         axis.grid(alpha=0.3)
     for axis in axes[len(names) :]:

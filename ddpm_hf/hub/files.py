@@ -21,7 +21,7 @@ from ..evaluation.report import EvaluationReport, report_file
 from ..utils.errors import UserError, first_line
 from ..utils.files import write_directory, write_text
 from ..utils.hub_errors import INDEX, check_pipeline
-from ..utils.text import is_local, public_name
+from ..utils.text import public_name
 from .model_card import CardFacts, ModelFacts, generated_facts, make_card, training_facts
 
 if TYPE_CHECKING:  # torch and diffusers take seconds, which mistakes on the command line need not wait for
@@ -190,6 +190,7 @@ def facts_of_model(model: str, name: str, weights: str = "ema") -> CardFacts:
     `model` and `weights` are those of `DDPMPipeline.from_pretrained`; `name` is the new model's.
     """
     from ..pipelines.checkpoints import RAW, read_checkpoint
+    from ..pipelines.pipeline_ddpm import name_on_hub
 
     folder = Path(model)
     if folder.is_dir() and (weights == "raw" or not (folder / INDEX).is_file()):
@@ -197,7 +198,7 @@ def facts_of_model(model: str, name: str, weights: str = "ema") -> CardFacts:
         state = checkpoint.state
         return facts_of_run(checkpoint.run, name, state, state["step"], checkpoint.file == RAW)
     known = generated_facts(read_card(folder / CARD)) if (folder / CARD).is_file() else None
-    return replace(known or CardFacts(name, base_model=None if is_local(model) else model), name=name)
+    return replace(known or CardFacts(name, base_model=name_on_hub(model)), name=name)
 
 
 def _snapshot_of_checkpoint(folder: Path, token: str | None, weights: str) -> Path:

@@ -25,6 +25,7 @@ from ..utils.errors import NotFiniteError, UserError, first_line
 from ..utils.hub_errors import INDEX, PrivateByDefault, check_pipeline, retried
 from ..utils.processes import log
 from ..utils.randomness import NOISE_OF_SEEDS, Generators, standard_normal
+from ..utils.text import is_local
 from .adjustment import Adjustment, check_guide
 from .checkpoints import newer_checkpoint, read_checkpoint
 from .denoising import Denoiser, DenoisingStep, check_repaint, repaint
@@ -37,6 +38,12 @@ _OF_REPOSITORIES |= {"token", "use_safetensors"}
 
 # A trained model inside the package: what `make demo` makes.
 INCLUDED_MODELS = {"digits": Path(__file__).parents[1] / "models" / "digits"}
+
+
+def name_on_hub(model: str) -> str | None:
+    """Return a model's name, if it is one of the Hub; `None` for a path and for a model inside the package."""
+    return None if is_local(model) or model in INCLUDED_MODELS else model
+
 
 # What stock repositories name, and our class of the same name that opens it.
 _OURS = {("diffusers", "UNet2DModel"), ("diffusers", "DDPMScheduler")}

@@ -27,6 +27,7 @@ from ..diffusion.scheduling_ddpm import TIMESTEP_SPACINGS, DDPMScheduler
 from ..pipelines.inputs import one_per_image
 from ..pipelines.pipeline_ddpm import DDPMPipeline, without_bar
 from ..pipelines.schedulers import BEST, check_is_ddpm, checked_eta, set_timesteps
+from ..presets import SAMPLERS
 from ..utils.digests import digest, weights_digest
 from ..utils.errors import NotFiniteError, UserError, in_one_line
 from ..utils.files import write_text, write_whole
@@ -46,8 +47,6 @@ _SAMPLERS: dict[str, tuple[Any, dict[str, Any]]] = {  # the scheduler's class, a
     "deis": (DEISMultistepScheduler, {}),
     "sa_solver": (SASolverScheduler, {"variance_type": None}),
 }
-SAMPLERS = tuple(_SAMPLERS)
-
 _NOTE = "sampling.json"  # how the images of a folder were made
 
 _RESAMPLE = {"resample_length": 10, "resample_times": 10}  # RePaint's j and r, where they are not given

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from ..data.datasets import StreamedImages
-from ..hub.files import CARD, INDEX, REPORT, SAMPLES
+from ..hub.files import CARD, CURVE, INDEX, REPORT, SAMPLES
 from ..pipelines.checkpoints import CONFIG, list_checkpoints, step_of
 from ..utils.errors import UserError
 from ..utils.processes import log
@@ -81,7 +81,7 @@ def check_output_is_ours(config: TrainingConfig) -> None:
         how = "resume it with --resume_from_checkpoint latest, or name another folder"
         raise UserError(f"{where} already holds a run; {how}")
     if not (folder / CONFIG).exists():
-        for name in (INDEX, "unet", "scheduler", CARD, SAMPLES, REPORT, BEST, HISTORY, FOLDER):
+        for name in (INDEX, "unet", "scheduler", CARD, SAMPLES, REPORT, BEST, HISTORY, CURVE, FOLDER):
             if (folder / name).exists() and not (name == FOLDER and checkpoints):  # a stopped run has both
                 raise UserError(f"{where} holds {name}, which a run would overwrite; name another folder")
     # Models are written after checkpoints, so these were removed: to save space, not to train all over again.

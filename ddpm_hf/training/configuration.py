@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import yaml
 
-from ..presets import CHOICES, DISTILLATION, PRESETS, Preset, get_preset
+from ..presets import CHOICES, DISTILLATION, PRESETS, SAMPLERS, Preset, get_preset
 from ..utils.errors import UserError
 from ..utils.files import write_text
 
@@ -153,7 +153,7 @@ class TrainingConfig:
     save_images_steps: int | None = _flag(None, f"updates between grids; {_AT_END}", POSITIVE, group=_SAMPLES)
     num_sample_images: int = _flag(64, "images in a grid", POSITIVE)
     ddpm_num_inference_steps: int = _flag(1000, "sampler steps, for grids too", POSITIVE, "num_train_timesteps")
-    sampler: str = _flag("ddpm", "for the same: ddpm (Algorithm 2; the paper) or ddim", one_of("ddpm", "ddim"))
+    sampler: str = _flag("ddpm", "for the same: ddpm is Algorithm 2; the paper", one_of(*SAMPLERS))
 
     validation_steps: int | None = _flag(None, f"updates between evaluations; {_AT_END}", POSITIVE, group=_EVALUATION)
     eval_metrics: str = _flag("nll", "what to measure, of nll (bits/dim), fid, is, kid, prc, sw, ...: nll,fid")

@@ -12,6 +12,7 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from accelerate import Accelerator
 from torch import Tensor
@@ -22,14 +23,15 @@ from ..models.inference import InferenceNetwork, InferenceOptions
 from ..models.unet_2d import UNet2DModel
 from ..pipelines.adjustment import Adjustment
 from ..pipelines.denoising import Denoiser
-from ..pipelines.pipeline_ddpm import INCLUDED_MODELS, DDPMPipeline, load_named
+from ..pipelines.pipeline_ddpm import DDPMPipeline, load_named, name_on_hub
 from ..pipelines.schedulers import DISTILLED_STEPS
 from ..presets import DISTILLATION, Preset
 from ..utils.digests import weights_digest
-from ..utils.errors import UserError
+from ..utils.errors import NotFiniteError, UserError
+from ..utils.processes import raise_on_all_ranks
 from ..utils.progress import progress_bar
 from ..utils.randomness import SeededNoise, derive_seed
-from ..utils.text import is_local, recorded_name
+from ..utils.text import recorded_name
 from .configuration import DistillationConfig
 
 # Without gradients, so many times as many images fit on a device as in training.
@@ -87,8 +89,7 @@ class Distillation:
         pipe.classes.checked(0 if pipe.classes.count else None, config.guidance_scale, 1)
         pipe.unet.requires_grad_(False).eval()
         times = evenly_in_angle(scheduler.alpha_bar, config.teacher_steps)
-        base = None if is_local(model) or model in INCLUDED_MODELS else model
-        name, digest = recorded_name(model), weights_digest(pipe.unet)
+        name, base, digest = recorded_name(model), name_on_hub(model), weights_digest(pipe.unet)
         return cls(name, base, digest, pipe, K, times, config.guidance_scale, config.num_trajectories)
 
     @property
@@ -135,8 +136,9 @@ class Distillation:
                 for t in (torch.tensor(self._points), self._own_times)
             )  # [K, D] each
             change = embedding.linear_2(of_points) - embedding.linear_2(own)
-            nearest = torch.linalg.pinv(own.double()) @ change.double()  # of least norm with own @ nearest = change
-            embedding.linear_2.weight += nearest.T.to(unet.dtype)
+            # Of least norm with own @ nearest = change; on the CPU, as not all devices have float64.
+            nearest = torch.linalg.pinv(own.cpu().double()) @ change.cpu().double()
+            embedding.linear_2.weight += nearest.T.to(embedding.linear_2.weight)
 
     def trajectories(
         self, seed: int, accelerator: Accelerator, batch_size: int, compiled: bool = False
@@ -150,27 +152,37 @@ class Distillation:
             compiled: Whether the teacher is.
 
         Returns:
-            The points of the trajectories as images of (K + 1) C channels, `[N, (K + 1) C, H, W]` float32; all classes
-            as often, "no class" among them.
+            The points of the trajectories as images of (K + 1) C channels, `[N, (K + 1) C, H, W]` float32 on the host;
+            all classes as often, "no class" among them.
+
+        Raises:
+            UserError: They do not fit into memory, or (NotFiniteError) the teacher makes NaN of some noise.
         """
-        device, classes, batch_size = accelerator.device, self.teacher.classes, _TIMES_THE_BATCH * batch_size
+        device, classes, processes = accelerator.device, self.teacher.classes, accelerator.num_processes
+        (C, H, W), N = self.teacher.image_shape, self.num_trajectories
+        if (size := 4 * N * (self.steps + 1) * C * H * W) > psutil.virtual_memory().available:
+            raise UserError(f"--num_trajectories {N} take {size / 1e9:.0f} GB, and this machine has less; give fewer")
+        points = torch.empty(N, (self.steps + 1) * C, H, W)
         self._own_times, self._levels = self._own_times.to(device), self._levels.to(device)
         precision = {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
         unet = self.teacher.unet.to(device)
         network = InferenceNetwork(unet, InferenceOptions.for_device(device, precision, compiled))
-        share = -(-self.num_trajectories // accelerator.num_processes)
-        first = share * accelerator.process_index
-        made = []
-        with progress_bar(share, "the teacher's trajectories", "image", accelerator.is_main_process) as bar:
-            for start in range(first, first + share, batch_size):
-                numbers = range(start, min(start + batch_size, first + share))
-                noise = SeededNoise([derive_seed(seed, "trajectory", number) for number in numbers], device)
-                labels = None if classes.count is None else torch.tensor(numbers, device=device) % classes.count
-                points = self.trajectory(noise.normal((len(numbers), *self.teacher.image_shape)), labels, network)
-                made.append(points.transpose(0, 1).flatten(1, 2))
-                bar.update(len(numbers))
-        points = accelerator.gather(torch.cat(made))[: self.num_trajectories]
-        labels = None if classes.count is None else torch.arange(len(points), device=device) % classes.count
+        with progress_bar(N, "the teacher's trajectories", "image", accelerator.is_main_process) as bar:
+            for start in range(0, N, _TIMES_THE_BATCH * batch_size * processes):
+                rows = points[start : start + _TIMES_THE_BATCH * batch_size * processes]
+                share = -(-len(rows) // processes)
+                first = start + share * accelerator.process_index
+                with raise_on_all_ranks():
+                    numbers = range(first, first + share)
+                    noise = SeededNoise([derive_seed(seed, "trajectory", number) for number in numbers], device)
+                    labels = None if classes.count is None else torch.tensor(numbers, device=device) % classes.count
+                    made = self.trajectory(noise.normal((share, C, H, W)), labels, network)
+                    if not made.isfinite().all():  # every update that sees one of them would be skipped
+                        raise NotFiniteError(f"--model {self.name} makes NaN or infinities, in {precision}")
+                rows.copy_(accelerator.gather(made.transpose(0, 1).flatten(1, 2))[: len(rows)])
+                bar.update(len(rows))
+        unet.to("cpu")  # the student needs the memory
+        labels = None if classes.count is None else torch.arange(N) % classes.count
         names = [name for i, name in enumerate(classes.all_names()) if i != classes.null]
         return ImageDataset(points, labels, f"images made by {self.name}", names)
 

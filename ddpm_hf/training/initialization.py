@@ -15,12 +15,12 @@ from torch import Tensor
 from ..data.class_labels import Classes
 from ..diffusion.scheduling_ddpm import LEARNED_VARIANCES, OPTIMAL_VARIANCE, DDPMScheduler
 from ..models.unet_2d import UNet2DModel
-from ..pipelines.pipeline_ddpm import INCLUDED_MODELS, load_named
+from ..pipelines.pipeline_ddpm import load_named, name_on_hub
 from ..presets import Preset, get_preset
 from ..utils.digests import weights_digest
 from ..utils.errors import UserError
 from ..utils.processes import log
-from ..utils.text import is_local, listed
+from ..utils.text import listed
 from .configuration import TrainingConfig
 
 _CLASSES = "class_embedding.weight"  # [classes, D]
@@ -76,8 +76,7 @@ def open_initial_model(config: TrainingConfig, state: dict[str, Any] | None) -> 
     there = {**{key: process[key] or None for key in _PROCESS}, "in_channels": network["in_channels"]}
     if other := [f"{key} {value}"[:40] for key, value in there.items() if value != here.get(key)]:
         log(f"taken from {name}, not from the preset: {', '.join(other)}")
-    not_on_hub = is_local(name) or name in INCLUDED_MODELS
-    base_model, digest = None if not_on_hub else name, weights_digest(pipe.unet)
+    base_model, digest = name_on_hub(name), weights_digest(pipe.unet)
     preset = _with_network(config, network, process)
     return InitialModel(name, base_model, digest, preset, network, pipe.unet.state_dict())
 

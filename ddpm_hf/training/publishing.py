@@ -178,41 +178,40 @@ class Publisher:
             broadcast(pipe.unet.state_dict())
         return pipe
 
-    def _draw(self, pipe: DDPMPipeline, seeds: range, steps: int | None, progress: bool = False) -> Iterator[Any]:
+    def _draw(self, pipe: DDPMPipeline, seeds: range, progress: bool) -> Iterator[Any]:
+        sampling, batch_size = self.config.sampling(pipe), self._grid_batch()
+        options = {**sampling.chain, "class_labels": self._labels(seeds), "progress": progress}
+        return generate(sampling.pipeline(pipe), seeds, batch_size=batch_size, **options)
+
+    def _labels(self, seeds: range) -> list[Any] | None:
         classes = self.settings["network"].get("_class_names")
-        sampling = self.config.sampling(pipe)
-        return generate(
-            sampling.pipeline(pipe),
-            seeds,
-            batch_size=self._grid_batch(),
-            progress=progress,
-            **(sampling.chain | {"num_inference_steps": steps}),
-            class_labels=[ClassIndex(seed % len(classes)) for seed in seeds] if classes else None,
-        )
+        return [ClassIndex(seed % len(classes)) for seed in seeds] if classes else None
 
     def _grid_batch(self) -> int:
         return self.config.evaluation_batch(self.settings["network"], processes().num_processes, most=64)
 
-    def seconds_to_complete(self, ema_weights: dict[str, Tensor]) -> float:
+    def seconds_to_complete(self, ema_weights: dict[str, Tensor], step: int) -> float:
         """Estimate how long `complete` takes, from a few network evaluations; features are not in it."""
-        pipe = self.pipeline(ema_weights)
-        steps = pipe.checked_steps(self.config.sampling(pipe).num_inference_steps)
-        few = steps if pipe.distilled_steps else min(2, steps)
-        images = min(self.config.num_sample_images, self._grid_batch())
+        pipe, seeds = self.pipeline(ema_weights), range(min(self.config.num_sample_images, self._grid_batch()))
+        sampling = self.config.sampling(pipe)
+        pipe = sampling.pipeline(pipe)
         for _ in range(2):  # the first time, kernels are chosen
-            started = time.monotonic()
-            for _part, drawn in self._draw(pipe, range(images), few):
-                drawn.cpu()
+            chain = pipe.progressive(seeds=seeds, class_labels=self._labels(seeds), **sampling.chain)
+            started, few = time.monotonic(), 0
+            with _memory_advice(step):
+                for few, made in zip((1, 2), chain, strict=False):  # noqa: B007 (how many a short chain has)
+                    made.prev_sample.cpu()
             seconds = time.monotonic() - started
-        evaluations = self.config.num_sample_images * steps
-        evaluations += 0 if self.evaluation is None else self.evaluation.network_evaluations(steps)
-        return seconds / (images * few) * evaluations / processes().num_processes
+        of_an_image = pipe.network_evaluations(**sampling.chain)
+        evaluations = self.config.num_sample_images * of_an_image
+        evaluations += 0 if self.evaluation is None else self.evaluation.network_evaluations(of_an_image)
+        return seconds / (len(seeds) * few) * evaluations / processes().num_processes
 
     def sample_grid(self, pipe: DDPMPipeline, name: str, step: int) -> None:
         """Write images 0, 1, ... as a grid, for the trackers too; every process draws a share of them."""
         config, here = self.config, processes()
         seeds = range(here.process_index, config.num_sample_images, here.num_processes)
-        batches = self._draw(pipe, seeds, config.sampling(pipe).num_inference_steps, here.is_main_process)
+        batches = self._draw(pipe, seeds, here.is_main_process)
         with raise_on_all_ranks():
             drawn = [(seed, image) for part, images in batches for seed, image in zip(part, images, strict=True)]
         whole = dict(pair for share in gather(drawn) for pair in share)

@@ -43,11 +43,17 @@ class TimeLimit:
 
     def state(self) -> dict[str, Any]:
         """Return what a resumed run needs."""
-        return {"last": self.last, "from": self._from, "done": self._done}
+        plan = {"last": self.last, "from": self._from, "done": self._done}
+        return plan | {"minutes": self.minutes, "max_train_steps": self.most}
 
     def resume(self, step: int, state: dict[str, Any] | None) -> None:
-        """Continue after update `step` by the plan of its checkpoint, which may have been made without a time."""
-        if state is not None:
+        """Continue after update `step` by the plan of its checkpoint, which may have been made without a time.
+
+        A finished run that gets more minutes, or updates, gets a new plan: its learning rate rises, and falls again.
+        """
+        state = state or {}
+        more = self.minutes > state.get("minutes", math.inf) or self.most > state.get("max_train_steps", math.inf)
+        if state and not (more and step >= state["last"]):
             self.last, self._from, self._done = min(state["last"], self.most), state["from"], state["done"]
         self._first, self._next = step, step + 1
 

@@ -76,7 +76,8 @@ class Trainer:
             if isinstance(config, DistillationConfig):
                 initial = Distillation.load(config)
                 config = replace(config, class_conditional=initial.teacher.classes.count is not None)
-            self.config, self.run = config, resolve(config, self.accelerator, initial)
+            with self.reproducible():  # a resumed run makes a teacher's trajectories again
+                self.config, self.run = config, resolve(config, self.accelerator, initial)
             self.evaluation = TrainingEvaluation(config, self.run.unet_config, self.run.data)
         self.recipe, self.data, self.plan = self.run.recipe, self.run.data, self.run.plan
         same_everywhere(self.run.describe_images(), "all of them need the same images")
@@ -291,7 +292,7 @@ class Trainer:
         if limit.estimate is None:
             # At 100 MB/s: weights, EMA, two moments, two averages of the post-hoc EMA in two places, the model.
             limit.writing = limit.writing or 4 * parameter_count(self.unet) * 9 / 1e8
-            limit.estimate = self.publisher.seconds_to_complete(self._ema_state_dict())
+            limit.estimate = self.publisher.seconds_to_complete(self._ema_state_dict(), self.step)
         limit.plan(self.step)
 
     def _unless_stopped(self, stop: StopFlag, make: Callable[[], None]) -> bool:

@@ -4,12 +4,14 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# A flag with its value, if that is one by its form or a choice of flags; commands to be typed stay as they are.
+# A flag with its value, if that is one by its form or a choice of flags; commands to be typed, and what stands between
+# quotes, stay as they are.
 _NUMBERS = r"-?\d+(?:\.\d+)?(?:e-?\d+)?\b"
 _CHOICES = "true|false|skip|trailing|best|optimal|fixed_small|fixed_large|learned|learned_range|hybrid|vlb|simple"
 _CHOICES += "|latest|CHW|HWC|pixels|inception|fid|nll|samples|bf16|fp16|\\w+_diffusion"
-_VALUE = rf"(?P<numbers>{_NUMBERS}(?: {_NUMBERS})*)|(?P<choice>{_CHOICES})\b|(?P<quoted>'[^']*')"
-_FLAG = re.compile(rf"(?P<command>ddpm-hf [^;,)]*)|(?<![^\s(])--(?P<name>[a-z]\w*)(?: (?:{_VALUE}))?")
+_VALUE = rf"(?:(?P<numbers>{_NUMBERS}(?: {_NUMBERS})*)|(?P<choice>{_CHOICES})\b)(?![,/-]\w)|(?P<quoted>'[^']*')"
+_KEPT = r"ddpm-hf [^;,)]*|(?<!\w)'[^']*'|\"[^\"]*\""
+_FLAG = re.compile(rf"(?P<kept>{_KEPT})|(?<![^\s(])--(?P<name>[a-z]\w*)(?: (?:{_VALUE}))?")
 _OTHER_NAMES = {"from": "from_format", "no_ema": "ema=False"}
 _flags = False  # whether people see flags
 
@@ -26,8 +28,8 @@ def showing_flags() -> Iterator[None]:
 
 
 def _as_argument(found: re.Match[str]) -> str:
-    if found["command"]:
-        return found["command"]
+    if found["kept"]:
+        return found["kept"]
     name = _OTHER_NAMES.get(found["name"], found["name"])
     if found["numbers"]:
         value = f"({', '.join(several)})" if len(several := found["numbers"].split()) > 1 else several[0]

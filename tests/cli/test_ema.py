@@ -68,6 +68,11 @@ def test_a_model_made_of_a_run_tells_of_its_training(run, tmp_path, which):
     assert ("not these" in facts.recipe["EMA weights"]) is (which == "raw")
 
 
+@pytest.mark.parametrize(("model", "base"), [("digits", None), ("org/name", "org/name"), ("/no/folder", None)])
+def test_a_base_model_is_one_of_the_hub(model, base):
+    assert facts_of_model(model, "made").base_model == base
+
+
 def test_several_lengths_are_several_folders_and_differ(run, tmp_path):
     assert ema(run, "--sigma_rel", "0.05,0.12", "--step", "10", "--output", tmp_path / "models") == 0
     weights = [

@@ -75,7 +75,7 @@ def test_a_run_may_begin_anew_where_nothing_is_lost(tmp_path):
     check(finished, str(folder_with(tmp_path / "checkpoint-3", "manifest.json")))
 
 
-@pytest.mark.parametrize("name", ["README.md", "unet/config.json", "best/model_index.json", "curve.json"])
+@pytest.mark.parametrize("name", ["README.md", "unet/config.json", "best/model_index.json", "curve.json", "curve.png"])
 def test_what_others_wrote_is_not_overwritten(tmp_path, name):
     folder_with(tmp_path, name)
     with pytest.raises(ValueError, match=f"holds {name.split('/')[0]}, which a run would overwrite"):

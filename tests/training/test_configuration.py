@@ -3,9 +3,12 @@
 import resource
 import signal
 
+import diffusers
 import pytest
 import yaml
+from conftest import make_small_unet
 
+from ddpm_hf import DDPMPipeline, DDPMScheduler
 from ddpm_hf.presets import get_preset
 from ddpm_hf.training.configuration import TrainingConfig
 
@@ -105,6 +108,26 @@ def test_a_total_batch_size_that_cannot_be_reached(settings, processes):
 def test_values_out_of_range_are_named(name, value):
     with pytest.raises(ValueError, match=f"^{name}.*{value}"):
         TrainingConfig(preset="digits", **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("sampler", "scheduler"),
+    [
+        ("ddpm", DDPMScheduler),
+        ("ddim", diffusers.DDIMScheduler),
+        ("dpmsolver++", diffusers.DPMSolverMultistepScheduler),
+        ("unipc", diffusers.UniPCMultistepScheduler),
+        ("heun", diffusers.HeunDiscreteScheduler),
+        ("deis", diffusers.DEISMultistepScheduler),
+        ("sa_solver", diffusers.SASolverScheduler),
+    ],
+)
+def test_a_run_draws_its_samples_by_any_sampler(sampler, scheduler):
+    config = TrainingConfig(preset="digits", sampler=sampler, ddpm_num_inference_steps=7)
+    pipe = DDPMPipeline(make_small_unet(), DDPMScheduler())
+    options = config.sampling(pipe)
+    assert type(options.pipeline(pipe).scheduler) is scheduler
+    assert options.chain["num_inference_steps"] == 7
 
 
 def test_unknown_preset():

@@ -3,6 +3,7 @@
 import json
 import re
 from itertools import pairwise
+from types import SimpleNamespace
 
 import diffusers
 import numpy as np
@@ -199,6 +200,42 @@ def test_trajectories_depend_on_seed_and_number_alone(teacher):
     noise = SeededNoise([derive_seed(3, "trajectory", i) for i in range(8)]).normal((8, 1, 8, 8))
     torch.testing.assert_close(one.trajectory(noise).transpose(0, 1).flatten(1, 2), images, rtol=0, atol=1e-3)
     assert not torch.equal(one.trajectories(4, accelerator, 4).images[:, 0], images[:, 0])
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_processes_share_the_trajectories(teacher, rank):
+    distillation = load(teacher, num_trajectories=11)
+    one = Accelerator(cpu=True)
+    expected = distillation.trajectories(3, one, 4).images
+    two = {"num_processes": 2, "process_index": rank, "gather": lambda own: torch.cat([own, own])}
+    names = ("device", "mixed_precision", "is_main_process")
+    images = distillation.trajectories(
+        3, SimpleNamespace(**{n: getattr(one, n) for n in names}, **two), batch_size=1
+    ).images
+    own = [[0, 1, 2, 3, 8, 9], [4, 5, 6, 7, 10]][rank]  # 4 of 8, and then half of the 3 that are left
+    torch.testing.assert_close(images[own], expected[own], rtol=0, atol=1e-5)
+
+
+def test_trajectories_are_made_by_deterministic_algorithms(teacher, tmp_path, monkeypatch):
+    """As updates are on GPUs: a resumed run makes them again, and has to see the same bits."""
+    seen, trajectory = [], Distillation.trajectory
+
+    def recorded(*arguments):
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        return trajectory(*arguments)
+
+    monkeypatch.setattr("ddpm_hf.training.trainer.has_deterministic_algorithms", lambda device: True)
+    monkeypatch.setattr(Distillation, "trajectory", recorded)
+    Trainer(DistillationConfig(**QUICK, model=teacher, output_dir=str(tmp_path / "run")))
+    assert set(seen) == {True}
+
+
+def test_a_teacher_that_makes_nan_is_refused(tmp_path, capsys):
+    unet = make_small_unet()
+    torch.nn.init.constant_(unet.conv_out.weight, 3e38)  # finite, unlike its sums
+    teacher = save_teacher(tmp_path / "teacher", unet)
+    assert main(["distill", "--model", teacher, "--output", str(tmp_path / "student"), "--num_trajectories", "4"]) == 2
+    assert "error: --model teacher makes NaN or infinities, in fp32" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------- a run
@@ -416,6 +453,7 @@ def test_the_configuration_beside_a_student_resumes_it(student, capsys):
         ({"prediction_type": "posterior_mean"}, {}, [], "predicts the posterior's mean, which cannot be distilled"),
         ({}, {}, ["--guidance_scale", "2"], "--class_labels and --guidance_scale are for class-conditional networks"),
         ({}, {}, ["--dataset", "digits"], "unknown flag --dataset"),
+        ({}, {}, ["--num_trajectories", "9" * 12], "GB, and this machine has less; give fewer"),
     ],
 )
 def test_what_cannot_be_distilled(tmp_path, capsys, settings, network, flags, sentence):

@@ -8,7 +8,7 @@ import torch
 from diffusers.optimization import get_scheduler
 from safetensors.torch import load_file
 
-from ddpm_hf import DDPMPipeline, Trainer, TrainingConfig
+from ddpm_hf import DDPMPipeline, Trainer, TrainingConfig, UNet2DModel
 from ddpm_hf.training import time_limit
 from ddpm_hf.training.configuration import TrainingError
 from ddpm_hf.training.publishing import Publisher
@@ -51,7 +51,7 @@ def clock(monkeypatch):
 
     monkeypatch.setattr(time_limit, "clock", clock)
     monkeypatch.setattr(Trainer, "_update", timed)
-    monkeypatch.setattr(Publisher, "seconds_to_complete", lambda self, weights: 5.0)
+    monkeypatch.setattr(Publisher, "seconds_to_complete", lambda self, weights, step: 5.0)
     return clock
 
 
@@ -120,6 +120,23 @@ def test_a_resumed_run_counts_the_time_before(clock, tmp_path, capsys):
     assert "resumed after update 20" in capsys.readouterr().out
 
 
+def test_a_finished_run_continues_where_it_gets_more_minutes(clock, tmp_path):
+    folder = tmp_path / "run"
+    run(folder, max_train_minutes=0.5).train()
+    resume = {"resume_from_checkpoint": "latest"}
+    again = run(folder, max_train_minutes=0.5, **resume)
+    again.train()
+    assert again.step == 15  # 30 s - 10 s - 5 s, with the first update
+    clock.rates = []
+    longer = run(folder, max_train_minutes=1.0, **resume)
+    longer.train()
+    assert 50 < longer.seconds() <= 55
+    assert longer.step == 45
+    assert clock.rates[0] > 0.9 * 3e-3
+    assert clock.rates == sorted(clock.rates, reverse=True)
+    assert clock.rates[-1] < 0.01 * 3e-3
+
+
 def test_a_run_whose_time_was_used_up_is_finished(clock, tmp_path, capsys):
     run(tmp_path / "run", max_train_steps=8, checkpointing_steps=4).train()
     (tmp_path / "run" / "checkpoint-8").rename(tmp_path / "checkpoint-8")
@@ -157,12 +174,40 @@ def test_an_evaluation_that_took_long_shortens_the_rest(clock, tmp_path, monkeyp
     assert clock.rates[-1] < 0.02 * 3e-3
 
 
-def test_the_end_is_estimated_from_the_networks_own_time(tmp_path, monkeypatch):
-    trainer = run(tmp_path / "run", num_sample_images=2, eval_num_images=3, eval_num_evaluations=10)
+@pytest.mark.parametrize(("sampler", "steps", "seconds"), [("ddim", 1, 4 * 32), ("heun", 8, 2 * (2 * 15 + 30))])
+def test_the_end_is_estimated_from_the_networks_own_time(tmp_path, monkeypatch, sampler, steps, seconds):
+    settings = {"num_sample_images": 2, "eval_num_images": 3, "eval_num_evaluations": 10}
+    trainer = run(tmp_path / "run", **settings, sampler=sampler, ddpm_num_inference_steps=steps)
     ticks = iter(range(0, 1000, 8))
     monkeypatch.setattr("ddpm_hf.training.publishing.time.monotonic", lambda: next(ticks))
-    # 8 s for 2 images of one step: 4 s an evaluation, of which the grid needs 2 x 1, the likelihood 3 x 10
-    assert trainer.publisher.seconds_to_complete(trainer._ema_state_dict()) == pytest.approx(4 * 32)
+    # The grid needs 2 x 1 evaluations, the likelihood 3 x 10. 8 s are for 2 images of one step: 4 s an evaluation; or
+    # for two steps of Heun's 2 x 8 - 1.
+    estimate = trainer.publisher.seconds_to_complete(trainer._ema_state_dict(), 1)
+    assert estimate == pytest.approx(seconds)
+
+
+def test_the_estimate_follows_the_runs_own_chain_and_warns_of_no_short_one(tmp_path, monkeypatch):
+    trainer, seen = run(tmp_path / "run", ddpm_num_inference_steps=1000), []
+    forward = UNet2DModel.forward
+
+    def recorded(self, sample, timestep, *arguments, **options):
+        seen.append(int(timestep))
+        return forward(self, sample, timestep, *arguments, **options)
+
+    monkeypatch.setattr(UNet2DModel, "forward", recorded)
+    trainer.publisher.seconds_to_complete(trainer._ema_state_dict(), 1)
+    assert seen == [999, 998] * 2
+
+
+def test_too_little_memory_for_the_estimate_names_the_flag_of_the_samples(tmp_path, monkeypatch):
+    trainer = run(tmp_path / "run", max_train_minutes=1.0)
+
+    def full(*arguments, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(DDPMPipeline, "denoise", full)
+    with pytest.raises(TrainingError, match=r"samples and numbers after update 1; give a smaller eval_batch_size"):
+        trainer.train()
 
 
 @pytest.mark.parametrize("decay", ["cosine", "linear", "constant"])

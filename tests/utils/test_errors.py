@@ -24,6 +24,11 @@ from ddpm_hf.utils.errors import UserError, showing_flags
         ("give --from guided_diffusion, or --no_ema", "give from_format='guided_diffusion', or ema=False"),
         ("run ddpm-hf ema --sigma_rel 0.1, or --step 4", "run ddpm-hf ema --sigma_rel 0.1, or step=4"),
         ("no '/hub/models--org--name' (--model)", "no '/hub/models--org--name' (model)"),
+        ("'a --private false/b' holds images", "'a --private false/b' holds images"),
+        ('--model "it\'s --steps 4" is bad', 'model "it\'s --steps 4" is bad'),
+        ("the model's --steps 4 and its runs' 'x' --steps 5", "the model's steps=4 and its runs' 'x' steps=5"),
+        ("--eval_metrics fid,nll gives", "eval_metrics fid,nll gives"),
+        ("--output 2024-01-01 is a file", "output 2024-01-01 is a file"),
         ("no flag at all - or -- one", "no flag at all - or -- one"),
     ],
 )
