@@ -52,7 +52,7 @@ def load_images(
         validation_split: Share (0..1) of `train` to hold out, chosen before anything is decoded; of a stream by the
             content of each image, so that it is about this share.
         streaming: Read a dataset of `dataset_name` or parquet files without keeping it: `StreamedImages`.
-        options: The fields of `TableOptions` and of `DecodeOptions`.
+        options: The fields of `TableOptions` and of `DecodeOptions`; `resolution` may be one number.
 
     Raises a UserError for none or several of the three, and if the images cannot be loaded or do not fit.
     """
@@ -63,6 +63,8 @@ def load_images(
         raise UserError(f"--validation_split must be at least 0 and less than 1, got {validation_split}")
     of_tables = {field.name for field in dataclasses.fields(TableOptions)} & set(options)
     table = TableOptions(**{name: options.pop(name) for name in of_tables})
+    if isinstance(size := options.get("resolution"), int):
+        options["resolution"] = (size, size)
     decode = DecodeOptions(**options)
     found: Source | None = None
     if dataset is not None:

@@ -138,6 +138,9 @@ class _Bound:
     """The bound's terms of images `x_0`, each of which has a stream of random numbers of its own."""
 
     def __init__(self, unet: Any, scheduler: DDPMScheduler, x_0: Tensor, seed: int, options: dict[str, Any]):
+        if not hasattr(scheduler, "p_mean_variance"):
+            what = f"the bound needs ddpm_hf's DDPMScheduler, got {type(scheduler).__name__}"
+            raise UserError(f"{what}; a distilled model has no likelihood")
         if x_0.ndim < 2 or not len(x_0):
             raise UserError(f"x_0 must hold at least one image, [N, C, H, W], got shape {tuple(x_0.shape)}")
         if not x_0.is_floating_point() or not x_0.abs().amax() <= 1 + 1e-4:

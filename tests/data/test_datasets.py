@@ -347,6 +347,9 @@ def test_mixed_sizes_need_a_resolution(folder):
     with pytest.raises(ValueError, match=r"8x8.*8x9.*resolution"):
         load_folder(folder)
     assert load_folder(folder, resolution=(8, 8)).images.shape == (4, 3, 8, 8)
+    assert load_folder(folder, resolution=8).images.shape == (4, 3, 8, 8)  # as of a run
+    with pytest.raises(ValueError, match="both positive, got"):
+        load_folder(folder, resolution=0)
     assert load_folder(folder, resolution=(4, 12)).images.shape == (4, 3, 4, 12)
 
 

@@ -2,6 +2,7 @@
 
 import math
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -592,3 +593,8 @@ def test_a_chain_as_a_process_of_its_own_has_the_samplers_coefficients(variance_
         subsequence(scheduler, [2, 5])
     with pytest.raises(ValueError, match="a bound over all T steps only"):
         subsequence(DDPMScheduler(prediction_type="posterior_mean"), [5, 2])
+
+
+def test_a_scheduler_of_stock_has_no_bound():
+    with pytest.raises(ValueError, match="needs ddpm_hf's DDPMScheduler, got DDIMScheduler; a distilled model has"):
+        bits_per_dim(None, diffusers.DDIMScheduler(), torch.zeros(1, 1, 4, 4))
