@@ -405,7 +405,7 @@ class DDPMPipeline(PortableConfigMixin, PrivateByDefault, StockDDPMPipeline):
             what = (
                 f"a distilled model takes no {', '.join(f'--{name}' for name in ['eta', 'guidance_scale', *adjust])}"
             )
-            raise UserError(f"{what}: the teacher is guided, by ddpm-hf distill --guidance_scale")
+            raise UserError(f"{what}; leave them out (its teacher is guided, by ddpm-hf distill --guidance_scale)")
         checked_eta(self.scheduler, eta)
         guide, T = self.guide, self.scheduler.config.num_train_timesteps
         if guide is not None:

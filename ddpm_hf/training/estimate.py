@@ -12,7 +12,8 @@ def time_left(seconds: float, updates: int) -> str:
     """Return how long `updates` of so many seconds each take from now on, and when that ends."""
     end = datetime.now() + timedelta(seconds=seconds * updates)
     how_long = f"about {duration(seconds * updates)} for {updates:,} updates"
-    return f"{seconds:.3g} s per update: {how_long}, until {end:%a %d %b %H:%M}"
+    when = f"{end:%a %d %b %H:%M}" if seconds * updates < 30 * 86_400 else f"{end:%d %b %Y}"
+    return f"{seconds:.3g} s per update: {how_long}, until {when}"
 
 
 class Pace:

@@ -11,7 +11,7 @@ from test_trainer import QUICK, same_files, small_preset, trainer, whole  # noqa
 
 from ddpm_hf import cli
 from ddpm_hf.training.configuration import TrainingError
-from ddpm_hf.training.estimate import Pace
+from ddpm_hf.training.estimate import Pace, time_left
 from ddpm_hf.utils.errors import UserError
 
 
@@ -91,3 +91,7 @@ def test_an_estimate_is_given_once_of_updates_after_the_first_reading(monkeypatc
     assert said.startswith("0.2 s per update: about 3 min for 804 updates, until ")
     assert "measured over 95;" in said
     assert [pace.estimate(step, 1000) for step in (200, 300)] == [None, None]
+
+
+def test_an_end_far_away_is_a_date_with_its_year():
+    assert re.search(r"about 400 days for 400 updates, until \d\d \w+ \d{4}$", time_left(86_400, 400))
