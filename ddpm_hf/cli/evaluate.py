@@ -82,6 +82,8 @@ def measure(values: Any) -> None:
     evaluations = min(values.num_images or size, size) * (values.num_evaluations or T) * bool(likelihood)
     evaluations += values.num_samples * (values.num_inference_steps or pipe.distilled_steps or T) * bool(samples)
     of_few_steps = values.sampler in (None, "ddpm") and values.num_evaluations is None
+    if values.num_inference_steps and not (samples or of_few_steps):
+        log(f"the likelihood is of the ddpm process and all {T} steps: --num_inference_steps is for samples here")
     names = ("num_images", "num_evaluations", "num_samples", "batch_size", "seed", "features", "inception_weights")
     options = {"model_name": values.model, "output": None if file is not None else output, "progress": True}
     options |= {"cache_dir": None if values.cache_dir is None else Path(values.cache_dir)}

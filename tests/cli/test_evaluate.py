@@ -179,6 +179,12 @@ def test_the_likelihood_needs_no_cache(capsys):
     assert "bits/dim on 1 images" in capsys.readouterr().out
 
 
+def test_steps_that_the_likelihood_does_not_take_are_named(capsys):
+    few = ["--num_images", "1", "--num_evaluations", "2", "--num_inference_steps", "3"]
+    assert evaluate("--dataset", "digits", "--metrics", "nll", *few) == 0
+    assert "all 1000 steps: --num_inference_steps is for samples here" in capsys.readouterr().out
+
+
 def test_the_model_is_asked_for(capsys):
     assert cli.main(["evaluate", "--dataset", "digits"]) == 2
     assert "--model" in capsys.readouterr().err
