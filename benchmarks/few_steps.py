@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from digits_quality import frechet_distance
-from matplotlib import pyplot
+from matplotlib import colormaps, pyplot
 
 from ddpm_hf import DDPMPipeline
 from ddpm_hf.cli import main as command
@@ -156,7 +156,8 @@ def table(results: dict[str, float], steps: list[int]) -> str:
 def plot(results: dict[str, float], path: Path) -> None:
     """Draw the means of this package's samples over the number of evaluations."""
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    for method in METHODS:
+    colors = colormaps["tab20"].colors
+    for method, color in zip(METHODS, (*colors[::2], *colors[1::2]), strict=False):
         sets: dict[int, list[float]] = {}
         for key, value in results.items():
             name, evaluations, where, _ = key.split(" / ")
@@ -164,8 +165,9 @@ def plot(results: dict[str, float], path: Path) -> None:
                 sets.setdefault(int(evaluations), []).append(value)
         if sets:
             means = [np.mean(sets[k]) for k in sorted(sets)]
-            axes.loglog(sorted(sets), means, "o-" if len(sets) > 1 else "o", label=method, markersize=4)
+            axes.loglog(sorted(sets), means, "o-" if len(sets) > 1 else "o", label=method, markersize=4, color=color)
     axes.set(xlabel="network evaluations per image", ylabel="Frechet distance (pixels, levels 0..16)")
+    axes.set_xticks([1, 2, 4, 10, 20, 50], ["1", "2", "4", "10", "20", "50"], minor=False)
     axes.grid(which="both", alpha=0.3)
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=150)

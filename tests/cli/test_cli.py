@@ -219,7 +219,7 @@ def test_other_mistakes(tmp_path, capsys, small_pipeline):
         (["evaluate", *model, "--dataset", "digits", "--metrics", "fid", *pixels, "--eta", "0.5"], "ddim"),
         (
             ["evaluate", *model, "--dataset", "digits", "--metrics", "fid", *pixels, "--guidance_scale", "2"],
-            "this one is not",
+            "needs --guide, a worse model",
         ),
         (["evaluate", *model, "--dataset", "digits", "--dtype", "half"], "'half'"),
         (
