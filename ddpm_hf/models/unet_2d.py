@@ -124,15 +124,20 @@ def check_weights(network: nn.Module) -> None:
             raise NotFiniteError(f"{what}; take an intact copy of the model{hint}")
 
 
-def check_size(network: StockUNet2DModel, height: int, width: int) -> None:
-    """Raise a `ValueError` unless images of this size can be halved as often as the network, stock's too, does it."""
+def check_size(
+    network: StockUNet2DModel, height: int, width: int, otherwise: str = ", or fewer block_out_channels"
+) -> None:
+    """Raise a `ValueError` unless images of this size can be halved as often as the network, stock's too, does it.
+
+    `otherwise` is the end of its advice, after sizes that can be.
+    """
     factor = 2 ** sum(getattr(block, "downsamplers", None) is not None for block in network.down_blocks)
     for size in (height, width):
         if size % factor or size < factor:
             below = max(size // factor, 1) * factor
             sizes = f"{below} or {below + factor}"
             what = f"an image of {height}x{width} cannot be halved {factor.bit_length() - 1} time(s)"
-            advice = f"use a multiple of {factor}, for example {sizes}, or fewer block_out_channels"
+            advice = f"use a multiple of {factor}, for example {sizes}{otherwise}"
             raise UserError(f"{what} as this network does; {advice}")
 
 

@@ -1,6 +1,5 @@
 """One training run, resolved once from its configuration: machine, recipe, images, network arguments, batches."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,11 +152,8 @@ def resolve(config: TrainingConfig, accelerator: Accelerator, initial: InitialMo
     micro, accumulation, _ = config.batch_plan(accelerator.num_processes)
     plan = BatchPlan(micro, accumulation, accelerator.process_index, accelerator.num_processes)
     computation = choose_computation(config, accelerator)
-    try:  # sizes that the network cannot halve, before any image is read
-        with torch.device("meta"):
-            check_size(UNet2DModel(**recipe.unet), *image_size(recipe.unet))
-    except UserError as error:  # a run's network is that of its preset
-        raise UserError(re.sub(", or fewer block_out_channels", " as --resolution", str(error))) from error
+    with torch.device("meta"):  # sizes that the network cannot halve, before any image is read
+        check_size(UNet2DModel(**recipe.unet), *image_size(recipe.unet), otherwise=" as --resolution")
     if isinstance(initial, Distillation):
         images = initial.trajectories(config.seed, accelerator, plan.micro, computation.compile)
         return Run(config, recipe, accelerator, computation, plan, images, dict(recipe.unet), None, initial)
