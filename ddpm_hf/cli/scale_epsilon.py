@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,6 @@ def scale_epsilon(arguments: Sequence[str], prog: str | None = None) -> int:
     from ..hub.files import facts_of_model, write_model
     from ..sampling.generation import check_sampler
     from ..utils.processes import log, processes, raise_on_all_ranks, start_process
-    from ..utils.progress import progress_bar
 
     start_process()
     chain, steps = given(values, "num_inference_steps", "eta"), values.num_inference_steps
@@ -79,18 +78,9 @@ def scale_epsilon(arguments: Sequence[str], prog: str | None = None) -> int:
     objective = distance
     if values.objective == "norms":
         objective = epsilon_scaling.norm_mismatch(sampled, images, **norms)
-    scales, T = {"no scaling": (1.0, 0.0)}, pipe.scheduler.config.num_train_timesteps
-    with progress_bar(epsilon_scaling.EVALUATIONS * (1 + values.ramp), "search", "scale", main) as bar:
-
-        @functools.cache  # the search for a ramp begins with that for a constant
-        def counted(scale: Any) -> float:
-            found = objective(scale)
-            bar.update()
-            return found
-
-        for name, ramp in {"constant": False, "ramp": True}.items():
-            if values.ramp or not ramp:
-                scales[name] = epsilon_scaling.find_epsilon_scale(counted, T, ramp)
+    scales = {"no scaling": (1.0, 0.0)} | _found(
+        objective, pipe.scheduler.config.num_train_timesteps, values.ramp, main
+    )
     log(_table({name: (scale, distance_of_others(scale)) for name, scale in scales.items()}))
     found = scales.values()
     biases = [epsilon_scaling.exposure_bias(sampled, images, epsilon_scale=scale, **norms) for scale in found]
@@ -102,6 +92,23 @@ def scale_epsilon(arguments: Sequence[str], prog: str | None = None) -> int:
                 write_model(output, scaled, facts_of_model(values.model, output.name, values.weights))
         log(f"wrote {output}: epsilon divided by {scales['constant'][0]:.4f}, for {values.sampler} over {steps} steps")
     return 0
+
+
+def _found(objective: Callable[[Any], float], T: int, with_ramp: bool, show: bool) -> dict[str, tuple[float, float]]:
+    """Return b and k of the best constant and, if asked for, of the best ramp; with a progress bar."""
+    from ..evaluation.epsilon_scaling import EVALUATIONS, find_epsilon_scale
+    from ..utils.progress import progress_bar
+
+    with progress_bar(EVALUATIONS * (1 + with_ramp), "search", "scale", show) as bar:
+
+        @functools.cache  # the search for a ramp begins with that for a constant
+        def counted(scale: Any) -> float:
+            value = objective(scale)
+            bar.update()
+            return value
+
+        kinds = {"constant": False, "ramp": True} if with_ramp else {"constant": False}
+        return {name: find_epsilon_scale(counted, T, ramp) for name, ramp in kinds.items()}
 
 
 def _table(found: dict[str, tuple[tuple[float, float], float]]) -> str:

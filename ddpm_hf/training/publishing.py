@@ -178,11 +178,6 @@ class Publisher:
             broadcast(pipe.unet.state_dict())
         return pipe
 
-    def _draw(self, pipe: DDPMPipeline, seeds: range, progress: bool) -> Iterator[Any]:
-        sampling, batch_size = self.config.sampling(pipe), self._grid_batch()
-        options = {**sampling.chain, "class_labels": self._labels(seeds), "progress": progress}
-        return generate(sampling.pipeline(pipe), seeds, batch_size=batch_size, **options)
-
     def _labels(self, seeds: range) -> list[Any] | None:
         classes = self.settings["network"].get("_class_names")
         return [ClassIndex(seed % len(classes)) for seed in seeds] if classes else None
@@ -211,7 +206,9 @@ class Publisher:
         """Write images 0, 1, ... as a grid, for the trackers too; every process draws a share of them."""
         config, here = self.config, processes()
         seeds = range(here.process_index, config.num_sample_images, here.num_processes)
-        batches = self._draw(pipe, seeds, here.is_main_process)
+        sampling, batch_size = config.sampling(pipe), self._grid_batch()
+        options = {**sampling.chain, "class_labels": self._labels(seeds), "progress": here.is_main_process}
+        batches = generate(sampling.pipeline(pipe), seeds, batch_size=batch_size, **options)
         with raise_on_all_ranks():
             drawn = [(seed, image) for part, images in batches for seed, image in zip(part, images, strict=True)]
         whole = dict(pair for share in gather(drawn) for pair in share)
