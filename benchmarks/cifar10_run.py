@@ -69,9 +69,9 @@ class Report:
         self.add("seconds", {**self.values.get("seconds", {}), name: round(time.monotonic() - start, 1)})
 
 
-def network(channels: Sequence[int] | None, shape: Sequence[int]) -> dict[str, Any]:
+def network(channels: Sequence[int] | None, layers: int, shape: Sequence[int]) -> dict[str, Any]:
     """Return the preset's network, or one of other widths; attention is at half of the resolution, as there."""
-    found = {**get_preset("cifar10_fast").unet, "sample_size": shape[-1]}
+    found = {**get_preset("cifar10_fast").unet, "sample_size": shape[-1], "layers_per_block": layers}
     if channels:
         blocks = ["AttnDownBlock2D" if level == 1 else "DownBlock2D" for level in range(len(channels))]
         up = [block.replace("Down", "Up") for block in reversed(blocks)]
@@ -88,9 +88,9 @@ def train(arguments: argparse.Namespace, rest: Sequence[str], shape: Sequence[in
     flags += ["--checkpointing_steps", "1000000", "--sampler", "ddim", "--ddpm_num_inference_steps", "50"]
     flags += ["--validation_split", "0.01", "--validation_steps", "2000"]
     flags += ["--eval_num_images", "500", "--eval_num_evaluations", "20"]
-    if arguments.channels:
+    if arguments.channels or arguments.layers != 2:
         torch.manual_seed(0)
-        unet = UNet2DModel(**network(arguments.channels, shape))
+        unet = UNet2DModel(**network(arguments.channels, arguments.layers, shape))
         DDPMPipeline(unet, DDPMScheduler.from_preset("cifar10_fast")).save_pretrained(arguments.output / "start")
         flags += ["--init_from", str(arguments.output / "start")]
     config = parse_training_config([*flags, *rest])
@@ -132,7 +132,7 @@ class Measurements:
             for sampler in steps
         }
         self.likelihood = {"num_images": arguments.images, "num_evaluations": 50}
-        unet = UNet2DModel(**network(arguments.channels, shape))
+        unet = UNet2DModel(**network(arguments.channels, arguments.layers, shape))
         pipe = DDPMPipeline(unet, DDPMScheduler.from_preset("cifar10_fast")).to(self.device)
         for chain in self.chains.values():
             check_evaluation(pipe, self.sets, self.metrics, replace(self.options, **chain))
@@ -167,6 +167,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     add("--total_minutes", type=float, help="what has not begun by then is left out")
     add("--output", type=Path, default=Path("runs/cifar10-run"))
     add("--channels", type=int, nargs="+", help="of a smaller network, such as 32 64, for a CPU")
+    add("--layers", type=int, default=2, help="residual blocks per resolution")
     add("--samples", type=int, default=10_000, help="by DDIM")
     add("--steps", type=int, default=50, help="of DDIM")
     add("--ancestral", type=int, default=1000, help="samples by the paper's sampler")

@@ -8,35 +8,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .metrics import (
-    ROWS,
-    Estimate,
-    checked,
-    frechet_distance,
-    frechet_statistics,
-    mean_estimate,
-    nearest_neighbours,
-    radii,
-    squared_distances,
-)
+from ..utils.progress import in_parts
+from .distances import ROWS, Points, centre, checked, nearest_neighbours, nearest_others, squared_distances
+from .metrics import Estimate, frechet_distance, frechet_statistics, mean_estimate, share
 
 
-def density_coverage(samples: Tensor, real: Tensor, k: int = 5) -> tuple[Estimate, Estimate]:
+def density_coverage(
+    samples: Tensor, real: Tensor, k: int = 5, radii: Tensor | None = None
+) -> tuple[Estimate, Estimate]:
     """Compute density and coverage (Naeem et al. 2020) of `samples` `[M, D]` and `real` `[N, D]`.
 
     Density: in how many of the real images' k-neighbour balls a sample lies, divided by k; about 1 for new real
     images, and not bounded by 1. Coverage: the share of these balls with a sample in them; for M = N new real images
-    about 1 - 1 / 2^k.
+    about 1 - 1 / 2^k. `radii` are the balls' squared ones, `[N]`, where they are known.
     """
     samples, real = checked("density and coverage", k + 1, samples, real)
-    origin, balls = real.mean(0), radii(real, k)
+    radii = nearest_others(real, k)[:, -1] if radii is None else radii
+    origin = centre(real)
+    balls = Points.about(origin, real, torch.float64)
     counts, covered = [], torch.zeros(len(real), dtype=torch.bool, device=real.device)
-    for part in samples.split(ROWS):
-        inside = squared_distances(part - origin, real - origin) <= balls  # [rows, N]
+    for part in in_parts(samples.split(ROWS), "density and coverage"):
+        inside = Points.about(origin, part, torch.float64).at_least(balls) <= radii  # [rows, N]
         counts.append(inside.sum(1).double() / k)
         covered |= inside.any(0)
-    share = covered.double().mean().item()
-    return mean_estimate(torch.cat(counts)), Estimate(share, math.sqrt(share * (1 - share) / len(real)))
+    return mean_estimate(torch.cat(counts)), share(covered)
 
 
 def frechet_distance_infinity(samples: Tensor, real: Tensor, points: int = 15, seed: int = 0) -> Estimate:
@@ -61,13 +56,18 @@ def gaussian_kernel_distance(samples: Tensor, real: Tensor, sigma: float = 10.0,
     1000. The error is that of a sum over independent samples and real images.
     """
     samples, real = checked("the kernel distance", 2, samples, real)
-    x, y = (features / features.norm(dim=1, keepdim=True) for features in (samples, real))
+    x, y = (features.double() / features.double().norm(dim=1, keepdim=True) for features in (samples, real))
 
-    def means(a: Tensor, b: Tensor) -> Tensor:  # [len(a)]: of the kernel with all of b
-        parts = [torch.exp(-squared_distances(part, b) / (2 * sigma**2)).mean(1) for part in a.split(ROWS)]
-        return torch.cat(parts)
+    def means(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:  # of the kernel of each with all others
+        over_b, over_a = [], b.new_zeros(len(b))
+        for part in in_parts(a.split(ROWS), "kernel distance"):
+            kernel = torch.exp(-squared_distances(part, b) / (2 * sigma**2))
+            over_b.append(kernel.mean(1))
+            over_a += kernel.sum(0) / len(a)
+        return torch.cat(over_b), over_a
 
-    of_samples, of_real = means(x, x) - means(x, y), means(y, y) - means(y, x)
+    across_real, across_samples = means(x, y)
+    of_samples, of_real = means(x, x)[0] - across_real, means(y, y)[0] - across_samples
     error = 2 * math.sqrt(of_samples.var().item() / len(x) + of_real.var().item() / len(y))
     return Estimate(scale * (of_samples.mean() + of_real.mean()).item(), scale * error)
 
@@ -78,7 +78,7 @@ def sliced_wasserstein(samples: Tensor, real: Tensor, directions: int = 1024, se
     Of Inception features that is what MIND averages (Berthet et al. 2026). With the factor D, a set that is shifted by
     v is at |v|^2, as in the Frechet distance. Returns it with the error of the directions.
     """
-    samples, real = checked("the sliced Wasserstein distance", 2, samples, real)
+    samples, real = (x.double() for x in checked("the sliced Wasserstein distance", 2, samples, real))
     D = samples.shape[1]
     draw = torch.Generator().manual_seed(seed)
     theta = torch.randn(directions, D, generator=draw, dtype=torch.float64).to(samples.device)
@@ -90,18 +90,19 @@ def sliced_wasserstein(samples: Tensor, real: Tensor, directions: int = 1024, se
     weights = ends.diff(prepend=ends.new_zeros(1)).double() / (n * m)
     i, j = ((ends - 1) // m).to(theta.device), ((ends - 1) // n).to(theta.device)
     weights, distances = weights.to(theta.device), []
-    for part in theta.split(64):
+    for part in in_parts(theta.split(64), "sliced Wasserstein distance", "direction"):
         a, b = (part @ samples.T).sort(dim=1).values, (part @ real.T).sort(dim=1).values  # [64, N], [64, M]
         distances.append((a[:, i] - b[:, j]).square() @ weights)
     return mean_estimate(D * torch.cat(distances))
 
 
-def authentic_share(samples: Tensor, train: Tensor) -> Estimate:
+def authentic_share(samples: Tensor, train: Tensor, radii: Tensor | None = None) -> Estimate:
     """Compute which share of `samples` `[M, D]` is authentic (AuthPct, Alaa et al. 2022), beside `train` `[N, D]`.
 
-    A sample is authentic if it is farther from its nearest training image than that is from the nearest other one.
+    A sample is authentic if it is farther from its nearest training image than that is from the nearest other one;
+    `radii` are these squared distances, `[N]`, where they are known.
     """
     samples, train = checked("authenticity", 2, samples, train)
+    radii = nearest_others(train, 1)[:, 0] if radii is None else radii
     distances, nearest = nearest_neighbours(samples, train)
-    share = (distances[:, 0].square() > radii(train, 1)[nearest[:, 0]]).double().mean().item()
-    return Estimate(share, math.sqrt(share * (1 - share) / len(samples)))
+    return share(distances[:, 0] > radii[nearest[:, 0]])

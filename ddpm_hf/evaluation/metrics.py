@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from ..utils.errors import UserError
-
-ROWS = 1024  # whose distances are in memory at a time: 1024 x 50,000 in float64 take 0.4 GB
-_ROUNDING = 1e-12  # how far a squared distance from a matrix product may be off, as a share of the squared norms
+from ..utils.progress import in_parts
+from .distances import centre, check_same_size, checked, nearest_others, within
 
 
 class Estimate(NamedTuple):
@@ -45,38 +44,22 @@ def mean_estimate(values: Tensor) -> Estimate:
     return Estimate(values.mean().item(), error)
 
 
-def checked(what: str, at_least: int, *sets: Tensor) -> list[Tensor]:
-    """Return sets of features, `[at least so many, D]`, in float64."""
-    for features in sets:
-        if features.ndim != 2:
-            raise UserError(f"{what} takes features [N, D], got shape {tuple(features.shape)}")
-        if len(features) < at_least:
-            raise UserError(f"{what} needs at least {at_least} images, got {len(features)}")
-        if not features.isfinite().all():
-            raise UserError(f"{what} got features that are not finite numbers")
-    _check_same_size(sets[0], sets[-1])
-    return [features.double() for features in sets]
-
-
-def _check_same_size(a: Tensor, b: Tensor) -> None:
-    if a.shape[-1] != b.shape[-1]:
-        sizes = f"{a.shape[-1]} and {b.shape[-1]}"
-        raise UserError(f"the features of the two sets differ in size, {sizes}: they are of different extractors")
-
-
 def frechet_statistics(features: Tensor) -> FrechetStatistics:
     """Compute mean and covariance of `features`, `[N, D]` with N >= 2."""
     (x,) = checked("the Frechet distance", 2, features)
-    mean = x.mean(0)
-    factor = (x - mean) / math.sqrt(len(x) - 1)
-    if len(x) > x.shape[1]:
-        factor = torch.linalg.qr(factor, mode="r").R
+    mean, D = centre(x), x.shape[1]
+    factor = mean.new_empty((0, D))
+    # Some rows at a time: in float64 50,000 images of 3072 features, and the same for the decomposition, are 2.4 GB.
+    for part in in_parts(x.split(max(1024, 4 * D)), "covariance"):
+        factor = torch.cat([factor, (part.double() - mean) / math.sqrt(len(x) - 1)])
+        if len(factor) > D:
+            factor = torch.linalg.qr(factor, mode="r").R
     return FrechetStatistics(mean, factor, len(x))
 
 
 def frechet_distance(a: FrechetStatistics, b: FrechetStatistics) -> float:
     """Compute the squared Frechet distance of two Gaussians; on Inception features the FID (Heusel et al. 2017)."""
-    _check_same_size(a.mean, b.mean)
+    check_same_size(a.mean, b.mean)
     # |m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)). With S = F^T F, the eigenvalues of S_a S_b are the squared
     # singular values of F_a F_b^T, which are exact for singular covariances too.
     root = torch.linalg.svdvals(a.factor @ b.factor.T).sum()
@@ -111,7 +94,7 @@ def inception_score(logits: Tensor, splits: int = 10) -> tuple[Estimate, float]:
     Returns the score, and the standard deviation over the parts, which is what papers print after +-.
     """
     (x,) = checked("the Inception score", splits, logits)
-    log_p = x.log_softmax(1)
+    log_p = x.double().log_softmax(1)
     scores: list[float] = []
     for i in range(splits):
         part = log_p[i * len(x) // splits : (i + 1) * len(x) // splits]
@@ -139,9 +122,9 @@ def kernel_distance(
         raise UserError(f"KID subsets of {m} images need between 2 and {n}, the size of the smaller set")
     draw = np.random.RandomState(seed)
     distances = []
-    for _ in range(subsets):
+    for _ in in_parts([range(1)] * subsets, "kernel distance", "subset"):
         x, y = (s[torch.from_numpy(draw.choice(len(s), m, replace=False)).to(s.device)] for s in (samples, real))
-        distances.append(_unbiased_mmd2(x, y))
+        distances.append(_unbiased_mmd2(x.double(), y.double()))
     # The variance over subsets drawn without replacement is (1 - m/n) of that over new images, and the mean over many
     # subsets has m/n of that.
     error = float(np.std(distances)) * math.sqrt(m / (n - m)) if m < n else math.nan
@@ -158,62 +141,24 @@ def _unbiased_mmd2(x: Tensor, y: Tensor) -> float:
     return (within / (m * (m - 1)) - 2 * kernel(x, y).mean()).item()
 
 
-def squared_distances(a: Tensor, b: Tensor) -> Tensor:
-    """Return `[N, M]`, off by at most `_ROUNDING` of the squared norms, so a copy is not always at distance 0."""
-    return (a.square().sum(1)[:, None] + b.square().sum(1)[None] - 2 * a @ b.T).clamp_min(0)
-
-
-def precision_recall(samples: Tensor, real: Tensor, k: int = 3) -> tuple[Estimate, Estimate]:
+def precision_recall(
+    samples: Tensor, real: Tensor, k: int = 3, radii: tuple[Tensor, Tensor] | None = None
+) -> tuple[Estimate, Estimate]:
     """Compute improved precision and recall (Kynkaanniemi et al. 2019) of `samples` `[N, D]` and `real` `[M, D]`.
 
-    Precision: the share of samples within the k-th neighbour's distance of any real image; recall: the reverse.
+    Precision: the share of samples within the k-th neighbour's distance of any real image; recall: the reverse. `<=`
+    as in Eq. 1 and the authors' code: a copy of an image that is there several times is inside. `radii` are these
+    squared distances of samples and of real images, `[N]` and `[M]`, where they are known.
     """
     samples, real = checked("precision and recall", k + 1, samples, real)
-    return _within_radius(samples, real, radii(real, k)), _within_radius(real, samples, radii(samples, k))
+    of_samples, of_real = radii or (nearest_others(x, k)[:, -1] for x in (samples, real))
+    return share(within(samples, real, of_real)), share(within(real, samples, of_samples))
 
 
-def radii(features: Tensor, k: int) -> Tensor:
-    """Return `[N]`: squared distance to the k-th nearest other one."""
-    shifted, parts = features - features.mean(0), []
-    for rows in torch.arange(len(features), device=features.device).split(ROWS):
-        distances = squared_distances(shifted[rows], shifted)
-        distances[torch.arange(len(rows)), rows] = math.inf  # not itself
-        nearest = features[distances.kthvalue(k, dim=1).indices]
-        parts.append((features[rows] - nearest).square().sum(1))  # by differences: a copy's is 0
-    return torch.cat(parts)
-
-
-def _within_radius(points: Tensor, centres: Tensor, radii: Tensor) -> Estimate:
-    """Return the share of points that lie in the ball around any of the centres, with its binomial error.
-
-    `<=` as in Eq. 1 and the code of Kynkaanniemi et al.: a copy of an image that is there several times is inside.
-    """
-    origin = centres.mean(0)  # distances are the same, and lose fewer digits
-    others = centres - origin
-    norms, found = others.square().sum(1), []
-    for part in points.split(ROWS):
-        shifted = part - origin
-        beyond = squared_distances(shifted, others) - radii
-        error = _ROUNDING * (shifted.square().sum(1)[:, None] + norms)
-        inside = (beyond < -error).any(1)
-        close = (beyond <= error) & ~inside[:, None]  # what rounding decides is computed by differences
-        for row in close.any(1).nonzero().flatten().tolist():
-            near = close[row].nonzero().flatten().split(ROWS)
-            inside[row] = any(((part[row] - centres[i]).square().sum(1) <= radii[i]).any() for i in near)
-        found.append(inside)
-    share = torch.cat(found).double().mean().item()
-    return Estimate(share, math.sqrt(share * (1 - share) / len(points)))
-
-
-def nearest_neighbours(queries: Tensor, candidates: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
-    """Return distances (float64, ascending) and indices `[N, k]` of each query's nearest `candidates`."""
-    queries, candidates = checked("neighbours", 1, queries, candidates)
-    checked("neighbours", k, candidates)
-    found = [squared_distances(part, candidates).topk(k, largest=False) for part in queries.split(ROWS)]
-    indices = torch.cat([part.indices for part in found])
-    # Those few again by differences, which do not cancel: a copy is at distance 0.
-    distances = torch.stack([(queries - candidates[indices[:, j]]).norm(dim=1) for j in range(k)], dim=1)
-    return distances, indices
+def share(found: Tensor) -> Estimate:
+    """Return the share of true ones in `[N]` bool, with its binomial error."""
+    value = found.double().mean().item()
+    return Estimate(value, math.sqrt(value * (1 - value) / len(found)))
 
 
 def memorisation(samples: Tensor, held_out: Tensor) -> Estimate:

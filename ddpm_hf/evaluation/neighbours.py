@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..utils.progress import in_parts
 from ..utils.visualize import labelled_grid, save_picture
-from .metrics import mean_estimate, memorisation, nearest_neighbours
+from .distances import nearest_neighbours
+from .metrics import mean_estimate, memorisation
 from .report import EvaluationReport
 from .samples import KEPT_SAMPLES, RealImages, Samples
 
@@ -58,12 +60,12 @@ def _nearest(queries: Tensor, real: RealImages, space: str, k: int) -> tuple[Ten
     """Return distances and indices `[N, at most k]` of `nearest_neighbours`, a part of the real images at a time."""
     best = torch.empty((len(queries), 0), dtype=torch.float64)
     place = torch.empty((len(queries), 0), dtype=torch.long)
-    for rows in torch.arange(len(real.images)).split(_CHUNK):
+    for rows in in_parts(torch.arange(len(real.images)).split(_CHUNK), f"neighbours, {space}"):
         distances, indices = nearest_neighbours(queries, _rows(real, space, rows), min(k, len(rows)))
         best, order = torch.cat([best, distances], 1).sort(dim=1, stable=True)
         place = torch.cat([place, rows[indices]], 1).gather(1, order)[:, :k]
         best = best[:, :k]
-    return best, place
+    return best.sqrt(), place
 
 
 def add_neighbours(report: EvaluationReport, found: list[Neighbours], train: RealImages, split: str | None) -> None:

@@ -20,6 +20,7 @@ from ..utils.digests import weights_digest
 from ..utils.errors import UserError
 from ..utils.files import default_cache_dir, writable_folder, write_text
 from ..utils.processes import from_first, processes, raise_on_all_ranks
+from ..utils.progress import showing_progress
 from ..utils.text import nearest, recorded_name
 from ..utils.visualize import image_grid, save_picture
 from .features import FeatureExtractor, make_extractor
@@ -172,7 +173,7 @@ def _evaluate_samples(
     samples = draw_samples(pipe, extractors, options, None if train is None else train.images)
     report.settings["sampling"] = samples.settings
     report.settings["features"] = {e.name: {"description": e.description, "sha256": e.fingerprint} for e in extractors}
-    with raise_on_all_ranks():
+    with raise_on_all_ranks(), showing_progress(options.progress):
         if not processes().is_main_process:
             return
         device = pipe.device if pipe.device.type == "cuda" else torch.device("cpu")  # float64 is not everywhere

@@ -74,9 +74,11 @@ def all_rows(
             bar.update(len(ids))
     if here.num_processes > 1:
         made = [rows for part in gather(made) for rows in part] if folder is None else kept_rows(folder)
-        parts = []
+        parts.clear()
+    parts += made
+    made.clear()  # `in_order` frees them one by one
     with raise_on_all_ranks():
-        return in_order([*parts, *made], range(count), folder)
+        return in_order(parts, range(count), folder)
 
 
 def kept_rows(folder: Path) -> list[Rows]:
@@ -88,12 +90,24 @@ def kept_rows(folder: Path) -> list[Rows]:
     return found
 
 
-def in_order(parts: Sequence[Rows], ids: Sequence[int], folder: Path | None = None) -> Rows:
-    """Return the rows of these ids, in their order, out of batches in any order; a UserError if one is missing."""
-    row_of = {i: row for row, i in enumerate(i for part in parts for i in part["ids"].tolist())}
-    if missing := [i for i in ids if i not in row_of]:
-        what = f"{len(missing)} of {len(ids)} rows are missing, the first that of {missing[0]}"
+def in_order(parts: list[Rows], ids: Sequence[int], folder: Path | None = None) -> Rows:
+    """Return the rows of these ids, in their order, out of batches in any order, which are used up.
+
+    Raises a UserError if one is missing.
+    """
+    place = {i: row for row, i in enumerate(ids)}
+    missing = place.keys() - {i for part in parts for i in part["ids"].tolist()}
+    if missing:
+        first = next(i for i in ids if i in missing)
+        what = f"{len(missing)} of {len(ids)} rows are missing, the first that of {first}"
         raise UserError(f"{what}; all processes have to share {folder}")
-    rows = [row_of[i] for i in ids]
-    names = [name for name in (parts[0] if parts else {}) if name != "ids"]
-    return {name: torch.cat([part[name] for part in parts])[rows] for name in names}
+    found: Rows = {}
+    while parts:
+        part = parts.pop()
+        pairs = [(row, place[i]) for row, i in enumerate(part.pop("ids").tolist()) if i in place]
+        rows, places = torch.tensor(pairs, dtype=torch.long).reshape(-1, 2).unbind(1)
+        for name, value in part.items():
+            if name not in found:
+                found[name] = value.new_empty((len(ids), *value.shape[1:]))
+            found[name][places] = value[rows]
+    return found
