@@ -40,6 +40,8 @@ def add_evaluation_flags(parser: Parser) -> None:
     model.add_sampler_flags(parser)
     flag = parser.group("comparison of samples (fid, is, kid, prc, dc, fd_infinity, mmd, sw, auth, nn)")
     flag("--num_samples", int, 50_000, "samples to draw; the paper: 50000", POSITIVE)
+    text = "sets of so many samples, each with its own seeds; the numbers are means, and +- is from the sets' spread"
+    flag("--num_sets", int, 1, text, POSITIVE)
     text = "what images are compared by: inception (the paper), pixels (tiny images), efficientnet-lite0, a vision "
     flag("--features", str, "inception", text + "model such as facebook/dinov2-base, or several: inception,pixels")
     flag("--inception_weights", str, None, "Inception weights file; torch-fidelity's own if left out")
@@ -80,11 +82,13 @@ def measure(values: Any) -> None:
     # About how many evaluations of the network follow, of a batch each.
     T, size = pipe.scheduler.config.num_train_timesteps, sum(len(x) for x in sets.values() if isinstance(x, Sized))
     evaluations = min(values.num_images or size, size) * (values.num_evaluations or T) * bool(likelihood)
-    evaluations += values.num_samples * (values.num_inference_steps or pipe.distilled_steps or T) * bool(samples)
+    samples_in_all = values.num_samples * values.num_sets * bool(samples)
+    evaluations += samples_in_all * (values.num_inference_steps or pipe.distilled_steps or T)
     of_few_steps = values.sampler in (None, "ddpm") and values.num_evaluations is None
     if values.num_inference_steps and not (samples or of_few_steps):
         log(f"the likelihood is of the ddpm process and all {T} steps: --num_inference_steps is for samples here")
-    names = ("num_images", "num_evaluations", "num_samples", "batch_size", "seed", "features", "inception_weights")
+    names = ("num_images", "num_evaluations", "num_samples", "num_sets", "batch_size", "seed")
+    names += ("features", "inception_weights")
     options = {"model_name": values.model, "output": None if file is not None else output, "progress": True}
     options |= {"cache_dir": None if values.cache_dir is None else Path(values.cache_dir)}
     # What is held out comes first.

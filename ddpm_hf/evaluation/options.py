@@ -21,6 +21,7 @@ class EvaluationOptions(SamplingOptions):
     likelihood_steps: int | None = None  # nll is the bound of the chain of so many steps; of all T for `None`
     # samples
     num_samples: int = 50_000
+    num_sets: int = 1  # of so many samples, each with seeds of its own
     features: Sequence[str] | str = "inception"  # what images are compared by, see `features.make_extractor`; "a,b"
     inception_weights: str | Path | None = None
     # both

@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import math
 import platform
+import statistics
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -18,7 +19,7 @@ from ..utils.errors import NotFiniteError, UserError
 from ..utils.files import write_text
 from ..utils.text import finite, number, table
 
-_INCIDENTAL = ("seconds", "batch_size")  # settings that may differ between two runs whose numbers are the same
+_INCIDENTAL = ("seconds", "batch_size", "sets")  # settings that may differ between two runs whose numbers are the same
 
 
 def library_versions() -> dict[str, str]:
@@ -64,6 +65,27 @@ class EvaluationReport:
             raise NotFiniteError(f"{name} is {value}, which is no result; check the model and the images")
         self.values[name] = {"value": value, "standard_error": standard_error, **more}
         self.settings[name] = settings
+
+    def add_sets(self, sets: list[EvaluationReport]) -> None:
+        """Add the numbers of one set of samples, or their means over several sets and how far these lie apart.
+
+        The standard error is then that of the mean, `spread` the standard deviation of the sets.
+        """
+        first = sets[0]
+        self.warnings += first.warnings
+        if len(sets) == 1:
+            self.values |= first.values
+            self.settings |= first.settings
+            return
+        for name, how in first.settings.items():
+            entries = [part.values[name] for part in sets]
+            more = {key: statistics.mean(entry[key] for entry in entries) for key in entries[0]}
+            values = [entry["value"] for entry in entries]
+            spread = statistics.stdev(values)
+            more |= {"standard_error": spread / math.sqrt(len(sets)), "spread": spread}
+            more |= {"lowest": min(values), "highest": max(values)}
+            words = f"mean of {len(sets)} sets, {min(values):.5g} to {max(values):.5g}: {how['estimator']}"
+            self.add(name, settings=how | {"estimator": words, "sets": values}, **more)
 
     def lines(self) -> list[str]:
         """Return each number with its error, for terminals."""

@@ -29,7 +29,7 @@ from .neighbours import add_neighbours, find_neighbours, save_neighbours
 from .options import EvaluationOptions
 from .plots import figure_class
 from .report import EvaluationReport, as_markdown
-from .samples import SAMPLE_METRICS, add_sample_metrics, draw_samples, real_images
+from .samples import SAMPLE_METRICS, RealImages, Samples, add_sample_metrics, draw_samples, real_images
 
 Sets = dict[str, Images]  # by split
 LIKELIHOOD_METRICS = ("nll", "rate_distortion")
@@ -170,23 +170,41 @@ def _evaluate_samples(
     """Draw samples and compare them with all sets; the first process adds the numbers to its report."""
     real = {split: real_images(split, images, extractors, options) for split, images in sets.items()}
     train, held_out = real.get("train"), next((split for split in sets if split != "train"), None)
-    samples = draw_samples(pipe, extractors, options, None if train is None else train.images)
-    report.settings["sampling"] = samples.settings
+    first, parts = _compare_sets(pipe, list(real.values()), metrics, extractors, options)
+    report.settings["sampling"] = first.settings
     report.settings["features"] = {e.name: {"description": e.description, "sha256": e.fingerprint} for e in extractors}
     with raise_on_all_ranks(), showing_progress(options.progress):
         if not processes().is_main_process:
             return
-        device = pipe.device if pipe.device.type == "cuda" else torch.device("cpu")  # float64 is not everywhere
-        add_sample_metrics(report, metrics, samples, list(real.values()), device)
-        output = options.output if samples.first.shape[1] in (1, 3) else None  # for pictures
+        report.add_sets(parts)
+        output = options.output if first.first.shape[1] in (1, 3) else None  # for pictures
         if output is not None:
-            save_picture(image_grid(samples.first[:64]), output / "samples.png")
+            save_picture(image_grid(first.first[:64]), output / "samples.png")
             report.pictures.append("samples.png")
         if "nn" in metrics and train is not None:
-            found = find_neighbours(samples, train, real.get(held_out or ""), [e.name for e in extractors])
+            found = find_neighbours(first, train, real.get(held_out or ""), [e.name for e in extractors])
             add_neighbours(report, found, train, held_out)
             if output is not None:
-                report.pictures += save_neighbours(samples, train, found, output)
+                report.pictures += save_neighbours(first, train, found, output)
+
+
+def _compare_sets(
+    pipe: DDPMPipeline, real: list[RealImages], metrics: list[str], extractors: Any, options: Any
+) -> tuple[Samples, list[EvaluationReport]]:
+    """Draw the sets of samples; return the first one, and on the first process the numbers of each."""
+    train = next((images.images for images in real if images.split == "train"), None)
+    count, first, parts = options.num_samples * options.num_sets, None, []
+    device = pipe.device if pipe.device.type == "cuda" else torch.device("cpu")  # float64 is not everywhere
+    for seed in range(options.seed, options.seed + count, options.num_samples):
+        samples = draw_samples(pipe, extractors, dataclasses.replace(options, seed=seed), train)
+        first = first or samples
+        with raise_on_all_ranks(), showing_progress(options.progress):
+            if processes().is_main_process:
+                parts.append(EvaluationReport("", "", 0))
+                add_sample_metrics(parts[-1], metrics, samples, real, device)
+    if options.num_sets > 1:
+        first.settings |= {"num_sets": options.num_sets, "seeds": f"{options.seed}-{options.seed + count - 1}"}
+    return first, parts
 
 
 def check_evaluation(

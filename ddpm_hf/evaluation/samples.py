@@ -40,6 +40,13 @@ class RealImages:
     images: Any  # an image dataset with `len` and `batch`, not a stream
     features: dict[str, Tensor] = field(default_factory=dict)  # [N, D] float32
     fingerprints: dict[str, str] = field(default_factory=dict)  # hashes of images, preprocessing and weights
+    _compared: dict[str, Features] = field(default_factory=dict)
+
+    def compared(self, name: str, device: Any) -> Features:
+        """Return features on a device; what metrics find out about them is kept for the next set of samples."""
+        if name not in self._compared:
+            self._compared[name] = Features(self.features[name].to(device))
+        return self._compared[name]
 
 
 @dataclass
@@ -265,7 +272,6 @@ def add_sample_metrics(
 ) -> None:
     """Add the numbers of samples against each set of real images to a report, and what few samples do to them."""
     started, biases, count = time.monotonic(), [], samples.count
-    reals = {(real.split, n): Features(x.to(device)) for real in references for n, x in real.features.items()}
     for (name, kind), values in samples.features.items():
         logits = samples.logits.get((name, kind))
         features = Features(values.to(device), None if logits is None else logits.to(device))
@@ -276,7 +282,7 @@ def add_sample_metrics(
             if metric.of_real:
                 words += f", against {len(real.images)} images of {real.split}, {name} features"
                 how |= {"split": real.split, "num_real": len(real.images), "statistics": real.fingerprints[name]}
-            for what, estimate, settings, more in metric.compute(features, reals[real.split, name]):
+            for what, estimate, settings, more in metric.compute(features, real.compared(name, device)):
                 estimator = ", ".join(filter(None, (words, settings.get("estimator"))))
                 seconds = round(time.monotonic() - started, 2)
                 number = number_name(what, name, real.split if metric.of_real else None, kind)

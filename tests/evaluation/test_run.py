@@ -123,6 +123,30 @@ def test_an_interrupted_likelihood_resumes(tmp_path, monkeypatch):
     assert calls == [[0, 1], [2, 3]]
 
 
+def test_several_sets_are_so_many_evaluations(tmp_path):
+    pipe = DDPMPipeline(make_small_unet(), DDPMScheduler(num_train_timesteps=10))
+    sets = {split: first_images(load_digits(split), 40) for split in ("train", "validation")}
+    metrics = ["fid", "kid", "prc", "dc", "mmd", "auth", "nn"]
+    options = EvaluationOptions(features="pixels", num_samples=20, num_inference_steps=2, cache_dir=tmp_path / "cache")
+    alone = [evaluation.evaluate(pipe, sets, metrics, options, seed=seed) for seed in (7, 27, 47)]
+    report = evaluation.evaluate(pipe, sets, metrics, options, seed=7, num_sets=3, output=tmp_path / "out")
+    assert report.values.keys() == alone[0].values.keys()
+    assert len({one.values["fd_pixels_train_uint8"]["value"] for one in alone}) == 3
+    for name, entry in report.values.items():
+        values = [one.values[name]["value"] for one in alone]
+        if name.startswith(("nearest", "memorisation")):  # of the first set, as the pictures are
+            assert entry["value"] == values[0]
+            continue
+        assert report.settings[name]["sets"] == values
+        assert entry["value"] == pytest.approx(np.mean(values), rel=1e-12)
+        assert entry["spread"] == pytest.approx(np.std(values, ddof=1), rel=1e-9)
+        assert entry["standard_error"] == pytest.approx(entry["spread"] / math.sqrt(3), rel=1e-12)
+        assert (entry["lowest"], entry["highest"]) == (min(values), max(values))
+    assert report.settings["sampling"]["seeds"] == "7-66"
+    assert "mean of 3 sets" in (tmp_path / "out" / "report.md").read_text()
+    assert EvaluationReport.load(tmp_path / "out").values == report.values
+
+
 def test_metrics_by_name():
     assert parse_metrics("nll, fid,nll") == ["nll", "fid"]
     for text, words in (("fdi", "'fdi' .did you mean 'fid'"), ("", "names no metric")):
