@@ -2,9 +2,10 @@
 
 Compares the first `--count` training images of a random order with as many others: test images, other training
 images, and these after damage of known kinds. Every metric of `ddpm-hf evaluate` that works on features is computed
-for all `--features`, with FID, KID, precision and recall by independent code (scipy, torch-fidelity) beside it. Writes
-`table.md`, `numbers.json` and `ladder.png`. CIFAR_FOLDER holds `train.npz` and `test.npz` (`images`, [N, H, W, 3]
-uint8) and `labels.npz` (`train`).
+for all `--features`, with FID, KID, precision and recall by independent code (numpy, torch-fidelity) beside it. With
+`--seeds 3` the images are chosen three times where they are not damaged, for the spread. Writes `table.md`,
+`numbers.json` and `ladder.png`. CIFAR_FOLDER holds `train.npz` and `test.npz` (`images`, [N, H, W, 3] uint8) and
+`labels.npz` (`train`). The features of all of them are kept in the cache, as `ddpm-hf evaluate` keeps them.
 """
 
 import argparse
@@ -18,15 +19,16 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageFilter
-from scipy.linalg import sqrtm
 from torch import Tensor
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 from tqdm.auto import tqdm
 
+from ddpm_hf.data import load_images
 from ddpm_hf.evaluation.features import make_extractor
 from ddpm_hf.evaluation.metrics import frechet_distance
-from ddpm_hf.evaluation.samples import SAMPLE_METRICS, Features, number_name
+from ddpm_hf.evaluation.options import EvaluationOptions
+from ddpm_hf.evaluation.samples import SAMPLE_METRICS, Features, number_name, real_images
 from ddpm_hf.utils.errors import UserError, showing_flags
 from ddpm_hf.utils.files import write_text
 from ddpm_hf.utils.text import finite, table
@@ -64,37 +66,36 @@ def jpeg(images: Images, quality: int) -> Images:
     return each(images, change)
 
 
-def copies(images: Images, of: Images, share: float) -> Images:
-    """Replace a share of the images by exact copies of others."""
-    count = round(share * len(images))
-    return np.concatenate([of[:count], images[count:]])
-
-
 def grey(images: Images) -> Images:
     """Take the colours away."""
     return each(images, lambda image: image.convert("L").convert("RGB"))
 
 
-def ladder(folder: Path, count: int, seed: int) -> tuple[Images, dict[str, Images]]:
-    """Return the reference, and what is compared with it, each `count` images; raise UserError: not enough images."""
-    train, test = (np.load(folder / f"{split}.npz")["images"] for split in ("train", "test"))
-    labels = np.load(folder / "labels.npz")["train"]
-    draw = np.random.RandomState(seed)
-    order, of_test = draw.permutation(len(train)), draw.permutation(len(test))[:count]
-    others = order[count:]
-    without = others[labels[others] != labels.max()][:count]  # not the last class
-    if min(len(others), len(of_test), len(without)) < count:
-        raise UserError(f"--count {count} needs {2 * count} training images and more, and as many test images")
-    reference, other = train[order[:count]], train[others[:count]]
-    rows = {"test images": test[of_test], "other training images": other}
-    rows |= {f"noise of {levels} levels": noise(other, levels) for levels in (2, 5, 10, 20)}
-    rows |= {
-        "blur of half a pixel": blur(other),
-        "JPEG, quality 90": jpeg(other, 90),
-        "JPEG, quality 75": jpeg(other, 75),
-    }
-    rows |= {f"{share:.0%} copies": copies(other, reference, share) for share in (0.01, 0.1)}
-    return reference, {**rows, "one class missing": train[without], "grey": grey(other)}
+class Choice:
+    """Which images are compared: the reference, and by row the split and the places of the others, undamaged."""
+
+    def __init__(self, labels: np.ndarray, of_test: int, count: int, seed: int):
+        draw = np.random.RandomState(seed)
+        order, test = draw.permutation(len(labels)), draw.permutation(of_test)[:count]
+        others = order[count:]
+        without = others[labels[others] != labels.max()][:count]  # not the last class
+        if min(len(others), len(test), len(without)) < count:
+            raise UserError(f"--count {count} needs {2 * count} training images and more, and as many test images")
+        self.reference, self.other = order[:count], others[:count]
+        self.rows = {"test images": ("test", test), "other training images": ("train", self.other)}
+        for share in (0.01, 0.1):
+            copies = round(share * count)
+            places = np.concatenate([self.reference[:copies], self.other[copies:]])
+            self.rows[f"{share:.0%} copies"] = ("train", places)
+        self.rows["one class missing"] = ("train", without)
+
+
+def damaged(images: Images) -> dict[str, Images]:
+    """Return the images after damage of several kinds."""
+    found = {f"noise of {levels} levels": noise(images, levels) for levels in (2, 5, 10, 20)}
+    found["blur of half a pixel"] = blur(images)
+    found |= {f"JPEG, quality {quality}": jpeg(images, quality) for quality in (90, 75)}
+    return found | {"grey": grey(images)}
 
 
 def features_of(extractor: Any, images: Images, batch_size: int, name: str) -> Features:
@@ -118,17 +119,59 @@ def numbers(rows: Features, real: Features, metrics: Sequence[str], name: str) -
 
 
 def independent(rows: Tensor, real: Tensor, name: str) -> dict[str, float]:
-    """Return FID, KID, precision and recall by scipy and torch-fidelity."""
+    """Return FID, KID, precision and recall by numpy and torch-fidelity."""
     x, y = rows.double().numpy(), real.double().numpy()
     s_x, s_y = np.cov(x, rowvar=False), np.cov(y, rowvar=False)
-    root = sqrtm(s_x @ s_y).real
-    fid = np.square(x.mean(0) - y.mean(0)).sum() + np.trace(s_x + s_y - 2 * root)
+    root = np.sqrt(np.linalg.eigvals(s_x @ s_y).real.clip(0)).sum()
+    fid = np.square(x.mean(0) - y.mean(0)).sum() + np.trace(s_x + s_y) - 2 * root
     size = min(1000, min(len(x), len(y)) // 2)
     kid = kid_features_to_metric(rows, real, kid_subset_size=size, kid_subsets=100, rng_seed=2020, verbose=False)
     prc = prc_features_to_metric(rows.double(), real.double(), verbose=False)
     kid_name, fid_name = (number_name(what, name, None, "") for what in ("kid", "fid"))
     found = {fid_name: float(fid), kid_name: kid["kernel_inception_distance_mean"]}
     return found | {f"{what}_{name}": float(prc[what]) for what in ("precision", "recall")}
+
+
+def page_of(found: dict[str, dict[str, list[float]]], extractor: Any) -> str:
+    """Return the table of one extractor: means over the seeds, and their spread (one standard deviation)."""
+
+    def cell(values: list[float] | None) -> str:
+        if not values:
+            return "-"
+        spread = f" ± {np.std(values, ddof=1):.2g}" if len(values) > 1 else ""
+        return f"{np.mean(values):.4g}{spread}"
+
+    columns = list(found["test images"])
+    lines = [["", *(column.removesuffix(f"_{extractor.name}") for column in columns)]]
+    lines += [[row, *(cell(values.get(column)) for column in columns)] for row, values in found.items()]
+    return "\n\n".join([f"## {extractor.name}", f"{extractor.description}.", table(lines)])
+
+
+def compare(extractor: Any, sets: dict[str, Any], choices: Sequence[Choice], arguments: Any) -> Any:
+    """Yield after every row all numbers so far: by row and name those of each choice."""
+    options = EvaluationOptions(batch_size=arguments.batch_size, progress=True)
+    of = {split: real_images(split, images, [extractor], options).features for split, images in sets.items()}
+    metrics, name = arguments.metrics.split(","), extractor.name
+    found: dict[str, dict[str, list[float]]] = {}
+
+    def add(row: str, values: dict[str, float]) -> None:
+        for number, value in values.items():
+            found.setdefault(row, {}).setdefault(number, []).append(value)
+
+    for i, choice in enumerate(choices):
+        real = Features(of["train"][name][choice.reference])
+        for row, (split, places) in choice.rows.items():
+            rows = Features(of[split][name][places])
+            add(row, numbers(rows, real, metrics, name))
+            if row == "test images" and i == 0:
+                add(f"{row}, independent code", independent(rows.values, real.values, name))
+            yield found
+        if i == 0:
+            images = sets["train"].images.permute(0, 2, 3, 1).numpy()[choice.other]
+            for row, changed in damaged(images).items():
+                rows = features_of(extractor, changed, arguments.batch_size, row)
+                add(row, numbers(rows, real, metrics, name))
+                yield found
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -142,12 +185,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--inception_weights", type=Path)
     add("--batch_size", type=int, default=100)
     add("--seed", type=int, default=0, help="of the choice of images")
+    add("--seeds", type=int, default=1, help="choices of images, with the seeds --seed, --seed + 1, ...")
     add("--output", type=Path, default=Path("runs/real_images"))
     arguments = parser.parse_args(argv)
     try:
-        reference, rows = ladder(arguments.folder, arguments.count, arguments.seed)
-        shape = reference.shape[3], *reference.shape[1:3]
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        sets = {
+            s: load_images(train_data_dir=str(arguments.folder / f"{s}.npz"), channels=3) for s in ("train", "test")
+        }
+        labels = np.load(arguments.folder / "labels.npz")["train"]
+        seeds = range(arguments.seed, arguments.seed + arguments.seeds)
+        choices = [Choice(labels, len(sets["test"]), arguments.count, seed) for seed in seeds]
+        shape, device = tuple(sets["train"].images.shape[1:]), "cuda" if torch.cuda.is_available() else "cpu"
         weights, names = arguments.inception_weights, arguments.features.split(",")
         extractors = [make_extractor(name, shape, weights, device) for name in names]
     except UserError as error:
@@ -155,29 +203,27 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"error: {error}", file=sys.stderr)
         return 2
     arguments.output.mkdir(parents=True, exist_ok=True)
-    shown = torch.from_numpy(np.stack([images[:SHOWN] for images in (reference, *rows.values())]))
-    picture = labelled_grid(shown.permute(0, 1, 4, 2, 3), rows=["reference", *rows])
-    save_picture(picture, arguments.output / "ladder.png")
-    found: dict[str, dict[str, dict[str, float]]] = {}
-    pages = [f"{arguments.count} images on each side, seed {arguments.seed}."]
+    save_picture(picture_of(sets, choices[0]), arguments.output / "ladder.png")
+    found: dict[str, Any] = {}
+    pages = [f"{arguments.count} images on each side, seeds {seeds[0]} to {seeds[-1]}."]
     for extractor in extractors:
-        real = features_of(extractor, reference, arguments.batch_size, "reference")
-        of = found[extractor.name] = {}
-        for name, images in rows.items():
-            values = features_of(extractor, images, arguments.batch_size, name)
-            of[name] = numbers(values, real, arguments.metrics.split(","), extractor.name)
-            if name == "test images":
-                of["test images, independent code"] = independent(values.values, real.values, extractor.name)
+        for found[extractor.name] in compare(extractor, sets, choices, arguments):
             write_text(arguments.output / "numbers.json", json.dumps(finite(found), indent=1) + "\n")
-        columns = list(of["test images"])
-        heads = [column.removesuffix(f"_{extractor.name}") for column in columns]
-        lines = [["", *heads]]
-        for name, values_of in of.items():
-            lines.append([name, *(f"{values_of[c]:.4g}" if c in values_of else "-" for c in columns)])
-        pages += [f"## {extractor.name}", f"{extractor.description}.", table(lines)]
-        write_text(arguments.output / "table.md", "\n\n".join(pages) + "\n")
-        print("\n\n".join(pages[-3:]), flush=True)
+            write_text(
+                arguments.output / "table.md", "\n\n".join([*pages, page_of(found[extractor.name], extractor)]) + "\n"
+            )
+        pages.append(page_of(found[extractor.name], extractor))
+        print(pages[-1], flush=True)
     return 0
+
+
+def picture_of(sets: dict[str, Any], choice: Choice) -> Tensor:
+    """Return the picture of some images of each row."""
+    rows = {"reference": ("train", choice.reference), **choice.rows}
+    shown = {name: sets[split].images[places[:SHOWN]] for name, (split, places) in rows.items()}
+    other = shown["other training images"].permute(0, 2, 3, 1).numpy()
+    shown |= {name: torch.from_numpy(images).permute(0, 3, 1, 2) for name, images in damaged(other).items()}
+    return labelled_grid(torch.stack(list(shown.values())), rows=list(shown))
 
 
 if __name__ == "__main__":
