@@ -207,12 +207,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     found: dict[str, Any] = {}
     pages = [f"{arguments.count} images on each side, seeds {seeds[0]} to {seeds[-1]}."]
     for extractor in extractors:
-        for found[extractor.name] in compare(extractor, sets, choices, arguments):
+        for rows in compare(extractor, sets, choices, arguments):
+            found[extractor.name] = rows
+            page = page_of(rows, extractor)
             write_text(arguments.output / "numbers.json", json.dumps(finite(found), indent=1) + "\n")
-            write_text(
-                arguments.output / "table.md", "\n\n".join([*pages, page_of(found[extractor.name], extractor)]) + "\n"
-            )
-        pages.append(page_of(found[extractor.name], extractor))
+            write_text(arguments.output / "table.md", "\n\n".join([*pages, page]) + "\n")
+        pages.append(page)
         print(pages[-1], flush=True)
     return 0
 
