@@ -43,8 +43,10 @@ def frechet_distance_infinity(samples: Tensor, real: Tensor, points: int = 15, s
     samples, real = checked("FD-infinity", 20, samples, real)
     reference, draw = frechet_statistics(real), np.random.RandomState(seed)
     sizes = np.linspace(max(2, len(samples) // 10), len(samples), points).astype(int)
-    subsets = (torch.from_numpy(draw.permutation(len(samples))[:size]).to(samples.device) for size in sizes)
-    distances = [frechet_distance(frechet_statistics(samples[subset]), reference) for subset in subsets]
+    distances = []
+    for size in in_parts([range(size) for size in sizes], "FD-infinity"):
+        subset = torch.from_numpy(draw.permutation(len(samples))[: len(size)]).to(samples.device)
+        distances.append(frechet_distance(frechet_statistics(samples[subset]), reference))
     (_, intercept), covariance = np.polyfit(1 / sizes, distances, 1, cov=True)
     return Estimate(float(intercept), math.sqrt(covariance[1, 1]))
 

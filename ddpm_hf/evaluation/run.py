@@ -141,7 +141,8 @@ def evaluate(
             report.tables |= part.tables
             report.pictures += part.pictures
     if for_samples:
-        _evaluate_samples(report, sampling_pipe, sets, for_samples, extractors, options)
+        with showing_progress(options.progress):
+            _evaluate_samples(report, sampling_pipe, sets, for_samples, extractors, options)
         report = from_first(report)
     with raise_on_all_ranks():
         if options.output is not None and processes().is_main_process:
@@ -173,7 +174,7 @@ def _evaluate_samples(
     first, parts = _compare_sets(pipe, list(real.values()), metrics, extractors, options)
     report.settings["sampling"] = first.settings
     report.settings["features"] = {e.name: {"description": e.description, "sha256": e.fingerprint} for e in extractors}
-    with raise_on_all_ranks(), showing_progress(options.progress):
+    with raise_on_all_ranks():
         if not processes().is_main_process:
             return
         report.add_sets(parts)
@@ -198,7 +199,7 @@ def _compare_sets(
     for seed in range(options.seed, options.seed + count, options.num_samples):
         samples = draw_samples(pipe, extractors, dataclasses.replace(options, seed=seed), train)
         first = first or samples
-        with raise_on_all_ranks(), showing_progress(options.progress):
+        with raise_on_all_ranks():
             if processes().is_main_process:
                 parts.append(EvaluationReport("", "", 0))
                 add_sample_metrics(parts[-1], metrics, samples, real, device)
@@ -244,6 +245,8 @@ def checked_extractors(
     need, metric = max((SAMPLE_METRICS[metric].at_least, metric) for metric in wanted)
     if options.num_samples < need:
         raise UserError(f"{metric} needs at least {need} samples, got --num_samples {options.num_samples}")
+    if options.num_sets < 1:
+        raise UserError(f"--num_sets must be at least 1, got {options.num_sets}")
     if "nn" in wanted and "train" not in sets:
         raise UserError("nn needs the images that the model was trained on; give the split train")
     # the Inception score alone looks at no real image, but two are the least that statistics are made of

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .progress import in_parts
+
 
 def digest(*parts: Any) -> str:
     """Return a SHA-256 of JSON values, bytes and tensors, in their order."""
@@ -31,4 +33,5 @@ def weights_digest(module: torch.nn.Module) -> str:
 
 def images_digest(images: Any) -> str:
     """Return a SHA-256 of the pixels of all images (`data.load_images`), in their order."""
-    return digest(*(digest(images.batch(rows)[0]) for rows in torch.arange(len(images)).split(512)))
+    parts = in_parts(torch.arange(len(images)).split(512), "hashing images")
+    return digest(*(digest(images.batch(rows)[0]) for rows in parts))

@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 
-from ddpm_hf.utils.progress import progress_bar
+from ddpm_hf.utils.progress import in_parts, progress_bar, showing_progress
 
 
 def printed(total, updates, **options) -> str:
@@ -41,3 +41,20 @@ def test_a_bar_that_is_not_shown_and_one_that_would_be_gone_in_an_instant():
     assert printed(4, [4], delay=60) == ""
     assert "8/" in printed(4, [8])  # more than was announced
     assert printed(4, [4], leave=False).endswith("\r")
+
+
+@pytest.mark.parametrize(("show", "seconds", "seen"), [(True, 3.0, True), (True, 0.1, False), (False, 3.0, False)])
+def test_long_computations_have_a_bar_where_it_is_wanted(show, seconds, seen, monkeypatch, capsys):
+    clock = [0.0]
+    monkeypatch.setattr("tqdm.std.time", lambda: clock[0])
+    found = []
+    with showing_progress(show):
+        for part in in_parts([range(3), range(3), range(1)], "covariance"):
+            found.append(len(part))
+            clock[0] += seconds
+    assert found == [3, 3, 1]
+    text = capsys.readouterr().err
+    assert ("covariance" in text and "7/7" in text) is seen
+    assert seen or not text.strip()
+    assert list(in_parts([range(2)], "elsewhere")) == [range(2)]  # outside of it, nothing is shown
+    assert "elsewhere" not in capsys.readouterr().err
