@@ -63,7 +63,7 @@ def checked(what: str, at_least: int, *sets: Tensor) -> list[Tensor]:
             raise UserError(f"{what} takes features [N, D], got shape {tuple(features.shape)}")
         if len(features) < at_least:
             raise UserError(f"{what} needs at least {at_least} images, got {len(features)}")
-        if not features.isfinite().all():
+        if features.numel() and not all(extreme.isfinite() for extreme in features.aminmax()):  # NaN is both of them
             raise UserError(f"{what} got features that are not finite numbers")
     check_same_size(sets[0], sets[-1])
     return list(sets)
@@ -92,7 +92,7 @@ def centre(features: Tensor) -> Tensor:
 def precisions(*sets: Tensor) -> list[torch.dtype]:
     """Return in which precisions products are worth computing, one after the other."""
     exact = torch.get_float32_matmul_precision() == "highest"  # not in TF32 or bfloat16
-    small = all(features.dtype != torch.float64 and float(features.abs().max()) < 1e15 for features in sets)
+    small = all(x.dtype != torch.float64 and max(-float(x.min()), float(x.max())) < 1e15 for x in sets)
     return [torch.float32, torch.float64] if exact and small else [torch.float64]
 
 

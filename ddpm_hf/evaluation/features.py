@@ -31,8 +31,9 @@ class Pixels:
     fingerprint = digest("pixels in [0, 1]")
 
     def __init__(self, image_shape: tuple[int, ...]):
-        if (size := torch.Size(image_shape).numel()) > _MOST_VALUES:
-            raise UserError(f"--features pixels takes at most {_MOST_VALUES} values, got {size}; use inception")
+        self.size = torch.Size(image_shape).numel()
+        if self.size > _MOST_VALUES:
+            raise UserError(f"--features pixels takes at most {_MOST_VALUES} values, got {self.size}; use inception")
 
     def __call__(self, images: Tensor) -> Rows:
         return {"features": images.float().flatten(1) / 255}

@@ -50,7 +50,7 @@ def frechet_statistics(features: Tensor) -> FrechetStatistics:
     mean, D = centre(x), x.shape[1]
     factor = mean.new_empty((0, D))
     # Some rows at a time: in float64 50,000 images of 3072 features, and the same for the decomposition, are 2.4 GB.
-    for part in in_parts(x.split(max(1024, 4 * D)), "covariance"):
+    for part in in_parts(x.split(max(1024, 2 * D)), "covariance"):
         factor = torch.cat([factor, (part.double() - mean) / math.sqrt(len(x) - 1)])
         if len(factor) > D:
             factor = torch.linalg.qr(factor, mode="r").R

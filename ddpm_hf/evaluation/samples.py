@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -21,10 +22,10 @@ from ..pipelines.pipeline_ddpm import DDPMPipeline, without_bar
 from ..sampling.shards import Rows, all_rows
 from ..utils.digests import digest, images_digest, weights_digest
 from ..utils.processes import from_first, processes, raise_on_all_ranks
-from ..utils.progress import progress_bar
+from ..utils.progress import in_parts, progress_bar
 from ..utils.randomness import derived_generator
 from . import distances, further_metrics, metrics
-from .features import FeatureExtractor
+from .features import FeatureExtractor, Pixels
 from .options import EvaluationOptions
 from .report import EvaluationReport, describe_pipeline
 
@@ -68,15 +69,28 @@ def real_images(split: str, images: Any, extractors: list[FeatureExtractor], opt
     content = from_first(content)
     real = RealImages(split, images)
     for extractor in extractors:
-        key = digest(content, extractor.fingerprint)
-
-        def features_of(ids: list[int], extractor: FeatureExtractor = extractor) -> Rows:
-            return {"features": extractor(images.batch(torch.tensor(ids))[0])["features"]}
-
-        desc, folder = f"{extractor.name} features, {split}", options.cache_dir / "features" / key
-        rows = all_rows(len(images), features_of, options.batch_size, folder, desc, options.progress)
-        real.features[extractor.name], real.fingerprints[extractor.name] = rows["features"], key
+        key = real.fingerprints[extractor.name] = digest(content, extractor.fingerprint)
+        real.features[extractor.name] = _features(real, extractor, options, options.cache_dir / "features" / key)
     return real
+
+
+def _features(real: RealImages, extractor: FeatureExtractor, options: EvaluationOptions, folder: Path) -> Tensor:
+    """Return features of real images, `[N, D]`; pixels are made sooner than read from a disk."""
+    count, desc = len(real.images), f"{extractor.name} features, {real.split}"
+
+    def rows(ids: Tensor) -> Tensor:
+        return extractor(real.images.batch(ids)[0])["features"]
+
+    if not isinstance(extractor, Pixels):
+
+        def make(ids: list[int]) -> Rows:
+            return {"features": rows(torch.tensor(ids))}
+
+        return all_rows(count, make, options.batch_size, folder, desc, options.progress)["features"]
+    features = torch.empty((count, extractor.size))
+    for ids in in_parts(torch.arange(count).split(options.batch_size), desc):
+        features[ids] = rows(ids)
+    return features
 
 
 def _labels_of_samples(classes: Any, options: EvaluationOptions, train: Any) -> tuple[list[Any] | None, str | None]:
