@@ -87,8 +87,8 @@ def measure(values: Any) -> None:
     of_few_steps = values.sampler in (None, "ddpm") and values.num_evaluations is None
     if values.num_inference_steps and not (samples or of_few_steps):
         log(f"the likelihood is of the ddpm process and all {T} steps: --num_inference_steps is for samples here")
-    names = ("num_images", "num_evaluations", "num_samples", "num_sets", "batch_size", "seed")
-    names += ("features", "inception_weights")
+    names = ["num_images", "num_evaluations", "num_samples", "num_sets", "batch_size", "seed"]
+    names += ["features", "inception_weights"]
     options = {"model_name": values.model, "output": None if file is not None else output, "progress": True}
     options |= {"cache_dir": None if values.cache_dir is None else Path(values.cache_dir)}
     # What is held out comes first.

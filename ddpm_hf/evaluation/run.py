@@ -194,18 +194,20 @@ def _compare_sets(
 ) -> tuple[Samples, list[EvaluationReport]]:
     """Draw the sets of samples; return the first one, and on the first process the numbers of each."""
     train = next((images.images for images in real if images.split == "train"), None)
-    count, first, parts = options.num_samples * options.num_sets, None, []
     device = pipe.device if pipe.device.type == "cuda" else torch.device("cpu")  # float64 is not everywhere
-    for seed in range(options.seed, options.seed + count, options.num_samples):
+    seeds = range(options.seed, options.seed + options.num_samples * options.num_sets)
+    found: list[Samples] = []
+    parts: list[EvaluationReport] = []
+    for seed in seeds[:: options.num_samples]:
         samples = draw_samples(pipe, extractors, dataclasses.replace(options, seed=seed), train)
-        first = first or samples
+        found = found or [samples]
         with raise_on_all_ranks():
             if processes().is_main_process:
                 parts.append(EvaluationReport("", "", 0))
                 add_sample_metrics(parts[-1], metrics, samples, real, device)
     if options.num_sets > 1:
-        first.settings |= {"num_sets": options.num_sets, "seeds": f"{options.seed}-{options.seed + count - 1}"}
-    return first, parts
+        found[0].settings |= {"num_sets": options.num_sets, "seeds": f"{seeds[0]}-{seeds[-1]}"}
+    return found[0], parts
 
 
 def check_evaluation(
