@@ -128,6 +128,12 @@ def check_opens(snapshot: Path, folder: Path) -> None:
                 logging.enable_progress_bar()
 
 
+def check_folder(folder: Path) -> None:
+    """Raise OSError where there is no such folder: before a token is asked for."""
+    if not folder.is_dir():
+        raise OSError(f"there is no folder {str(folder)!r}; name that of a run or model")
+
+
 def make_snapshot(folder: Path, token: str | None = None, weights: str = "ema") -> Path:
     """Copy the published files as they are now into a folder of their own, without paths of this machine in them.
 
@@ -135,8 +141,7 @@ def make_snapshot(folder: Path, token: str | None = None, weights: str = "ema") 
     `weights` is as for `DDPMPipeline.from_pretrained`. Raises OSError or UserError: there is no DDPM in the folder, or
     a file holds an access token.
     """
-    if not folder.is_dir():
-        raise OSError(f"there is no folder {str(folder)!r}")
+    check_folder(folder)
     if weights == "raw" or not (folder / INDEX).is_file():
         return _snapshot_of_checkpoint(folder, token, weights)
     prefix, suffix = _SNAPSHOT

@@ -30,7 +30,18 @@ from ..evaluation.report import EvaluationReport
 from ..utils import hub_errors
 from ..utils.errors import UserError
 from ..utils.files import write_text
-from .files import CARD, CURVE, INDEX, REPORT, SAMPLES, check_opens, make_snapshot, read_card, take_report
+from .files import (
+    CARD,
+    CURVE,
+    INDEX,
+    REPORT,
+    SAMPLES,
+    check_folder,
+    check_opens,
+    make_snapshot,
+    read_card,
+    take_report,
+)
 from .model_card import CardFacts, ModelFacts, check_license, generated_facts, make_card
 
 _WEIGHT_FILES = re.compile(r"[^/]+/.*\.(safetensors|bin|ckpt|msgpack|h5|index(\.\w+)?\.json)")
@@ -84,7 +95,7 @@ class Push:
         Returns the address of the commit or the pull request. Raises PushError if it did not happen (everything is
         still on disk), OSError or UserError if there is no DDPM in the folder that opens.
         """
-        folder = Path(self.folder)
+        check_folder(folder := Path(self.folder))
         token = known_token(self.token)
         snapshot = make_snapshot(folder, token, self.weights)
         try:

@@ -14,7 +14,7 @@ from huggingface_hub.utils import get_session
 
 from ..utils.files import check_new_folder, write_directory
 from ..utils.hub_errors import open_repository
-from .files import CARD, check_opens, make_snapshot
+from .files import CARD, check_folder, check_opens, make_snapshot
 from .model_card import check_license
 from .publish import PushError, check_repo_id, commit, files_in, known_token, retried
 
@@ -81,6 +81,7 @@ def write_space(
 def push_space(run: str | Path, repo_id: str, private: bool = True, token: str | None = None, **options: Any) -> str:
     """Make a Space on the Hub, or renew it, in one commit; return its address. See `write_space`, `publish.Push`."""
     check_repo_id(repo_id)
+    check_folder(Path(run))
     token = known_token(token)
 
     def push() -> str:

@@ -160,9 +160,14 @@ def find_checkpoint(
 
 
 def recorded_state(output_dir: Path, which: str | None) -> dict[str, Any] | None:
-    """Return the state, without tensors, of the checkpoint that `find_checkpoint` would find; `None` without one."""
-    paths = list_checkpoints(output_dir) if which == "latest" else [output_dir / which, Path(which)] if which else []
-    for path in reversed(paths):
+    """Return the state, without tensors, of the checkpoint that `find_checkpoint` would find; `None` without one.
+
+    Raises CheckpointError: a named checkpoint is missing, or damaged as far as sizes tell.
+    """
+    if which not in (None, "latest"):
+        found = find_checkpoint(output_dir, which, only=())
+        return None if found is None else found[2]
+    for path in reversed(list_checkpoints(output_dir) if which else []):
         with suppress(CheckpointError):
             return _read_json(path / STATE_FILE)
     return None

@@ -23,13 +23,15 @@ def count_and_generators(
     if seeds is not None:
         if generator is not None:
             raise UserError("pass either seeds or generator, and not both")
+        if not isinstance(seeds, Iterable):
+            raise UserError(f"seeds must be one number per image, got {seeds!r}; write seeds=[{seeds!r}] for one")
         seeds = [whole_number("each of seeds", seed) for seed in seeds]
         if batch_size not in (None, len(seeds)):
             raise UserError(f"batch_size={batch_size} but {len(seeds)} seeds; leave batch_size out")
         return len(seeds), SeededNoise(seeds, device)
     batch_size = 1 if batch_size is None else whole_number("batch_size", batch_size)
-    if batch_size < 0:
-        raise UserError(f"batch_size must not be negative, got {batch_size}")
+    if batch_size < 1:
+        raise UserError(f"batch_size must be at least 1, got {batch_size}")
     generator = list(generator) if isinstance(generator, tuple) else generator
     if isinstance(generator, list) and len(generator) != batch_size:
         raise UserError(f"got {len(generator)} generators for batch_size={batch_size}; pass one per image")
@@ -59,10 +61,12 @@ def images_in_model_range(image: Any, image_shape: tuple[int, int, int]) -> Tens
     if tuple(images.shape[1:]) != image_shape:
         wanted = f"the network's images are {image_shape} (channels, height, width)"
         raise UserError(f"image has shape {tuple(image.shape)}, and {wanted}")
+    if not len(images):
+        raise UserError("image is an empty batch; give at least one image")
     if images.dtype == torch.uint8:
         return to_model_range(images)
     images = images.float()
-    if len(images) and not (images.amin() >= 0 and images.amax() <= 1):
+    if not (images.amin() >= 0 and images.amax() <= 1):
         raise UserError(f"image must lie in [0, 1], got {images.amin().item():g} to {images.amax().item():g}")
     return images * 2 - 1
 

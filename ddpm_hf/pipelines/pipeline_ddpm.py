@@ -242,13 +242,14 @@ class DDPMPipeline(PortableConfigMixin, PrivateByDefault, StockDDPMPipeline):
         """Draw images; the network runs in evaluation mode and in its own dtype, the chain in float32.
 
         Args:
-            batch_size: How many images; 1 by default, or as many as there are seeds or given images. 0 gives none.
+            batch_size: How many images; 1 by default, or as many as there are seeds or given images.
             generator: One generator for all, or one per image; draws as in stock.
             num_inference_steps: Steps of the chain; by default the scheduler's T (1000 in the paper), or what the
                 model is distilled for.
             output_type: `pil`, or in [0, 1] `np` (`[B, H, W, C]`; also `numpy` or `None`) or `pt` (`[B, C, H, W]`).
             return_dict: `False` gives a tuple.
             seeds: One seed per image, instead of `generator`: image i depends on its own seed only, on every device.
+                An empty list gives no images.
             class_labels: For class-conditional networks: one class for all images, or one per image, by name or
                 number (`data.class_labels`); `None` is "no class".
             guidance_scale: Classifier-free guidance (Ho & Salimans 2022): 1 samples the class as it was learned,

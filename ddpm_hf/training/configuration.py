@@ -36,6 +36,7 @@ RANGE: Limit = (
 )
 
 _PRESET = "what is left out is as in --preset"
+_PRESETS = f"{', '.join(PRESETS)}; default: cifar10, or digits for --dataset digits"
 _INIT_FROM = "fine-tune this model (a folder, a checkpoint, a name on the Hub), with its network and noise schedule"
 _NEEDS = {"hub_model_id": "push_to_hub", "best_metric": "validation_steps", "class_dropout": "class_conditional"}
 _TOTAL = "chosen to reach the total batch size if left out"
@@ -102,7 +103,7 @@ class TrainingConfig:
     not_flags: ClassVar[frozenset[str]] = frozenset()  # fields that are none
     defaults: ClassVar[Preset | None] = None  # what is left out, where there is no --preset
 
-    preset: str = _flag("cifar10", f"the experiment: {', '.join(PRESETS)}", group=f"network and process; {_PRESET}")
+    preset: str = _flag(None, f"the experiment: {_PRESETS}", group=f"network and process; {_PRESET}")
     init_from: str | None = _flag(None, _INIT_FROM, NOT_EMPTY)
     dropout: float | None = _flag(None, "dropout in the residual blocks", FRACTION, paper="dropout")
     prediction_type: str | None = _preset("prediction_type", "epsilon, sample, v_prediction or posterior_mean")
@@ -189,6 +190,8 @@ class TrainingConfig:
             if isinstance(value, (Path, list, tuple)):
                 plain = str(value) if isinstance(value, Path) else value[0] if len(value) == 1 else list(value)
                 object.__setattr__(self, name, plain)
+        if self.preset is None:  # nobody means the network of 32x32 colour images for 8x8 grey ones
+            object.__setattr__(self, "preset", "digits" if self.dataset == "digits" else "cifar10")
         get_preset(self.preset)
         check_limits(self)
         for name, other in _NEEDS.items():

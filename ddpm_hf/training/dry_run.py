@@ -63,16 +63,22 @@ def _seconds(trainer: Trainer, count: int) -> float:
 
 
 def _disk(trainer: Trainer, updates: int) -> str:
-    """Return what checkpoints take on the disk, or raise UserError: they do not fit, or cannot be written."""
+    """Return what checkpoints and snapshots take on the disk, or raise UserError: they do not fit."""
     folder, config = trainer.output_dir, trainer.config
     there = next(path for path in (folder, *folder.resolve().parents) if path.exists())
     writable_folder(there, "--output_dir")
     # In float32: weights, EMA weights and Adam's two moments, and two averages for post-hoc EMA.
-    size = parameter_count(trainer.unet) * 4 * (4 if trainer.update.powers is None else 6)
+    averaged, weights = trainer.update.powers is not None, parameter_count(trainer.unet) * 4
+    size = weights * (6 if averaged else 4)
     made = math.ceil(updates / config.checkpointing_steps)
     count = min(made, config.checkpoints_total_limit or made)
+    snapshots = min(updates, config.posthoc_ema_snapshots) if averaged else 0  # of two averages in float16
     free = shutil.disk_usage(there).free
-    text = f"checkpoints of {size / 1e9:.2g} GB, {count} kept, in {folder}, where {free / 1e9:.0f} GB are free"
-    if size * (count + 1) > free:  # a new one is there before an old one is removed
-        raise UserError(f"too little space for {text}; give a smaller --checkpoints_total_limit")
+    text = f"checkpoints of {size / 1e9:.2g} GB, {count} kept, "
+    text += f"and {snapshots} snapshots of {weights / 1e9:.2g} GB for post-hoc EMA, " if snapshots else ""
+    text += f"in {folder}, where {free / 1e9:.0f} GB are free"
+    # a new one is there before an old one is removed
+    if size * (count + 1) + weights * (snapshots + bool(snapshots)) > free:
+        how = " or --posthoc_ema_snapshots" if snapshots else ""
+        raise UserError(f"too little space for {text}; give a smaller --checkpoints_total_limit{how}")
     return text

@@ -55,9 +55,6 @@ def open_initial_model(config: TrainingConfig, state: dict[str, Any] | None) -> 
         return _recorded_model(config, state)
     if (name := config.init_from) is None:
         return None
-    if (which := config.resume_from_checkpoint) not in (None, "latest"):
-        what = f"--init_from {name} and --resume_from_checkpoint {which} both say which weights to start from"
-        raise UserError(f"{what}, and {config.output_dir!r} holds no such checkpoint; leave out one of them")
     pipe = load_named("--init_from", name, as_ddpm=True, dtype=torch.float32)
     if own := pipe.distilled_steps:
         what = f"--init_from {name} is distilled, and knows its own {own} timesteps only"

@@ -19,6 +19,7 @@ from ..utils.text import listed
 from .configuration import TrainingConfig
 from .distillation import Distillation
 from .initialization import InitialModel
+from .memory import check_memory
 from .tracking import known_trackers
 
 
@@ -152,8 +153,10 @@ def resolve(config: TrainingConfig, accelerator: Accelerator, initial: InitialMo
     micro, accumulation, _ = config.batch_plan(accelerator.num_processes)
     plan = BatchPlan(micro, accumulation, accelerator.process_index, accelerator.num_processes)
     computation = choose_computation(config, accelerator)
-    with torch.device("meta"):  # sizes that the network cannot halve, before any image is read
-        check_size(UNet2DModel(**recipe.unet), *image_size(recipe.unet), otherwise=" as --resolution")
+    with torch.device("meta"):  # what cannot be, before any image is read
+        unet = UNet2DModel(**recipe.unet)
+    check_size(unet, *image_size(recipe.unet), otherwise=" as --resolution")
+    check_memory(unet, config, accelerator, micro, eager=not computation.compile)
     if isinstance(initial, Distillation):
         images = initial.trajectories(config.seed, accelerator, plan.micro, computation.compile)
         return Run(config, recipe, accelerator, computation, plan, images, dict(recipe.unet), None, initial)

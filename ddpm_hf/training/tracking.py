@@ -21,7 +21,11 @@ def known_trackers(text: str | None) -> list[str]:
     """Return the trackers of `"tensorboard,trackio"` (`all`: the installed; `none`, `None`: none); or UserError."""
     names = [part.strip().lower() for part in (text or "none").split(",") if part.strip()]
     installed = [str(tracker) for tracker in get_available_trackers()]
-    if names == ["none"] or (names == ["all"] and installed):
+    if len(names) > 1 and (alone := {"all", "none"}.intersection(names)):
+        raise UserError(f"--report_to {min(alone)!r} stands alone, got {text!r}; leave out the others, or it")
+    if names == ["all"] and not installed:
+        raise UserError("--report_to 'all': no tracker is installed; pip install 'ddpm-hf[train]' first, or give none")
+    if names in (["all"], ["none"]):
         return installed if names == ["all"] else []
     if missing := [name for name in names if name not in installed]:
         what = "'ddpm-hf[train]'" if missing[0] in ("tensorboard", "trackio") else "it"

@@ -208,7 +208,7 @@ class Trainer:
         started = shown = time.monotonic()
         with progress_bar(self.last, "training", "step", self.accelerator.is_main_process, initial=first) as bar:
             if 0 < first < self.last and self.evaluation.is_missing(first):  # ended between checkpoint and evaluation
-                self._show_progress(stop)
+                started += self._show_progress(stop)
             while self.step < self.last:
                 with self.reproducible():
                     loss, norm = self._update(self.step)
@@ -235,7 +235,7 @@ class Trainer:
                 elif is_due(self.step):
                     self._save_snapshot()
                 if self.step < last:
-                    self._show_progress(stop)
+                    started += self._show_progress(stop)  # which is not what images per second are about
                     if checkpoint and config.push_to_hub:
                         self.publisher.push(self._ema_state_dict(), self.step)
                 if self._all_agree_to_stop(stop):
@@ -273,10 +273,14 @@ class Trainer:
             self.model(batch.noise, batch.t, class_labels=batch.labels).sample.sum().backward()
             self.optimizer.zero_grad(set_to_none=True)
 
-    def _show_progress(self, stop: StopFlag) -> None:
-        """Make what is due after this update; a stop interrupts it: a resumed run makes the evaluation, no grid."""
+    def _show_progress(self, stop: StopFlag) -> float:
+        """Make what is due after this update, and return the seconds that it took.
+
+        A stop interrupts it: a resumed run makes the evaluation, no grid.
+        """
         if not (due(self.step, self.config.save_images_steps) or due(self.step, self.config.validation_steps)):
-            return
+            return 0.0
+        self.update.loss.item()  # waits for the device, whose updates are not over
         before = time_limit.clock()
         self._pace.restart()
         try:
@@ -284,8 +288,10 @@ class Trainer:
         except (UserError, OSError, MemoryError):
             self._save()  # what was trained is not lost
             raise
+        seconds = time_limit.clock() - before
         if self.limit is not None:
-            self.limit.shown(self.step, time_limit.clock() - before)
+            self.limit.shown(self.step, seconds)
+        return seconds
 
     def _plan(self, limit: TimeLimit) -> None:
         """Plan the last update, at first with an estimate of what comes after it."""

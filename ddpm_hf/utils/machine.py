@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -40,6 +41,20 @@ def peak_memory(device: torch.device) -> str:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             most = peak if sys.platform == "darwin" else peak * 1024  # bytes there, KiB on Linux
     return f"{most / 1e9:.1f} GB at most, of the {there / 1e9:.0f} GB {where}"
+
+
+def obtainable_memory(device: torch.device) -> tuple[int, str]:
+    """Return how many bytes this process can have at most, with those that it has already, and where that is."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device), "the GPU"
+    memory = psutil.virtual_memory()
+    if sys.platform != "linux":  # elsewhere memory is compressed, and swap made, as it is needed
+        return memory.total, "this machine"
+    there = memory.available + psutil.swap_memory().free + psutil.Process().memory_info().rss
+    for limit in ("memory.max", "memory/memory.limit_in_bytes"):  # of a container: cgroups version 2 and 1
+        with suppress(OSError, ValueError):  # ValueError: "max"
+            there = min(there, int(Path("/sys/fs/cgroup", limit).read_text()))
+    return there, "this machine"
 
 
 def use_tf32(wanted: bool) -> None:

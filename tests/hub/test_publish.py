@@ -295,6 +295,7 @@ def test_mistakes_before_anything_is_sent(tmp_path, run_folder, capsys, monkeypa
         ([run, "--repo_id", "org/m", "--privat"], "did you mean '--private'?"),
         ([run, "--repo_id", "org/m", "--private", "maybe"], "true or false"),
         ([run, "--repo_id", "org/m"], "HF_HUB_OFFLINE"),
+        (["nowhere", "--repo_id", "org/m"], "there is no folder 'nowhere'; name that of a run or model"),
     ]:
         assert cli.main(["push", *arguments]) == 2
         out, err = capsys.readouterr()

@@ -116,6 +116,7 @@ def test_the_license_is_what_the_card_says(run_folder, tmp_path, card, license):
     [
         (["RUN"], "give --repo_id org/name to push the Space, or --output FOLDER"),
         (["nowhere", "--output", "NEW"], "there is no folder 'nowhere'"),
+        (["nowhere", "--repo_id", "org/demo"], "there is no folder 'nowhere'"),
         (["EMPTY", "--output", "NEW"], "holds no pipeline"),
         (["RUN", "--output", "FULL"], "holds something else; name a new folder"),
         (["RUN", "--output", "NEW", "--model_id", "a/b/c"], "'a/b/c' is no repository name"),

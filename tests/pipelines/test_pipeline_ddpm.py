@@ -78,7 +78,12 @@ def test_a_bf16_network_keeps_a_float32_chain(small_pipeline):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batch_size": -1}, "batch_size"),
+        ({"batch_size": -1}, "batch_size must be at least 1, got -1"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"batch_size": 0, "generator": []}, "batch_size must be at least 1, got 0"),
+        ({"batch_size": 1.5}, "batch_size must be a whole number, got 1.5"),
+        ({"seeds": 5}, r"one number per image, got 5; write seeds=\[5\]"),
+        ({"image": np.zeros((0, 8, 8, 1)), "strength": 0.5}, "image is an empty batch"),
         ({"image": np.zeros((8, 8, 1))}, "needs strength"),
         ({"strength": 0.5}, "give image"),
         ({"mask_image": np.ones((8, 8))}, "give image"),
@@ -129,10 +134,10 @@ def test_a_learned_variance_is_dropped_by_samplers_that_have_none():
         assert np.abs(images[0] - images[1]).max() < 1e-4
 
 
-def test_no_images(small_pipeline):
+def test_no_seeds_are_no_images(small_pipeline):
     assert small_pipeline(seeds=[]).images == []
-    assert small_pipeline(batch_size=0, output_type="np").images.shape == (0, 8, 8, 1)
-    assert small_pipeline(batch_size=0, generator=[], output_type="pt", return_dict=False)[0].shape == (0, 1, 8, 8)
+    assert small_pipeline(seeds=[], output_type="np").images.shape == (0, 8, 8, 1)
+    assert small_pipeline(seeds=[], output_type="pt", return_dict=False)[0].shape == (0, 1, 8, 8)
 
 
 BETAS = np.linspace(1e-4, 0.02, 1000)

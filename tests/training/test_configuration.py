@@ -9,6 +9,7 @@ import yaml
 from conftest import make_small_unet
 
 from ddpm_hf import DDPMPipeline, DDPMScheduler
+from ddpm_hf.cli import parse_training_config
 from ddpm_hf.presets import get_preset
 from ddpm_hf.training.configuration import TrainingConfig
 
@@ -19,6 +20,13 @@ def test_the_preset_is_the_default():
     assert config.images_given() == {"dataset_name": "cifar10"}
     assert TrainingConfig(preset="digits").images_given() == {"dataset": "digits"}
     assert TrainingConfig(preset="digits", train_data_dir="x").images_given() == {"train_data_dir": "x"}
+
+
+def test_the_preset_that_is_left_out_is_that_of_the_digits_for_the_digits():
+    assert TrainingConfig().preset == TrainingConfig(train_data_dir="digits").preset == "cifar10"
+    assert TrainingConfig(dataset="digits").resolved_preset() == get_preset("digits")
+    assert TrainingConfig(dataset="digits", preset="cifar10").preset == "cifar10"
+    assert parse_training_config(["--dataset", "digits"]).preset == "digits"
 
 
 def test_flags_override_the_preset():

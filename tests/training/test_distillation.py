@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -260,6 +261,17 @@ def test_a_run_is_not_resumed_with_another_teacher(teacher, student, tmp_path):
     assert "digest" not in str(error.value)  # what is the same is left out
     with pytest.raises(UserError, match="was trained with num_trajectories=8, and this run has 5;"):
         distil(teacher, student, num_trajectories=5, resume_from_checkpoint="latest")
+
+
+def test_a_wrong_checkpoint_is_refused_before_the_teacher_makes_anything(student, tmp_path, monkeypatch):
+    monkeypatch.setattr(Distillation, "load", lambda config: pytest.fail("the teacher was loaded"))
+    config = {**QUICK, "model": "nowhere", "output_dir": str(student)}
+    with pytest.raises(UserError, match=r"no checkpoint 'checkpoint-3'; .* has checkpoint-2, checkpoint-4"):
+        Trainer(DistillationConfig(**config, resume_from_checkpoint="checkpoint-3"))
+    damaged = shutil.copytree(student / "checkpoint-2", tmp_path / "checkpoint-2")
+    (damaged / "ema.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match=r"damaged: ema.safetensors"):
+        Trainer(DistillationConfig(**config, resume_from_checkpoint=str(damaged)))
 
 
 def test_help_has_the_recipe_of_distillation_and_not_the_papers():

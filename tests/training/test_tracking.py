@@ -128,8 +128,39 @@ def test_which_trackers(text, trackers, tmp_path):
     assert known_trackers(text) == trackers
     with pytest.raises(ValueError, match="'wandbb' is not an installed tracker"):
         trainer(tmp_path / "other", report_to="wandbb")
-    with pytest.raises(UserError, match="'none' is not an installed tracker"):
-        known_trackers("tensorboard,none")
+    for several, alone in {"tensorboard,none": "none", "all, tensorboard": "all"}.items():
+        with pytest.raises(UserError, match=f"report_to='{alone}' stands alone, got '{several}'; leave out"):
+            known_trackers(several)
+
+
+def test_all_trackers_where_none_is_installed(monkeypatch):
+    monkeypatch.setattr("ddpm_hf.training.tracking.get_available_trackers", list)
+    assert known_trackers("none") == []
+    with pytest.raises(UserError, match=r"no tracker is installed; pip install 'ddpm-hf\[train\]' first, or"):
+        known_trackers("all")
+
+
+def test_images_per_second_are_those_of_updates(tmp_path, monkeypatch, capsys):
+    now, noted = [0.0], {}
+
+    def take(seconds, method):
+        def slow(*arguments, **options):
+            now[0] += seconds
+            return method(*arguments, **options)
+
+        return slow
+
+    monkeypatch.setattr(training_trainer, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(training_trainer.time_limit, "clock", lambda: now[0])
+    run = trainer(tmp_path / "run", validation_steps=2, save_images_steps=3, logging_steps=1)
+    monkeypatch.setattr(run, "_update", take(2, run._update))
+    monkeypatch.setattr(run.publisher, "show", take(1000, lambda *_: None))
+    monkeypatch.setattr(run.publisher, "complete", lambda *_: None)
+    monkeypatch.setattr(run.tracking, "note", lambda step, loss, norm, numbers: noted.update({step: numbers}))
+    run.train()
+    # 16 images in the 2 s of an update, whatever was shown after updates 2, 3 and 4
+    assert {step: numbers["images_per_second"] for step, numbers in noted.items()} == dict.fromkeys(range(1, 7), 8.0)
+    assert "trained 6 updates in 12.0 s, 8 images/s" in capsys.readouterr().out
 
 
 def test_a_tracker_that_cannot_start_is_a_sentence(tmp_path, monkeypatch):
