@@ -4,8 +4,9 @@ Compares the first `--count` training images of a random order with as many othe
 images, and these after damage of known kinds. Every metric of `ddpm-hf evaluate` that works on features is computed
 for all `--features`, with FID, KID, precision and recall by independent code (numpy, torch-fidelity) beside it. With
 `--seeds 3` the images are chosen three times where they are not damaged, for the spread. Writes `table.md`,
-`numbers.json` and `ladder.png`. CIFAR_FOLDER holds `train.npz` and `test.npz` (`images`, [N, H, W, 3] uint8) and
-`labels.npz` (`train`). The features of all of them are kept in the cache, as `ddpm-hf evaluate` keeps them.
+`numbers.json`, `ladder.png` and, with several seeds, what each number sees, `seen_FEATURES.png`. CIFAR_FOLDER holds
+`train.npz` and `test.npz` (`images`, [N, H, W, 3] uint8) and `labels.npz` (`train`). The features of all of them are
+kept in the cache, as `ddpm-hf evaluate` keeps them.
 """
 
 import argparse
@@ -28,7 +29,8 @@ from ddpm_hf.data import load_images
 from ddpm_hf.evaluation.features import make_extractor
 from ddpm_hf.evaluation.metrics import frechet_distance
 from ddpm_hf.evaluation.options import EvaluationOptions
-from ddpm_hf.evaluation.samples import SAMPLE_METRICS, Features, number_name, real_images
+from ddpm_hf.evaluation.plots import figure_class, save_figure
+from ddpm_hf.evaluation.samples import SAMPLE_METRICS, Features, higher_is_better, number_name, real_images
 from ddpm_hf.utils.errors import UserError, showing_flags
 from ddpm_hf.utils.files import write_text
 from ddpm_hf.utils.text import finite, table
@@ -147,6 +149,30 @@ def page_of(found: dict[str, dict[str, list[float]]], extractor: Any) -> str:
     return "\n\n".join([f"## {extractor.name}", f"{extractor.description}.", table(lines)])
 
 
+def chart(found: dict[str, dict[str, list[float]]], name: str) -> Any:
+    """Return a figure: how much worse than other training images each row looks to each number, in their spreads."""
+    usual = found["other training images"]
+    columns, rows = list(usual), [row for row in found if row != "other training images" and "code" not in row]
+    seen = np.full((len(rows), len(columns)), np.nan)
+    for j, column in enumerate(columns):
+        sign = -1 if higher_is_better(column) else 1
+        mean, spread = np.mean(usual[column]), np.std(usual[column], ddof=1) or np.nan
+        for i, row in enumerate(rows):
+            if column in found[row]:
+                seen[i, j] = sign * (np.mean(found[row][column]) - mean) / spread
+    figure = figure_class()(figsize=(9, 5.2), layout="constrained", dpi=120)
+    axes = figure.add_subplot()
+    axes.imshow(np.sign(seen) * np.log10(1 + np.abs(seen)), cmap="RdBu_r", vmin=-3, vmax=3, aspect="auto")
+    axes.set_xticks(
+        range(len(columns)), [column.removesuffix(f"_{name}") for column in columns], rotation=30, ha="right"
+    )
+    axes.set_yticks(range(len(rows)), rows)
+    for (i, j), value in np.ndenumerate(seen):
+        axes.text(j, i, "-" if np.isnan(value) else f"{value:+.3g}", ha="center", va="center", fontsize=9)
+    axes.set_title(f"How much worse than other training images, in their spreads ({name})")
+    return figure
+
+
 def compare(extractor: Any, sets: dict[str, Any], choices: Sequence[Choice], arguments: Any) -> Any:
     """Yield after every row all numbers so far: by row and name those of each choice."""
     options = EvaluationOptions(batch_size=arguments.batch_size, progress=True)
@@ -213,6 +239,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             write_text(arguments.output / "numbers.json", json.dumps(finite(found), indent=1) + "\n")
             write_text(arguments.output / "table.md", "\n\n".join([*pages, page]) + "\n")
         pages.append(page)
+        if len(seeds) > 1:
+            save_figure(chart(rows, extractor.name), arguments.output / f"seen_{extractor.name}.png")
         print(pages[-1], flush=True)
     return 0
 

@@ -75,5 +75,6 @@ def test_the_table_has_independent_numbers_beside_ours(benchmark, folder, tmp_pa
     mean, spread = np.mean(copies["authentic_pixels"]), np.std(copies["authentic_pixels"], ddof=1)
     assert f"{mean:.4g} ± {spread:.2g}" in page
     assert (tmp_path / "out" / "ladder.png").exists()
+    assert (tmp_path / "out" / "seen_pixels.png").exists()
     assert benchmark.main([str(folder), "--count", "150", "--output", str(tmp_path / "out")]) == 2
     assert "--count 150 needs 300 training images" in capsys.readouterr().err
