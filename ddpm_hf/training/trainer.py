@@ -7,8 +7,8 @@ shows, `checkpointing.py` what it resumes from. Everything random in update n is
 import os
 import shlex
 import time
-from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -237,7 +237,8 @@ class Trainer:
                 if self.step < last:
                     self._show_progress(stop)
                     if checkpoint and config.push_to_hub:
-                        self.publisher.push(self._ema_state_dict(), self.step)
+                        with self._timed("push"):
+                            self.publisher.push(self._ema_state_dict(), self.step)
                 if self._all_agree_to_stop(stop):
                     self._save()
                     if self.step < last:
@@ -275,24 +276,35 @@ class Trainer:
 
     def _show_progress(self, stop: StopFlag) -> None:
         """Make what is due after this update; a stop interrupts it: a resumed run makes the evaluation, no grid."""
-        if not (due(self.step, self.config.save_images_steps) or due(self.step, self.config.validation_steps)):
-            return
-        before = time_limit.clock()
+        for what, interval in (("grid", self.config.save_images_steps), ("numbers", self.config.validation_steps)):
+            if not due(self.step, interval):
+                continue
+            try:
+                with self._timed(what):
+                    make = partial(self.publisher.show, what, self._ema_state_dict(), self.step, self.seconds())
+                    self._unless_stopped(stop, make)
+            except (UserError, OSError, MemoryError):
+                self._save()  # what was trained is not lost
+                raise
+
+    @contextmanager
+    def _timed(self, what: str) -> Iterator[None]:
+        """Measure, for the estimates of the time, what is made within and is no update."""
         self._pace.restart()
-        try:
-            self._unless_stopped(stop, lambda: self.publisher.show(self._ema_state_dict(), self.step, self.seconds()))
-        except (UserError, OSError, MemoryError):
-            self._save()  # what was trained is not lost
-            raise
+        if self.limit is not None and self.device.type != "cpu":
+            torch.accelerator.synchronize()  # updates that are still being computed are no part of it
+        before = time_limit.clock()
+        yield
         if self.limit is not None:
-            self.limit.shown(self.step, time_limit.clock() - before)
+            self.limit.took(what, self.step, time_limit.clock() - before)
 
     def _plan(self, limit: TimeLimit) -> None:
         """Plan the last update, at first with an estimate of what comes after it."""
-        if limit.estimate is None:
-            # At 100 MB/s: weights, EMA, two moments, two averages of the post-hoc EMA in two places, the model.
-            limit.writing = limit.writing or 4 * parameter_count(self.unet) * 9 / 1e8
-            limit.estimate = self.publisher.seconds_to_complete(self._ema_state_dict(), self.step)
+        if not limit.estimated:
+            # At 100 MB/s: weights, EMA, two moments, two averages of the post-hoc EMA
+            checkpoint = 4 * parameter_count(self.unet) * 6 / 1e8
+            shown = self.publisher.seconds_to_complete(self._ema_state_dict(), self.step)
+            limit.expect({"checkpoint": checkpoint, **shown})
         limit.plan(self.step)
 
     def _unless_stopped(self, stop: StopFlag, make: Callable[[], None]) -> bool:
@@ -396,7 +408,11 @@ class Trainer:
         """Write a checkpoint of this update, if there is none: the main process does, from what all have."""
         if self._saved_at == self.step:
             return
-        self._pace.restart()
+        with self._timed("checkpoint"):
+            self._write_checkpoint()
+        self._saved_at = self.step
+
+    def _write_checkpoint(self) -> None:
         weights, moments, values = checkpointing.training_state(self.model, self._adam)
         tensors = {"model": weights, "ema": self._ema_state_dict(), "optimizer": moments}
         scaler, keep = self.accelerator.scaler, self.config.checkpoints_total_limit
@@ -409,9 +425,6 @@ class Trainer:
             if self.accelerator.is_main_process:
                 checkpoints.save_checkpoint(self.output_dir, self.step, tensors, state, keep)
         self._save_snapshot()
-        self._saved_at = self.step
-        if self.limit is not None and self.step < self.last:
-            self.limit.writing = 1.5 * (self.seconds() - state["seconds"])
 
     def _save_snapshot(self) -> None:
         """Write what post-hoc EMA is made from, if it is kept."""
