@@ -49,7 +49,9 @@ def pack(model: Path, parts: Path) -> int:
 
 
 def unpack(parts: Path, model: Path) -> None:
-    """Write the pipeline's folder that parts were made from; raise ValueError for a damaged part."""
+    """Write the pipeline's folder that parts were made from; raise ValueError: a part is damaged, or a model there."""
+    if (model / WEIGHTS).exists():
+        raise ValueError(f"{model} holds a model already; name another folder")
     index = json.loads((parts / INDEX).read_text())
     flat = []
     for file in index["files"]:
@@ -72,5 +74,10 @@ def unpack(parts: Path, model: Path) -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) != 4 or sys.argv[1] not in ("pack", "unpack"):
-        sys.exit(__doc__)
-    {"pack": pack, "unpack": unpack}[sys.argv[1]](Path(sys.argv[2]), Path(sys.argv[3]))
+        print(__doc__, file=sys.stderr)
+        sys.exit(2)
+    try:
+        {"pack": pack, "unpack": unpack}[sys.argv[1]](Path(sys.argv[2]), Path(sys.argv[3]))
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

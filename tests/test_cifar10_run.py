@@ -1,8 +1,11 @@
 """`benchmarks/cifar10_run.py` and its parts of weights: the whole command, small and on the CPU."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -68,15 +71,90 @@ def test_the_whole_command(benchmark, data, tmp_path, capsys):
     assert dict(pipe.scheduler.config) == dict(DDPMPipeline.from_pretrained(folder).scheduler.config)
 
 
-def test_a_mistake_is_one_sentence_before_the_training(benchmark, data, tmp_path, capsys):
-    flags = ["--data", str(data), "--output", str(tmp_path / "run"), *SMALL]
-    assert benchmark.main([*flags, "--samples", "10"]) == 2
-    assert "error: sw needs at least 20 samples, got --num_samples 10" in capsys.readouterr().err
-    assert benchmark.main([*flags, "--features", "inceptoin"]) == 2
-    assert "unknown --features 'inceptoin'" in capsys.readouterr().err
-    assert benchmark.main([*flags, "--learning_rat", "1"]) == 2
-    assert "unknown flag --learning_rat (did you mean '--learning_rate'?)" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--samples", "10"], "sw needs at least 20 samples, got --samples 10"),
+        (["--ancestral", "10"], "sw needs at least 20 samples, got --ancestral 10"),
+        (["--steps", "2000"], "--steps must be between 1 and the 1000 steps of the chain, got 2000"),
+        (["--features", "inceptoin"], "unknown --features 'inceptoin'"),
+        (["--metrics", "fidd"], "got 'fidd' (did you mean 'fid'?)"),
+        (["--metrics", "sw,nll"], "leave out nll: bits/dim is always measured"),
+        (["--learning_rat", "1"], "unknown flag --learning_rat (did you mean '--learning_rate'?)"),
+        (["--channels", "30"], "--channels: must be multiples of 32, got '30'"),
+        (["--layers", "0"], "--layers: must be positive, got '0'"),
+        (["--images", "0"], "--images: must be positive, got '0'"),
+        (["--batch_size", "0"], "--batch_size: must be positive, got '0'"),
+        (["--minutes", "nan"], "--minutes: must be positive, got 'nan'"),
+        (["--total_minutes", "30"], "--total_minutes 30 leaves no time to measure after --minutes 30; give more"),
+        (["--test", "nowhere.npz"], "--test 'nowhere.npz' is no file; give a .npz that holds `images`"),
+    ],
+)
+def test_a_mistake_is_one_sentence_before_the_training(benchmark, data, tmp_path, capsys, flags, sentence):
+    assert benchmark.main(["--data", str(data), "--output", str(tmp_path / "run"), *SMALL, *flags]) == 2
+    said = capsys.readouterr().err
+    assert said.splitlines()[-1].startswith("error: ")
+    assert sentence in said
     assert not (tmp_path / "run" / "training_config.yaml").exists()
+    assert not (tmp_path / "run" / "start").exists()
+
+
+def test_images_that_do_not_fit_are_one_sentence(benchmark, data, tmp_path, capsys):
+    flags = ["--data", str(data), "--output", str(tmp_path / "run"), *SMALL]
+    for height, width, sentence in ((16, 16, "are 16x16, and those of --data 8x8"), (8, 4, "are 8x4, and those")):
+        np.savez(tmp_path / "test.npz", images=np.zeros((20, height, width, 3), dtype=np.uint8))
+        assert benchmark.main(flags) == 2
+        assert sentence in capsys.readouterr().err
+    np.savez(tmp_path / "train.npz", images=np.zeros((20, 8, 4, 3), dtype=np.uint8))
+    assert benchmark.main(flags) == 2
+    assert "holds images of 8x4; this command takes square ones" in capsys.readouterr().err
+    np.savez(tmp_path / "train.npz", images=np.zeros((1, 8, 8, 3)))
+    assert benchmark.main(flags) == 2
+    assert "--value_range 0 1" in capsys.readouterr().err  # which this command takes, too
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_stopped_command_continues_and_loses_nothing(benchmark, data, tmp_path, capsys, monkeypatch):
+    folder = tmp_path / "run"
+    flags = ["--data", str(data), "--output", str(folder), *SMALL]
+    resume = [*flags, "--resume_from_checkpoint", "latest"]
+    update = benchmark.Trainer._update
+
+    def interrupted(self, step):
+        if step == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return update(self, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(benchmark.Trainer, "_update", interrupted)
+        assert benchmark.main(flags) == 130
+    assert "the same command with --resume_from_checkpoint latest continues" in capsys.readouterr().err
+    assert (folder / "checkpoint-2").exists()
+    start = (folder / "start/unet/diffusion_pytorch_model.safetensors").read_bytes()
+
+    # another run in the same folder is refused, also one of another network, and leaves all that is there
+    for more in ([], ["--channels", "64"]):
+        assert benchmark.main([*flags, *more]) == 2
+        assert "already holds a run; resume it with" in capsys.readouterr().err
+    assert (folder / "start/unet/diffusion_pytorch_model.safetensors").read_bytes() == start
+
+    def stopped(*arguments, num_samples=None, **options):
+        if num_samples == 20:  # the ancestral samples, after two evaluations
+            raise KeyboardInterrupt
+        return evaluate(*arguments, num_samples=num_samples, **options)
+
+    evaluate = benchmark.evaluate
+    with monkeypatch.context() as patch:
+        patch.setattr(benchmark, "evaluate", stopped)
+        assert benchmark.main(resume) == 130
+    before = json.loads((folder / "run.json").read_text())
+    assert before["training"]["updates"] == 4
+    assert {"ddim", "bits_per_dim"} < set(before)
+    with monkeypatch.context() as patch:  # and a third time, stopped before anything was measured again
+        patch.setattr(benchmark, "evaluate", Mock(side_effect=KeyboardInterrupt))
+        assert benchmark.main(resume) == 130
+    again = json.loads((folder / "run.json").read_text())
+    assert (again["ddim"], again["bits_per_dim"]) == (before["ddim"], before["bits_per_dim"])
 
 
 def test_parts_are_small_and_a_damaged_one_is_noticed(benchmark, small_pipeline, tmp_path, monkeypatch):
@@ -91,6 +169,8 @@ def test_parts_are_small_and_a_damaged_one_is_noticed(benchmark, small_pipeline,
     assert all(file.stat().st_size <= 2 * 10_000 + 64 for file in files)
     # a part of random bits, which do not compress, is still below 16 MiB
     assert 2 * 8_000_000 * 1.001 < 16 * 2**20
+    with pytest.raises(ValueError, match="holds a model already; name another folder"):
+        weight_parts.unpack(tmp_path / "parts", tmp_path / "model")
     files[1].write_bytes(files[1].read_bytes()[:-1] + b"x")
     with pytest.raises(ValueError, match=r"part-001\.bin is damaged"):
         weight_parts.unpack(tmp_path / "parts", tmp_path / "again")

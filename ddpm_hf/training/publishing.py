@@ -29,7 +29,7 @@ from ..utils.errors import NotFiniteError
 from ..utils.files import check_new_folder
 from ..utils.processes import from_first, gather, log, only_run_in, processes, raise_on_all_ranks
 from ..utils.visualize import image_grid, save_picture
-from .configuration import TrainingConfig, TrainingError, due
+from .configuration import TrainingConfig, TrainingError
 from .evaluation import TrainingEvaluation
 from .run import load_split
 from .tracking import Tracking
@@ -95,21 +95,20 @@ class Publisher:
             else:
                 self.pushes.offer(f"After update {step}")
 
-    def show(self, ema_weights: dict[str, Tensor], step: int, seconds: float) -> None:
-        """Make the sample grid and the evaluation that are due after update `step`, unless they are not finite.
+    def show(self, what: str, ema_weights: dict[str, Tensor], step: int, seconds: float) -> None:
+        """Make the sample `grid` or the `numbers` of update `step`, unless they are not finite.
 
         The run has taken so many `seconds`, for its curve.
         """
-        config = self.config
         with _memory_advice(step):
             pipe = self.pipeline(ema_weights)
             try:
-                if due(step, config.save_images_steps):
+                if what == "grid":
                     self.sample_grid(pipe, f"samples-{step}.png", step)
-                if due(step, config.validation_steps):
+                else:
                     self._measure(pipe, step, seconds)
             except NotFiniteError as error:
-                log(f"nothing to show after update {step}: {error}")
+                log(f"no {what} after update {step}: {error}")
 
     def _measure(self, pipe: DDPMPipeline, step: int, seconds: float) -> EvaluationReport | None:
         if self.evaluation is None or (report := self.evaluation.measure(pipe)) is None:
@@ -185,8 +184,8 @@ class Publisher:
     def _grid_batch(self) -> int:
         return self.config.evaluation_batch(self.settings["network"], processes().num_processes, most=64)
 
-    def seconds_to_complete(self, ema_weights: dict[str, Tensor], step: int) -> float:
-        """Estimate how long `complete` takes, from a few network evaluations; features are not in it."""
+    def seconds_to_complete(self, ema_weights: dict[str, Tensor], step: int) -> dict[str, float]:
+        """Estimate how long grid and numbers take, from a few network evaluations; features are not in it."""
         pipe, seeds = self.pipeline(ema_weights), range(min(self.config.num_sample_images, self._grid_batch()))
         sampling = self.config.sampling(pipe)
         pipe = sampling.pipeline(pipe)
@@ -198,9 +197,10 @@ class Publisher:
                     made.prev_sample.cpu()
             seconds = time.monotonic() - started
         of_an_image = pipe.network_evaluations(**sampling.chain)
-        evaluations = self.config.num_sample_images * of_an_image
-        evaluations += 0 if self.evaluation is None else self.evaluation.network_evaluations(of_an_image)
-        return seconds / (len(seeds) * few) * evaluations / processes().num_processes
+        counts = {"grid": self.config.num_sample_images * of_an_image}
+        counts |= {"numbers": 0 if self.evaluation is None else self.evaluation.network_evaluations(of_an_image)}
+        of_one = seconds / (len(seeds) * few) / processes().num_processes
+        return {what: count * of_one for what, count in counts.items()}
 
     def sample_grid(self, pipe: DDPMPipeline, name: str, step: int) -> None:
         """Write images 0, 1, ... as a grid, for the trackers too; every process draws a share of them."""

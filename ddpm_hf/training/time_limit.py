@@ -1,10 +1,11 @@
 """`--max_train_minutes`: how many updates fit into a time, and a learning rate that ends with it.
 
 The clock decides the number of updates. It is planned after 3 updates, again when their number has doubled, and later
-after every eighth of those that are left, by the speed of the latest ones. Checkpoints hold the plan; given it, the
-learning rate is a function of the update alone.
+after every eighth of those that are left, by the speed of the latest ones, and after all that is no update: samples,
+numbers, checkpoints. Checkpoints hold the plan; given it, the learning rate is a function of the update alone.
 """
 
+import bisect
 import math
 import time
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from .configuration import TrainingConfig, TrainingError
 
 clock = time.monotonic
 
-_PLAN_AFTER = 3  # updates of this process; the first one compiles, and is not counted
+_PLAN_AFTER = 3  # updates of this process; only the third's time counts: those before may compile
 
 
 class TimeLimit:
@@ -30,16 +31,18 @@ class TimeLimit:
         assert config.max_train_minutes is not None
         self.minutes, self.used = config.max_train_minutes, used
         self.most, self.warmup, self.decay = recipe.max_train_steps, recipe.lr_warmup_steps, recipe.lr_scheduler
-        # between samples or numbers on the way
-        self.interval = config.validation_steps or config.save_images_steps or self.most + 1
+        # Updates between what takes time on the way, by the names of `took`
+        intervals = {"grid": config.save_images_steps, "numbers": config.validation_steps}
+        intervals |= {"checkpoint": config.checkpointing_steps}
+        intervals |= {"push": config.checkpointing_steps if config.push_to_hub else None}
+        self._intervals = {name: interval for name, interval in intervals.items() if interval is not None}
         self.last = self.most
         self._from, self._done = self.warmup, 0.0  # the decay had come so far at that update, from 0 to 1
-        # Seconds of what comes after the last update: files; samples and numbers as estimated, and as measured
-        self.writing, self.measured = 0.0, 0.0
-        self.estimate: float | None = None
+        self.estimated = False
+        self._seconds: dict[str, float] = {}  # of each of them, as measured the last time, else as estimated
         self._first, self._next = 0, 1
-        self._marks: list[tuple[int, float]] = []  # updates, and their seconds without samples and numbers
-        self._shown = 0.0
+        self._marks: list[tuple[int, float]] = []  # updates, and the seconds of nothing but them
+        self._others = 0.0  # seconds of all that was no update
 
     def state(self) -> dict[str, Any]:
         """Return what a resumed run needs."""
@@ -82,15 +85,15 @@ class TimeLimit:
         """
         now, made = self.used(), step - self._first
         left = 60 * self.minutes - now - self.writing - self.showing
-        self._marks.append((step, now - self._shown))
+        self._marks.append((step, now - self._others))
         rate = self._seconds_per_update(made // 8)
-        # A speed is known after `_PLAN_AFTER` updates; before that it only counts whether time is left.
+        # A speed is known after `_PLAN_AFTER` updates; before that only whether any time is left matters.
         last = self.last if made < _PLAN_AFTER and left > 0 else step + self._fitting(step, left, rate)
         last = min(self.most, from_first(last))
         if last <= step < self.most and made <= _PLAN_AFTER and not self._first:
             raise TrainingError(self._too_short(now, rate or now / 10))
         if made < _PLAN_AFTER and last > step:
-            self._next = self._first + _PLAN_AFTER
+            self._next = step + 1
             return
         if made == _PLAN_AFTER:
             self._announce(last)
@@ -109,25 +112,36 @@ class TimeLimit:
         return (seconds - at) / max(1, step - then)
 
     def _fitting(self, step: int, left: float, rate: float) -> int:
-        """Return how many updates fit into `left` seconds, with what is shown in between."""
+        """Return how many updates after `step` fit into `left` seconds, with all that comes in between."""
 
-        def excess(count: int) -> float:
-            return count * rate + ((step + count - 1) // self.interval - step // self.interval) * self.showing - left
+        def seconds(count: int) -> float:
+            # What is due after update `step` itself is still to come; what is due after the last one is the end's.
+            others = 0.0
+            for name, interval in self._intervals.items():
+                others += ((step + count - 1) // interval - (step - 1) // interval) * self._seconds.get(name, 0.0)
+            return count * rate + others
 
-        count = max(0, min(self.most - step, int(left / max(rate, 1e-9))))
-        while count and (over := excess(count)) > 1e-6:
-            count = max(0, count - max(1, int(over / max(rate, 1e-9))))
-        return count
+        counts = range(1, self.most - step + 1)
+        return bisect.bisect_right(counts, left + 1e-6, key=seconds)
+
+    @property
+    def writing(self) -> float:
+        """Seconds of the files after the last update: a checkpoint, and a model of a quarter of its size at most."""
+        return 1.5 * self._seconds.get("checkpoint", 0.0)
 
     @property
     def showing(self) -> float:
         """Seconds of samples and numbers after the last update."""
-        return max(self.estimate or 0.0, self.measured)
+        return self._seconds.get("grid", 0.0) + self._seconds.get("numbers", 0.0)
 
-    def shown(self, step: int, seconds: float) -> None:
-        """Take into account that samples and numbers have taken so long after update `step`: plan again soon."""
-        self.measured, self._next = seconds, min(self._next, step + 1)
-        self._shown += seconds
+    def expect(self, seconds: dict[str, float]) -> None:
+        """Take into account how long things will take, by their names; what was measured remains."""
+        self._seconds, self.estimated = {**seconds, **self._seconds}, True
+
+    def took(self, name: str, step: int, seconds: float) -> None:
+        """Take into account how long something has taken after update `step`: plan again soon."""
+        self._seconds[name], self._next = seconds, min(self._next, step + 1)
+        self._others += seconds
 
     def _announce(self, last: int) -> None:
         end = f"{self.writing:.0f} s to write the model and {self.showing:.0f} s for samples and numbers"

@@ -6,9 +6,8 @@ shows, `checkpointing.py` what it resumes from. Everything random in update n is
 
 import os
 import shlex
-import time
-from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -62,6 +61,7 @@ class Trainer:
 
     def __init__(self, config: TrainingConfig):
         self._started, self._seconds_before = time_limit.clock(), 0.0
+        self._others = 0.0  # seconds since the updates began in which none was made
         self.output_dir, self.accelerator = Path(config.output_dir), start_accelerator(config)
         self.device = self.accelerator.device
         deterministic = has_deterministic_algorithms(self.device)
@@ -205,10 +205,11 @@ class Trainer:
         """Make the updates that are left, or those until the run is asked to stop."""
         config, first = self.config, self.step
         self.begin()
-        started = shown = time.monotonic()
+        started = shown = time_limit.clock()
+        self._others = 0.0
         with progress_bar(self.last, "training", "step", self.accelerator.is_main_process, initial=first) as bar:
             if 0 < first < self.last and self.evaluation.is_missing(first):  # ended between checkpoint and evaluation
-                started += self._show_progress(stop)
+                self._show_progress(stop)
             while self.step < self.last:
                 with self.reproducible():
                     loss, norm = self._update(self.step)
@@ -220,8 +221,8 @@ class Trainer:
                     bar.total = self.last
 
                 last = self.last
-                now = time.monotonic()
-                speed = (self.step - first) * self.plan.total / (now - started)
+                now = time_limit.clock()
+                speed = (self.step - first) * self.plan.total / (now - started - self._others)
                 if due(self.step, config.logging_steps) or self.step == last:
                     numbers = {"lr": self.lr_schedule.get_last_lr()[0], "images_per_second": speed}
                     self.tracking.note(self.step, loss, norm, numbers)
@@ -235,14 +236,15 @@ class Trainer:
                 elif is_due(self.step):
                     self._save_snapshot()
                 if self.step < last:
-                    started += self._show_progress(stop)  # which is not what images per second are about
+                    self._show_progress(stop)
                     if checkpoint and config.push_to_hub:
-                        self.publisher.push(self._ema_state_dict(), self.step)
+                        with self._timed("push"):
+                            self.publisher.push(self._ema_state_dict(), self.step)
                 if self._all_agree_to_stop(stop):
                     self._save()
                     if self.step < last:
                         return self.tracking.read()
-        made, seconds = self.step - first, time.monotonic() - started
+        made, seconds = self.step - first, time_limit.clock() - started - self._others
         log(f"trained {made} updates in {seconds:.1f} s, {made * self.plan.total / seconds:.0f} images/s")
 
     def _update(self, step: int) -> tuple[Tensor, Tensor]:
@@ -273,32 +275,39 @@ class Trainer:
             self.model(batch.noise, batch.t, class_labels=batch.labels).sample.sum().backward()
             self.optimizer.zero_grad(set_to_none=True)
 
-    def _show_progress(self, stop: StopFlag) -> float:
-        """Make what is due after this update, and return the seconds that it took.
+    def _show_progress(self, stop: StopFlag) -> None:
+        """Make what is due after this update; a stop interrupts it: a resumed run makes the evaluation, no grid."""
+        for what, interval in (("grid", self.config.save_images_steps), ("numbers", self.config.validation_steps)):
+            if not due(self.step, interval):
+                continue
+            try:
+                with self._timed(what):
+                    make = partial(self.publisher.show, what, self._ema_state_dict(), self.step, self.seconds())
+                    self._unless_stopped(stop, make)
+            except (UserError, OSError, MemoryError):
+                self._save()  # what was trained is not lost
+                raise
 
-        A stop interrupts it: a resumed run makes the evaluation, no grid.
-        """
-        if not (due(self.step, self.config.save_images_steps) or due(self.step, self.config.validation_steps)):
-            return 0.0
-        self.update.loss.item()  # waits for the device, whose updates are not over
-        before = time_limit.clock()
+    @contextmanager
+    def _timed(self, what: str) -> Iterator[None]:
+        """Measure what is made within and is no update: for images per second, and estimates of the time."""
         self._pace.restart()
-        try:
-            self._unless_stopped(stop, lambda: self.publisher.show(self._ema_state_dict(), self.step, self.seconds()))
-        except (UserError, OSError, MemoryError):
-            self._save()  # what was trained is not lost
-            raise
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize()  # updates that are still being computed are no part of it
+        before = time_limit.clock()
+        yield
         seconds = time_limit.clock() - before
+        self._others += seconds
         if self.limit is not None:
-            self.limit.shown(self.step, seconds)
-        return seconds
+            self.limit.took(what, self.step, seconds)
 
     def _plan(self, limit: TimeLimit) -> None:
         """Plan the last update, at first with an estimate of what comes after it."""
-        if limit.estimate is None:
-            # At 100 MB/s: weights, EMA, two moments, two averages of the post-hoc EMA in two places, the model.
-            limit.writing = limit.writing or 4 * parameter_count(self.unet) * 9 / 1e8
-            limit.estimate = self.publisher.seconds_to_complete(self._ema_state_dict(), self.step)
+        if not limit.estimated:
+            # At 100 MB/s: weights, EMA, two moments, two averages of the post-hoc EMA
+            checkpoint = 4 * parameter_count(self.unet) * 6 / 1e8
+            shown = self.publisher.seconds_to_complete(self._ema_state_dict(), self.step)
+            limit.expect({"checkpoint": checkpoint, **shown})
         limit.plan(self.step)
 
     def _unless_stopped(self, stop: StopFlag, make: Callable[[], None]) -> bool:
@@ -402,7 +411,11 @@ class Trainer:
         """Write a checkpoint of this update, if there is none: the main process does, from what all have."""
         if self._saved_at == self.step:
             return
-        self._pace.restart()
+        with self._timed("checkpoint"):
+            self._write_checkpoint()
+        self._saved_at = self.step
+
+    def _write_checkpoint(self) -> None:
         weights, moments, values = checkpointing.training_state(self.model, self._adam)
         tensors = {"model": weights, "ema": self._ema_state_dict(), "optimizer": moments}
         scaler, keep = self.accelerator.scaler, self.config.checkpoints_total_limit
@@ -415,9 +428,6 @@ class Trainer:
             if self.accelerator.is_main_process:
                 checkpoints.save_checkpoint(self.output_dir, self.step, tensors, state, keep)
         self._save_snapshot()
-        self._saved_at = self.step
-        if self.limit is not None and self.step < self.last:
-            self.limit.writing = 1.5 * (self.seconds() - state["seconds"])
 
     def _save_snapshot(self) -> None:
         """Write what post-hoc EMA is made from, if it is kept."""

@@ -2,10 +2,12 @@
 
 import json
 import math
+from functools import partialmethod
 
 import pytest
 import torch
 from diffusers.optimization import get_scheduler
+from programs import ROOT, run_ranks
 from safetensors.torch import load_file
 
 from ddpm_hf import DDPMPipeline, Trainer, TrainingConfig, UNet2DModel
@@ -51,8 +53,22 @@ def clock(monkeypatch):
 
     monkeypatch.setattr(time_limit, "clock", clock)
     monkeypatch.setattr(Trainer, "_update", timed)
-    monkeypatch.setattr(Publisher, "seconds_to_complete", lambda self, weights, step: 5.0)
+    monkeypatch.setattr(Publisher, "seconds_to_complete", lambda self, weights, step: {"grid": 5.0, "numbers": 0.0})
     return clock
+
+
+def takes(clock, monkeypatch, **seconds):
+    """Let a grid, the numbers or a checkpoint of every run take so many seconds of the clock."""
+    owners = {"grid": (Publisher, "sample_grid"), "numbers": (Publisher, "_measure")}
+    owners |= {"checkpoint": (Trainer, "_write_checkpoint")}
+
+    def slow(self, make, cost, *arguments):
+        clock.now += cost
+        return make(self, *arguments)
+
+    for what, cost in seconds.items():
+        owner, name = owners[what]
+        monkeypatch.setattr(owner, name, partialmethod(slow, getattr(owner, name), cost))
 
 
 def run(folder, **settings) -> Trainer:
@@ -147,7 +163,7 @@ def test_a_run_whose_time_was_used_up_is_finished(clock, tmp_path, capsys):
     DDPMPipeline.from_pretrained(tmp_path / "run")
 
 
-@pytest.mark.parametrize(("minutes", "at"), [(0.2, 1), (0.27, 3)])
+@pytest.mark.parametrize(("minutes", "at"), [(0.2, 1), (0.27, 2), (0.28, 3)])
 def test_a_time_that_is_too_short_is_one_sentence(clock, tmp_path, minutes, at):
     trainer = run(tmp_path / "run", max_train_minutes=minutes)
     with pytest.raises(TrainingError, match=rf"max_train_minutes={minutes} is too short: .* give 0\.5 or more"):
@@ -157,25 +173,73 @@ def test_a_time_that_is_too_short_is_one_sentence(clock, tmp_path, minutes, at):
     run(tmp_path / "run", max_train_minutes=0.5).train()  # the folder can be used again
 
 
-def test_an_evaluation_that_took_long_shortens_the_rest(clock, tmp_path, monkeypatch):
+def test_a_grid_that_took_long_shortens_the_rest(clock, tmp_path, monkeypatch):
+    takes(clock, monkeypatch, grid=20)
     trainer = run(tmp_path / "run", max_train_minutes=2.0, save_images_steps=30)
-    show = trainer.publisher.show
-
-    def slow(*arguments):
-        clock.now += 20
-        return show(*arguments)
-
-    monkeypatch.setattr(trainer.publisher, "show", slow)
     trainer.train()
-    # 120 s: 9 + n for the updates, 20 for the grid after update 30, and 20 to be left for that at the end; with one
-    # after update 60 there would be 11 updates more, so it ends with update 60 or 71
-    assert clock.now == 9 + trainer.step + 20 * ((trainer.step - 1) // 30)
-    assert 80 <= clock.now <= 100
+    # 120 s: 9 + n for the updates, 20 for the grid after update 30, and 20 for that at the end leave 71 updates; one
+    # after update 60 would leave less than 60. So the grid at the end is that of update 60, where the plan ends.
+    assert trainer.step == 60
+    assert clock.now == 9 + 60 + 20 + 20
     assert clock.rates[-1] < 0.02 * 3e-3
 
 
-@pytest.mark.parametrize(("sampler", "steps", "seconds"), [("ddim", 1, 4 * 32), ("heun", 8, 2 * (2 * 15 + 30))])
-def test_the_end_is_estimated_from_the_networks_own_time(tmp_path, monkeypatch, sampler, steps, seconds):
+def test_what_is_done_at_different_intervals_is_counted_by_its_own_time(clock, tmp_path, monkeypatch):
+    takes(clock, monkeypatch, grid=2, numbers=31, checkpoint=4)
+    steps = {"save_images_steps": 10, "validation_steps": 40, "checkpointing_steps": 20}
+    trainer = run(tmp_path / "run", max_train_minutes=4.0, eval_num_images=1, **steps)
+    trainer.train()
+    n = trainer.step
+    assert clock.now == 9 + n + 2 * ((n - 1) // 10 + 1) + 31 * ((n - 1) // 40 + 1) + 4 * ((n - 1) // 20 + 1)
+    # The numbers at the end take 31 s, though a grid of 2 s was the last thing that took time.
+    assert n % 40 not in (0, 1)
+    assert 240 - 0.5 * 4 - 1 <= clock.now <= 240  # half a checkpoint's time is kept for the model
+    assert clock.rates[-1] < 0.02 * 3e-3
+
+
+def test_numbers_that_take_longer_than_the_updates_between_them_leave_time_for_updates(clock, tmp_path, monkeypatch):
+    estimate = {"grid": 0.0, "numbers": 20.0}
+    monkeypatch.setattr(Publisher, "seconds_to_complete", lambda self, weights, step: estimate)
+    takes(clock, monkeypatch, numbers=20)
+    trainer = run(tmp_path / "run", max_train_minutes=2.0, validation_steps=10, eval_num_images=1)
+    trainer.train()
+    # Two evaluations on the way; the third would leave the 31 seconds for update 31, but none to write the model.
+    assert (trainer.step, clock.now) == (30, 9 + 30 + 2 * 20 + 20)
+
+
+def test_a_second_update_that_compiles_again_is_no_measure(clock, tmp_path):
+    def again(step):
+        clock.seconds = 30.0 if step == 1 else 1.0
+
+    clock.before = again
+    trainer = run(tmp_path / "run", max_train_minutes=1.0)
+    trainer.train()
+    assert trainer.step == 2 + 14  # 60 s - 10 s - 30 s - 5 s, less the writing
+    assert clock.rates[4] == 3e-3  # no plan of a slow machine has begun the decay before
+
+
+def test_a_resumed_run_keeps_time_for_what_was_measured_last(clock, tmp_path, monkeypatch):
+    settings = {"max_train_minutes": 2.0, "validation_steps": 20, "checkpointing_steps": 10, "eval_num_images": 1}
+    takes(clock, monkeypatch, numbers=15)
+    first = run(tmp_path / "run", **settings)
+
+    def stopped(step):
+        if step == 30:
+            raise KeyboardInterrupt
+
+    clock.before = stopped
+    with pytest.raises(KeyboardInterrupt):
+        first.train()
+    clock.before = lambda step: None
+    again = run(tmp_path / "run", **settings, resume_from_checkpoint="latest")
+    again.train()
+    assert 100 < again.seconds() <= 120
+
+
+@pytest.mark.parametrize(
+    ("sampler", "steps", "grid", "numbers"), [("ddim", 1, 4 * 2, 4 * 30), ("heun", 8, 2 * 2 * 15, 2 * 30)]
+)
+def test_the_end_is_estimated_from_the_networks_own_time(tmp_path, monkeypatch, sampler, steps, grid, numbers):
     settings = {"num_sample_images": 2, "eval_num_images": 3, "eval_num_evaluations": 10}
     trainer = run(tmp_path / "run", **settings, sampler=sampler, ddpm_num_inference_steps=steps)
     ticks = iter(range(0, 1000, 8))
@@ -183,7 +247,7 @@ def test_the_end_is_estimated_from_the_networks_own_time(tmp_path, monkeypatch, 
     # The grid needs 2 x 1 evaluations, the likelihood 3 x 10. 8 s are for 2 images of one step: 4 s an evaluation; or
     # for two steps of Heun's 2 x 8 - 1.
     estimate = trainer.publisher.seconds_to_complete(trainer._ema_state_dict(), 1)
-    assert estimate == pytest.approx(seconds)
+    assert estimate == pytest.approx({"grid": grid, "numbers": numbers})
 
 
 def test_the_estimate_follows_the_runs_own_chain_and_warns_of_no_short_one(tmp_path, monkeypatch):
@@ -208,6 +272,20 @@ def test_too_little_memory_for_the_estimate_names_the_flag_of_the_samples(tmp_pa
     monkeypatch.setattr(DDPMPipeline, "denoise", full)
     with pytest.raises(TrainingError, match=r"samples and numbers after update 1; give a smaller eval_batch_size"):
         trainer.train()
+
+
+def test_two_processes_end_at_the_update_that_the_first_ones_clock_decides(tmp_path):
+    command = [str(ROOT / "tests" / "driver_time_limit.py"), str(tmp_path / "run")]
+    ends = run_ranks(command, command)
+    assert [end.returncode for end in ends] == [0, 0], ends[0].stderr[-2000:]
+    first, second = (json.loads(end.stdout.splitlines()[-1]) for end in ends)
+    # 60 s - 5 s for the end, less a moment for the files; the grid after update 25 takes no time, nor then does the
+    # one at the end: 59 updates. By the second clock there would be 19.
+    assert first == {"updates": 59, "rate": [0.0], "written": [59]}
+    assert second == {"updates": 59, "rate": [0.0], "written": []}
+    weights = load_file(tmp_path / "run" / "unet/diffusion_pytorch_model.safetensors")
+    ema = load_file(tmp_path / "run" / "checkpoint-59" / "ema.safetensors")
+    assert all(torch.equal(weights[name], value) for name, value in ema.items())
 
 
 @pytest.mark.parametrize("decay", ["cosine", "linear", "constant"])
