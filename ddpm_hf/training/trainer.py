@@ -245,7 +245,7 @@ class Trainer:
                     if self.step < last:
                         return self.tracking.read()
         made, seconds = self.step - first, time_limit.clock() - started - self._others
-        log(f"trained {made} updates in {seconds:.1f} s, {made * self.plan.total / seconds:.0f} images/s")
+        log(f"trained {made} updates in {seconds:.1f} s, {made * self.plan.total / max(seconds, 1e-9):.0f} images/s")
 
     def _update(self, step: int) -> tuple[Tensor, Tensor]:
         """Make one optimizer update; return its loss and gradient norm, still on the device."""

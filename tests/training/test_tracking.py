@@ -150,7 +150,6 @@ def test_images_per_second_are_those_of_updates(tmp_path, monkeypatch, capsys):
 
         return slow
 
-    monkeypatch.setattr(training_trainer, "time", SimpleNamespace(monotonic=lambda: now[0]))
     monkeypatch.setattr(training_trainer.time_limit, "clock", lambda: now[0])
     run = trainer(tmp_path / "run", validation_steps=2, save_images_steps=3, logging_steps=1)
     monkeypatch.setattr(run, "_update", take(2, run._update))
