@@ -231,10 +231,16 @@ def decode_all(
 
 def refuse_bad(bad: Mapping[str, ValueError], total: int, options: DecodeOptions, what: str = "images") -> None:
     """Raise a UserError that names the unreadable ones (`bad`: name to reason) of `total`, unless they are skipped."""
-    if bad and options.on_bad_image == "error":
-        reasons = "; ".join(f"{where} ({error})" for where, error in list(bad.items())[:20])
-        advice = "fix or remove them, or leave them out with --on_bad_image skip, which names all"
-        raise UserError(f"cannot read {len(bad)} of {total} {what}: {reasons}{' ...' * (len(bad) > 20)}; {advice}")
+    if not bad or options.on_bad_image != "error":
+        return
+    by_reason: dict[str, list[str]] = {}
+    for where, error in list(bad.items())[:20]:
+        by_reason.setdefault(str(error), []).append(where)
+    if len(by_reason) == 1 and len(bad) == total > 1:
+        raise UserError(f"cannot read any of the {total} {what}, such as {next(iter(bad))}: {next(iter(by_reason))}")
+    reasons = "; ".join(f"{', '.join(names)} ({reason})" for reason, names in by_reason.items())
+    advice = "fix or remove them, or leave them out with --on_bad_image skip, which names all"
+    raise UserError(f"cannot read {len(bad)} of {total} {what}: {reasons}{' ...' * (len(bad) > 20)}; {advice}")
 
 
 def leave_out_bad(bad: Mapping[str, ValueError], total: int, options: DecodeOptions, what: str = "images") -> None:
