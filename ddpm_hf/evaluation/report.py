@@ -84,7 +84,7 @@ class EvaluationReport:
             spread = statistics.stdev(values)
             more |= {"standard_error": spread / math.sqrt(len(sets)), "spread": spread}
             more |= {"lowest": min(values), "highest": max(values)}
-            words = f"mean of {len(sets)} sets, {min(values):.5g} to {max(values):.5g}: {how['estimator']}"
+            words = f"mean of {len(sets)} sets: {how['estimator']}"  # the same for other models: see `compare`
             self.add(name, settings=how | {"estimator": words, "sets": values}, **more)
 
     def lines(self) -> list[str]:
@@ -148,6 +148,8 @@ def as_markdown(report: EvaluationReport) -> str:
     rows = [["number", "value", "how it was made"]]
     for name, entry in report.values.items():
         how = report.settings.get(name, {}).get("estimator", "")
+        if "lowest" in entry:
+            how += f"; {entry['lowest']:.5g} to {entry['highest']:.5g}"
         rows.append([f"`{name}`", number(entry["value"], entry["standard_error"]), how])
     parts = [f"# {report.model.get('name', 'a model')} on {report.dataset}"]
     parts += [f"Made by `ddpm-hf evaluate` on {report.created}."]

@@ -147,3 +147,16 @@ def test_a_number_that_is_not_finite_enters_no_report(value):
     assert report.values == {}
     report.add("bits_per_dim", 3.0, math.nan, {})  # of one image: its error is not known
     assert finite(report.values) == {"bits_per_dim": {"value": 3.0, "standard_error": None}}
+
+
+def test_models_are_compared_by_several_sets():
+    reports = {}
+    for name, values in (("a", [1.0, 2.0]), ("b", [1.5, 2.5])):
+        sets = [EvaluationReport("digits", "train", 9) for _ in values]
+        for one, value in zip(sets, values, strict=True):
+            one.add("fd", value, 0.1, {"estimator": "20 samples", "seconds": value})
+        reports[name] = EvaluationReport("digits", "train", 9)
+        reports[name].add_sets(sets)
+    text = compare(reports)
+    assert "| +0.5 | +0.7 |" in " ".join(text.split())  # in errors of 0.5 each
+    assert "*" not in text  # other numbers are no other settings

@@ -143,7 +143,10 @@ def test_several_sets_are_so_many_evaluations(tmp_path):
         assert entry["standard_error"] == pytest.approx(entry["spread"] / math.sqrt(3), rel=1e-12)
         assert (entry["lowest"], entry["highest"]) == (min(values), max(values))
     assert report.settings["sampling"]["seeds"] == "7-66"
-    assert "mean of 3 sets" in (tmp_path / "out" / "report.md").read_text()
+    low, _, high = sorted(report.settings["mmd_pixels_train_uint8"]["sets"])
+    page = (tmp_path / "out" / "report.md").read_text()
+    assert "mean of 3 sets: " in page
+    assert f"; {low:.5g} to {high:.5g} |" in page
     assert EvaluationReport.load(tmp_path / "out").values == report.values
 
 
