@@ -95,12 +95,15 @@ def in_order(parts: list[Rows], ids: Sequence[int], folder: Path | None = None) 
 
     Raises a UserError if one is missing.
     """
-    place = {i: row for row, i in enumerate(ids)}
+    place = {i: row for row, i in enumerate(dict.fromkeys(ids))}
     missing = place.keys() - {i for part in parts for i in part["ids"].tolist()}
     if missing:
-        first = next(i for i in ids if i in missing)
-        what = f"{len(missing)} of {len(ids)} rows are missing, the first that of {first}"
+        first = next(i for i in place if i in missing)
+        what = f"{len(missing)} of {len(place)} rows are missing, the first that of {first}"
         raise UserError(f"{what}; all processes have to share {folder}")
+    if len(kinds := {", ".join(sorted(part)) for part in parts}) > 1:  # else some rows would never be filled
+        what = "; ".join(sorted(kinds))
+        raise UserError(f"{folder} holds batches of different kinds, {what}; remove it, and they are made again")
     found: Rows = {}
     while parts:
         part = parts.pop()
@@ -108,6 +111,8 @@ def in_order(parts: list[Rows], ids: Sequence[int], folder: Path | None = None) 
         rows, places = torch.tensor(pairs, dtype=torch.long).reshape(-1, 2).unbind(1)
         for name, value in part.items():
             if name not in found:
-                found[name] = value.new_empty((len(ids), *value.shape[1:]))
+                found[name] = value.new_empty((len(place), *value.shape[1:]))
             found[name][places] = value[rows]
+    if len(place) < len(ids):  # some are asked for twice
+        found = {name: value[[place[i] for i in ids]] for name, value in found.items()}
     return found

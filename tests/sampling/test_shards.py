@@ -4,9 +4,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ddpm_hf.sampling.shards import all_rows, write_tensors
+from ddpm_hf.sampling.shards import all_rows, in_order, write_tensors
 from ddpm_hf.utils.digests import digest, weights_digest
-from ddpm_hf.utils.errors import NotFiniteError
+from ddpm_hf.utils.errors import NotFiniteError, UserError
 
 
 class Maker:
@@ -82,3 +82,14 @@ def test_rows_that_are_not_finite_are_not_kept(tmp_path):
     with pytest.raises(NotFiniteError, match=r"pixels: features of image 3 is not finite"):
         all_rows(6, rows, batch_size=2, folder=tmp_path, desc="pixels")
     assert [path.name for path in tmp_path.iterdir()] == ["00000000.safetensors"]
+
+
+def test_every_row_that_is_asked_for_is_filled():
+    def parts():
+        return [{"ids": torch.tensor([i, i + 1]), "square": torch.tensor([i, i + 1]) ** 2} for i in (4, 0, 2)]
+
+    for ids in ([5, 0, 3], [3, 0, 3], [], range(6)):  # also one twice
+        assert in_order(parts(), ids)["square"].tolist() == [i * i for i in ids]
+    other = {"ids": torch.tensor([6]), "cube": torch.tensor([216])}  # features of another name
+    with pytest.raises(UserError, match=r"rows holds batches of different kinds, cube, ids; ids, square; remove it"):
+        in_order([*parts(), other], range(7), "rows")
