@@ -91,7 +91,9 @@ def centre(features: Tensor) -> Tensor:
 
 def precisions(*sets: Tensor) -> list[torch.dtype]:
     """Return in which precisions products are worth computing, one after the other."""
-    exact = torch.get_float32_matmul_precision() == "highest"  # not in TF32 or bfloat16
+    # Not in TF32 or bfloat16. PyTorch's older getter raises where somebody has set this setting.
+    backend = torch.backends.cuda if sets[0].is_cuda else torch.backends.mkldnn
+    exact = backend.matmul.fp32_precision in ("none", "ieee")
     small = all(x.dtype != torch.float64 and max(-float(x.min()), float(x.max())) < 1e15 for x in sets)
     return [torch.float32, torch.float64] if exact and small else [torch.float64]
 

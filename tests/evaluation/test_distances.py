@@ -87,6 +87,20 @@ def test_reduced_precision_of_products_is_not_used():
     assert distances.precisions(points) == [torch.float32, torch.float64]
 
 
+def test_precisions_of_products_that_were_set_by_backend():
+    """As PyTorch recommends it; `get_float32_matmul_precision` raises then."""
+    points, backends = clusters(2, 100, 10, 0.5, 0), (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    cuda, cpu = (backend.fp32_precision for backend in backends)
+    try:
+        backends[0].fp32_precision = "tf32"
+        assert distances.precisions(points) == [torch.float32, torch.float64]  # these are on the CPU
+        backends[1].fp32_precision = "bf16"
+        assert distances.precisions(points) == [torch.float64]
+    finally:
+        backends[0].fp32_precision, backends[1].fp32_precision = cuda, cpu
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
 def test_gaussians_of_many_parts_have_the_covariance_of_numpy():
     features = np.random.default_rng(0).normal(size=(5000, 3)) @ np.diag([1, 1e-4, 10]) + 7
     found = frechet_statistics(torch.tensor(features))
