@@ -141,7 +141,7 @@ def evaluate(
             report.tables |= part.tables
             report.pictures += part.pictures
     if for_samples:
-        with showing_progress(options.progress):
+        with showing_progress(options.progress and processes().is_main_process):
             _evaluate_samples(report, sampling_pipe, sets, for_samples, extractors, options)
         report = from_first(report)
     with raise_on_all_ranks():

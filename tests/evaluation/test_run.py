@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -148,6 +149,18 @@ def test_several_sets_are_so_many_evaluations(tmp_path):
     assert "mean of 3 sets: " in page
     assert f"; {low:.5g} to {high:.5g} |" in page
     assert EvaluationReport.load(tmp_path / "out").values == report.values
+
+
+@pytest.mark.parametrize("main", [True, False])
+def test_only_the_first_process_has_bars(tmp_path, monkeypatch, main):
+    shown, showing = [], evaluation.showing_progress
+    monkeypatch.setattr(evaluation, "showing_progress", lambda show: (shown.append(show), showing(show))[1])
+    monkeypatch.setattr(evaluation, "processes", lambda: SimpleNamespace(is_main_process=main))
+    pipe = DDPMPipeline(make_small_unet(), DDPMScheduler(num_train_timesteps=10))
+    options = EvaluationOptions(features="pixels", num_samples=4, num_inference_steps=1, cache_dir=tmp_path)
+    data = {"train": first_images(load_digits("train"), 4)}
+    evaluation.evaluate(pipe, data, ["kid"], options, progress=True)
+    assert shown == [main]
 
 
 def test_metrics_by_name():
