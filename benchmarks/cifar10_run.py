@@ -148,7 +148,8 @@ def configure(arguments: argparse.Namespace, rest: Sequence[str], shape: Sequenc
 def train(arguments: argparse.Namespace, config: TrainingConfig, shape: Sequence[int]) -> dict[str, Any] | None:
     """Train, and return what is worth knowing of it; `None` where it was stopped."""
     start = Path(arguments.output) / "start"
-    if config.init_from == str(start) and not config.resume_from_checkpoint:
+    there = config.resume_from_checkpoint and (start / "model_index.json").exists()  # not if it was stopped before
+    if config.init_from == str(start) and not there:
         torch.manual_seed(0)
         unet = UNet2DModel(**network(arguments.channels, arguments.layers, shape))
         DDPMPipeline(unet, DDPMScheduler.from_preset("cifar10_fast")).save_pretrained(start)

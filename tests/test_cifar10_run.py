@@ -157,6 +157,21 @@ def test_a_stopped_command_continues_and_loses_nothing(benchmark, data, tmp_path
     assert (again["ddim"], again["bits_per_dim"]) == (before["ddim"], before["bits_per_dim"])
 
 
+def test_a_command_that_was_stopped_before_the_training_continues(benchmark, data, tmp_path, monkeypatch):
+    flags = ["--data", str(data), "--output", str(tmp_path / "run"), *SMALL]
+    with monkeypatch.context() as patch:
+        patch.setattr(benchmark, "Measurements", Mock(side_effect=KeyboardInterrupt))
+        assert benchmark.main(flags) == 130
+    trainer = benchmark.Trainer
+
+    def opened(config):
+        trainer(config)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(benchmark, "Trainer", opened)
+    assert benchmark.main([*flags, "--resume_from_checkpoint", "latest"]) == 130  # 2: its first model is not there
+
+
 def test_parts_are_small_and_a_damaged_one_is_noticed(benchmark, small_pipeline, tmp_path, monkeypatch):
     import weight_parts
 
