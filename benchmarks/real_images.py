@@ -30,6 +30,7 @@ from ddpm_hf.evaluation.features import make_extractor
 from ddpm_hf.evaluation.metrics import frechet_distance
 from ddpm_hf.evaluation.options import EvaluationOptions
 from ddpm_hf.evaluation.plots import figure_class, save_figure
+from ddpm_hf.evaluation.run import parse_metrics
 from ddpm_hf.evaluation.samples import SAMPLE_METRICS, Features, higher_is_better, number_name, real_images
 from ddpm_hf.utils.errors import UserError, showing_flags
 from ddpm_hf.utils.files import write_text
@@ -173,11 +174,12 @@ def chart(found: dict[str, dict[str, list[float]]], name: str) -> Any:
     return figure
 
 
-def compare(extractor: Any, sets: dict[str, Any], choices: Sequence[Choice], arguments: Any) -> Any:
+def compare(
+    extractor: Any, sets: dict[str, Any], choices: Sequence[Choice], metrics: Sequence[str], batch_size: int
+) -> Any:
     """Yield after every row all numbers so far: by row and name those of each choice."""
-    options = EvaluationOptions(batch_size=arguments.batch_size, progress=True)
+    options, name = EvaluationOptions(batch_size=batch_size, progress=True), extractor.name
     of = {split: real_images(split, images, [extractor], options).features for split, images in sets.items()}
-    metrics, name = arguments.metrics.split(","), extractor.name
     found: dict[str, dict[str, list[float]]] = {}
 
     def add(row: str, values: dict[str, float]) -> None:
@@ -195,7 +197,7 @@ def compare(extractor: Any, sets: dict[str, Any], choices: Sequence[Choice], arg
         if i == 0:
             images = sets["train"].images.permute(0, 2, 3, 1).numpy()[choice.other]
             for row, changed in damaged(images).items():
-                rows = features_of(extractor, changed, arguments.batch_size, row)
+                rows = features_of(extractor, changed, batch_size, row)
                 add(row, numbers(rows, real, metrics, name))
                 yield found
 
@@ -218,6 +220,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         sets = {
             s: load_images(train_data_dir=str(arguments.folder / f"{s}.npz"), channels=3) for s in ("train", "test")
         }
+        metrics = parse_metrics(arguments.metrics, [name for name, metric in SAMPLE_METRICS.items() if metric.numbers])
+        if not (arguments.folder / "labels.npz").is_file():
+            raise UserError(
+                f"{str(arguments.folder)!r} holds no labels.npz; it has the classes of train.npz as `train`"
+            )
         labels = np.load(arguments.folder / "labels.npz")["train"]
         seeds = range(arguments.seed, arguments.seed + arguments.seeds)
         choices = [Choice(labels, len(sets["test"]), arguments.count, seed) for seed in seeds]
@@ -233,7 +240,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     found: dict[str, Any] = {}
     pages = [f"{arguments.count} images on each side, seeds {seeds[0]} to {seeds[-1]}."]
     for extractor in extractors:
-        for rows in compare(extractor, sets, choices, arguments):
+        for rows in compare(extractor, sets, choices, metrics, arguments.batch_size):
             found[extractor.name] = rows
             page = page_of(rows, extractor)
             write_text(arguments.output / "numbers.json", json.dumps(finite(found), indent=1) + "\n")

@@ -78,3 +78,8 @@ def test_the_table_has_independent_numbers_beside_ours(benchmark, folder, tmp_pa
     assert (tmp_path / "out" / "seen_pixels.png").exists()
     assert benchmark.main([str(folder), "--count", "150", "--output", str(tmp_path / "out")]) == 2
     assert "--count 150 needs 300 training images" in capsys.readouterr().err
+    assert benchmark.main([str(folder), "--count", "40", "--metrics", "fdi"]) == 2
+    assert "--metrics knows fid, kid, " in capsys.readouterr().err
+    (folder / "labels.npz").unlink()
+    assert benchmark.main([str(folder), "--count", "40"]) == 2
+    assert "holds no labels.npz" in capsys.readouterr().err

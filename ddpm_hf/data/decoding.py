@@ -234,11 +234,13 @@ def refuse_bad(bad: Mapping[str, ValueError], total: int, options: DecodeOptions
     if not bad or options.on_bad_image != "error":
         return
     by_reason: dict[str, list[str]] = {}
-    for where, error in list(bad.items())[:20]:
+    for where, error in bad.items():
         by_reason.setdefault(str(error), []).append(where)
     if len(by_reason) == 1 and len(bad) == total > 1:
         raise UserError(f"cannot read any of the {total} {what}, such as {next(iter(bad))}: {next(iter(by_reason))}")
-    reasons = "; ".join(f"{', '.join(names)} ({reason})" for reason, names in by_reason.items())
+    named = set(list(bad)[:20])
+    parts = [([name for name in names if name in named], reason) for reason, names in by_reason.items()]
+    reasons = "; ".join(f"{', '.join(names)} ({reason})" for names, reason in parts if names)
     advice = "fix or remove them, or leave them out with --on_bad_image skip, which names all"
     raise UserError(f"cannot read {len(bad)} of {total} {what}: {reasons}{' ...' * (len(bad) > 20)}; {advice}")
 

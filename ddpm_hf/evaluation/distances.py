@@ -76,11 +76,6 @@ def check_same_size(a: Tensor, b: Tensor) -> None:
         raise UserError(f"the features of the two sets differ in size, {sizes}: they are of different extractors")
 
 
-def squared_distances(a: Tensor, b: Tensor) -> Tensor:
-    """Return squared distances `[N, M]` from a product, in the precision of `a` and `b`; a copy is not always at 0."""
-    return (a.square().sum(1)[:, None] + b.square().sum(1)[None] - 2 * a @ b.T).clamp_min(0)
-
-
 def centre(features: Tensor) -> Tensor:
     """Return the mean of `features` `[N, D]` in float64, `[D]`."""
     total = features.new_zeros(features.shape[1], dtype=torch.float64)

@@ -7,9 +7,10 @@ import math
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ..utils.progress import in_parts
-from .distances import ROWS, Points, centre, checked, nearest_neighbours, nearest_others, squared_distances
+from .distances import ROWS, Points, centre, checked, nearest_neighbours, nearest_others
 from .metrics import Estimate, frechet_distance, frechet_statistics, mean_estimate, share
 
 
@@ -20,7 +21,7 @@ def density_coverage(
 
     Density: in how many of the real images' k-neighbour balls a sample lies, divided by k; about 1 for new real
     images, and not bounded by 1. Coverage: the share of these balls with a sample in them; for M = N new real images
-    about 1 - 1 / 2^k. `radii` are the balls' squared ones, `[N]`, where they are known.
+    about 1 - 1 / 2^k. What is outside by rounding alone counts as inside. `radii` are the balls' squared ones, `[N]`, where they are known.
     """
     samples, real = checked("density and coverage", k + 1, samples, real)
     radii = nearest_others(real, k)[:, -1] if radii is None else radii
@@ -58,12 +59,12 @@ def gaussian_kernel_distance(samples: Tensor, real: Tensor, sigma: float = 10.0,
     1000. The error is that of a sum over independent samples and real images.
     """
     samples, real = checked("the kernel distance", 2, samples, real)
-    x, y = (features.double() / features.double().norm(dim=1, keepdim=True) for features in (samples, real))
+    x, y = (functional.normalize(features.double()) for features in (samples, real))  # of a black image: 0
 
     def means(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:  # of the kernel of each with all others
-        over_b, over_a = [], b.new_zeros(len(b))
+        over_b, over_a, norms = [], b.new_zeros(len(b)), b.square().sum(1)
         for part in in_parts(a.split(ROWS), "kernel distance"):
-            kernel = torch.exp(-squared_distances(part, b) / (2 * sigma**2))
+            kernel = torch.exp(-(part.square().sum(1)[:, None] + norms - 2 * part @ b.T) / (2 * sigma**2))
             over_b.append(kernel.mean(1))
             over_a += kernel.sum(0) / len(a)
         return torch.cat(over_b), over_a

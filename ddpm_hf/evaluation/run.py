@@ -205,6 +205,7 @@ def _compare_sets(
             if processes().is_main_process:
                 parts.append(EvaluationReport("", "", 0))
                 add_sample_metrics(parts[-1], metrics, samples, real, device)
+        del samples  # before the next set is there
     if options.num_sets > 1:
         found[0].settings |= {"num_sets": options.num_sets, "seeds": f"{seeds[0]}-{seeds[-1]}"}
     return found[0], parts

@@ -125,7 +125,7 @@ def draw_samples(
     if rule is not None:
         sampling["class_labels"] = rule
         seen_labels = None if train is None or train.labels is None else digest(train.labels, train.class_names)
-    fingerprints = [extractor.fingerprint for extractor in extractors]
+    fingerprints = [(extractor.name, extractor.fingerprint) for extractor in extractors]
     key = digest(weights_digest(pipe.unet), pipe.settings, sampling, seen_labels, fingerprints)
 
     def rows_of(start: int, rows: list[int]) -> Rows:

@@ -234,7 +234,8 @@ class Trainer:
                 if checkpoint or self.step == last:
                     self._save()
                 elif is_due(self.step):
-                    self._save_snapshot()
+                    with self._timed("snapshot"):
+                        self._save_snapshot()
                 if self.step < last:
                     self._show_progress(stop)
                     if checkpoint and config.push_to_hub:
@@ -276,7 +277,7 @@ class Trainer:
             self.optimizer.zero_grad(set_to_none=True)
 
     def _show_progress(self, stop: StopFlag) -> None:
-        """Make what is due after this update; a stop interrupts it: a resumed run makes the evaluation, no grid."""
+        """Make what is due after this update; a stop interrupts it, and a resumed run makes it if numbers are missing."""
         for what, interval in (("grid", self.config.save_images_steps), ("numbers", self.config.validation_steps)):
             if not due(self.step, interval):
                 continue

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from scipy.spatial.distance import cdist
 
 from ddpm_hf.evaluation.further_metrics import (
     authentic_share,
@@ -74,6 +75,15 @@ def test_cmmd_is_its_definition():
     assert gaussian_kernel_distance(samples, real).value == pytest.approx(expected, rel=1e-9)
     assert gaussian_kernel_distance(3 * samples, real).value == pytest.approx(expected, rel=1e-9)  # unit vectors
     assert gaussian_kernel_distance(samples, samples).value == pytest.approx(0, abs=1e-9)
+
+
+def test_cmmd_of_features_of_no_length():
+    features = normal(0, 20, 5)
+    features[3] = 0  # the pixels of a black image
+    unit = features.double() / features.double().norm(dim=1, keepdim=True).clamp_min(1e-300)
+    kernel = np.exp(-(cdist(unit, unit, "sqeuclidean")) / 200)
+    expected = 1000 * (kernel[:10, :10].mean() + kernel[10:, 10:].mean() - 2 * kernel[:10, 10:].mean())
+    assert gaussian_kernel_distance(features[:10], features[10:]).value == pytest.approx(expected, rel=1e-9)
 
 
 def test_the_error_of_cmmd_is_its_spread():
