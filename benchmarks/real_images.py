@@ -220,11 +220,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         sets = {
             s: load_images(train_data_dir=str(arguments.folder / f"{s}.npz"), channels=3) for s in ("train", "test")
         }
-        metrics = parse_metrics(arguments.metrics, [name for name, metric in SAMPLE_METRICS.items() if metric.numbers])
+        known = [name for name, metric in SAMPLE_METRICS.items() if metric.numbers and metric.of_real]
+        metrics = parse_metrics(arguments.metrics, known)
         if not (arguments.folder / "labels.npz").is_file():
-            raise UserError(
-                f"{str(arguments.folder)!r} holds no labels.npz; it has the classes of train.npz as `train`"
-            )
+            raise UserError(f"{str(arguments.folder)!r} holds no labels.npz, the classes of train.npz as `train`")
         labels = np.load(arguments.folder / "labels.npz")["train"]
         seeds = range(arguments.seed, arguments.seed + arguments.seeds)
         choices = [Choice(labels, len(sets["test"]), arguments.count, seed) for seed in seeds]

@@ -21,7 +21,8 @@ def density_coverage(
 
     Density: in how many of the real images' k-neighbour balls a sample lies, divided by k; about 1 for new real
     images, and not bounded by 1. Coverage: the share of these balls with a sample in them; for M = N new real images
-    about 1 - 1 / 2^k. What is outside by rounding alone counts as inside. `radii` are the balls' squared ones, `[N]`, where they are known.
+    about 1 - 1 / 2^k. What is outside by rounding alone counts as inside. `radii` are the balls' squared ones, `[N]`,
+    where they are known.
     """
     samples, real = checked("density and coverage", k + 1, samples, real)
     radii = nearest_others(real, k)[:, -1] if radii is None else radii

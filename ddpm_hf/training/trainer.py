@@ -277,7 +277,7 @@ class Trainer:
             self.optimizer.zero_grad(set_to_none=True)
 
     def _show_progress(self, stop: StopFlag) -> None:
-        """Make what is due after this update; a stop interrupts it, and a resumed run makes it if numbers are missing."""
+        """Make what is due after this update; a stop interrupts it; a resumed run makes missing numbers."""
         for what, interval in (("grid", self.config.save_images_steps), ("numbers", self.config.validation_steps)):
             if not due(self.step, interval):
                 continue
