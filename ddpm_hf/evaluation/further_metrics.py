@@ -62,16 +62,24 @@ def gaussian_kernel_distance(samples: Tensor, real: Tensor, sigma: float = 10.0,
     samples, real = checked("the kernel distance", 2, samples, real)
     x, y = (functional.normalize(features.double()) for features in (samples, real))  # of a black image: 0
 
-    def means(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:  # of the kernel of each with all others
-        over_b, over_a, norms = [], b.new_zeros(len(b)), b.square().sum(1)
-        for part in in_parts(a.split(ROWS), "kernel distance"):
-            kernel = torch.exp(-(part.square().sum(1)[:, None] + norms - 2 * part @ b.T) / (2 * sigma**2))
-            over_b.append(kernel.mean(1))
-            over_a += kernel.sum(0) / len(a)
-        return torch.cat(over_b), over_a
+    def kernel(a: Tensor, b: Tensor) -> Tensor:
+        return torch.exp(-(a.square().sum(1)[:, None] + b.square().sum(1) - 2 * a @ b.T) / (2 * sigma**2))
 
-    across_real, across_samples = means(x, y)
-    of_samples, of_real = means(x, x)[0] - across_real, means(y, y)[0] - across_samples
+    def own_means(a: Tensor) -> Tensor:  # of the kernel of each with all; each pair is computed once
+        sums = a.new_zeros(len(a))
+        for rows in in_parts(torch.arange(len(a)).split(ROWS), "kernel distance"):
+            start, stop = int(rows[0]), int(rows[-1]) + 1
+            pairs = kernel(a[start:stop], a[start:])
+            sums[start:stop] += pairs.sum(1)
+            sums[stop:] += pairs[:, stop - start :].sum(0)
+        return sums / len(a)
+
+    across_real, across_samples = [], x.new_zeros(len(y))
+    for part in in_parts(x.split(ROWS), "kernel distance"):
+        pairs = kernel(part, y)
+        across_real.append(pairs.mean(1))
+        across_samples += pairs.sum(0) / len(x)
+    of_samples, of_real = own_means(x) - torch.cat(across_real), own_means(y) - across_samples
     error = 2 * math.sqrt(of_samples.var().item() / len(x) + of_real.var().item() / len(y))
     return Estimate(scale * (of_samples.mean() + of_real.mean()).item(), scale * error)
 
