@@ -163,13 +163,17 @@ def chart(found: dict[str, dict[str, list[float]]], name: str) -> Any:
                 seen[i, j] = sign * (np.mean(found[row][column]) - mean) / spread
     figure = figure_class()(figsize=(9, 5.2), layout="constrained", dpi=120)
     axes = figure.add_subplot()
-    axes.imshow(np.sign(seen) * np.log10(1 + np.abs(seen)), cmap="RdBu_r", vmin=-3, vmax=3, aspect="auto")
+    shown = np.sign(seen) * np.log10(1 + np.abs(seen))
+    axes.imshow(shown, cmap="RdBu_r", vmin=-4, vmax=4, aspect="auto")
     axes.set_xticks(
         range(len(columns)), [column.removesuffix(f"_{name}") for column in columns], rotation=30, ha="right"
     )
     axes.set_yticks(range(len(rows)), rows)
     for (i, j), value in np.ndenumerate(seen):
-        axes.text(j, i, "-" if np.isnan(value) else f"{value:+.3g}", ha="center", va="center", fontsize=9)
+        text = "-" if np.isnan(value) else f"{value:+.0f}" if abs(value) >= 10 else f"{value:+.1f}"
+        axes.text(
+            j, i, text, ha="center", va="center", fontsize=9, color="white" if abs(shown[i, j]) > 2.4 else "black"
+        )
     axes.set_title(f"How much worse than other training images, in their spreads ({name})")
     return figure
 
