@@ -31,7 +31,10 @@ class Points:
     def about(cls, origin: Tensor, features: Tensor, dtype: torch.dtype) -> Points:
         """Move `features` `[N, D]` so that `origin` `[D]` is at 0."""
         values = features.to(dtype) - origin.to(dtype)
-        return cls(values, torch.cat([part.square().sum(1) for part in values.split(ROWS)]))
+        norms = values.new_empty(len(values))
+        for start in range(0, len(values), ROWS):
+            norms[start : start + ROWS] = values[start : start + ROWS].square().sum(1)
+        return cls(values, norms)
 
     def __getitem__(self, rows: Tensor | slice) -> Points:
         return Points(self.values[rows], self.norms[rows])
@@ -112,65 +115,76 @@ def _search(queries: Tensor, candidates: Tensor, k: int, m: int, own: bool) -> t
     indices = left.new_empty((len(queries), k))
     origin = centre(candidates)
     for dtype in precisions(queries, candidates):
-        cloud = Points.about(origin, candidates, dtype)
         if own and len(left) == len(queries):
-            bounds, index = _all_pairs(cloud, m)
-        elif own:
-            bounds, index = _each(cloud[left], cloud, m, left)
+            least = _all_pairs(Points.about(origin, candidates, dtype), m)
         else:
-            bounds, index = _each(Points.about(origin, queries[left], dtype), cloud, m)
-        index = index.sort(dim=1).values  # of two at the same distance the first one
+            least = _each(Points.about(origin, queries[left], dtype), candidates, origin, m, left if own else None)
+        index = least.indices.sort(dim=1).values  # of two at the same distance the first one
         found = _by_differences(queries, left, candidates, index)
         found, order = found.sort(dim=1, stable=True)
         distances[left], indices[left] = found[:, :k], index.gather(1, order)[:, :k]
         if m >= len(candidates) - own:
             break
-        left = left[found[:, k - 1] > bounds.amax(1)]  # another one may be nearer
+        left = left[found[:, k - 1] > least.bounds.amax(1)]  # another one may be nearer
         if not len(left):
             break
     return distances, indices
 
 
-def _each(queries: Points, candidates: Points, m: int, own: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Return the m least bounds and their indices `[N, m]`; `own` `[N]` is what each query may not find."""
-    found, every = [], torch.arange(len(queries.norms), device=queries.norms.device)
-    for rows in in_parts(every.split(ROWS), "nearest neighbours"):
-        bounds = queries[rows].at_least(candidates)
-        if own is not None:
-            bounds.scatter_(1, own[rows, None], math.inf)
-        found.append(bounds.topk(m, largest=False))
-    return torch.cat([part.values for part in found]), torch.cat([part.indices for part in found])
+class _Least:
+    """The m least bounds of each query so far, and their indices, `[N, m]`."""
 
+    def __init__(self, queries: Points, m: int):
+        self.bounds = queries.values.new_full((len(queries.norms), m), math.inf)
+        self.indices = torch.zeros(self.bounds.shape, dtype=torch.long, device=self.bounds.device)
 
-def _all_pairs(cloud: Points, m: int) -> tuple[Tensor, Tensor]:
-    """Return the m least bounds between different points, `[N, m]`, and their indices; each pair is computed once."""
-    count = len(cloud.norms)
-    least = cloud.values.new_full((count, m), math.inf)
-    index = torch.zeros((count, m), dtype=torch.long, device=least.device)
-
-    def merge(rows: slice, bounds: Tensor, first: int) -> None:
+    def add(self, rows: slice, bounds: Tensor, first: int) -> None:
+        """Take into account the bounds of some queries to the candidates from `first` on, `[n, ...]`."""
+        m = self.bounds.shape[1]
         found = bounds.topk(min(m, bounds.shape[1]), largest=False)
-        both = torch.cat([least[rows], found.values], 1)
-        names = torch.cat([index[rows], found.indices + first], 1)
-        least[rows], order = both.topk(m, largest=False)
-        index[rows] = names.gather(1, order)
+        both = torch.cat([self.bounds[rows], found.values], 1)
+        names = torch.cat([self.indices[rows], found.indices + first], 1)
+        self.bounds[rows], order = both.topk(m, largest=False)
+        self.indices[rows] = names.gather(1, order)
 
+
+def _each(queries: Points, candidates: Tensor, origin: Tensor, m: int, own: Tensor | None) -> _Least:
+    """Find the m least bounds of each query; `own` `[N]` is what it may not find."""
+    least, count = _Least(queries, m), len(queries.norms)
+    for part in in_parts(
+        torch.arange(len(candidates), device=candidates.device).split(8 * ROWS), "nearest neighbours"
+    ):
+        cloud = Points.about(origin, candidates[part], queries.values.dtype)  # a part: in float64 all may be large
+        for start in range(0, count, ROWS):
+            rows = slice(start, min(start + ROWS, count))
+            bounds = queries[rows].at_least(cloud)
+            if own is not None:
+                bounds.masked_fill_(own[rows, None] == part, math.inf)
+            least.add(rows, bounds, int(part[0]))
+    return least
+
+
+def _all_pairs(cloud: Points, m: int) -> _Least:
+    """Find the m least bounds between different points; each pair is computed once."""
+    least, count = _Least(cloud, m), len(cloud.norms)
     for rows in in_parts(torch.arange(count).split(ROWS), "nearest neighbours"):
         start, stop = int(rows[0]), int(rows[-1]) + 1
         bounds = cloud[start:stop].at_least(cloud[start:])
         bounds.diagonal().fill_(math.inf)
-        merge(slice(start, stop), bounds, start)
+        least.add(slice(start, stop), bounds, start)
         if stop < count:
-            merge(slice(stop, count), bounds[:, stop - start :].T, start)
-    return least, index
+            least.add(slice(stop, count), bounds[:, stop - start :].T, start)
+    return least
 
 
 def _by_differences(queries: Tensor, rows: Tensor, candidates: Tensor, index: Tensor) -> Tensor:
     """Return the squared distances of some queries to their candidates, `[N, m]`, in float64."""
-    found = []
-    for part, near in zip(rows.split(64), index.split(64), strict=True):
-        found.append((queries[part].double()[:, None] - candidates[near].double()).square().sum(2))
-    return torch.cat(found)
+    found = torch.empty(index.shape, dtype=torch.float64, device=index.device)
+    for start in range(0, len(rows), 64):  # parts that are kept one by one would keep the freed ones between them
+        part = slice(start, start + 64)
+        differences = queries[rows[part]].double()[:, None] - candidates[index[part]].double()
+        found[part] = differences.square_().sum(2)
+    return found
 
 
 def within(points: Tensor, centres: Tensor, radii: Tensor) -> Tensor:
@@ -180,16 +194,16 @@ def within(points: Tensor, centres: Tensor, radii: Tensor) -> Tensor:
     """
     origin = centre(centres)
     dtype = precisions(points, centres)[0]
-    cloud, info, found = Points.about(origin, centres, dtype), torch.finfo(dtype), []
+    cloud, info = Points.about(origin, centres, dtype), torch.finfo(dtype)
+    inside = torch.empty(len(points), dtype=torch.bool, device=points.device)
     surely, perhaps = (radii * (1 - 4 * info.eps)).to(dtype), (radii * (1 + 4 * info.eps)).to(dtype)
-    for part in in_parts(points.split(ROWS), "images within balls"):
-        shifted = Points.about(origin, part, dtype)
+    for rows in in_parts(torch.arange(len(points), device=points.device).split(ROWS), "images within balls"):
+        shifted = Points.about(origin, points[rows], dtype)
         bounds = shifted.at_least(cloud)
-        inside = (bounds + shifted.slack(cloud) < surely).any(1)
-        close = (bounds <= perhaps) & ~inside[:, None]  # what rounding decides is computed by differences
-        for row in close.any(1).nonzero().flatten().tolist():
-            near = close[row].nonzero().flatten().split(ROWS)
-            exact = ((part[row].double() - centres[i].double()).square().sum(1) <= radii[i] for i in near)
-            inside[row] = any(bool(part_of.any()) for part_of in exact)
-        found.append(inside)
-    return torch.cat(found)
+        inside[rows] = (bounds + shifted.slack(cloud) < surely).any(1)
+        close = (bounds <= perhaps) & ~inside[rows, None]  # what rounding decides is computed by differences
+        for i in close.any(1).nonzero().flatten().tolist():
+            near, point = close[i].nonzero().flatten().split(ROWS), points[rows[i]].double()
+            exact = ((point - centres[part].double()).square().sum(1) <= radii[part] for part in near)
+            inside[rows[i]] = any(bool(found.any()) for found in exact)
+    return inside
