@@ -343,7 +343,7 @@ def test_an_animation_of_progressive_generation(tmp_path, small_pipeline):
         (lambda pipe, x: interpolate(pipe, x[0], x[1], lambdas=[]), "lambdas"),
         (lambda pipe, x: interpolate(pipe, x[:2], x[:3]), "2 first and 3 second images and 2 seeds"),
         (lambda pipe, x: interpolate(pipe, x[:2], x[:2], seeds=[1]), "2 second images and 1 seed$"),
-        (lambda pipe, x: interpolate(pipe, x[:0], x[:0]), "at least one pair"),
+        (lambda pipe, x: interpolate(pipe, x[:0], x[:0]), "give at least one image"),
         (lambda pipe, x: interpolate(pipe, x[0, :, :4], x[1]), "shape"),
         (lambda pipe, x: coarse_to_fine(pipe, x[:2], x[2:4]), "2 first and 2 second images and 1 seed"),
         (lambda pipe, x: coarse_to_fine(pipe, x[0], x[1], []), "ts is empty"),
