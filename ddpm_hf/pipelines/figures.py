@@ -318,7 +318,7 @@ def _interpolations(
     scheduler = chain.pipe.scheduler
     a, b = (images_in_model_range(image, chain.pipe.image_shape) for image in pair)
     seeds = list(range(len(a)) if seeds is None else seeds)
-    if not len(a) == len(b) == len(seeds) > 0:
+    if not len(a) == len(b) == len(seeds):
         got = f"{len(a)} first and {len(b)} second images and {len(seeds)} seed{'s'[: len(seeds) != 1]}"
         raise UserError(f"interpolation needs at least one pair of images and one seed per pair, got {got}")
     lambdas = [float(x) for x in lambdas]

@@ -71,6 +71,18 @@ def takes(clock, monkeypatch, **seconds):
         monkeypatch.setattr(owner, name, partialmethod(slow, getattr(owner, name), cost))
 
 
+def stop(clock, trainer, at):
+    """Train until a Ctrl-C in the update after so many."""
+
+    def stopped(step):
+        if step == at:
+            raise KeyboardInterrupt
+
+    clock.before = stopped
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+
+
 def run(folder, **settings) -> Trainer:
     return Trainer(TrainingConfig(**{**RUN, "output_dir": str(folder), **settings}))
 
@@ -113,13 +125,7 @@ def test_a_resumed_run_counts_the_time_before(clock, tmp_path, capsys):
     folder = tmp_path / "run"
     first = run(folder, max_train_minutes=1.0, checkpointing_steps=10)
 
-    def stopped(step):
-        if step == 20:
-            raise KeyboardInterrupt
-
-    clock.before = stopped
-    with pytest.raises(KeyboardInterrupt):
-        first.train()
+    stop(clock, first, 20)
     state = json.loads((folder / "checkpoint-20" / "state.json").read_text())
     assert state["seconds"] == 29  # 10 + 19
     clock.now += 1000  # nobody is charged for the time between
@@ -223,13 +229,7 @@ def test_a_resumed_run_keeps_time_for_what_was_measured_last(clock, tmp_path, mo
     takes(clock, monkeypatch, numbers=15)
     first = run(tmp_path / "run", **settings)
 
-    def stopped(step):
-        if step == 30:
-            raise KeyboardInterrupt
-
-    clock.before = stopped
-    with pytest.raises(KeyboardInterrupt):
-        first.train()
+    stop(clock, first, 30)
     clock.before = lambda step: None
     again = run(tmp_path / "run", **settings, resume_from_checkpoint="latest")
     again.train()
