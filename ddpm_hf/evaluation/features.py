@@ -13,6 +13,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from huggingface_hub import constants
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import Tensor
 
 from ..sampling.shards import Rows
@@ -151,14 +153,23 @@ class VisionModel:
         from transformers.utils import logging
 
         logging.disable_progress_bar()
+        logging.set_verbosity_error()  # instead of its table of weights there is a sentence
+        how = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
         try:
             self._processor = AutoImageProcessor.from_pretrained(model)
-            net = AutoModel.from_pretrained(model, use_safetensors=True)
-        except (OSError, ValueError, KeyError) as error:
+            net, found = AutoModel.from_pretrained(model, **how)
+        except (OSError, ValueError, KeyError, SafetensorError, StrictDataclassError) as error:
             raise UserError(f"cannot load --features {model}: {first_line(error)}") from error
+        network = type(net).__name__
+        # What is missing or of another size would be random numbers.
+        if missing := sorted({*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])}):
+            what = f"{len(missing)} weights of {network} are not in its file, the first {missing[0]!r}"
+            raise UserError(f"cannot use --features {model}: {what}; choose a model with all of them")
+        if not hasattr(net, "get_image_features") and net.main_input_name != "pixel_values":
+            raise UserError(f"cannot use --features {model}: {network} takes no images; choose a vision model")
         self._net = net.eval().requires_grad_(False).to(device)
         self.fingerprint = digest("transformers, pooled", weights_digest(net), self._processor.to_dict())
-        network, preprocessing = type(net).__name__, type(self._processor).__name__
+        preprocessing = type(self._processor).__name__
         self.description = f"{network} {recorded_name(model)}, pooled output, preprocessed by {preprocessing}"
 
     def __call__(self, images: Tensor) -> Rows:

@@ -13,12 +13,18 @@ from safetensors.torch import save_file
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from transformers import (
+    BertConfig,
+    BertModel,
     BitImageProcessor,
     CLIPConfig,
     CLIPImageProcessor,
     CLIPModel,
     Dinov2Config,
     Dinov2Model,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+    ViTModel,
 )
 
 from ddpm_hf.evaluation.features import EfficientNetLite0, Inception, Pixels, VisionModel, make_extractor
@@ -149,6 +155,27 @@ def test_the_fingerprint_follows_weights_and_preprocessing(tmp_path):
     torch.manual_seed(1)
     Dinov2Model(Dinov2Config.from_pretrained(tmp_path / "a")).save_pretrained(tmp_path / "a")
     assert len({first, second, VisionModel(str(tmp_path / "a")).fingerprint}) == 3
+
+
+def test_vision_models_without_all_their_weights(tmp_path):
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config, file = ViTConfig(**small, image_size=16, patch_size=8), tmp_path / "vit" / "model.safetensors"
+    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(file.parent)
+    # A classifier has no pooler, and AutoModel would make one of random numbers.
+    ViTForImageClassification(config).save_pretrained(file.parent)
+    with pytest.raises(ValueError, match=r"2 weights of ViTModel are not in its file, the first 'pooler\.dense\.bias'"):
+        VisionModel(str(file.parent))
+    ViTModel(config).save_pretrained(file.parent)
+    assert torch.equal(*(VisionModel(str(file.parent))(GREY)["features"] for _ in range(2)))
+    ViTConfig(**small | {"hidden_size": 32}, image_size=16, patch_size=8).save_pretrained(file.parent)
+    with pytest.raises(ValueError, match="weights of ViTModel are not in its file"):
+        VisionModel(str(file.parent))
+    file.write_bytes(file.read_bytes()[:500])
+    with pytest.raises(ValueError, match="cannot load features .*vit: "):
+        VisionModel(str(file.parent))
+    BertModel(BertConfig(**small, vocab_size=20)).save_pretrained(file.parent)
+    with pytest.raises(ValueError, match="BertModel takes no images; choose a vision model"):
+        VisionModel(str(file.parent))
 
 
 def test_pixels():
