@@ -89,7 +89,7 @@ def first_images(data: Images, count: int | None) -> ImageDataset:
 def evaluate(
     pipe: DDPMPipeline,
     sets: Sets,
-    metrics: Sequence[str],
+    metrics: Sequence[str] | str,
     options: EvaluationOptions | None = None,
     *,
     prepare: Callable[[DDPMPipeline], Any] | None = None,
@@ -101,13 +101,16 @@ def evaluate(
         pipe: The model.
         sets: Split to images. Samples are compared with each of them; `train` is what the model was trained on, the
             first other one is what was held out.
-        metrics: Of `METRICS`.
+        metrics: Of `METRICS`; or "nll,fid".
         options, changes: How: `EvaluationOptions`, and fields of it: `num_samples=1000`. What does not fit together is
             a UserError before anything takes long.
         prepare: See `generation.write_samples`.
     """
     given = {name: value for name, value in changes.items() if value is not None}
     options = dataclasses.replace(options or EvaluationOptions(), **given)
+    folders = {name: Path(folder) for name in ("output", "cache_dir") if (folder := getattr(options, name)) is not None}
+    options = dataclasses.replace(options, **folders)  # which may be texts
+    metrics = parse_metrics(metrics if isinstance(metrics, str) else ",".join(metrics))
     sets = {split: sets[split] for split in sorted(sets, key=lambda split: split != "train")}  # training images first
     for_samples = [metric for metric in metrics if metric in SAMPLE_METRICS]
     splits: Sequence[str] = []  # of the likelihood
@@ -220,6 +223,12 @@ def check_evaluation(
     """
     if not sets:
         raise UserError("no images to evaluate on")
+    for name in ("batch_size", "num_sets", "num_images"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            raise UserError(f"--{name} must be at least 1, got {value}")
+    for split in options.likelihood_splits or ():
+        if split not in sets:
+            raise UserError(f"there are no images of the split {split!r}; there are {', '.join(sets)}")
     sampling_pipe = options.pipeline(pipe)
     if samples:
         check_sampler(sampling_pipe, **options.chain)
@@ -248,8 +257,6 @@ def checked_extractors(
     need, metric = max((SAMPLE_METRICS[metric].at_least, metric) for metric in wanted)
     if options.num_samples < need:
         raise UserError(f"{metric} needs at least {need} samples, got --num_samples {options.num_samples}")
-    if options.num_sets < 1:
-        raise UserError(f"--num_sets must be at least 1, got {options.num_sets}")
     if "nn" in wanted and "train" not in sets:
         raise UserError("nn needs the images that the model was trained on; give the split train")
     # the Inception score alone looks at no real image, but two are the least that statistics are made of

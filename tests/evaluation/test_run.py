@@ -44,6 +44,35 @@ def test_images_that_do_not_fit(small_pipeline):
         evaluate_likelihood(small_pipeline, empty, "all", EvaluationOptions())
 
 
+@pytest.mark.parametrize(
+    ("metrics", "options", "words"),
+    [
+        (["fdi"], {}, "knows .* got 'fdi' .did you mean 'fid'"),  # and not the likelihood instead
+        ([], {}, "names no metric"),
+        ("nll", {"num_images": -1}, "num_images must be at least 1, got -1"),
+        ("fid", {"num_sets": 0}, "num_sets must be at least 1, got 0"),
+        ("fid", {"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ("nll", {"likelihood_splits": ["test"]}, "no images of the split 'test'; there are validation"),
+    ],
+)
+def test_what_python_callers_get_wrong(small_pipeline, metrics, options, words):
+    sets = {"validation": first_images(load_digits("validation"), 30)}
+    with pytest.raises(ValueError, match=words):
+        evaluation.evaluate(small_pipeline, sets, metrics, features="pixels", **options)
+
+
+def test_metrics_and_folders_may_be_texts(small_pipeline, tmp_path):
+    sets = {"validation": first_images(load_digits("validation"), 2)}
+    folders = {"output": f"{tmp_path}/a", "cache_dir": f"{tmp_path}/b"}
+    evaluation.evaluate(small_pipeline, sets, "nll", num_evaluations=2, **folders)
+    assert list(EvaluationReport.load(folders["output"]).values) == ["bits_per_dim"]
+
+
+def test_images_of_another_range_are_refused():
+    with pytest.raises(ValueError, match=r"images of 'mine' are torch\.float32; give pixel values from 0 to 255"):
+        ImageDataset(torch.rand(4, 1, 8, 8), None, "mine")
+
+
 def test_a_likelihood_takes_nothing_from_the_sampler(small_pipeline):
     sets = {"validation": first_images(load_digits("validation"), 2)}
     few = EvaluationOptions(num_evaluations=4)
