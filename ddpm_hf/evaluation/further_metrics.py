@@ -21,8 +21,7 @@ def density_coverage(
 
     Density: in how many of the real images' k-neighbour balls a sample lies, divided by k; about 1 for new real
     images, and not bounded by 1. Coverage: the share of these balls with a sample in them; for M = N new real images
-    about 1 - 1 / 2^k. What is outside by rounding alone counts as inside. `radii` are the balls' squared ones, `[N]`,
-    where they are known.
+    about 1 - 1 / 2^k. `radii` are the balls' squared ones, `[N]`, where they are known.
     """
     samples, real = checked("density and coverage", k + 1, samples, real)
     radii = nearest_others(real, k)[:, -1] if radii is None else radii
@@ -30,7 +29,13 @@ def density_coverage(
     balls = Points.about(origin, real, torch.float64)
     counts, covered = [], torch.zeros(len(real), dtype=torch.bool, device=real.device)
     for part in in_parts(samples.split(ROWS), "density and coverage"):
-        inside = Points.about(origin, part, torch.float64).at_least(balls) <= radii  # [rows, N]
+        points = Points.about(origin, part, torch.float64)
+        bounds = points.at_least(balls)  # [rows, N]
+        inside = bounds <= radii
+        close = inside & (bounds.add_(points.slack(balls)) >= radii)  # what rounding decides
+        for pairs in close.nonzero().split(ROWS):
+            i, j = pairs.T
+            inside[i, j] = (part[i].double() - real[j].double()).square().sum(1) <= radii[j]
         counts.append(inside.sum(1).double() / k)
         covered |= inside.any(0)
     return mean_estimate(torch.cat(counts)), share(covered)
@@ -60,7 +65,8 @@ def gaussian_kernel_distance(samples: Tensor, real: Tensor, sigma: float = 10.0,
     1000. The error is that of a sum over independent samples and real images.
     """
     samples, real = checked("the kernel distance", 2, samples, real)
-    x, y = (functional.normalize(features.double()) for features in (samples, real))  # of a black image: 0
+    # Of a black image 0; all others are longer than 1e-300.
+    x, y = (functional.normalize(features.double(), eps=1e-300) for features in (samples, real))
 
     def kernel(a: Tensor, b: Tensor) -> Tensor:
         return torch.exp(-(a.square().sum(1)[:, None] + b.square().sum(1) - 2 * a @ b.T) / (2 * sigma**2))

@@ -38,6 +38,14 @@ def test_density_and_coverage_are_their_definitions(k, shift):
     assert (density.value, coverage.value) == pytest.approx(written_out(samples.numpy(), real.numpy(), k), rel=1e-12)
 
 
+def test_density_and_coverage_far_from_the_middle():
+    """Two clouds so far apart that products in float64 round by as much as decides."""
+    far = torch.tensor([1e5, -1e5]).double().repeat(30)[:, None]
+    samples, real = normal(0, 60, 700) + far, normal(1, 60, 700) + far
+    found = density_coverage(samples, real, 5)
+    assert [estimate.value for estimate in found] == pytest.approx(written_out(samples.numpy(), real.numpy(), 5))
+
+
 def test_coverage_of_new_real_images_has_its_closed_form():
     # Naeem et al. 2020, Eq. 13: 1 - (N - 1) ... (N - k) / ((N + M - 1) ... (N + M - k)), whatever the distribution.
     k, N, M = 3, 60, 40
@@ -73,7 +81,8 @@ def test_cmmd_is_its_definition():
     x, y = samples.numpy(), real.numpy()
     expected = 1000 * (mean(x, x) + mean(y, y) - 2 * mean(x, y))
     assert gaussian_kernel_distance(samples, real).value == pytest.approx(expected, rel=1e-9)
-    assert gaussian_kernel_distance(3 * samples, real).value == pytest.approx(expected, rel=1e-9)  # unit vectors
+    for scale in (3, 1e-20):  # unit vectors
+        assert gaussian_kernel_distance(scale * samples, real).value == pytest.approx(expected, rel=1e-9)
     assert gaussian_kernel_distance(samples, samples).value == pytest.approx(0, abs=1e-9)
 
 
