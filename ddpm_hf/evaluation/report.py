@@ -105,7 +105,7 @@ class EvaluationReport:
         file = report_file(path)
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise UserError(f"there is no report {str(file)!r}") from None
         except ValueError:
             raise UserError(f"{str(file)!r} is not a report: it is not JSON") from None
@@ -133,7 +133,7 @@ def _is_report(content: Any) -> bool:
     if not all(isinstance(entry, dict) and "value" in entry for entry in entries) or not isinstance(settings, dict):
         return False
     numbers = [entry.get(key) for entry in entries for key in ("value", "standard_error")]
-    of_numbers = [settings.get(name, {}) for name in content["values"]]
+    of_numbers = [settings.get(name, {}) for name in ("sampling", "features", *content["values"])]
     return all(isinstance(x, (int, float, NoneType)) for x in numbers) and all(isinstance(x, dict) for x in of_numbers)
 
 

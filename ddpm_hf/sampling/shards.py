@@ -85,8 +85,10 @@ def kept_rows(folder: Path) -> list[Rows]:
     """Return the batches on disk; damaged ones are left out, to be made again."""
     found = []
     for path in sorted(folder.glob("*.safetensors")):
-        with suppress(OSError, SafetensorError):
-            found.append(load_file(path))
+        with suppress(OSError, SafetensorError, KeyError):
+            part = load_file(path)
+            if all(len(value) == len(part["ids"]) and value.isfinite().all() for value in part.values()):
+                found.append(part)
     return found
 
 

@@ -80,6 +80,7 @@ def entire(values: str, settings: str = "{}") -> str:
         (entire("[1]"), "an object with dataset, split, num_images and values"),
         (entire('{"a": {"value": 3}}', "[]"), "a report of ddpm-hf evaluate"),
         (entire('{"a": {"value": 3}}', '{"a": 1}'), "a report of ddpm-hf evaluate"),
+        (entire('{"a": {"value": 3}}', '{"sampling": "x"}'), "a report of ddpm-hf evaluate"),
     ],
 )
 def test_other_files_are_refused(tmp_path, content, words):
@@ -87,6 +88,8 @@ def test_other_files_are_refused(tmp_path, content, words):
         (tmp_path / "x.json").write_text(content)
     with pytest.raises(ValueError, match=words):
         EvaluationReport.load(tmp_path / "x.json")
+    with pytest.raises(ValueError, match="there is no report"):
+        EvaluationReport.load(tmp_path / "x.json" / "y.json")
 
 
 @pytest.mark.parametrize(

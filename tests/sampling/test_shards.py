@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from ddpm_hf.sampling.shards import all_rows, in_order, write_tensors
 from ddpm_hf.utils.digests import digest, weights_digest
@@ -49,6 +49,8 @@ def test_an_interrupted_run_resumes_with_what_is_missing(tmp_path):
 def test_damaged_batches_are_made_again(tmp_path):
     all_rows(6, Maker(), batch_size=2, folder=tmp_path)
     (tmp_path / "00000002.safetensors").write_bytes(b"not safetensors")
+    for other in ({"square": torch.ones(2)}, {"ids": torch.arange(2), "square": torch.ones(1)}):
+        save_file(other, tmp_path / f"other{len(other)}.safetensors")  # no batches of ours
     again = Maker()
     assert torch.equal(all_rows(6, again, batch_size=2, folder=tmp_path)["square"], SQUARES[:6])
     assert again.asked == [2, 3]
