@@ -113,8 +113,8 @@ def _compare(values: Any) -> None:
     """Print reports side by side."""
     if strangers := list(given(values, "model", "output", *IMAGE_SOURCES)):
         raise UserError(f"--compare only reads reports: leave out --{strangers[0]}")
-    if len(values.compare) < 2:
-        raise UserError("--compare takes at least two reports: --compare A.json B.json")
+    if len(set(values.compare)) < max(2, len(values.compare)):
+        raise UserError("--compare takes at least two reports, each once: --compare A.json B.json")
     from ..evaluation.report import EvaluationReport, compare
 
     print(compare({path: EvaluationReport.load(path) for path in values.compare}))

@@ -282,8 +282,8 @@ def test_a_figure_of_an_optimized_network(tmp_path, capsys):
 
 
 def test_comparing_takes_two_reports(tmp_path, capsys):
-    a = str(tmp_path / "a.json")
-    for names, words in (([a], "at least two reports"), ([a, str(tmp_path / "b.json")], "no report")):
+    a, b = (str(tmp_path / name) for name in ("a.json", "b.json"))
+    for names, words in (([a], "at least two reports"), ([a, b, a], "each once"), ([a, b], "no report")):
         assert cli.main(["evaluate", "--compare", *names]) == 2
         assert words in capsys.readouterr().err
 

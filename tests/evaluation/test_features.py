@@ -163,7 +163,7 @@ def test_vision_models_without_all_their_weights(tmp_path):
     ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(file.parent)
     # A classifier has no pooler, and AutoModel would make one of random numbers.
     ViTForImageClassification(config).save_pretrained(file.parent)
-    with pytest.raises(ValueError, match=r"2 weights of ViTModel are not in its file, the first 'pooler\.dense\.bias'"):
+    with pytest.raises(ValueError, match="2 weights of ViTModel are not in its file, the first 'pooler"):
         VisionModel(str(file.parent))
     ViTModel(config).save_pretrained(file.parent)
     assert torch.equal(*(VisionModel(str(file.parent))(GREY)["features"] for _ in range(2)))
@@ -171,7 +171,7 @@ def test_vision_models_without_all_their_weights(tmp_path):
     with pytest.raises(ValueError, match="weights of ViTModel are not in its file"):
         VisionModel(str(file.parent))
     file.write_bytes(file.read_bytes()[:500])
-    with pytest.raises(ValueError, match="cannot load features .*vit: "):
+    with pytest.raises(ValueError, match=r"cannot load features .*vit: "):
         VisionModel(str(file.parent))
     BertModel(BertConfig(**small, vocab_size=20)).save_pretrained(file.parent)
     with pytest.raises(ValueError, match="BertModel takes no images; choose a vision model"):
