@@ -14,6 +14,7 @@ import io
 import json
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from ddpm_hf.evaluation.plots import figure_class, save_figure
 from ddpm_hf.evaluation.run import parse_metrics
 from ddpm_hf.evaluation.samples import SAMPLE_METRICS, Features, higher_is_better, number_name, real_images
 from ddpm_hf.utils.errors import UserError, showing_flags
-from ddpm_hf.utils.files import write_text
+from ddpm_hf.utils.files import writable_folder, write_text
 from ddpm_hf.utils.text import finite, table
 from ddpm_hf.utils.visualize import labelled_grid, save_picture
 
@@ -226,19 +227,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         }
         known = [name for name, metric in SAMPLE_METRICS.items() if metric.numbers and metric.of_real]
         metrics = parse_metrics(arguments.metrics, known)
-        if not (arguments.folder / "labels.npz").is_file():
+        if arguments.count < 20 or min(arguments.seeds, arguments.batch_size) < 1:
+            raise UserError("--count must be at least 20, --seeds and --batch_size at least 1")
+        labels = None
+        with suppress(OSError, ValueError, KeyError):
+            labels = np.load(arguments.folder / "labels.npz")["train"]
+        if labels is None or labels.shape != (len(sets["train"]),):
             raise UserError(f"{str(arguments.folder)!r} holds no labels.npz, the classes of train.npz as `train`")
-        labels = np.load(arguments.folder / "labels.npz")["train"]
         seeds = range(arguments.seed, arguments.seed + arguments.seeds)
         choices = [Choice(labels, len(sets["test"]), arguments.count, seed) for seed in seeds]
         shape, device = tuple(sets["train"].images.shape[1:]), "cuda" if torch.cuda.is_available() else "cpu"
         weights, names = arguments.inception_weights, arguments.features.split(",")
         extractors = [make_extractor(name, shape, weights, device) for name in names]
+        writable_folder(arguments.output, "--output")
     except UserError as error:
         with showing_flags():
             print(f"error: {error}", file=sys.stderr)
         return 2
-    arguments.output.mkdir(parents=True, exist_ok=True)
     save_picture(picture_of(sets, choices[0]), arguments.output / "ladder.png")
     found: dict[str, Any] = {}
     pages = [f"{arguments.count} images on each side, seeds {seeds[0]} to {seeds[-1]}."]

@@ -80,6 +80,14 @@ def test_the_table_has_independent_numbers_beside_ours(benchmark, folder, tmp_pa
     assert "--count 150 needs 300 training images" in capsys.readouterr().err
     assert benchmark.main([str(folder), "--count", "40", "--metrics", "fdi"]) == 2
     assert "--metrics knows fid, kid, " in capsys.readouterr().err
+    for wrong in (["--count", "19"], ["--seeds", "0"], ["--batch_size", "0"]):
+        assert benchmark.main([str(folder), "--count", "40", *wrong]) == 2
+        assert "--count must be at least 20, --seeds and --batch_size at least 1" in capsys.readouterr().err
+    assert benchmark.main([*flags, "--output", "/proc/x"]) == 2
+    assert "cannot write to --output /proc/x" in capsys.readouterr().err
+    np.savez(folder / "labels.npz", train=np.zeros(3))
+    assert benchmark.main([str(folder), "--count", "40"]) == 2
+    assert "holds no labels.npz" in capsys.readouterr().err
     (folder / "labels.npz").unlink()
     assert benchmark.main([str(folder), "--count", "40"]) == 2
     assert "holds no labels.npz" in capsys.readouterr().err

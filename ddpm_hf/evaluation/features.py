@@ -201,7 +201,7 @@ def make_extractor(
         return Inception(inception_weights, device)
     if name == EfficientNetLite0.name:
         return EfficientNetLite0(image_shape, device)
-    if "/" in name or Path(name).is_dir():
+    if "/" in name or (name and Path(name).is_dir()):
         return VisionModel(name, device)
     known = "inception, pixels, efficientnet-lite0, or a vision model such as facebook/dinov2-base"
     raise UserError(f"unknown --features {name!r}; it must be {known}")

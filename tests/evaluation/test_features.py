@@ -188,6 +188,7 @@ def test_pixels():
     ("name", "words"),
     [
         ("inceptoin", "unknown features='inceptoin'"),
+        ("", "unknown features=''"),  # and not the folder '.'
         ("{tmp}/inception", r"/inception: .* name 'inception'.*another name"),
         ("someone/pixels/", r"someone/pixels/: .* name 'pixels'.*another name"),
         ("nobody/no-such-model", "cannot load features nobody/no-such-model"),
