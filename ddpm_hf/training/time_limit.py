@@ -42,7 +42,6 @@ class TimeLimit:
         self._seconds: dict[str, float] = {}  # of each of them, as measured the last time, else as estimated
         self._first, self._next = 0, 1
         self._marks: list[tuple[int, float]] = []  # updates, and the seconds of nothing but them
-        self._others = 0.0  # seconds of all that was no update
 
     def state(self) -> dict[str, Any]:
         """Return what a resumed run needs."""
@@ -78,14 +77,15 @@ class TimeLimit:
         """Return whether `plan` is due after update `step`; the same in all processes."""
         return step >= self._next
 
-    def plan(self, step: int) -> None:
+    def plan(self, step: int, others: float) -> None:
         """Plan the last update after update `step`, the device being idle; all processes get the first one's plan.
 
+        `others` are the seconds so far in which no update was made.
         Raises TrainingError: not even the first updates and the end of a new run fit into the time.
         """
         now, made = self.used(), step - self._first
         left = 60 * self.minutes - now - self.writing - self.showing
-        self._marks.append((step, now - self._others))
+        self._marks.append((step, now - others))
         rate = self._seconds_per_update(made // 8)
         # A speed is known after `_PLAN_AFTER` updates; before that only whether any time is left matters.
         last = self.last if made < _PLAN_AFTER and left > 0 else step + self._fitting(step, left, rate)
@@ -141,7 +141,6 @@ class TimeLimit:
     def took(self, name: str, step: int, seconds: float) -> None:
         """Take into account how long something has taken after update `step`: plan again soon."""
         self._seconds[name], self._next = seconds, min(self._next, step + 1)
-        self._others += seconds
 
     def _announce(self, last: int) -> None:
         end = f"{self.writing:.0f} s to write the model and {self.showing:.0f} s for samples and numbers"

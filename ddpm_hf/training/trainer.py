@@ -309,7 +309,7 @@ class Trainer:
             checkpoint = 4 * parameter_count(self.unet) * 6 / 1e8
             shown = self.publisher.seconds_to_complete(self._ema_state_dict(), self.step)
             limit.expect({"checkpoint": checkpoint, **shown})
-        limit.plan(self.step)
+        limit.plan(self.step, self._others)
 
     def _unless_stopped(self, stop: StopFlag, make: Callable[[], None]) -> bool:
         """Call `make` and return whether it ended: not after a stop, with one process also in between."""
