@@ -134,8 +134,8 @@ def _shortened(value: Any) -> str:
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
-def check_checkpoint(run: Run, path: Path, state: dict[str, Any]) -> None:
-    """Log what changes where a run resumes from this checkpoint; raise UserError: it is not one to resume from."""
+def check_settings(run: Run, path: Path, state: dict[str, Any]) -> None:
+    """Raise UserError: the checkpoint's state is that of another run than this one."""
     for name, here in plain(fixed_settings(run)).items():  # plain as in the checkpoint: tuples are lists there
         if (was := state.get(name)) != here:
             if isinstance(was, dict) and isinstance(here, dict):
@@ -144,6 +144,11 @@ def check_checkpoint(run: Run, path: Path, state: dict[str, Any]) -> None:
             name = "--num_trajectories" if run.distillation and name == "num_images" else name
             what = f"{str(path)!r} was trained with {name} {_shortened(was)}, and this run has {_shortened(here)}"
             raise UserError(f"{what}; resume with the same setting, or start a new run in another folder")
+
+
+def check_checkpoint(run: Run, path: Path, state: dict[str, Any]) -> None:
+    """Log what changes where a run resumes from this checkpoint; raise UserError: it is not one to resume from."""
+    check_settings(run, path, state)
     for name, here in changeable_settings(run).items():
         if (was := state["recipe"].get(name, here)) != here:  # 0.1.0 did not write all of them
             log(f"changed since {path.name}: {name} was {was} and is {here} from now on")

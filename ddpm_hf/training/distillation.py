@@ -162,7 +162,7 @@ class Distillation:
         (C, H, W), N = self.teacher.image_shape, self.num_trajectories
         if (size := 4 * N * (self.steps + 1) * C * H * W) > psutil.virtual_memory().available:
             raise UserError(f"--num_trajectories {N} take {size / 1e9:.0f} GB, and this machine has less; give fewer")
-        points = torch.empty(N, (self.steps + 1) * C, H, W)
+        points = self.new_points("cpu")
         self._own_times, self._levels = self._own_times.to(device), self._levels.to(device)
         precision = {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
         unet = self.teacher.unet.to(device)
@@ -182,7 +182,17 @@ class Distillation:
                 rows.copy_(accelerator.gather(made.transpose(0, 1).flatten(1, 2))[: len(rows)])
                 bar.update(len(rows))
         unet.to("cpu")  # the student needs the memory
-        labels = None if classes.count is None else torch.arange(N) % classes.count
+        return self.images(points)
+
+    def new_points(self, device: str) -> Tensor:
+        """Return room for the trajectories, `[N, (K + 1) C, H, W]`."""
+        C, H, W = self.teacher.image_shape
+        return torch.empty(self.num_trajectories, (self.steps + 1) * C, H, W, device=device)
+
+    def images(self, points: Tensor) -> ImageDataset:
+        """Return the points of trajectories 0, 1, ... as images, with their classes."""
+        classes = self.teacher.classes
+        labels = None if classes.count is None else torch.arange(len(points)) % classes.count
         names = [name for i, name in enumerate(classes.all_names()) if i != classes.null]
         return ImageDataset(points, labels, f"images made by {self.name}", names)
 

@@ -158,7 +158,7 @@ def resolve(config: TrainingConfig, accelerator: Accelerator, initial: InitialMo
     check_size(unet, *image_size(recipe.unet), otherwise=" as --resolution")
     check_memory(unet, config, accelerator, micro, eager=not computation.compile)
     if isinstance(initial, Distillation):
-        images = initial.trajectories(config.seed, accelerator, plan.micro, computation.compile)
+        images = initial.images(initial.new_points("meta"))
         return Run(config, recipe, accelerator, computation, plan, images, dict(recipe.unet), None, initial)
     data = load_split(config, recipe.unet, "train")
     if not isinstance(data, StreamedImages) and not len(data):

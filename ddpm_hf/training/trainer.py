@@ -43,7 +43,7 @@ from .evaluation import TrainingEvaluation
 from .initialization import InitialModel, initialize, open_initial_model
 from .posthoc_ema import PowerAverages, discard_snapshots, is_due, save_snapshot
 from .publishing import Publisher
-from .run import resolve, start_accelerator
+from .run import Run, resolve, start_accelerator
 from .time_limit import TimeLimit
 from .tracking import Tracking
 from .update import CapturedUpdate, Update
@@ -76,8 +76,11 @@ class Trainer:
             if isinstance(config, DistillationConfig):
                 initial = Distillation.load(config)
                 config = replace(config, class_conditional=initial.teacher.classes.count is not None)
-            with self.reproducible():  # a resumed run makes a teacher's trajectories again
-                self.config, self.run = config, resolve(config, self.accelerator, initial)
+            self.config, self.run = config, resolve(config, self.accelerator, initial)
+            if isinstance(initial, Distillation):
+                if state is not None:
+                    checkpointing.check_settings(self.run, self.output_dir, state)
+                self.run = self._with_trajectories(initial)
             self.evaluation = TrainingEvaluation(config, self.run.unet_config, self.run.data)
         self.recipe, self.data, self.plan = self.run.recipe, self.run.data, self.run.plan
         same_everywhere(self.run.describe_images(), "all of them need the same images")
@@ -108,6 +111,13 @@ class Trainer:
     def seconds(self) -> float:
         """Return how long the run has taken, with the processes that it resumed from."""
         return self._seconds_before + time_limit.clock() - self._started
+
+    def _with_trajectories(self, teacher: Distillation) -> Run:
+        """Return the run with the images that the teacher makes; a resumed run makes them again."""
+        run = self.run
+        with self.reproducible():
+            made = teacher.trajectories(run.config.seed, self.accelerator, run.plan.micro, run.computation.compile)
+        return replace(run, data=made)
 
     def _new_network(self) -> UNet2DModel:
         """Return the network at its start, on the device, laid out as the run wants it."""

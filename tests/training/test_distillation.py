@@ -252,7 +252,8 @@ def test_a_resumed_distillation_ends_in_the_same_bits(teacher, student, tmp_path
         assert all(torch.equal(one[key], two[key]) for key in one), name
 
 
-def test_a_run_is_not_resumed_with_another_teacher(teacher, student, tmp_path):
+def test_a_run_is_not_resumed_with_another_teacher(teacher, student, tmp_path, monkeypatch):
+    monkeypatch.setattr(Distillation, "trajectories", lambda *arguments: pytest.fail("the teacher made images"))
     other = save_teacher(tmp_path / "other", make_small_unet(1))
     with pytest.raises(UserError, match="was trained with"):
         distil(other, student, resume_from_checkpoint="latest")
