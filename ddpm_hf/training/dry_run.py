@@ -14,6 +14,7 @@ from ..utils.machine import peak_memory
 from ..utils.processes import from_first, gather, log, raise_on_all_ranks
 from .configuration import TrainingError
 from .estimate import time_left
+from .memory import state_bytes
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -67,9 +68,8 @@ def _disk(trainer: Trainer, updates: int) -> str:
     folder, config = trainer.output_dir, trainer.config
     there = next(path for path in (folder, *folder.resolve().parents) if path.exists())
     writable_folder(there, "--output_dir")
-    # In float32: weights, EMA weights and Adam's two moments, and two averages for post-hoc EMA.
     averaged, weights = trainer.update.powers is not None, parameter_count(trainer.unet) * 4
-    size = weights * (6 if averaged else 4)
+    size = state_bytes(trainer.unet, averaged)
     made = math.ceil(updates / config.checkpointing_steps)
     count = min(made, config.checkpoints_total_limit or made)
     snapshots = min(updates, config.posthoc_ema_snapshots) if averaged else 0  # of two averages in float16

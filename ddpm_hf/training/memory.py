@@ -19,13 +19,21 @@ class _Needs(NamedTuple):
     """Bytes that a process takes."""
 
     weights: int
-    lasting: int  # weights, Adam's two moments, EMA weights, two averages for post-hoc EMA
+    lasting: int  # `state_bytes`
     activations: int  # of a micro-batch, from its forward to its backward pass
 
     @property
     def total(self) -> int:
         """What is there at once, at least: gradients come while activations go."""
         return self.lasting + max(self.weights, self.activations)
+
+
+def state_bytes(unet: UNet2DModel, averages: bool) -> int:
+    """Return the bytes of all that lasts, and of a checkpoint: in float32 weights, EMA weights and Adam's two moments.
+
+    With `averages` also the two that post-hoc EMA needs.
+    """
+    return 4 * parameter_count(unet) * (6 if averages else 4)
 
 
 def check_memory(unet: UNet2DModel, config: TrainingConfig, accelerator: Accelerator, micro: int, eager: bool) -> None:
@@ -42,7 +50,7 @@ def check_memory(unet: UNet2DModel, config: TrainingConfig, accelerator: Acceler
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))  # which share the memory
         if eager and not config.gradient_checkpointing:
             activations = activation_bytes(unet, micro) // (1 if accelerator.mixed_precision == "no" else 2)
-    needs = _Needs(weights, weights * (6 if config.posthoc_ema else 4), activations)
+    needs = _Needs(weights, state_bytes(unet, config.posthoc_ema), activations)
     there, where = obtainable_memory(device)
     if (most := there // processes) < needs.total:
         has = f"{where} has {most / 1e9:.3g} GB for {'each process' if processes > 1 else 'it'}"

@@ -41,6 +41,7 @@ from .dry_run import dry_run
 from .estimate import Pace
 from .evaluation import TrainingEvaluation
 from .initialization import InitialModel, initialize, open_initial_model
+from .memory import state_bytes
 from .posthoc_ema import PowerAverages, discard_snapshots, is_due, save_snapshot
 from .publishing import Publisher
 from .run import Run, resolve, start_accelerator
@@ -315,8 +316,7 @@ class Trainer:
     def _plan(self, limit: TimeLimit) -> None:
         """Plan the last update, at first with an estimate of what comes after it."""
         if not limit.estimated:
-            # At 100 MB/s: weights, EMA, two moments, two averages of the post-hoc EMA
-            checkpoint = 4 * parameter_count(self.unet) * 6 / 1e8
+            checkpoint = state_bytes(self.unet, self.update.powers is not None) / 1e8  # at 100 MB/s
             shown = self.publisher.seconds_to_complete(self._ema_state_dict(), self.step)
             limit.expect({"checkpoint": checkpoint, **shown})
         limit.plan(self.step, self._others)

@@ -250,6 +250,15 @@ def test_the_end_is_estimated_from_the_networks_own_time(tmp_path, monkeypatch, 
     assert estimate == pytest.approx({"grid": grid, "numbers": numbers})
 
 
+@pytest.mark.parametrize("posthoc_ema", [False, True])
+def test_a_checkpoint_is_expected_to_be_as_large_as_it_is_on_the_disk(clock, tmp_path, monkeypatch, posthoc_ema):
+    expected = []
+    monkeypatch.setattr(TimeLimit, "expect", lambda self, seconds: expected.append(seconds["checkpoint"]))
+    run(tmp_path / "run", max_train_minutes=1.0, max_train_steps=1, posthoc_ema=posthoc_ema).train()
+    size = sum(path.stat().st_size for path in (tmp_path / "run" / "checkpoint-1").glob("*.safetensors"))
+    assert expected == [pytest.approx(size / 1e8, rel=0.02)]  # at 100 MB/s; files have headers
+
+
 def test_the_estimate_follows_the_runs_own_chain_and_warns_of_no_short_one(tmp_path, monkeypatch):
     trainer, seen = run(tmp_path / "run", ddpm_num_inference_steps=1000), []
     forward = UNet2DModel.forward
