@@ -18,6 +18,7 @@ from .configuration import TrainingConfig, TrainingError
 clock = time.monotonic
 
 _PLAN_AFTER = 3  # updates of this process; only the third's time counts: those before may compile
+_OTHER_FILES = 0.5  # seconds of the card, configurations and the picture's file
 
 
 class TimeLimit:
@@ -126,8 +127,8 @@ class TimeLimit:
 
     @property
     def writing(self) -> float:
-        """Seconds of the files after the last update: a checkpoint, and a model of a quarter of its size at most."""
-        return 1.5 * self._seconds.get("checkpoint", 0.0)
+        """Seconds of the files after the last update: a checkpoint, a quarter of it for the model, and others."""
+        return 1.5 * self._seconds.get("checkpoint", 0.0) + _OTHER_FILES
 
     @property
     def showing(self) -> float:

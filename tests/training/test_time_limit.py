@@ -60,7 +60,7 @@ def clock(monkeypatch):
 def takes(clock, monkeypatch, **seconds):
     """Let a grid, the numbers or a checkpoint of every run take so many seconds of the clock."""
     owners = {"grid": (Publisher, "sample_grid"), "numbers": (Publisher, "_measure")}
-    owners |= {"checkpoint": (Trainer, "_write_checkpoint")}
+    owners |= {"checkpoint": (Trainer, "_write_checkpoint"), "card": (Publisher, "_write_card")}
 
     def slow(self, make, cost, *arguments):
         clock.now += cost
@@ -94,7 +94,7 @@ def test_a_steady_clock_gives_the_run_of_so_many_updates_bit_for_bit(clock, tmp_
     assert timed.step == 45
     assert clock.now == 54
     assert (
-        "1 minutes are about 45 updates; kept for the end: 0 s to write the model and 5 s" in capsys.readouterr().out
+        "1 minutes are about 45 updates; kept for the end: 1 s to write the model and 5 s" in capsys.readouterr().out
     )
     # linear warm-up, then half a cosine
     expected = [min(n / 4, 0.5 + 0.5 * math.cos(math.pi * max(0, n - 4) / 41)) for n in range(45)]
@@ -211,6 +211,14 @@ def test_numbers_that_take_longer_than_the_updates_between_them_leave_time_for_u
     trainer.train()
     # Two evaluations on the way; the third would leave the 31 seconds for update 31, but none to write the model.
     assert (trainer.step, clock.now) == (30, 9 + 30 + 2 * 20 + 20)
+
+
+def test_time_is_kept_for_small_files_too(clock, tmp_path, monkeypatch):
+    clock.seconds = 0.1
+    takes(clock, monkeypatch, grid=5, card=0.2)
+    trainer = run(tmp_path / "run", max_train_minutes=0.5)
+    trainer.train()
+    assert 29.5 < trainer.seconds() <= 30.0  # two cards among it
 
 
 def test_a_second_update_that_compiles_again_is_no_measure(clock, tmp_path):
