@@ -49,15 +49,18 @@ class TimeLimit:
         plan = {"last": self.last, "from": self._from, "done": self._done}
         return plan | {"minutes": self.minutes, "max_train_steps": self.most}
 
-    def resume(self, step: int, state: dict[str, Any] | None) -> None:
+    def resume(self, step: int, state: dict[str, Any] | None, before: str | None) -> None:
         """Continue after update `step` by the plan of its checkpoint, which may have been made without a time.
 
+        `before` is the schedule so far: a learning rate that was constant without a time begins to fall here.
         A finished run that gets more minutes, or updates, gets a new plan: its learning rate rises, and falls again.
         """
         state = state or {}
         more = self.minutes > state.get("minutes", math.inf) or self.most > state.get("max_train_steps", math.inf)
         if state and not (more and step >= state["last"]):
             self.last, self._from, self._done = min(state["last"], self.most), state["from"], state["done"]
+        elif not state and before == "constant":
+            self._from = max(step, self.warmup)
         self._first, self._next = step, step + 1
 
     def factor(self, step: int) -> float:

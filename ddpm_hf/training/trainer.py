@@ -474,7 +474,7 @@ class Trainer:
             self.update.powers = None
         self._seconds_before = state.get("seconds", 0.0)
         if self.limit is not None:
-            self.limit.resume(state["step"], state.get("time_limit"))
+            self.limit.resume(state["step"], state.get("time_limit"), state["recipe"].get("lr_scheduler"))
         self.lr_schedule = self._learning_rate_schedule(state["step"])  # a changed learning rate counts from here on
         if self.accelerator.scaler is not None and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])

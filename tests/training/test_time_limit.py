@@ -159,6 +159,15 @@ def test_a_finished_run_continues_where_it_gets_more_minutes(clock, tmp_path):
     assert clock.rates[-1] < 0.01 * 3e-3
 
 
+def test_a_constant_rate_begins_to_fall_where_a_run_gets_a_time(clock, tmp_path):
+    run(tmp_path / "run", max_train_steps=8, lr_scheduler="constant").train()
+    clock.rates = []
+    settings = {"max_train_minutes": 1.0, "max_train_steps": 20, "lr_scheduler": "cosine"}
+    run(tmp_path / "run", resume_from_checkpoint="latest", **settings).train()
+    expected = [3e-3 * (0.5 + 0.5 * math.cos(math.pi * n / 12)) for n in range(12)]
+    assert clock.rates == pytest.approx(expected, rel=1e-9)
+
+
 def test_a_run_whose_time_was_used_up_is_finished(clock, tmp_path, capsys):
     run(tmp_path / "run", max_train_steps=8, checkpointing_steps=4).train()
     (tmp_path / "run" / "checkpoint-8").rename(tmp_path / "checkpoint-8")
