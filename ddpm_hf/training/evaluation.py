@@ -146,8 +146,10 @@ class TrainingEvaluation:
                 if self.config.best_metric is not None:
                     self._keep_best(pipe, report, step, self.config.best_metric)
                 numbers = {name: entry["value"] for name, entry in report.values.items()}
-                entry = {"update": step, "images": images, "seconds": round(seconds, 1), **numbers}
-                self._write_curve([*(other for other in self._curve() if other["update"] != step), entry])
+                curve = {entry["update"]: entry for entry in self._curve()}
+                seconds = curve.get(step, {}).get("seconds", round(seconds, 1))  # not when it is measured again
+                curve[step] = {"update": step, "images": images, "seconds": seconds, **numbers}
+                self._write_curve(list(curve.values()))
 
     def _keep_best(self, pipe: DDPMPipeline, report: EvaluationReport, step: int, name: str) -> None:
         folder, value, before = self.folder / BEST, report.values[name]["value"], math.nan

@@ -159,6 +159,16 @@ def test_a_finished_run_continues_where_it_gets_more_minutes(clock, tmp_path):
     assert clock.rates[-1] < 0.01 * 3e-3
 
 
+def test_the_curve_keeps_when_an_update_was_reached(clock, tmp_path):
+    settings = {"max_train_steps": 4, "validation_steps": 2, "eval_num_images": 1, "eval_num_evaluations": 2}
+    run(tmp_path / "run", max_train_minutes=1.0, **settings).train()
+    again = run(tmp_path / "run", max_train_minutes=1.0, **settings, resume_from_checkpoint="latest")
+    clock.now += 4  # measured again, later
+    again.train()
+    curve = json.loads((tmp_path / "run" / "curve.json").read_text())
+    assert [(entry["update"], entry["seconds"]) for entry in curve] == [(2, 11), (4, 13)]
+
+
 def test_a_constant_rate_begins_to_fall_where_a_run_gets_a_time(clock, tmp_path):
     run(tmp_path / "run", max_train_steps=8, lr_scheduler="constant").train()
     clock.rates = []
