@@ -49,10 +49,13 @@ def pack(model: Path, parts: Path) -> int:
 
 
 def unpack(parts: Path, model: Path) -> None:
-    """Write the pipeline's folder that parts were made from; raise ValueError: a part is damaged, or a model there."""
-    if (model / WEIGHTS).exists():
-        raise ValueError(f"{model} holds a model already; name another folder")
-    index = json.loads((parts / INDEX).read_text())
+    """Write the pipeline's folder that parts were made from; raise ValueError: a part is damaged, or files there."""
+    if model.exists() and any(model.iterdir()):
+        raise ValueError(f"{model} holds files already; name another folder")
+    try:
+        index = json.loads((parts / INDEX).read_text())
+    except ValueError:
+        raise ValueError(f"{parts / INDEX} is damaged: it is no JSON") from None
     flat = []
     for file in index["files"]:
         content = (parts / file["name"]).read_bytes()

@@ -184,10 +184,18 @@ def test_parts_are_small_and_a_damaged_one_is_noticed(benchmark, small_pipeline,
     assert all(file.stat().st_size <= 2 * 10_000 + 64 for file in files)
     # a part of random bits, which do not compress, is still below 16 MiB
     assert 2 * 8_000_000 * 1.001 < 16 * 2**20
-    with pytest.raises(ValueError, match="holds a model already; name another folder"):
+    with pytest.raises(ValueError, match="holds files already; name another folder"):
         weight_parts.unpack(tmp_path / "parts", tmp_path / "model")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "model_index.json").write_text("another pipeline's")
+    with pytest.raises(ValueError, match="holds files already; name another folder"):
+        weight_parts.unpack(tmp_path / "parts", tmp_path / "other")
+    assert (tmp_path / "other" / "model_index.json").read_text() == "another pipeline's"
     files[1].write_bytes(files[1].read_bytes()[:-1] + b"x")
     with pytest.raises(ValueError, match=r"part-001\.bin is damaged"):
+        weight_parts.unpack(tmp_path / "parts", tmp_path / "again")
+    (tmp_path / "parts" / "parts.json").write_text('{"files": [')
+    with pytest.raises(ValueError, match=r"parts\.json is damaged"):
         weight_parts.unpack(tmp_path / "parts", tmp_path / "again")
     assert not (tmp_path / "again").exists()
 
