@@ -248,7 +248,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             code = run(*parse(argv))
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {_renamed(str(error), {'--max_train_minutes': '--minutes'})}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
             code = 130

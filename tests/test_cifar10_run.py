@@ -157,6 +157,12 @@ def test_a_stopped_command_continues_and_loses_nothing(benchmark, data, tmp_path
     assert (again["ddim"], again["bits_per_dim"]) == (before["ddim"], before["bits_per_dim"])
 
 
+def test_minutes_that_are_too_few_are_called_as_they_were_given(benchmark, data, tmp_path, capsys):
+    flags = ["--data", str(data), "--output", str(tmp_path / "run"), *SMALL, "--minutes", "0.0001"]
+    assert benchmark.main(flags) == 2
+    assert "error: --minutes 0.0001 is too short: " in capsys.readouterr().err
+
+
 def test_a_command_that_was_stopped_before_the_training_continues(benchmark, data, tmp_path, monkeypatch):
     flags = ["--data", str(data), "--output", str(tmp_path / "run"), *SMALL]
     with monkeypatch.context() as patch:
