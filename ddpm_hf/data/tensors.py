@@ -45,11 +45,6 @@ class ImageDataset:
     name: str  # for reports and cards
     class_names: list[str] | None = None  # one for each class index, or `None` if there are no labels or no names
 
-    def __post_init__(self) -> None:
-        if self.images.dtype != torch.uint8:
-            what = f"the images of {self.name!r} are {self.images.dtype}"
-            raise UserError(f"{what}; give pixel values from 0 to 255 as torch.uint8")
-
     def __len__(self) -> int:
         return len(self.images)
 

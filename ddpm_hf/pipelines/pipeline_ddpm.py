@@ -463,10 +463,13 @@ class DDPMPipeline(PortableConfigMixin, PrivateByDefault, StockDDPMPipeline):
         return Classes.of(self.unet.config)
 
     def check_images_fit(self, data: Any) -> None:
-        """Raise a UserError unless images (`data.load_images`) are as large as the network's."""
+        """Raise a UserError unless images (`data.load_images`) are as large as the network's, and pixel values."""
         if (shape := tuple(data.image_shape)) != self.image_shape:
             own = f"the images of {data.name!r} are {shape} (channels, height, width)"
             raise UserError(f"{own}, and the model makes {self.image_shape}")
+        if (values := getattr(data, "images", None)) is not None and values.dtype != torch.uint8:
+            what = f"the images of {data.name!r} are {values.dtype}"
+            raise UserError(f"{what}; give pixel values from 0 to 255 as torch.uint8")
 
 
 def load_named(flag: str, name: str, as_ddpm: bool = False, **options: Any) -> DDPMPipeline:

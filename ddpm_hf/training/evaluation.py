@@ -94,9 +94,10 @@ class TrainingEvaluation:
 
     def _options(self, pipe: DDPMPipeline) -> EvaluationOptions:
         config = self.config
-        same_name = ("num_images", "num_evaluations", "num_samples", "features", "inception_weights")
+        same_name = ("num_evaluations", "num_samples", "features", "inception_weights")
         return EvaluationOptions(
             **{name: getattr(config, f"eval_{name}") for name in same_name},
+            num_images=config.eval_num_images or None,  # of 0 there is no likelihood
             batch_size=config.evaluation_batch(self.network, processes().num_processes),
             **vars(config.sampling(pipe)),
             progress=True,

@@ -68,9 +68,10 @@ def test_metrics_and_folders_may_be_texts(small_pipeline, tmp_path):
     assert list(EvaluationReport.load(folders["output"]).values) == ["bits_per_dim"]
 
 
-def test_images_of_another_range_are_refused():
+def test_images_of_another_range_are_refused(small_pipeline):
+    sets = {"train": ImageDataset(torch.rand(4, 1, 8, 8), None, "mine")}
     with pytest.raises(ValueError, match=r"images of 'mine' are torch\.float32; give pixel values from 0 to 255"):
-        ImageDataset(torch.rand(4, 1, 8, 8), None, "mine")
+        evaluation.evaluate(small_pipeline, sets, ["fid"], features="pixels")
 
 
 def test_a_likelihood_takes_nothing_from_the_sampler(small_pipeline):

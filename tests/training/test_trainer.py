@@ -937,6 +937,13 @@ def test_evaluation_in_the_loop_changes_nothing_and_gives_the_promised_numbers(t
     assert not any(name.startswith(("best", "curve.json")) for name in published)
 
 
+def test_samples_are_measured_without_a_likelihood(tmp_path):
+    run = trainer(tmp_path / "run", max_train_steps=2, eval_num_images=0, **WATCHED)
+    run.train()
+    measured = json.loads((tmp_path / "run" / "evaluation.json").read_text())["values"]
+    assert measured and "bits_per_dim" not in measured
+
+
 def test_images_at_a_time_change_no_number_and_no_picture(tmp_path, monkeypatch):
     seen, forward = [], UNet2DModel.forward
 
