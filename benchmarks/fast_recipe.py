@@ -52,10 +52,12 @@ Numbers = dict[str, float]
 
 
 def command(*flags: str, log: Path) -> None:
-    """Run `ddpm-hf` on one thread; what it prints goes into a file."""
+    """Run `ddpm-hf` on one thread, or end with where it says what is wrong; what it prints goes into a file."""
     with log.open("a") as file:
         made = [sys.executable, "-m", "ddpm_hf.cli", *flags]
-        subprocess.run(made, check=True, stdout=file, stderr=file, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        done = subprocess.run(made, stdout=file, stderr=file, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    if done.returncode:
+        raise SystemExit(f"ddpm-hf {flags[0]} failed, as {log} says at its end")
 
 
 def run(row: str, seed: int, arguments: argparse.Namespace) -> dict[str, Numbers]:
@@ -105,6 +107,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--updates", type=int, default=2500)
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, each on one thread")
     arguments = parser.parse_args(argv)
+    if not arguments.data.is_file():
+        parser.error(f"{str(arguments.data)!r} is no file; give CIFAR-10's training images, train.npz")
+    if min(arguments.seeds, arguments.updates, arguments.jobs) < 1:
+        parser.error("--seeds, --updates and --jobs must be at least 1")
     for seed in range(arguments.seeds):
         torch.manual_seed(seed)
         unet = UNet2DModel(**network([32, 32], 1, (3, SIZE, SIZE)))
@@ -113,8 +119,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     found: dict[str, list[Numbers]] = {}
     with ThreadPoolExecutor(arguments.jobs) as pool:
         made = [pool.submit(run, row, seed, arguments) for seed in range(arguments.seeds) for row in CHANGES]
-        for row, numbers in (pair for runs in made for pair in runs.result().items()):
-            found.setdefault(row, []).append(numbers)
+        try:
+            for row, numbers in (pair for runs in made for pair in runs.result().items()):
+                found.setdefault(row, []).append(numbers)
+        finally:
+            pool.shutdown(cancel_futures=True)
     write_text(arguments.output / "numbers.json", json.dumps(found, indent=1) + "\n")
     text = page(found, arguments)
     write_text(arguments.output / "table.md", text)
