@@ -88,9 +88,8 @@ def measure(values: Any) -> None:
     if values.num_inference_steps and not (samples or of_few_steps):
         log(f"the likelihood is of the ddpm process and all {T} steps: --num_inference_steps is for samples here")
     names = ["num_images", "num_evaluations", "num_samples", "num_sets", "batch_size", "seed"]
-    names += ["features", "inception_weights"]
+    names += ["features", "inception_weights", "cache_dir"]
     options = {"model_name": values.model, "output": None if file is not None else output, "progress": True}
-    options |= {"cache_dir": None if values.cache_dir is None else Path(values.cache_dir)}
     # What is held out comes first.
     options |= {"likelihood_splits": splits and sorted(sets, key=lambda split: split == "train")}
     options |= {"likelihood_steps": values.num_inference_steps if of_few_steps else None}

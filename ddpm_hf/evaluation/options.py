@@ -32,3 +32,8 @@ class EvaluationOptions(SamplingOptions):
     output: Path | None = None  # a folder for `report.json`, `report.md`, pictures and `work/`
     model_name: str | None = None
     progress: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("cache_dir", "work_dir", "output"):  # which may be texts
+            if (folder := getattr(self, name)) is not None:
+                object.__setattr__(self, name, Path(folder))

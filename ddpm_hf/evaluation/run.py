@@ -108,8 +108,6 @@ def evaluate(
     """
     given = {name: value for name, value in changes.items() if value is not None}
     options = dataclasses.replace(options or EvaluationOptions(), **given)
-    output = None if options.output is None else Path(options.output)  # which may be texts
-    options = dataclasses.replace(options, output=output, cache_dir=Path(options.cache_dir))
     metrics = parse_metrics(metrics if isinstance(metrics, str) else ",".join(metrics))
     sets = {split: sets[split] for split in sorted(sets, key=lambda split: split != "train")}  # training images first
     for_samples = [metric for metric in metrics if metric in SAMPLE_METRICS]
