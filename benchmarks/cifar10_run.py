@@ -52,6 +52,8 @@ _NAMES = {
     "ddim": {"--num_samples": "--samples", "--num_inference_steps": "--steps"},
     "ddpm": {"--num_samples": "--ancestral", "--num_inference_steps": "--ancestral_steps"},
 }
+# What `ddpm-hf train` calls them.
+_OWN_FLAGS = {"--output_dir": "--output", "--max_train_minutes": "--minutes"}
 
 
 class Report:
@@ -138,10 +140,7 @@ def configure(arguments: argparse.Namespace, rest: Sequence[str], shape: Sequenc
     if arguments.channels or arguments.layers != 2:
         flags += ["--init_from", str(Path(arguments.output) / "start")]
     config = parse_training_config([*flags, *rest])
-    try:
-        check_output_is_ours(config)
-    except UserError as error:
-        raise UserError(_renamed(error.args[0], {"--output_dir": "--output"})) from error
+    check_output_is_ours(config)
     return config
 
 
@@ -248,7 +247,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             code = run(*parse(argv))
         except UserError as error:
-            print(f"error: {_renamed(str(error), {'--max_train_minutes': '--minutes'})}", file=sys.stderr)
+            print(f"error: {_renamed(str(error), _OWN_FLAGS)}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
             code = 130
